@@ -1,0 +1,51 @@
+"""Augmentation on the device: per example, key first, jitted with the step.
+
+An example's randomness is a function of its own key alone, so a batch gives the same images however it is
+spread over devices.
+"""
+
+import jax
+import jax.numpy as jnp
+
+
+def crop_flip(key: jax.Array, image: jax.Array, pad: int, flip: bool) -> jax.Array:
+    """Shifts one image by up to `pad` pixels each way (reflecting at the edges) and mirrors it half the time.
+
+    The same as reflect-pad, random crop and random left-right flip, written as one gather of rows and columns.
+
+    Args:
+      key: this example's PRNG key.
+      image: `[H, W, C]`, any dtype.
+      pad: pixels, less than H and W; 0 shifts nothing.
+      flip: mirror with probability 1/2.
+
+    Returns:
+      `[H, W, C]`, the dtype of `image`.
+    """
+    height, width, _ = image.shape
+    shift_key, flip_key = jax.random.split(key)
+    shift = jax.random.randint(shift_key, (2,), -pad, pad + 1, jnp.int32)
+    rows = _reflect(jnp.arange(height, dtype=jnp.int32) + shift[0], height)
+    columns = _reflect(jnp.arange(width, dtype=jnp.int32) + shift[1], width)
+    if flip:
+        columns = jnp.where(jax.random.bernoulli(flip_key), columns[::-1], columns)
+    return image[rows[:, None], columns[None, :]]
+
+
+def _reflect(index: jax.Array, size: int) -> jax.Array:
+    """Maps an index outside [0, size) back inside, mirrored at the edge pixel."""
+    return (size - 1) - jnp.abs((size - 1) - jnp.abs(index))
+
+
+def augment_batch(key: jax.Array, images: jax.Array, pad: int, flip: bool) -> jax.Array:
+    """Applies `crop_flip` to each of `images` `[B, H, W, C]` with a key of its own."""
+    if not (pad or flip):
+        return images
+    keys = jax.random.split(key, images.shape[0])
+    return jax.vmap(lambda k, image: crop_flip(k, image, pad, flip))(keys, images)
+
+
+def normalize(images: jax.Array, mean: jax.Array, std: jax.Array) -> jax.Array:
+    """Returns `(images - mean) / std` in float32; `mean` and `std` are `[C]`, in units of the stored pixels."""
+    shape = (1,) * (images.ndim - 1) + (-1,)
+    return (images.astype(jnp.float32) - mean.reshape(shape)) / std.reshape(shape)

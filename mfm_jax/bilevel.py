@@ -1,0 +1,278 @@
+"""The training steps, as pure functions of state and batches: `make_step`, `make_plain_step`, `make_eval_step`.
+
+One step of MFM, with `U` the classifier's real optax update:
+
+    g     = grad_w L_train(w, phi; B)                       modulated, batch statistics
+    w_hat = U(w, g)                                         the virtual step
+    phi'  = meta_optax(phi, d/dphi L_meta(w_hat(phi)))      plain, on a meta batch
+    w'    = w_hat                                           lagged (default), or
+    w'    = U(w, grad_w L_train(w, phi'; B))                not lagged
+
+Batch-norm policy, which decides whether the meta-gradient means anything:
+
+  1. The meta pass is normalised as a test pass is: by the running averages, as they stand at the start of the step.
+     A balanced batch normalised by its own statistics is not the network that will be tested. The meta pass writes
+     no statistics. (`bn="batch"` keeps the other choice measurable.)
+  2. The running averages always describe the plain network: they come from a plain pass over the training batch.
+     Where every modulated site lies behind the last batch norm, the training pass gathers the same numbers and no
+     other is run; a site before a batch norm costs one more forward pass.
+  3. The averages are updated once a step, whether or not the step is lagged or meta.
+
+No function here jits, shards or donates; the caller does. Inside `shard_map`, pass `axis_name`: losses are averaged
+over that mesh axis before they are differentiated, so that every derivative below is the global one.
+"""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.extend
+import jax.numpy as jnp
+import optax
+
+from mfm_jax import losses
+from mfm_jax.hypergrad import HypergradFn, mixed_mode
+from mfm_jax.modulation import modulate
+from mfm_jax.types import (
+    ApplyFn,
+    Batch,
+    BilevelState,
+    LossFn,
+    Metrics,
+    Modulate,
+    Modulator,
+    PyTree,
+    no_modulation,
+)
+
+Step = Callable[[BilevelState, Batch, Batch], tuple[BilevelState, Metrics]]
+PlainStep = Callable[[BilevelState, Batch], tuple[BilevelState, Metrics]]
+
+
+def init_state(
+    key: jax.Array,
+    variables: PyTree,
+    tx: optax.GradientTransformation,
+    modulator: Modulator | None = None,
+    mod_tx: optax.GradientTransformation | None = None,
+) -> BilevelState:
+    """Returns the state before the first step.
+
+    Args:
+      key: typed PRNG key; seeds the modulator and the randomness of the steps.
+      variables: what the module's `init` returned: `params`, and `batch_stats` where it has batch norm.
+      tx: the classifier's optax chain.
+      modulator: None for plain training.
+      mod_tx: the modulator's optax chain; needed where there is a modulator that learns.
+    """
+    mod_key, step_key = jax.random.split(key)
+    mod_params = modulator.init(mod_key) if modulator else {}
+    return BilevelState(
+        step=jnp.zeros((), jnp.int32),
+        key=step_key,
+        params=variables["params"],
+        batch_stats=variables.get("batch_stats", {}),
+        opt_state=tx.init(variables["params"]),
+        mod_params=mod_params,
+        mod_opt_state=mod_tx.init(mod_params) if mod_tx else (),
+    )
+
+
+def make_step(
+    apply_fn: ApplyFn,
+    loss_fn: LossFn,
+    tx: optax.GradientTransformation,
+    modulator: Modulator,
+    mod_tx: optax.GradientTransformation,
+    *,
+    meta_loss_fn: LossFn = losses.cross_entropy,
+    hypergrad: HypergradFn = mixed_mode,
+    lagged: bool = True,
+    virtual_groups: tuple[str, ...] | None = None,
+    bn: str = "running",
+    axis_name: str | None = None,
+) -> Step:
+    """Returns the MFM step `(state, batch, meta_batch) -> (state, metrics)`, which updates w and phi.
+
+    Args:
+      apply_fn: `module.apply` of any Flax module whose `__call__` takes the images and `modulate`, and calls
+        `modulate(site, features)` at its sites. `train` is passed if `__call__` takes it.
+      loss_fn: the per-example loss that is modulated.
+      tx: the classifier's optax chain; the meta-gradient goes through it.
+      modulator: from `modulation`.
+      mod_tx: the modulator's optax chain.
+      meta_loss_fn: per-example loss of the plain pass on the meta batch.
+      hypergrad: the route to the meta-gradient.
+      lagged: take w_hat as the real step; otherwise repeat the step under the new phi.
+      virtual_groups: top-level groups of `params` that move in the virtual step; None for all. The real step moves
+        all parameters in any case.
+      bn: statistics of the meta pass, "running" or "batch".
+      axis_name: mesh axis over which batches are split.
+    """
+    forward = _forward(apply_fn)
+    gradient_step = _gradient_step(forward, loss_fn, tx, modulator, axis_name)
+    plain_statistics = _plain_statistics(forward)
+
+    def step(state: BilevelState, batch: Batch, meta_batch: Batch) -> tuple[BilevelState, Metrics]:
+        def meta_loss(params: PyTree) -> tuple[jax.Array, None]:
+            logits, _ = forward(state, params, meta_batch.image, no_modulation, train=bn == "batch")
+            return _mean(meta_loss_fn(logits, meta_batch.label), axis_name), None
+
+        train_loss, update = gradient_step(state, batch)
+        active = _active(state.params, virtual_groups)
+        found = hypergrad(train_loss, meta_loss, update, state.params, state.mod_params, active)
+        changes, mod_opt_state = mod_tx.update(found.grad, state.mod_opt_state, state.mod_params)
+        mod_params = optax.apply_updates(state.mod_params, changes)
+
+        (loss, aux), inner_grad, updated = found.train, found.inner_grad, found.updated
+        if not lagged:
+            (loss, aux), inner_grad = jax.value_and_grad(train_loss, has_aux=True)(state.params, mod_params)
+            updated = update(inner_grad)
+        new_state = _advance(state, updated, plain_statistics(state, batch, train_loss, aux[1])).replace(
+            mod_params=mod_params, mod_opt_state=mod_opt_state
+        )
+        metrics = {
+            "loss": loss,
+            "accuracy": aux[0],
+            "grad_norm": optax.tree.norm(inner_grad),
+            "meta_loss": found.meta[0],
+            "hypergrad_norm": optax.tree.norm(found.grad),
+        }
+        return new_state, metrics
+
+    return step
+
+
+def make_plain_step(
+    apply_fn: ApplyFn,
+    loss_fn: LossFn,
+    tx: optax.GradientTransformation,
+    modulator: Modulator | None = None,
+    *,
+    axis_name: str | None = None,
+) -> PlainStep:
+    """Returns the step `(state, batch) -> (state, metrics)` that updates w alone.
+
+    Without a modulator it is ordinary training. With one, the pass is modulated and phi stays as it is: the steps
+    between two meta-steps, or a frozen modulator. Arguments as in `make_step`.
+    """
+    forward = _forward(apply_fn)
+    gradient_step = _gradient_step(forward, loss_fn, tx, modulator, axis_name)
+    plain_statistics = _plain_statistics(forward)
+
+    def step(state: BilevelState, batch: Batch) -> tuple[BilevelState, Metrics]:
+        train_loss, update = gradient_step(state, batch)
+        (loss, (accuracy, statistics)), grad = jax.value_and_grad(train_loss, has_aux=True)(
+            state.params, state.mod_params
+        )
+        statistics = plain_statistics(state, batch, train_loss, statistics)
+        metrics = {"loss": loss, "accuracy": accuracy, "grad_norm": optax.tree.norm(grad)}
+        return _advance(state, update(grad), statistics), metrics
+
+    return step
+
+
+def make_eval_step(apply_fn: ApplyFn) -> Callable[[PyTree, PyTree, jax.Array], jax.Array]:
+    """Returns `(params, batch_stats, image) -> probabilities [B, K]`: plain, running averages, no modulator."""
+    forward = _forward(apply_fn)
+
+    def eval_step(params: PyTree, batch_stats: PyTree, image: jax.Array) -> jax.Array:
+        state = BilevelState(None, None, params, batch_stats, None, None, None)  # type: ignore[arg-type]
+        return jax.nn.softmax(forward(state, params, image, no_modulation, train=False)[0])
+
+    return eval_step
+
+
+def _forward(apply_fn: ApplyFn) -> Callable[..., tuple[jax.Array, PyTree]]:
+    """Returns `(state, params, image, modulate, train) -> (logits, new batch statistics)`."""
+    module = getattr(apply_fn, "__self__", None)
+    takes_train = module is None or "train" in inspect.signature(type(module).__call__).parameters
+
+    def forward(
+        state: BilevelState, params: PyTree, image: jax.Array, modulate: Modulate, *, train: bool
+    ) -> tuple[jax.Array, PyTree]:
+        variables = {"params": params, "batch_stats": state.batch_stats}
+        options: dict[str, Any] = {"modulate": modulate}
+        if takes_train:
+            options["train"] = train
+        if not train:
+            return apply_fn(variables, image, **options), state.batch_stats
+        rngs = {"dropout": jax.random.fold_in(state.key, state.step)}
+        logits, written = apply_fn(variables, image, mutable=["batch_stats"], rngs=rngs, **options)
+        return logits, written.get("batch_stats", {})
+
+    return forward
+
+
+def _gradient_step(
+    forward: Callable[..., tuple[jax.Array, PyTree]],
+    loss_fn: LossFn,
+    tx: optax.GradientTransformation,
+    modulator: Modulator | None,
+    axis_name: str | None,
+) -> Callable[[BilevelState, Batch], tuple[Callable, Callable]]:
+    """Returns `(state, batch) -> (train_loss, update)`, the two halves that every training step is made of."""
+
+    def build(state: BilevelState, batch: Batch) -> tuple[Callable, Callable]:
+        def train_loss(params: PyTree, mod_params: PyTree) -> tuple[jax.Array, tuple[jax.Array, PyTree]]:
+            film = modulate(modulator, mod_params, batch.label) if modulator else no_modulation
+            logits, statistics = forward(state, params, batch.image, film, train=True)
+            hits = (jnp.argmax(logits, axis=-1) == batch.label).astype(logits.dtype)
+            return _mean(loss_fn(logits, batch.label), axis_name), (_mean(hits, axis_name), statistics)
+
+        def update(grads: PyTree) -> tuple[PyTree, PyTree]:
+            changes, opt_state = tx.update(grads, state.opt_state, state.params)
+            return optax.apply_updates(state.params, changes), opt_state
+
+        return train_loss, update
+
+    return build
+
+
+def _plain_statistics(forward: Callable) -> Callable[[BilevelState, Batch, Callable, PyTree], PyTree]:
+    """Returns the function that gives the running averages after this batch (point 2 of the policy).
+
+    It takes the state, the batch, the training loss and the statistics that the training pass wrote; those are the
+    plain ones if the modulation cannot reach them, and otherwise a plain pass is run.
+    """
+
+    def statistics(state: BilevelState, batch: Batch, train_loss: Callable, written: PyTree) -> PyTree:
+        if not _depends(lambda phi: train_loss(state.params, phi)[1][1], state.mod_params):
+            return written
+        return forward(state, state.params, batch.image, no_modulation, train=True)[1]
+
+    return statistics
+
+
+def _depends(function: Callable[[PyTree], PyTree], argument: PyTree) -> bool:
+    """Whether any output of `function` can depend on `argument`, read off its jaxpr; nothing is computed."""
+    jaxpr = jax.make_jaxpr(function)(argument).jaxpr
+    reached = set(jaxpr.invars)
+
+    def touched(atoms: list) -> bool:
+        return any(not isinstance(a, jax.extend.core.Literal) and a in reached for a in atoms)
+
+    for equation in jaxpr.eqns:
+        if touched(equation.invars):
+            reached.update(equation.outvars)
+    return touched(jaxpr.outvars)
+
+
+def _advance(state: BilevelState, updated: tuple[PyTree, PyTree], batch_stats: PyTree) -> BilevelState:
+    params, opt_state = updated
+    return state.replace(
+        step=state.step + 1, params=params, opt_state=opt_state, batch_stats=batch_stats
+    )
+
+
+def _mean(values: jax.Array, axis_name: str | None) -> jax.Array:
+    mean = values.mean()
+    return jax.lax.pmean(mean, axis_name) if axis_name else mean
+
+
+def _active(params: PyTree, groups: tuple[str, ...] | None) -> PyTree | None:
+    """Returns a tree like `params` that is True in the chosen top-level groups; None for all."""
+    if groups is None:
+        return None
+    return {name: jax.tree.map(lambda _, on=name in groups: on, group) for name, group in params.items()}

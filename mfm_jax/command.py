@@ -1,0 +1,96 @@
+"""What the commands share: the `--config` flag, its overrides, and errors told in one line."""
+
+import dataclasses
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+
+import jax
+import ml_collections
+import platformdirs
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from mfm_jax.config import Config
+from mfm_jax.errors import UserError
+from mfm_jax.train import EXIT_INTERRUPTED, Interrupted
+
+_CONFIG = config_flags.DEFINE_config_file("config", help_string="Path of a config file.")
+_BOOLEANS = ("true", "false", "t", "f", "1", "0")
+
+
+def config() -> ml_collections.ConfigDict:
+    """Returns the config file's content with the command line's overrides."""
+    return _CONFIG.value
+
+
+def run(main: Callable[[Sequence[str]], int]) -> None:
+    """Runs `main(argv)` under absl and exits with its status; a `UserError` is printed as one line, status 2."""
+    app.run(lambda argv: _guarded(main, argv), flags_parser=_parse)
+
+
+def _guarded(main: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
+    logging.set_verbosity(logging.WARNING)  # Orbax tells every step of every save at INFO
+    # A program that was compiled once is not compiled again, by this run's continuation or by the next seed's.
+    if not jax.config.jax_compilation_cache_dir:
+        cache = os.environ.get("MFM_JAX_CACHE") or platformdirs.user_cache_dir("mfm_jax")
+        jax.config.update("jax_compilation_cache_dir", os.path.join(cache, "xla"))
+    try:
+        return main(argv)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except Interrupted as interrupted:
+        print(interrupted, file=sys.stderr)
+        return EXIT_INTERRUPTED
+
+
+def _parse(argv: Sequence[str]) -> Sequence[str]:
+    """Parses the flags; a mistake in them ends the program with one line."""
+    try:
+        _check_overrides(argv[1:])
+        rest = flags.FLAGS(argv)
+        if len(rest) > 1:
+            raise UserError(f"{rest[1]!r}: not understood; every argument starts with --")
+        if _CONFIG.value is None and not (flags.FLAGS.help or flags.FLAGS.helpfull):
+            raise UserError("--config: missing; give a config file, e.g. --config=configs/digits_lt.py")
+    except (UserError, flags.Error, OSError, AttributeError, KeyError, TypeError, ValueError) as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        if isinstance(error, OSError):
+            lines = [f"--config: {lines[0]} {lines[-1]}" if lines else "--config: cannot be read"]
+        print(f"error: {' '.join(lines)}", file=sys.stderr)
+        sys.exit(2)
+    return rest
+
+
+def _check_overrides(arguments: Sequence[str]) -> None:
+    """Checks every `--config.group.field=value` for an unknown field or a value of another type.
+
+    Raises:
+      UserError: one line that names the field, the value and what is allowed.
+    """
+    groups = {group.name: group.type for group in dataclasses.fields(Config)}
+    for argument in arguments:
+        match = re.fullmatch(r"--?(?:no)?config\.([^=]+)(?:=(.*))?", argument, re.DOTALL)
+        if not match:
+            continue
+        path, text = match.groups()
+        group, _, name = path.partition(".")
+        if group not in groups:
+            raise UserError(f"{path}: no such field; allowed groups: {', '.join(groups)}")
+        types = {field.name: field.type for field in dataclasses.fields(groups[group])}
+        if name not in types:
+            raise UserError(f"{path}: no such field; allowed: {', '.join(f'{group}.{n}' for n in types)}")
+        if text is not None and not _is_a(types[name], text):
+            raise UserError(f"{path} = {text!r}: expected {types[name].__name__}")
+
+
+def _is_a(kind: type, text: str) -> bool:
+    if kind is bool:
+        return text.lower() in _BOOLEANS
+    try:
+        kind(text)
+    except ValueError:
+        return False
+    return True

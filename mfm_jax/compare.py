@@ -1,0 +1,127 @@
+"""Compare methods over seeds, on the same data and budget.
+
+    python -m mfm_jax.compare --config=configs/digits_lt.py --methods=ce,logit_adjusted,mfm --seeds=0,1,2 \\
+        --workdir=runs/digits
+
+Every run gets the same split (`data.seed`); a seed sets initialisation and data order. Finished runs are not repeated
+and interrupted ones go on. Writes `compare.md` and `compare.csv`: test numbers at the last epoch and at the best
+epoch on validation, mean and standard deviation over seeds, and the paired difference to the first method with its
+standard error.
+"""
+
+import csv
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+from rich.console import Console
+from rich.markdown import Markdown
+
+from mfm_jax import command, config as config_lib, train
+from mfm_jax.errors import UserError
+from mfm_jax.methods import METHODS
+
+_METHODS = flags.DEFINE_list("methods", ["ce", "mfm"], "Methods, the baseline first.")
+_SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Training seeds.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder for all runs and the tables.", required=True)
+
+_COLUMNS = ("balanced_accuracy", "accuracy", "many", "medium", "few", "rarest_third", "macro_f1", "roc_auc", "ece")
+Results = dict[str, list[dict[str, Any]]]  # method -> results of each seed
+
+
+def main(argv: Sequence[str]) -> int:
+    del argv
+    methods, seeds = _METHODS.value, _seeds(_SEEDS.value)
+    unknown = [name for name in methods if name not in METHODS]
+    if unknown or not methods or len(set(methods)) != len(methods):
+        raise UserError(f"--methods={','.join(methods)}: allowed: distinct names of {', '.join(METHODS)}")
+    workdir = Path(_WORKDIR.value)
+    results = run_all(command.config(), methods, seeds, workdir)
+    rows = table(results)
+    write(rows, seeds, workdir)
+    Console().print(Markdown((workdir / "compare.md").read_text()))
+    print(f"table: {workdir}/compare.md, {workdir}/compare.csv")
+    print(f"report: {workdir / methods[-1] / f'seed{seeds[0]}' / 'report.html'}")
+    return 0
+
+
+def _seeds(texts: list[str]) -> list[int]:
+    if not texts or not all(text.isdecimal() for text in texts) or len(set(texts)) != len(texts):
+        raise UserError(f"--seeds={','.join(texts)}: expected distinct integers, 0 or more")
+    return [int(text) for text in texts]
+
+
+def run_all(config: Any, methods: Sequence[str], seeds: Sequence[int], workdir: Path) -> Results:
+    """Trains every (method, seed) in `workdir/method/seedN`; returns the results by method."""
+    results: Results = {method: [] for method in methods}
+    for seed in seeds:
+        for method in methods:
+            run = config_lib.resolve(config).to_dict()
+            run["method"]["name"], run["train"]["seed"] = method, seed
+            folder = workdir / method / f"seed{seed}"
+            results[method].append(train.train_and_evaluate(run, folder, label=f"{method} seed {seed}"))
+    return results
+
+
+def table(results: Results) -> list[dict[str, Any]]:
+    """Returns a row for each method and selection (`last`, `best`): mean and std over seeds, as fractions.
+
+    `difference` is the mean over seeds of the balanced accuracy minus that of the first method with the same seed,
+    `difference_se` its standard error, `std / sqrt(seeds)`; None for the first method or a single seed.
+    """
+    rows = []
+    baseline = next(iter(results.values()))
+    for method, runs in results.items():
+        for which in ("last", "best"):
+            if any(run[which] is None for run in runs):
+                continue
+            row: dict[str, Any] = {"method": method, "epoch": which, "seeds": len(runs)}
+            for name in _COLUMNS:
+                values = [run[which]["test"][name] for run in runs]
+                missing = any(value is None for value in values)
+                row[f"{name}_mean"] = None if missing else statistics.fmean(values)
+                row[f"{name}_std"] = None if missing or len(values) < 2 else statistics.stdev(values)
+            row |= _paired_difference(runs, baseline, which)
+            row["seconds_per_step"] = statistics.median(run["seconds_per_step"] for run in runs)
+            rows.append(row)
+    return rows
+
+
+def _paired_difference(runs: list, baseline: list, which: str) -> dict[str, float | None]:
+    if runs is baseline:
+        return {"difference": None, "difference_se": None}
+    name = "balanced_accuracy"
+    gaps = [a[which]["test"][name] - b[which]["test"][name] for a, b in zip(runs, baseline, strict=True)]
+    error = statistics.stdev(gaps) / len(gaps) ** 0.5 if len(gaps) > 1 else None
+    return {"difference": statistics.fmean(gaps), "difference_se": error}
+
+
+def write(rows: list[dict[str, Any]], seeds: Sequence[int], workdir: Path) -> None:
+    """Writes `compare.csv` (fractions) and `compare.md` (percent)."""
+    with (workdir / "compare.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    head = ["method", "epoch", *_COLUMNS, f"balanced - {rows[0]['method']}"]
+    lines = [head, ["---"] * len(head)]
+    for row in rows:
+        cells = [_cell(row[f"{name}_mean"], row[f"{name}_std"]) for name in _COLUMNS]
+        lines.append([row["method"], row["epoch"], *cells, _cell(row["difference"], row["difference_se"])])
+    text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    note = (
+        f"Test set, percent; mean ± standard deviation over seeds {', '.join(map(str, seeds))}; the last column is the"
+        " paired difference in balanced accuracy ± its standard error."
+    )
+    (workdir / "compare.md").write_text(f"{text}\n\n{note}\n")
+
+
+def _cell(mean: float | None, spread: float | None) -> str:
+    if mean is None:
+        return "–"
+    return f"{100 * mean:.1f}" + ("" if spread is None else f" ± {100 * spread:.1f}")
+
+
+if __name__ == "__main__":
+    command.run(main)

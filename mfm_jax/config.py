@@ -1,0 +1,251 @@
+"""Configuration: ml_collections config files in, validated frozen dataclasses out.
+
+The dataclasses below are the only place where a field, its type, its default and its allowed values are
+written. `default()` turns them into a locked `ConfigDict` that a config file edits and the command line
+overrides (`--config.optim.learning_rate=0.05`); `resolve` turns that back into dataclasses, so that code
+behind it never meets an unknown field or an impossible value. What only the data can tell (how many images a
+class holds) is checked by `data.build`, what only the model can tell (its sites) by `models.create`; all of it
+happens before the first training step.
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import ml_collections
+
+from mfm_jax.errors import UserError
+
+
+def _one_of(default: str, *others: str) -> Any:
+    return dataclasses.field(default=default, metadata={"choices": (default, *others)})
+
+
+def _between(default: float, low: float, high: float = math.inf) -> Any:
+    return dataclasses.field(default=default, metadata={"low": low, "high": high})
+
+
+@dataclass(frozen=True)
+class Data:
+    """Which images, and how they are made long-tailed (see `longtail`)."""
+
+    source: str = _one_of("tfds", "digits")
+    name: str = "cifar10"  # the TFDS name; not read for `digits`
+    root: str = ""  # folder of prepared TFDS data; "" = $TFDS_DATA_DIR, else TFDS's own default
+    imbalance_factor: float = _between(100.0, 1.0)  # largest class count / smallest
+    protocol: str = _one_of("meta_held_out", "full")
+    val_images_per_class: int = _between(0, 0)
+    seed: int = _between(0, 0)  # picks the images of each split; not the training randomness
+    train_on_meta: bool = False  # also train on the meta images: a baseline then sees what MFM sees
+    image_size: int = _between(0, 0)  # average images to this many pixels a side; 0 = as stored
+    manifest: str = ""  # re-use this split manifest instead of drawing one
+
+
+@dataclass(frozen=True)
+class Augment:
+    """Training-time augmentation, done on the device."""
+
+    pad: int = _between(4, 0)  # reflect-pad this many pixels, then crop at random; 0 = off
+    flip: bool = True  # mirror left-right with probability 1/2
+
+
+@dataclass(frozen=True)
+class Model:
+    """The classifier (see `models`)."""
+
+    name: str = _one_of("resnet32", "resnet8", "resnet20", "resnet44", "resnet56")
+    width: int = _between(16, 1)  # channels of the stem and stage1; doubled by each later stage
+
+
+@dataclass(frozen=True)
+class Method:
+    """How the classifier is trained (see `methods`)."""
+
+    name: str = _one_of("mfm", "ce", "logit_adjusted")
+    tau: float = _between(1.0, 0.0)  # strength of the prior in logit adjustment; 1 = balanced softmax
+    base: str = _one_of("ce", "logit_adjusted")  # the loss that MFM modulates
+
+
+@dataclass(frozen=True)
+class Modulation:
+    """What is modulated, and what generates the modulation (see `modulation`)."""
+
+    form: str = _one_of("frequency", "direct", "network")
+    sites: str = "logits"  # comma-separated, e.g. "stage3,pooled"
+    per_class: bool = False  # `direct`: one row a class, looked up by the training label
+    hidden: int = _between(64, 1)  # `network`: hidden units
+    use_count: bool = False  # `network`: join log(n_y / n_max) to the input
+    detach_inputs: bool = True  # `network`: no gradient into the features the modulator reads
+    init_from: str = ""  # workdir of a run whose modulator to start from
+
+
+@dataclass(frozen=True)
+class Meta:
+    """The balanced meta set and the outer update (see `hypergrad` and `bilevel`)."""
+
+    images_per_class: int = _between(10, 1)
+    batch_size: int = _between(100, 1)
+    every: int = _between(1, 1)  # update the modulator every k-th step
+    start_epoch: int = _between(0, 0)  # no modulator update before this epoch
+    lagged: bool = True  # the real step re-uses the virtual one
+    virtual: str = _one_of("all", "last_stage", "head")  # parameters that move in the virtual step
+    bn: str = _one_of("running", "batch")  # statistics that normalise the meta pass
+    loss: str = _one_of("gce", "ce")
+    temperature: float = _between(1.0, 1e-3)  # divides the logits in the meta loss
+    learning_rate: float = _between(1e-2, 0.0)  # of the modulator's Adam
+    freeze: bool = False  # keep the modulator as it starts; the meta-step is not paid for
+
+
+@dataclass(frozen=True)
+class Optim:
+    """The classifier's optimizer (see `optim`)."""
+
+    name: str = _one_of("sgd", "adamw")
+    learning_rate: float = _between(0.1, 0.0)
+    momentum: float = _between(0.9, 0.0, 1.0)  # Nesterov momentum of SGD, b1 of AdamW
+    weight_decay: float = _between(5e-4, 0.0)
+    clip_norm: float = _between(0.0, 0.0)  # clip the gradient's global norm to this; 0 = off
+    schedule: str = _one_of("cosine", "step", "constant")
+    warmup_epochs: int = _between(0, 0)
+
+
+@dataclass(frozen=True)
+class Train:
+    """The training run."""
+
+    epochs: int = _between(200, 1)
+    batch_size: int = _between(100, 1)
+    seed: int = _between(0, 0)
+    max_steps: int = _between(0, 0)  # stop after this many steps; 0 = after `epochs`
+    steps_per_call: int = _between(0, 0)  # steps in one compiled call; 0 = 1 on CPU, 10 elsewhere
+    dtype: str = _one_of("float32", "bfloat16")  # of the computation; parameters stay float32
+    log_every_steps: int = _between(50, 1)  # how often the host looks at the device
+
+
+@dataclass(frozen=True)
+class Eval:
+    """Evaluation on the validation split while training (the test split is read once, at the end)."""
+
+    every_epochs: int = _between(1, 1)
+    batch_size: int = _between(500, 1)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What is kept of a run."""
+
+    every_epochs: int = _between(1, 1)
+    keep: int = _between(2, 1)  # last K; the best on validation is kept beside them
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything a run depends on. Two runs with equal configs on equal software are equal."""
+
+    data: Data = Data()
+    augment: Augment = Augment()
+    model: Model = Model()
+    method: Method = Method()
+    modulation: Modulation = Modulation()
+    meta: Meta = Meta()
+    optim: Optim = Optim()
+    train: Train = Train()
+    eval: Eval = Eval()
+    checkpoint: Checkpoint = Checkpoint()
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """Names in `modulation.sites`, in the order given."""
+        return tuple(site.strip() for site in self.modulation.sites.split(","))
+
+    def to_dict(self) -> dict[str, dict[str, Any]]:
+        """As nested plain dicts, ready for JSON."""
+        return dataclasses.asdict(self)
+
+
+def default() -> ml_collections.ConfigDict:
+    """Returns every field at its default, as a locked `ConfigDict` for a config file to edit."""
+    return ml_collections.ConfigDict(Config().to_dict())
+
+
+def resolve(config: ml_collections.ConfigDict | Mapping[str, Any]) -> Config:
+    """Validates `config` and returns it as frozen dataclasses.
+
+    Raises:
+      UserError: one line that names the field, its value and what is allowed.
+    """
+    given = config.to_dict() if isinstance(config, ml_collections.ConfigDict) else dict(config)
+    groups = {group.name: group.type for group in dataclasses.fields(Config)}
+    _no_unknown(given, groups, "")
+    parts = {}
+    for name, cls in groups.items():
+        values = given.get(name, {})
+        if not isinstance(values, Mapping):
+            raise UserError(f"{name} = {values!r}: expected a group of fields")
+        fields = {field.name: field for field in dataclasses.fields(cls)}
+        _no_unknown(values, fields, f"{name}.")
+        parts[name] = cls(**{key: _checked(f"{name}.{key}", fields[key], v) for key, v in values.items()})
+    resolved = Config(**parts)
+    _check_together(resolved)
+    return resolved
+
+
+def _no_unknown(given: Mapping[str, Any], allowed: Mapping[str, Any], prefix: str) -> None:
+    for key in given:
+        if key not in allowed:
+            raise UserError(f"{prefix}{key}: no such field; allowed: {', '.join(prefix + a for a in allowed)}")
+
+
+def _checked(path: str, field: dataclasses.Field, value: Any) -> Any:
+    """Returns `value` as the field's type (an int is welcome where a float is due)."""
+    want: type = field.type  # type: ignore[assignment]  # annotations here are types, not strings
+    if want is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if type(value) is not want:
+        raise UserError(f"{path} = {value!r}: expected {want.__name__}, got {type(value).__name__}")
+    choices = field.metadata.get("choices")
+    if choices and value not in choices:
+        raise UserError(f"{path} = {value!r}: allowed: {', '.join(sorted(choices))}")
+    low, high = field.metadata.get("low", -math.inf), field.metadata.get("high", math.inf)
+    if want in (int, float) and not (low <= value <= high and math.isfinite(value)):
+        bound = f"{low:g} or more" if high == math.inf else f"{low:g} to {high:g}"
+        raise UserError(f"{path} = {value!r}: allowed: {bound}")
+    return value
+
+
+def _check_together(config: Config) -> None:
+    """Refuses values that are possible alone but not together."""
+    sites = config.sites
+    if "" in sites or len(set(sites)) != len(sites):
+        raise UserError(
+            f"modulation.sites = {config.modulation.sites!r}: expected distinct, comma-separated site names"
+        )
+    if config.modulation.per_class and config.modulation.form != "direct":
+        raise UserError(
+            f"modulation.per_class = True: only modulation.form = 'direct' has one row a class,"
+            f" not {config.modulation.form!r}"
+        )
+    if config.modulation.per_class and "logits" in sites:
+        raise UserError(
+            "modulation.per_class = True: at site 'logits' a row looked up by the label gives the label away;"
+            " choose other modulation.sites"
+        )
+    if config.optim.warmup_epochs >= config.train.epochs:
+        raise UserError(
+            f"optim.warmup_epochs = {config.optim.warmup_epochs}: allowed: less than train.epochs"
+            f" = {config.train.epochs}"
+        )
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
+    """Yields `field: old value -> new value` for every field in which two config dicts differ."""
+    for name in sorted(old.keys() | new.keys()):
+        before, after = old.get(name), new.get(name)
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            for line in differences(before, after):
+                yield f"{name}.{line}"
+        elif before != after:
+            yield f"{name}: {json.dumps(before)} -> {json.dumps(after)}"

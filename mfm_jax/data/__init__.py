@@ -1,0 +1,222 @@
+"""From a config to the arrays of a run: load a source, split it, prove the split sound.
+
+`build` is the only door. What it returns is plain NumPy in memory (`batches` says which of it is in which
+batch), together with the manifest that says which record every image was.
+
+Everything that only the data can tell, such as how many images a class holds, is checked here and before
+anything is compiled.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mfm_jax import longtail
+from mfm_jax.config import Config
+from mfm_jax.data import sources
+from mfm_jax.data.sources import Images, Labels, Source
+from mfm_jax.errors import UserError
+from mfm_jax.longtail import Records, Split
+
+# Published constants of the CIFAR long-tail literature, in units of 0..255.
+_CIFAR_MEAN, _CIFAR_STD = (125.3, 123.0, 113.9), (63.0, 62.1, 66.7)
+
+
+@dataclass(frozen=True, eq=False)
+class LongTailData:
+    """All data of a run. Images are uint8 [N, H, W, C], labels int32 [N]."""
+
+    name: str
+    version: str
+    class_names: tuple[str, ...]
+    train_images: Images  # with `data.train_on_meta`, the meta images too
+    train_labels: Labels
+    meta_images: Images  # what `meta_table` indexes: the held-out meta set; `train_images` under `full`
+    meta_labels: Labels
+    val_images: Images  # balanced; none where `data.val_images_per_class` is 0
+    val_labels: Labels
+    test_images: Images
+    test_labels: Labels
+    counts: npt.NDArray[np.int64]  # [K], images of each class in `train_labels`
+    mean: npt.NDArray[np.float32]  # [C], in units of 0..255
+    std: npt.NDArray[np.float32]  # [C]
+    manifest: dict[str, Any]  # see `longtail.make_manifest`
+
+    @property
+    def num_classes(self) -> int:
+        """K."""
+        return len(self.class_names)
+
+    def meta_table(self, epoch: int) -> npt.NDArray[np.int32]:
+        """Returns the positions in `meta_images` of each class's meta images, int32 [K, m].
+
+        The same in every epoch where the meta set was held out; redrawn from the training set each epoch
+        under `full`, with `m` the smaller of `meta.images_per_class` and the smallest class.
+        """
+        per_class, seed = self.manifest["meta_images_per_class"], self.manifest["seed"]
+        if self.manifest["protocol"] == "meta_held_out":
+            epoch = 0  # all images of a class are drawn: there is only one table
+        table = longtail.redraw_meta(self.meta_labels, self.num_classes, per_class, seed, epoch)
+        return table.astype(np.int32)
+
+
+def build(config: Config) -> LongTailData:
+    """Loads and splits the data of a run.
+
+    The split is drawn from `data.seed`, or taken from the manifest that `data.manifest` names. Methods that
+    use no meta set get the same split: the meta images are set aside for them too, unless
+    `data.train_on_meta` adds them to the training set.
+
+    Raises:
+      UserError: one line that names the field, the value and what is allowed.
+    """
+    source = sources.load(config.data)
+    split = _read_split(config, source) if config.data.manifest else _draw_split(config, source)
+    in_training = split.train
+    if config.data.train_on_meta:
+        in_training = np.union1d(split.train, split.meta)
+    manifest = _manifest(config, source, split, in_training)
+    longtail.check_leakage(manifest)
+    _check_batches(config, len(in_training), len(split.meta))
+    images, labels = source.train_images, source.train_labels
+    train_images, train_labels = images[in_training], labels[in_training]
+    full = split.protocol == "full"
+    mean, std = _mean_std(source.name, train_images if full else images[split.train])
+    return LongTailData(
+        name=source.name,
+        version=source.version,
+        class_names=source.class_names,
+        train_images=train_images,
+        train_labels=train_labels,
+        meta_images=train_images if full else images[split.meta],
+        meta_labels=train_labels if full else labels[split.meta],
+        val_images=images[split.val],
+        val_labels=labels[split.val],
+        test_images=source.test_images,
+        test_labels=source.test_labels,
+        counts=np.bincount(train_labels, minlength=len(source.class_names)).astype(np.int64),
+        mean=mean,
+        std=std,
+        manifest=manifest,
+    )
+
+
+def _settings(config: Config) -> dict[str, Any]:
+    """Returns what decides which images are in which split, by the name it has in a manifest."""
+    return {
+        "protocol": config.data.protocol,
+        "imbalance_factor": config.data.imbalance_factor,
+        "meta_images_per_class": config.meta.images_per_class,
+        "val_images_per_class": config.data.val_images_per_class,
+        "seed": config.data.seed,
+    }
+
+
+def _draw_split(config: Config, source: Source) -> Split:
+    return longtail.make_split(source.train_labels, len(source.class_names), **_settings(config))
+
+
+def _read_split(config: Config, source: Source) -> Split:
+    """Returns the split that the manifest `data.manifest` records, as positions in the source."""
+    manifest = longtail.read_manifest(config.data.manifest)
+    _check_agrees(config, source, manifest)
+    longtail.check_leakage(manifest)
+    where = {}
+    for name in ("train", "meta", "val"):
+        records = manifest["splits"][name]
+        ids = np.array(records["ids"], np.int64)
+        if records["pool"] != source.train_pool or not np.isin(ids, source.train_ids).all():
+            raise UserError(
+                f"data.manifest = {config.data.manifest!r}: {name} names records of pool"
+                f" '{records['pool']}' that {source.name} does not have; use a manifest of this set"
+            )
+        position = np.searchsorted(source.train_ids, ids)
+        counts = np.bincount(source.train_labels[position], minlength=len(source.class_names))
+        if counts.tolist() != records["class_counts"]:
+            raise UserError(
+                f"data.manifest = {config.data.manifest!r}: the records of {name} have other classes in this"
+                f" copy of {source.name}; it was prepared in another order than the manifest's"
+            )
+        where[name] = np.sort(position)
+    if manifest["train_on_meta"] and manifest["protocol"] == "meta_held_out":
+        where["train"] = np.setdiff1d(where["train"], where["meta"])
+    return Split(train=where["train"], meta=where["meta"], val=where["val"], protocol=manifest["protocol"])
+
+
+def _check_agrees(config: Config, source: Source, manifest: dict[str, Any]) -> None:
+    """Refuses a manifest of another set, another test split or other settings than the config's."""
+    of_source = {
+        "dataset": source.name,
+        "version": source.version,
+        "class_names": list(source.class_names),
+    }
+    for key, value in of_source.items():
+        if manifest[key] != value:
+            raise UserError(
+                f"data.manifest = {config.data.manifest!r}: made for {key} {manifest[key]!r}, the data has"
+                f" {value!r}; use a manifest of this set"
+            )
+    test = manifest["splits"]["test"]
+    if (test["pool"], test["ids"]) != (source.test_pool, source.test_ids.tolist()):
+        raise UserError(
+            f"data.manifest = {config.data.manifest!r}: its test split differs from {source.name}'s"
+        )
+    for key, value in _settings(config).items():
+        if manifest[key] != value:
+            field = "meta.images_per_class" if key == "meta_images_per_class" else f"data.{key}"
+            raise UserError(
+                f"{field} = {value!r}: the manifest {config.data.manifest} was made with {manifest[key]!r};"
+                " set the field to that, or leave data.manifest empty"
+            )
+
+
+def _manifest(config: Config, source: Source, split: Split, in_training: longtail.Ints) -> dict[str, Any]:
+    overlaps = {}
+    if split.protocol == "full":
+        overlaps["meta", "train"] = "protocol full: redrawn from train every epoch; the ids are epoch 0's"
+    elif config.data.train_on_meta:
+        overlaps["meta", "train"] = "data.train_on_meta: the meta images are trained on as well"
+    parts = {"train": in_training, "meta": split.meta, "val": split.val}
+    records = {
+        name: Records(source.train_pool, source.train_ids[position], source.train_labels[position])
+        for name, position in parts.items()
+    }
+    return longtail.make_manifest(
+        dataset=source.name,
+        version=source.version,
+        class_names=source.class_names,
+        settings={**_settings(config), "train_on_meta": config.data.train_on_meta},
+        splits={**records, "test": Records(source.test_pool, source.test_ids, source.test_labels)},
+        overlaps=overlaps,
+    )
+
+
+def _check_batches(config: Config, num_train: int, num_meta: int) -> None:
+    if config.train.batch_size > num_train:
+        raise UserError(
+            f"train.batch_size = {config.train.batch_size}: there are {num_train} training images;"
+            f" choose at most {num_train}"
+        )
+    if config.meta.batch_size > num_meta:
+        raise UserError(
+            f"meta.batch_size = {config.meta.batch_size}: the meta set has {num_meta} images;"
+            f" choose at most {num_meta}"
+        )
+
+
+def _mean_std(name: str, images: Images) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+    """Returns each channel's mean and standard deviation, float32 [C], in units of 0..255.
+
+    CIFAR's are the published ones. Others come from the long-tailed training `images` alone, exactly, through
+    the 256 values a pixel can have; a constant channel gets the standard deviation 1.
+    """
+    if name in ("cifar10", "cifar100"):
+        return np.array(_CIFAR_MEAN, np.float32), np.array(_CIFAR_STD, np.float32)
+    values = np.arange(256)
+    share = np.stack([np.bincount(images[..., c].ravel(), minlength=256) for c in range(images.shape[-1])])
+    share = share / share.sum(1, keepdims=True)
+    mean = share @ values
+    std = np.sqrt(share @ values**2 - mean**2)
+    return mean.astype(np.float32), np.where(std < 1e-3, 1, std).astype(np.float32)

@@ -1,0 +1,79 @@
+"""Which examples are in which batch, as pure functions of a key and a step.
+
+A small dataset lives on the device whole, so a batch is a row of indices and an epoch a table of them.
+Nothing here keeps a position: the batch of step t follows from (key, t) alone, so a run that stops and
+resumes at any step sees the batches of an uninterrupted one, and there is no iterator state to save.
+
+The training order is a fresh permutation each epoch, its remainder dropped, so that every step has the same
+shape and compiles once. Meta batches are balanced: class counts differ by at most one. Give each function a
+key of its own (`fold_in` of a stream's name), as two that share a key share their randomness.
+"""
+
+import functools
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def steps_per_epoch(num_examples: int, batch_size: int) -> int:
+    """Returns the number of whole batches; the remainder is dropped, a different one each epoch."""
+    return num_examples // batch_size
+
+
+@functools.partial(jax.jit, static_argnames=("num_examples", "batch_size"))
+def epoch_order(key: jax.Array, epoch: int | jax.Array, num_examples: int, batch_size: int) -> jax.Array:
+    """Returns the example indices of one epoch, int32 [steps_per_epoch, batch_size], each at most once."""
+    steps = steps_per_epoch(num_examples, batch_size)
+    examples = jnp.arange(num_examples, dtype=jnp.int32)
+    shuffled = jax.random.permutation(jax.random.fold_in(key, epoch), examples)
+    return shuffled[: steps * batch_size].reshape(steps, batch_size)
+
+
+@functools.partial(jax.jit, static_argnames="batch_size")
+def meta_indices(key: jax.Array, step: int | jax.Array, table: jax.Array, batch_size: int) -> jax.Array:
+    """Returns the indices of one balanced meta batch, int32 [batch_size], without repeats.
+
+    Each class's images are shuffled; the batch takes every class's first image, then every class's second,
+    and so on, the classes in random order within each round. Class counts thus differ by at most one for any
+    batch size up to K * m, and every image is equally likely.
+
+    Args:
+      key: typed PRNG key of the meta stream.
+      step: the training step.
+      table: int32 [K, m], the indices of each class's meta images.
+      batch_size: static, at most K * m.
+
+    Raises:
+      ValueError: `batch_size` exceeds K * m.
+    """
+    if batch_size > table.size:
+        raise ValueError(f"a meta batch of {batch_size} from {table.size} meta images would repeat some")
+    key_image, key_class = jax.random.split(jax.random.fold_in(key, step))
+    drawn = jax.random.permutation(key_image, table, axis=1, independent=True)
+    turn = jax.random.uniform(key_class, table.shape, jnp.float32)  # order of the classes within a round
+    position = jnp.argsort(turn, axis=0)
+    return jnp.take_along_axis(drawn, position, axis=0).T.reshape(-1)[:batch_size].astype(jnp.int32)
+
+
+def gather(values: jax.Array, index: jax.Array) -> jax.Array:
+    """Returns `values` [N, ...] at `index` (int [B], in range) as [B, ...], in their own dtype."""
+    return jnp.take(values, index, axis=0, mode="clip")
+
+
+def eval_batches(
+    images: np.ndarray, labels: np.ndarray, batch_size: int
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Yields (images [B, ...], labels [B], mask bool [B]) over all examples in order, NumPy on the host.
+
+    The last batch is padded with zeros where `mask` is False, so that a jitted evaluation step compiles once.
+    """
+    for start in range(0, len(images), batch_size):
+        batch_images, batch_labels = images[start : start + batch_size], labels[start : start + batch_size]
+        padding = batch_size - len(batch_images)
+        mask = np.arange(batch_size) < len(batch_images)
+        if padding:
+            batch_images = np.pad(batch_images, [(0, padding)] + [(0, 0)] * (images.ndim - 1))
+            batch_labels = np.pad(batch_labels, (0, padding))
+        yield batch_images, batch_labels, mask

@@ -1,0 +1,290 @@
+"""How a balanced dataset becomes a long-tailed one, and how the result is written down.
+
+A long-tailed benchmark is not a dataset but a recipe: keep all images of class 0, fewer of each later class,
+and 1/imbalance_factor of them in the last. Two recipes share the name "CIFAR-10-LT, factor 100" and their
+numbers are not comparable. In `meta_held_out` (Meta-Weight-Net, MetaSAug) the small balanced meta set leaves
+the data before it is imbalanced, so the training set never holds a meta image and the largest class has 4990
+images; in `full` (LDAM, CMW-Net) all 5000 are imbalanced, and the meta set is redrawn from the training set
+every epoch.
+
+Which images were kept matters as much as how many, so a split is written as a manifest: the record ids of
+every split, the recipe that chose them and a hash over all of it. A manifest can be shared and re-used, and
+`check_leakage` proves from it alone that no test image was trained on.
+
+Picks come from one permutation a class, seeded by (seed, class): validation images are its first entries,
+then meta, then training. Training sets of one seed are therefore nested: factor 100 keeps a subset of factor
+50.
+
+NumPy only: nothing here needs JAX or the images.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from mfm_jax.errors import UserError
+
+Ints = npt.NDArray[np.int64]
+
+MANIFEST_FORMAT = 1
+
+# First entries of the seed of each random stream, so that no two of them are ever the same stream.
+_PICK, _REDRAW = 0, 1
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Split:
+    """Positions in the labels that were split: int64, sorted, without repeats."""
+
+    train: Ints  # [N], long-tailed
+    meta: Ints  # [K * m], balanced; under `full` a part of `train`, as drawn for epoch 0
+    val: Ints  # [K * v], balanced
+    protocol: str  # "meta_held_out" or "full"
+
+
+class Records(NamedTuple):
+    """One split's records: which pool the ids count in, the ids, and the label of each."""
+
+    pool: str  # "train" or "test" (the source's own splits), "all" where the source has only one
+    ids: npt.NDArray[np.integer]  # [N], sorted
+    labels: npt.NDArray[np.integer]  # [N]
+
+
+def class_counts(n_max: int, num_classes: int, imbalance_factor: float) -> Ints:
+    """Returns the images kept of each class, int64 [K].
+
+    `n_c = int(n_max * f ** (c / (K - 1)))` with `f = 1 / imbalance_factor`, truncated: the CIFAR profile of
+    Cui et al., "Class-Balanced Loss Based on Effective Number of Samples" (arXiv:1901.05555). Class 0 keeps
+    `n_max`; a single class keeps all of it.
+
+    Raises:
+      UserError: the factor is below 1, or a class would be left without an image.
+    """
+    if not imbalance_factor >= 1:
+        raise UserError(f"data.imbalance_factor = {imbalance_factor:g}: allowed: 1 or more")
+    steps = max(num_classes - 1, 1)
+    # The nudge keeps whole numbers whole: 49 * (1 / 49) is 0.9999999999999999 in float64.
+    exact = [n_max / imbalance_factor ** (c / steps) * (1 + 1e-12) for c in range(num_classes)]
+    counts = np.array([int(n) for n in exact], np.int64)
+    if counts.min() < 1:
+        raise UserError(
+            f"data.imbalance_factor = {imbalance_factor:g}: class {int(np.argmin(counts))} is left without a"
+            f" training image (the largest class has {n_max}); choose at most {n_max}"
+        )
+    return counts
+
+
+def make_split(
+    labels: npt.NDArray[np.integer],
+    num_classes: int,
+    *,
+    protocol: str,
+    imbalance_factor: float,
+    meta_images_per_class: int,
+    val_images_per_class: int,
+    seed: int,
+) -> Split:
+    """Splits `labels` (integers [N]) into a long-tailed training set, a meta set and a validation set.
+
+    Validation images leave first, `val_images_per_class` a class. Under `meta_held_out` the meta images leave
+    next; then the rest is imbalanced. `n_max` is the size of the smallest class at that point, so the profile
+    is exact also where classes differ in size. Under `full` the rest is imbalanced at once and the meta set
+    is `min(meta_images_per_class, smallest training class)` images a class out of the training set.
+
+    Raises:
+      UserError: an unknown protocol, or a class holds too few images for what is asked.
+    """
+    if protocol not in ("meta_held_out", "full"):
+        raise UserError(f"data.protocol = {protocol!r}: allowed: full, meta_held_out")
+    held_out = meta_images_per_class if protocol == "meta_held_out" else 0
+    picks = [
+        np.random.default_rng([_PICK, seed, c]).permutation(np.flatnonzero(labels == c)).astype(np.int64)
+        for c in range(num_classes)
+    ]
+    n_max = _left_over([len(pick) for pick in picks], val_images_per_class, held_out)
+    counts = class_counts(n_max, num_classes, imbalance_factor)
+    first = val_images_per_class + held_out
+    val = [pick[:val_images_per_class] for pick in picks]
+    train = np.sort(np.concatenate([p[first : first + n] for p, n in zip(picks, counts, strict=True)]))
+    if protocol == "full":
+        meta = train[redraw_meta(labels[train], num_classes, meta_images_per_class, seed, 0)].ravel()
+    else:
+        meta = np.concatenate([pick[val_images_per_class:first] for pick in picks])
+    return Split(train=train, meta=np.sort(meta), val=np.sort(np.concatenate(val)), protocol=protocol)
+
+
+def _left_over(sizes: Sequence[int], val: int, meta: int) -> int:
+    """Returns the size of the smallest class without its validation and meta images."""
+    smallest = int(np.argmin(sizes))
+    held = sizes[smallest]
+    if held == 0:
+        raise UserError(f"data: class {smallest} holds no images; every class needs at least one")
+    if val >= held:
+        raise UserError(
+            f"data.val_images_per_class = {val}: class {smallest} holds {held} images;"
+            f" choose at most {max(held - meta - 1, 0)}"
+        )
+    if val + meta >= held:
+        raise UserError(
+            f"meta.images_per_class = {meta}: class {smallest} holds {held - val} images"
+            f"{' beside its validation images' if val else ''}; choose at most {held - val - 1}"
+        )
+    return held - val - meta
+
+
+def redraw_meta(
+    train_labels: npt.NDArray[np.integer], num_classes: int, images_per_class: int, seed: int, epoch: int
+) -> Ints:
+    """Draws the meta set of one epoch under `full`: positions in the training set, int64 [K, m].
+
+    `m = min(images_per_class, smallest class)`; row c holds distinct images of class c, sorted. The draw
+    depends on (seed, epoch) and the labels alone, so a resumed run sees an uninterrupted one's meta sets.
+    """
+    members = [np.flatnonzero(train_labels == c) for c in range(num_classes)]
+    m = min(images_per_class, *(len(member) for member in members))
+    rows = [
+        np.sort(np.random.default_rng([_REDRAW, seed, epoch, c]).permutation(member)[:m])
+        for c, member in enumerate(members)
+    ]
+    return np.stack(rows).astype(np.int64)
+
+
+def shot_groups(counts: npt.ArrayLike) -> dict[str, Ints]:
+    """Returns the classes of each group by training `counts` [K], as sorted int64 indices.
+
+    `many`, `medium` and `few` hold more than 100, 20 to 100 and fewer than 20 training images (Liu et al.,
+    "Large-Scale Long-Tailed Recognition in an Open World", arXiv:1904.05160); any of them may be empty.
+    `rarest_third` and `head_third` hold the `max(K // 3, 1)` classes with the fewest and the most images,
+    `middle_third` the rest (a single class is the rarest). Of two classes with equal counts the later one
+    passes for the rarer: that is their order before the profile was truncated to whole images.
+    """
+    count = np.asarray(counts, np.int64)
+    num_classes = len(count)
+    third = max(num_classes // 3, 1)
+    by_rarity = np.lexsort((-np.arange(num_classes), count))
+    return {
+        "many": np.flatnonzero(count > 100),
+        "medium": np.flatnonzero((count >= 20) & (count <= 100)),
+        "few": np.flatnonzero(count < 20),
+        "rarest_third": np.sort(by_rarity[:third]),
+        "middle_third": np.sort(by_rarity[third : num_classes - third]),
+        "head_third": np.sort(by_rarity[max(third, num_classes - third) :]),
+    }
+
+
+def make_manifest(
+    *,
+    dataset: str,
+    version: str,
+    class_names: Sequence[str],
+    settings: Mapping[str, Any],
+    splits: Mapping[str, Records],
+    overlaps: Mapping[tuple[str, str], str],
+) -> dict[str, Any]:
+    """Returns the JSON-able record of a split.
+
+    Args:
+      dataset: the source's name; with `version` it says what the record ids count in.
+      version: the source's version.
+      class_names: one name a class.
+      settings: how the split was made (protocol, imbalance factor, seed, images per class).
+      splits: by name (`train`, `meta`, `val`, `test`), the records of each. A record is named by (pool, id):
+        ids in different pools never name the same record.
+      overlaps: `(part, whole) -> why`: the splits that are meant to share records, all of `part` in `whole`.
+    """
+    manifest = {
+        "format": MANIFEST_FORMAT,
+        "dataset": dataset,
+        "version": version,
+        "class_names": list(class_names),
+        **settings,
+        "splits": {
+            name: {
+                "pool": records.pool,
+                "class_counts": np.bincount(records.labels, minlength=len(class_names)).tolist(),
+                "ids": np.asarray(records.ids).tolist(),
+            }
+            for name, records in splits.items()
+        },
+        "overlaps": [{"part": part, "whole": whole, "why": why} for (part, whole), why in overlaps.items()],
+    }
+    return {**manifest, "hash": manifest_hash(manifest)}
+
+
+def manifest_hash(manifest: Mapping[str, Any]) -> str:
+    """Returns `sha256:<hex>` over the canonical JSON (sorted keys, no spaces) of all but the hash itself."""
+    rest = {key: value for key, value in manifest.items() if key != "hash"}
+    canonical = json.dumps(rest, sort_keys=True, separators=(",", ":"))
+    return "sha256:" + hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def write_manifest(manifest: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
+    """Writes `manifest` as JSON; a reader finds the old file or the whole new one, never a part."""
+    target = Path(path)
+    with tempfile.NamedTemporaryFile("w", dir=target.parent, suffix=".json", delete=False) as file:
+        try:
+            json.dump(manifest, file)
+            file.close()
+            os.chmod(file.name, 0o644)  # a temporary file is private; a manifest is made to be shared
+            os.replace(file.name, target)
+        except BaseException:
+            os.unlink(file.name)
+            raise
+
+
+def read_manifest(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Reads what `write_manifest` wrote.
+
+    Raises:
+      UserError: the file is missing, is not a manifest, or was changed after it was written.
+    """
+    try:
+        manifest = json.loads(Path(path).read_text())
+    except OSError as error:
+        raise UserError(f"manifest {path}: cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise UserError(f"manifest {path}: damaged, not JSON ({error}); get or make it again") from error
+    if not isinstance(manifest, dict) or "hash" not in manifest:
+        raise UserError(f"manifest {path}: not a split manifest (it has no hash)")
+    if manifest["hash"] != manifest_hash(manifest):
+        raise UserError(f"manifest {path}: edited or damaged, its hash does not fit; get or make it again")
+    if manifest.get("format") != MANIFEST_FORMAT:
+        raise UserError(f"manifest {path}: format {manifest.get('format')}; allowed: {MANIFEST_FORMAT}")
+    return manifest
+
+
+def check_leakage(manifest: Mapping[str, Any]) -> None:
+    """Proves that no record is in two splits, except where the manifest declares that one lies in the other.
+
+    A declared overlap must be exact: every record of the part is in the whole.
+
+    Raises:
+      UserError: names the splits and how many records they share, or how many a declared part lacks.
+    """
+    members: dict[str, set[tuple[str, int]]] = {}
+    for name, split in manifest["splits"].items():
+        members[name] = {(split["pool"], record) for record in split["ids"]}
+        if repeats := len(split["ids"]) - len(members[name]):
+            raise UserError(f"split manifest: {name} lists {repeats} record ids more than once")
+    declared = {(overlap["part"], overlap["whole"]) for overlap in manifest["overlaps"]}
+    for part, whole in declared:
+        if missing := len(members[part] - members[whole]):
+            raise UserError(
+                f"split manifest: {part} is declared to lie in {whole}, which lacks {missing} of it"
+            )
+    names = sorted(members)
+    for i, a in enumerate(names):
+        for b in names[i + 1 :]:
+            if (shared := members[a] & members[b]) and not declared & {(a, b), (b, a)}:
+                raise UserError(
+                    f"split manifest: {a} and {b} share {len(shared)} record ids, e.g. {min(shared)[1]}"
+                    f" of pool '{min(shared)[0]}'; they must be disjoint"
+                )

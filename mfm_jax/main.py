@@ -1,0 +1,45 @@
+"""Train and evaluate one run.
+
+    python -m mfm_jax.main --config=configs/cifar10_lt.py --workdir=runs/cifar10
+
+Any field is set with `--config.group.field=value`. Exit status: 0 done; 2 a mistake in the command, the config or the
+data, told in one line; 75 interrupted by SIGTERM and saved (the same command goes on).
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from absl import flags
+from rich.console import Console
+from rich.table import Table
+
+from mfm_jax import command, train
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder for everything that the run writes.", required=True)
+_INIT_FROM = flags.DEFINE_string(
+    "init_modulator_from", "", "Workdir of a run whose modulator to start from (sets modulation.init_from)."
+)
+
+
+def main(argv: Sequence[str]) -> int:
+    del argv
+    config = command.config()
+    if _INIT_FROM.value:
+        config.modulation.init_from = _INIT_FROM.value
+    results = train.train_and_evaluate(config, _WORKDIR.value)
+    print_results(results)
+    print(f"report: {_WORKDIR.value}/report.html")
+    return 0
+
+
+def print_results(results: dict[str, Any]) -> None:
+    """Prints test accuracies of the last epoch and of the best on validation, in percent."""
+    table = Table("test, %", "last epoch", "best on validation")
+    for name in ("balanced_accuracy", "accuracy", "many", "medium", "few", "rarest_third", "macro_f1"):
+        cells = [results[which] and results[which]["test"][name] for which in ("last", "best")]
+        table.add_row(name, *("–" if cell is None else f"{100 * cell:.2f}" for cell in cells))
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    command.run(main)

@@ -1,0 +1,109 @@
+"""ResNets for small images (He et al. 2016, section 4.2), with named sites for the modulation.
+
+Sites, in order: `stem`, `stage1`, `stage2`, `stage3` (after each stage's last ReLU), `pooled` (after global average
+pooling), `logits`. With `modulate` left out the network is the plain one.
+"""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from mfm_jax.types import Modulate, no_modulation
+
+_kaiming = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
+
+
+def _shortcut(x: jax.Array, channels: int, stride: int) -> jax.Array:
+    """Option A of He et al.: subsample, and fill the new channels with zeros; no parameters."""
+    x = x[:, ::stride, ::stride]
+    extra = channels - x.shape[-1]
+    return jnp.pad(x, [(0, 0)] * 3 + [(extra // 2, extra - extra // 2)])
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions and a parameter-free shortcut."""
+
+    channels: int
+    stride: int
+    dtype: DTypeLike
+    axis_name: str | None
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        conv = functools.partial(
+            nn.Conv, self.channels, (3, 3), padding=1, use_bias=False, kernel_init=_kaiming, dtype=self.dtype
+        )
+        norm = functools.partial(
+            nn.BatchNorm, not train, momentum=0.9, axis_name=self.axis_name, dtype=self.dtype
+        )
+        y = nn.relu(norm()(conv(strides=self.stride)(x)))
+        y = norm()(conv()(y))
+        return nn.relu(y + _shortcut(x, self.channels, self.stride))
+
+
+class Stage(nn.Module):
+    """`blocks` basic blocks, the first with the stride."""
+
+    blocks: int
+    channels: int
+    stride: int
+    dtype: DTypeLike
+    axis_name: str | None
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        for i in range(self.blocks):
+            x = BasicBlock(self.channels, self.stride if i == 0 else 1, self.dtype, self.axis_name)(x, train)
+        return x
+
+
+class CifarResNet(nn.Module):
+    """ResNet of 6 n + 2 layers: a stem, three stages of n blocks with 1, 2 and 4 times `width` channels, a head.
+
+    Attributes:
+      blocks: n, blocks in each stage.
+      num_classes: K.
+      width: channels of the stem and of stage1.
+      dtype: of the computation; parameters, batch-norm statistics and logits are float32 (or wider).
+      axis_name: mesh axis over which batch norm averages its statistics; None keeps them local.
+
+    References:
+      He et al., Deep residual learning for image recognition, CVPR 2016, section 4.2.
+    """
+
+    blocks: int
+    num_classes: int
+    width: int = 16
+    dtype: DTypeLike = jnp.float32
+    axis_name: str | None = None
+
+    @nn.compact
+    def __call__(
+        self, image: jax.Array, *, train: bool = False, modulate: Modulate = no_modulation
+    ) -> jax.Array:
+        """Returns logits `[B, K]`.
+
+        Args:
+          image: `[B, H, W, C]`, normalised.
+          train: normalise with batch statistics and update the running ones.
+          modulate: called at each site.
+        """
+        x = nn.Conv(
+            self.width, (3, 3), padding=1, use_bias=False, kernel_init=_kaiming, dtype=self.dtype, name="stem"
+        )(image.astype(self.dtype))
+        x = nn.BatchNorm(
+            not train, momentum=0.9, axis_name=self.axis_name, dtype=self.dtype, name="stem_norm"
+        )(x)
+        x = modulate("stem", nn.relu(x))
+        for i in range(3):
+            site = f"stage{i + 1}"
+            stage = Stage(
+                self.blocks, self.width * 2**i, 2 if i else 1, self.dtype, self.axis_name, name=site
+            )
+            x = modulate(site, stage(x, train))
+        x = modulate("pooled", x.mean(axis=(1, 2)))
+        logits = nn.Dense(self.num_classes, kernel_init=_kaiming, dtype=self.dtype, name="head")(x)
+        return modulate("logits", logits.astype(jnp.promote_types(logits.dtype, jnp.float32)))

@@ -1,0 +1,208 @@
+"""The modulation: features scaled and shifted while the classifier trains, and what generates gamma and beta.
+
+At a site with features `h [B, ..., C]`,
+
+    film(h, gamma, beta) = (1 + gamma) * h + beta,
+
+the identity at `gamma = beta = 0`, where every form starts. Training passes are modulated; the meta pass and
+every test pass are plain, so the modulation absorbs what sets the long-tailed set apart from a balanced one, and
+costs nothing once training is over.
+
+Three forms generate gamma and beta. They share class structure in different amounts, and that decides how well a
+few balanced images can estimate them:
+
+  direct     a free vector `[C]` a site, or `[K, C]` with one row a class, looked up by the training label.
+  frequency  a curve in `z_k = log(n_k / n_max)`: `gamma_k = b z_k`, `beta_k = a z_k + c z_k^2`. At `logits`, where
+             channels are classes, three numbers in all and no label is needed; at feature sites `a, b, c [C]`
+             and the training label's `z_y`. `z` is not rescaled: a balanced set has z = 0, hence the identity,
+             and the curve means the same on another data set.
+  network    a two-layer MLP a site over the sample's own globally pooled, L2-normalised features, optionally
+             joined with `z_y`. Its last layer starts at zero.
+
+References:
+  Wang et al., Meta feature modulator for long-tailed recognition, arXiv:2008.03428, 2020 (abstract: scale and
+  shift, the direct form, the modulator network). The frequency form is this project's own.
+  Perez et al., FiLM: visual reasoning with a general conditioning layer, AAAI 2018, eq. 2.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+
+from mfm_jax.errors import UserError
+from mfm_jax.types import Modulate, Modulator, PyTree
+
+
+def film(features: jax.Array, gamma: jax.Array, beta: jax.Array) -> jax.Array:
+    """Returns `(1 + gamma) * features + beta` in the dtype of `features`.
+
+    Args:
+      features: `[B, ..., C]`.
+      gamma: `[C]`, or `[B, C]` for a modulation of its own for each example.
+      beta: like `gamma`.
+
+    References:
+      Perez et al. 2018, eq. 2, with gamma centred on the identity.
+    """
+    shape = gamma.shape[:-1] + (1,) * (features.ndim - gamma.ndim) + gamma.shape[-1:]
+    gamma, beta = (x.reshape(shape).astype(features.dtype) for x in (gamma, beta))
+    return (1 + gamma) * features + beta
+
+
+def modulate(modulator: Modulator, mod_params: PyTree, labels: jax.Array) -> Modulate:
+    """Returns the function that a classifier calls at its sites: `film` with the modulator's gamma and beta.
+
+    Args:
+      modulator: one of the forms below.
+      mod_params: its parameters.
+      labels: training labels of the batch, `[B]` int32.
+    """
+
+    def apply(site: str, features: jax.Array) -> jax.Array:
+        if site not in modulator.sites:
+            return features
+        return film(features, *modulator.parameters(mod_params, site, features, labels))
+
+    return apply
+
+
+def log_frequency(counts: jax.Array) -> jax.Array:
+    """Returns `z_k = log(n_k / n_max)`, `[K]` float32, natural log, not rescaled; 0 for the largest class."""
+    counts = jnp.asarray(counts, jnp.float32)
+    return jnp.log(counts) - jnp.log(counts.max())
+
+
+def direct(channels: Mapping[str, int], num_classes: int = 0) -> Modulator:
+    """Free gamma and beta, `[C]` a site; with `num_classes`, `[K, C]`: the row of the training label.
+
+    Args:
+      channels: C of each site to modulate.
+      num_classes: K for a row a class; 0 for one vector that all classes share.
+
+    References:
+      arXiv:2008.03428, abstract ("learnable hyper-parameters").
+    """
+
+    def init(key: jax.Array) -> PyTree:
+        del key
+        rows = (num_classes,) if num_classes else ()
+        zeros = {site: jnp.zeros((*rows, size), jnp.float32) for site, size in channels.items()}
+        return {site: {"gamma": zero, "beta": zero} for site, zero in zeros.items()}
+
+    def parameters(
+        mod_params: PyTree, site: str, features: jax.Array, labels: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        del features
+        gamma, beta = mod_params[site]["gamma"], mod_params[site]["beta"]
+        return (gamma[labels], beta[labels]) if num_classes else (gamma, beta)
+
+    return Modulator(init, parameters, tuple(channels))
+
+
+def frequency(channels: Mapping[str, int], counts: jax.Array) -> Modulator:
+    """A curve in the log class count: `gamma_k = b z_k`, `beta_k = a z_k + c z_k^2`.
+
+    At `logits` a, b, c are scalars and channel k takes class k's values; at a feature site they are `[C]` and each
+    example takes the values of its training label's class.
+
+    Args:
+      channels: C of each site to modulate.
+      counts: training images of each class, `[K]`, all at least 1.
+    """
+    z = log_frequency(counts)
+
+    def init(key: jax.Array) -> PyTree:
+        del key
+        zeros = {s: jnp.zeros(() if s == "logits" else (c,), jnp.float32) for s, c in channels.items()}
+        return {site: {"a": zero, "b": zero, "c": zero} for site, zero in zeros.items()}
+
+    def parameters(
+        mod_params: PyTree, site: str, features: jax.Array, labels: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        del features
+        a, b, c = (mod_params[site][name] for name in "abc")
+        if site == "logits":
+            here = z.astype(a.dtype)
+        else:
+            here = z.astype(a.dtype)[labels][:, None]
+            a, b, c = a[None, :], b[None, :], c[None, :]
+        return b * here, a * here + c * here**2
+
+    return Modulator(init, parameters, tuple(channels))
+
+
+def network(
+    channels: Mapping[str, int],
+    counts: jax.Array | None = None,
+    *,
+    hidden: int = 64,
+    detach_inputs: bool = True,
+) -> Modulator:
+    """A two-layer MLP a site: `(gamma, beta) = W2 relu(W1 [u; z_y] + b1) + b2`, `u` the sample's own features.
+
+    `u [B, C]` is globally average-pooled and L2-normalised; W2 and b2 start at zero. No size depends on the number
+    of classes (except at `logits`), so the modulator can be taken to another data set.
+
+    Args:
+      channels: C of each site to modulate.
+      counts: training images of each class, `[K]`, to join `z_y` to the input; None leaves it out.
+      hidden: units of the hidden layer.
+      detach_inputs: stop the gradient into `u`. With one site the meta-gradient is the same; with several it drops
+        how later inputs depend on earlier sites' parameters, and is the gradient of that truncated function.
+
+    References:
+      arXiv:2008.03428, abstract ("modulator network").
+    """
+    z = None if counts is None else log_frequency(counts)
+
+    def init(key: jax.Array) -> PyTree:
+        layers = {}
+        for site_key, (site, size) in zip(jax.random.split(key, len(channels)), channels.items(), strict=True):
+            inputs = size + (z is not None)
+            layers[site] = {
+                "w1": jax.nn.initializers.he_normal()(site_key, (inputs, hidden), jnp.float32),
+                "b1": jnp.zeros((hidden,), jnp.float32),
+                "w2": jnp.zeros((hidden, 2 * size), jnp.float32),
+                "b2": jnp.zeros((2 * size,), jnp.float32),
+            }
+        return layers
+
+    def parameters(
+        mod_params: PyTree, site: str, features: jax.Array, labels: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        layer = mod_params[site]
+        inputs = jax.lax.stop_gradient(features) if detach_inputs else features
+        inputs = inputs.astype(layer["w1"].dtype).mean(axis=tuple(range(1, inputs.ndim - 1)))
+        # The epsilon keeps the gradient finite where a sample's features are all zero.
+        inputs = inputs * jax.lax.rsqrt(jnp.sum(inputs**2, axis=-1, keepdims=True) + 1e-12)
+        if z is not None:
+            inputs = jnp.concatenate([inputs, z.astype(inputs.dtype)[labels][:, None]], axis=-1)
+        hidden_units = jax.nn.relu(inputs @ layer["w1"] + layer["b1"][None, :])
+        gamma, beta = jnp.split(hidden_units @ layer["w2"] + layer["b2"][None, :], 2, axis=-1)
+        return gamma, beta
+
+    return Modulator(init, parameters, tuple(channels))
+
+
+def site_channels(apply: Callable[[Modulate], PyTree], sites: Sequence[str]) -> dict[str, int]:
+    """Returns the channels `{site: C}` of the chosen sites, found by tracing the classifier abstractly.
+
+    Args:
+      apply: runs the classifier with the `Modulate` it is given; nothing is computed.
+      sites: names of the sites wanted.
+
+    Raises:
+      UserError: a name that the classifier never passes to `modulate`.
+    """
+    seen: dict[str, int] = {}
+
+    def record(site: str, features: jax.Array) -> jax.Array:
+        seen[site] = features.shape[-1]
+        return features
+
+    jax.eval_shape(lambda: apply(record))
+    for site in sites:
+        if site not in seen:
+            raise UserError(f"modulation.sites = {site!r}: the model has no such site; allowed: {', '.join(seen)}")
+    return {site: seen[site] for site in sites}

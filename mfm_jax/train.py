@@ -1,0 +1,450 @@
+"""The training run: `train_and_evaluate(config, workdir)`.
+
+The loop keeps the device busy and the host out of the way: images, labels and the epoch's order live on the device,
+one compiled call samples, augments and steps, sums are kept on the device and looked at about twice a second.
+Everything a step does is a function of the state and the seed, so a run that is interrupted and started again with
+the same command goes on from its last checkpoint and ends with the same bits.
+
+Selection is honest: epochs are compared on the validation split; the test split is read once, at the end.
+"""
+
+import contextlib
+import functools
+import json
+import platform
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from flax import struct
+from rich import progress
+
+from mfm_jax import augment, parallel, report
+from mfm_jax import config as config_lib
+from mfm_jax import data as data_lib
+from mfm_jax import experiment as experiment_lib
+from mfm_jax.checkpoint import Checkpointer
+from mfm_jax.config import Config
+from mfm_jax.data import LongTailData, batches
+from mfm_jax.errors import UserError
+from mfm_jax.experiment import Experiment
+from mfm_jax.longtail import write_manifest
+from mfm_jax.logs import MetricLog
+from mfm_jax.metrics import evaluate
+from mfm_jax.types import Batch, BilevelState, Metrics
+
+EXIT_INTERRUPTED = 75  # EX_TEMPFAIL: saved, run the same command again
+
+_WATCHED = ("loss", "grad_norm", "meta_loss", "hypergrad_norm")
+_SYNC_SECONDS = 0.5
+
+
+class Interrupted(Exception):
+    """SIGTERM arrived; the run was saved at `step`."""
+
+    def __init__(self, step: int):
+        super().__init__(f"interrupted; saved at step {step}; run the same command to go on")
+
+
+class NonFiniteError(UserError):
+    """A loss or gradient became infinite or NaN; the checkpoints before it are untouched."""
+
+
+@struct.dataclass
+class LoopState:
+    """What the loop carries on the device, and what a checkpoint holds.
+
+    bilevel: the training state.
+    sums: running sums of the epoch's metrics; `steps` and `meta_steps` are their divisors.
+    bad: [2] int32, the first step with a non-finite value and that value's index in `_WATCHED`; -1 for none.
+    """
+
+    bilevel: BilevelState
+    sums: Metrics
+    bad: jax.Array
+
+
+@struct.dataclass
+class DeviceData:
+    """The resident data and one epoch's order.
+
+    images: uint8 [N, H, W, C]; labels: int32 [N].
+    meta_images, meta_labels: the pool that the meta table indexes.
+    order: int32 [steps, B]; meta_table: int32 [K, m].
+    mean, std: float32 [C].
+    """
+
+    images: jax.Array
+    labels: jax.Array
+    meta_images: jax.Array
+    meta_labels: jax.Array
+    order: jax.Array
+    meta_table: jax.Array
+    mean: jax.Array
+    std: jax.Array
+
+
+def train_and_evaluate(
+    config: ml_collections.ConfigDict | Mapping[str, Any] | Config, workdir: str | Path, *, label: str = ""
+) -> dict[str, Any]:
+    """Trains as `config` says, in `workdir`, and returns the results.
+
+    A workdir that holds an interrupted run of the same config is resumed; a finished one is returned as it is.
+    Leaves `config.json`, `manifest.json`, `metrics.jsonl`, `checkpoints/`, `tensorboard/`, `results.json` and
+    `report.html`.
+
+    Args:
+      config: from a config file, or a dict of the same form.
+      workdir: the run's folder; made if absent.
+      label: text beside the progress bar.
+
+    Returns:
+      The content of `results.json`: `last` and `best` (on validation; None without one), each with the metrics of
+      `metrics.evaluate` on `val` and `test`.
+
+    Raises:
+      UserError: a config or data mistake, before training starts; the workdir belongs to another config.
+      NonFiniteError: a loss or gradient became non-finite.
+      Interrupted: SIGTERM; everything is saved.
+    """
+    config = config if isinstance(config, Config) else config_lib.resolve(config)
+    workdir = Path(workdir)
+    claim_workdir(config, workdir)
+    if (workdir / "results.json").exists():
+        return json.loads((workdir / "results.json").read_text())
+    data = data_lib.build(config)
+    mesh = parallel.data_mesh() if jax.device_count() > 1 else None
+    experiment = experiment_lib.build(config, data, mesh)
+    run = _Run(config, workdir, data, experiment, mesh)
+    (workdir / "config.json").write_text(json.dumps(config.to_dict(), indent=2))
+    write_manifest(data.manifest, workdir / "manifest.json")
+    with contextlib.closing(run):
+        seconds = run.train(label)
+        results = run.results(seconds)
+    (workdir / "results.json.tmp").write_text(json.dumps(results, indent=1))
+    (workdir / "results.json.tmp").rename(workdir / "results.json")
+    report.write_report(workdir)
+    return results
+
+
+def claim_workdir(config: Config, workdir: Path) -> None:
+    """Makes `workdir` if it is absent.
+
+    Raises:
+      UserError: it holds a run of another config (the differences are named), or it is not a folder.
+    """
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--workdir={workdir}: cannot be made: {error.strerror}") from error
+    path = workdir / "config.json"
+    if path.exists():
+        changed = list(config_lib.differences(json.loads(path.read_text()), config.to_dict()))
+        if changed:
+            raise UserError(f"--workdir={workdir} belongs to another config ({'; '.join(changed)}); choose a new one")
+
+
+class _Run:
+    """One run's host side: restores, drives the compiled calls, logs, saves, evaluates."""
+
+    def __init__(self, config: Config, workdir: Path, data: LongTailData, experiment: Experiment, mesh):
+        self.config, self.data, self.experiment = config, data, experiment
+        self.has_validation = len(data.val_labels) > 0
+        self.checkpoints = Checkpointer(workdir, config.checkpoint, has_validation=self.has_validation)
+        self.loop = LoopState(experiment.init(), _zero_sums(experiment), jnp.full((2,), -1, jnp.int32))
+        self.device_data = _to_device(data)
+        if mesh:
+            self.loop, self.device_data = jax.device_put(
+                (self.loop, self.device_data), parallel.replicated(mesh)
+            )
+        rows: list = []
+        latest = self.checkpoints.latest_step()
+        if latest is not None:
+            self.loop, rows = self.checkpoints.restore(latest, self.loop)
+        self.step = latest or 0
+        self.log = MetricLog(workdir, rows)
+        self.call = make_call(experiment, config)
+        self.eval_step = jax.jit(functools.partial(_evaluate_batch, experiment.eval_step))
+
+    def close(self) -> None:
+        self.log.close()
+        self.checkpoints.close()
+
+    def train(self, label: str) -> float:
+        """Runs to the last step; returns the seconds that this took."""
+        total, per_epoch = self.experiment.total_steps, self.experiment.steps_per_epoch
+        begin = time.perf_counter()
+        with _sigterm() as stopped, _progress_bar() as bar:
+            task = bar.add_task(label or self.config.method.name, total=total, completed=self.step, loss="")
+            while self.step < total:
+                epoch = self.step // per_epoch
+                self._run_epoch(epoch, min(total, (epoch + 1) * per_epoch), bar, task, stopped)
+        self.checkpoints.wait()
+        return time.perf_counter() - begin
+
+    def _run_epoch(self, epoch: int, end: int, bar: progress.Progress, task: Any, stopped: Callable) -> None:
+        """Runs from `self.step` to step `end` of `epoch`, then logs, validates and saves what is due."""
+        self._start_epoch(epoch)
+        looked = time.perf_counter()
+        while self.step < end:
+            pattern = self._next_steps(end)
+            self.loop = self.call(self.loop, self.device_data, pattern)
+            self.step += len(pattern)
+            if stopped():
+                self._check_finite()
+                self._save(None)
+                self.checkpoints.wait()
+                raise Interrupted(self.step)
+            if time.perf_counter() - looked > _SYNC_SECONDS or self.step == end:
+                self._check_finite()
+                sums = jax.device_get(self.loop.sums)
+                bar.update(task, completed=self.step, loss=f"loss {sums['loss'] / sums['steps']:.3f}")
+                looked = time.perf_counter()
+        self._end_epoch(epoch)
+
+    def _start_epoch(self, epoch: int) -> None:
+        """Puts the epoch's order on the device: a function of the seed and the epoch."""
+        key = jax.random.fold_in(jax.random.key(self.config.train.seed), 1)
+        order = batches.epoch_order(
+            key, jnp.int32(epoch), len(self.data.train_labels), self.config.train.batch_size
+        )
+        table = jnp.asarray(self.data.meta_table(epoch), jnp.int32)
+        sharding = self.device_data.images.sharding
+        order, table = jax.device_put((order, table), sharding)
+        self.device_data = self.device_data.replace(order=order, meta_table=table)
+
+    def _next_steps(self, end: int) -> tuple[bool, ...]:
+        """Returns, for each step of the next call, whether it is a meta-step."""
+        meta = self.config.meta
+        count = self.config.train.steps_per_call or (1 if jax.default_backend() == "cpu" else 10)
+        first = meta.start_epoch * self.experiment.steps_per_epoch
+        return tuple(
+            self.experiment.meta_step is not None and step >= first and step % meta.every == 0
+            for step in range(self.step, min(self.step + count, end))
+        )
+
+    def _end_epoch(self, epoch: int) -> None:
+        step, config, final = self.step, self.config, self.step == self.experiment.total_steps
+        sums = {name: float(value) for name, value in jax.device_get(self.loop.sums).items()}
+        steps, meta_steps = sums.pop("steps"), sums.pop("meta_steps", 0.0)
+        row = {"learning_rate": float(self.experiment.learning_rate(step - 1))}
+        for name, value in sums.items():
+            divisor = meta_steps if name in ("meta_loss", "hypergrad_norm") else steps
+            if divisor:
+                row[name] = value / divisor
+        self.log.write("train", step, epoch, row)
+        self._log_modulation(step, epoch)
+        self.loop = self.loop.replace(sums=jax.tree.map(jnp.zeros_like, self.loop.sums))
+        score = None
+        if self.has_validation and (final or (epoch + 1) % config.eval.every_epochs == 0):
+            values = self.evaluate(self.loop.bilevel, "val")
+            score = values["balanced_accuracy"]
+            scalars = {name: value for name, value in values.items() if isinstance(value, float)}
+            self.log.write("val", step, epoch, scalars)
+        if final or score is not None or (epoch + 1) % config.checkpoint.every_epochs == 0:
+            self._save(score)
+
+    def _log_modulation(self, step: int, epoch: int) -> None:
+        """Logs gamma and beta at each site, averaged over one training batch."""
+        if self.experiment.modulator is None:
+            return
+        sites = jax.device_get(_describe(self.experiment, self.loop.bilevel, self.device_data))
+        values = {s: {name: np.round(v, 6).tolist() for name, v in g.items()} for s, g in sites.items()}
+        self.log.write("modulation", step, epoch, {"sites": values})
+
+    def _save(self, score: float | None) -> None:
+        self.checkpoints.save(self.step, self.loop, self.loop.bilevel.mod_params, self.log.rows, score)
+
+    def _check_finite(self) -> None:
+        step, quantity = (int(value) for value in jax.device_get(self.loop.bad))
+        if step >= 0:
+            last = self.checkpoints.latest_step()
+            self.checkpoints.wait()
+            kept = "no checkpoint was written before" if last is None else f"the checkpoint of step {last} is kept"
+            raise NonFiniteError(
+                f"{_WATCHED[quantity]} became non-finite at step {step}; {kept};"
+                " lower optim.learning_rate or meta.learning_rate, or set optim.clip_norm"
+            )
+
+    def evaluate(self, state: BilevelState, split: str) -> dict[str, Any]:
+        """Returns `metrics.evaluate` of the plain classifier on the split `val` or `test`."""
+        images, labels = getattr(self.data, f"{split}_images"), getattr(self.data, f"{split}_labels")
+        probabilities = []
+        for image, _, mask in batches.eval_batches(images, labels, self.config.eval.batch_size):
+            out = self.eval_step(
+                state.params, state.batch_stats, image, self.device_data.mean, self.device_data.std
+            )
+            probabilities.append(np.asarray(out)[mask])
+        return evaluate(np.concatenate(probabilities), labels, self.data.counts)
+
+    def results(self, seconds: float) -> dict[str, Any]:
+        """Evaluates the last and the best-on-validation state on the test split: the one time it is read."""
+        last = self._result(self.loop.bilevel, self.step)
+        best_step = self.checkpoints.best_step()
+        best = None
+        if best_step is not None:
+            same = best_step == self.step
+            best = last if same else self._result(self.checkpoints.restore(best_step, self.loop)[0].bilevel, best_step)
+        return {
+            "method": self.config.method.name,
+            "seed": self.config.train.seed,
+            "last": last,
+            "best": best,
+            "train_seconds": seconds,
+            "seconds_per_step": seconds / max(1, self.experiment.total_steps),
+            "versions": _versions(),
+        }
+
+    def _result(self, state: BilevelState, step: int) -> dict[str, Any]:
+        return {
+            "step": step,
+            "epoch": -(-step // self.experiment.steps_per_epoch),
+            "val": self.evaluate(state, "val") if self.has_validation else None,
+            "test": self.evaluate(state, "test"),
+        }
+
+
+def make_call(experiment: Experiment, config: Config) -> Callable[..., LoopState]:
+    """Returns the compiled call `(loop, device_data, pattern) -> loop`: sample, augment, step, add up.
+
+    `pattern` is static, one bool a step: whether it updates the modulator. One step is compiled as it is (XLA's CPU
+    backend runs convolutions inside a loop many times slower than outside); several are a `lax.scan`. The loop state
+    is donated.
+    """
+    pad, flip = config.augment.pad, config.augment.flip
+
+    def sample(key: jax.Array, images: jax.Array, labels: jax.Array, index: jax.Array, data: DeviceData) -> Batch:
+        pictures = augment.augment_batch(key, batches.gather(images, index), pad, flip)
+        return Batch(augment.normalize(pictures, data.mean, data.std), batches.gather(labels, index))
+
+    def one(loop: LoopState, data: DeviceData, is_meta: bool) -> LoopState:
+        state = loop.bilevel
+        keys = jax.random.split(jax.random.fold_in(state.key, state.step), 3)
+        index = data.order[state.step % experiment.steps_per_epoch]
+        batch = sample(keys[0], data.images, data.labels, index, data)
+        if is_meta and experiment.meta_step is not None:
+            index = batches.meta_indices(keys[1], state.step, data.meta_table, config.meta.batch_size)
+            meta_batch = sample(keys[2], data.meta_images, data.meta_labels, index, data)
+            new_state, metrics = experiment.meta_step(state, batch, meta_batch)
+        else:
+            new_state, metrics = experiment.plain_step(state, batch)
+        return _accumulate(loop.replace(bilevel=new_state), metrics, state.step, is_meta)
+
+    @functools.partial(jax.jit, static_argnums=2, donate_argnums=0)
+    def call(loop: LoopState, data: DeviceData, pattern: tuple[bool, ...]) -> LoopState:
+        if len(pattern) == 1:
+            return one(loop, data, pattern[0])
+        if len(set(pattern)) == 1:
+            return jax.lax.scan(lambda c, _: (one(c, data, pattern[0]), None), loop, length=len(pattern))[0]
+
+        def either(carry: LoopState, is_meta: jax.Array) -> tuple[LoopState, None]:
+            branches = (lambda c: one(c, data, True), lambda c: one(c, data, False))
+            return jax.lax.cond(is_meta, *branches, carry), None
+
+        return jax.lax.scan(either, loop, jnp.asarray(pattern))[0]
+
+    return call
+
+
+def _accumulate(loop: LoopState, metrics: Metrics, step: jax.Array, is_meta: bool) -> LoopState:
+    """Adds one step's metrics to the sums and notes the first non-finite value."""
+    counts = {"steps": jnp.float32(1), "meta_steps": jnp.float32(is_meta)}
+    values = {name: value.astype(jnp.float32) for name, value in metrics.items()}
+    sums = {name: total + (values | counts).get(name, 0.0) for name, total in loop.sums.items()}
+    bad = loop.bad
+    for index, name in enumerate(_WATCHED):
+        if name in values:
+            first = (bad[0] < 0) & ~jnp.isfinite(values[name])
+            bad = jnp.where(first, jnp.stack([step, jnp.int32(index)]), bad)
+    return loop.replace(sums=sums, bad=bad)
+
+
+def _zero_sums(experiment: Experiment) -> Metrics:
+    names = ["loss", "accuracy", "grad_norm", "steps"]
+    if experiment.meta_step is not None:
+        names += ["meta_loss", "hypergrad_norm", "meta_steps"]
+    return {name: jnp.zeros((), jnp.float32) for name in names}
+
+
+def _to_device(data: LongTailData) -> DeviceData:
+    train, labels = jnp.asarray(data.train_images), jnp.asarray(data.train_labels)
+    held_out = data.meta_images is not data.train_images
+    return DeviceData(
+        images=train,
+        labels=labels,
+        meta_images=jnp.asarray(data.meta_images) if held_out else train,
+        meta_labels=jnp.asarray(data.meta_labels) if held_out else labels,
+        order=jnp.zeros((0, 0), jnp.int32),
+        meta_table=jnp.zeros((0, 0), jnp.int32),
+        mean=jnp.asarray(data.mean, jnp.float32),
+        std=jnp.asarray(data.std, jnp.float32),
+    )
+
+
+def _evaluate_batch(eval_step: Callable, params, batch_stats, image, mean, std) -> jax.Array:
+    return eval_step(params, batch_stats, augment.normalize(image, mean, std))
+
+
+def _describe(experiment: Experiment, state: BilevelState, data: DeviceData) -> dict[str, Metrics]:
+    """Returns gamma and beta `[C]` by site, averaged over the epoch's first batch, without augmentation."""
+    modulator = experiment.modulator
+    assert modulator is not None
+    index = data.order[0]
+    image, label = augment.normalize(data.images[index], data.mean, data.std), data.labels[index]
+    seen: dict[str, Metrics] = {}
+
+    def record(site: str, features: jax.Array) -> jax.Array:
+        if site in modulator.sites:
+            pair = modulator.parameters(state.mod_params, site, features, label)
+            seen[site] = {
+                name: x.reshape(-1, x.shape[-1]).mean(axis=0) for name, x in zip(("gamma", "beta"), pair, strict=True)
+            }
+        return features
+
+    experiment.module.clone(axis_name=None).apply(
+        {"params": state.params, "batch_stats": state.batch_stats}, image, modulate=record
+    )
+    return seen
+
+
+@contextlib.contextmanager
+def _sigterm() -> Iterator[Callable[[], bool]]:
+    """Yields a function that tells whether SIGTERM has arrived; outside the main thread it never does."""
+    received: list[int] = []
+    try:
+        before = signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
+    except ValueError:  # signals belong to the main thread
+        yield lambda: False
+        return
+    try:
+        yield lambda: bool(received)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _progress_bar() -> progress.Progress:
+    return progress.Progress(
+        progress.TextColumn("{task.description}"),
+        progress.BarColumn(),
+        progress.MofNCompleteColumn(),
+        progress.TextColumn("{task.fields[loss]}"),
+        progress.TimeElapsedColumn(),
+        progress.TextColumn("left"),
+        progress.TimeRemainingColumn(),
+    )
+
+
+def _versions() -> dict[str, str]:
+    names = ("mfm-jax", "jax", "flax", "optax", "orbax-checkpoint", "numpy")
+    devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+    return {name: metadata.version(name) for name in names} | {
+        "python": platform.python_version(),
+        "devices": devices,
+    }

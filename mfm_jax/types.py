@@ -1,0 +1,70 @@
+"""The types that modules pass to each other, in one place.
+
+Classifier and modulator parameters are separate pytrees throughout: no function takes or returns a tree that
+mixes them.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import jax
+from flax import struct
+
+PyTree = Any
+
+# Called by a classifier at each of its sites: (site name, features [B, ..., C]) -> features, same shape.
+Modulate = Callable[[str, jax.Array], jax.Array]
+
+# (logits [B, K], labels int32 [B]) -> loss of each example, [B], in nats for the cross-entropy family.
+LossFn = Callable[[jax.Array, jax.Array], jax.Array]
+
+# Scalars of one step, by name: `loss`, `accuracy`, `grad_norm`; `meta_loss`, `hypergrad_norm` of a meta-step.
+Metrics = dict[str, jax.Array]
+
+
+class ApplyFn(Protocol):
+    """A Flax module's `apply`: `(variables, images, train=, modulate=, mutable=, rngs=) -> logits [B, K]`.
+
+    `train` is passed only to modules whose `__call__` takes it.
+    """
+
+    def __call__(self, variables: PyTree, image: jax.Array, /, **kwargs: Any) -> Any: ...
+
+
+def no_modulation(site: str, features: jax.Array) -> jax.Array:
+    """The `Modulate` of every plain pass: returns `features` untouched."""
+    del site
+    return features
+
+
+class Batch(NamedTuple):
+    """Examples as the classifier sees them."""
+
+    image: jax.Array  # [B, H, W, C] floating point, normalised (any shape that the module takes)
+    label: jax.Array  # [B] int32, 0 <= label < K
+
+
+class Modulator(NamedTuple):
+    """Generates gamma and beta (see `modulation`). Both functions are pure.
+
+    init: `key -> mod_params`, the identity modulation.
+    parameters: `(mod_params, site, features [B, ..., C], labels [B]) -> (gamma, beta)`, each [C] or [B, C].
+    sites: the sites it modulates; every other site is left alone.
+    """
+
+    init: Callable[[jax.Array], PyTree]
+    parameters: Callable[[PyTree, str, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
+    sites: tuple[str, ...]
+
+
+@struct.dataclass
+class BilevelState:
+    """All that changes from step to step. A plain run has empty `mod_params` and `mod_opt_state`."""
+
+    step: jax.Array  # int32 scalar: steps done
+    key: jax.Array  # typed PRNG key, constant: randomness of step t is `fold_in(key, t)`
+    params: PyTree  # classifier, float32
+    batch_stats: PyTree  # running averages; they describe the plain network
+    opt_state: PyTree  # classifier's optax state
+    mod_params: PyTree  # modulator
+    mod_opt_state: PyTree  # modulator's optax state

@@ -1,0 +1,17 @@
+"""Four fake CPU devices, strict rank promotion, and a cache folder of the test run's own."""
+
+import os
+
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax  # noqa: E402  # the flags above must be set first
+import pytest  # noqa: E402
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Keeps the user's own cache out of the tests."""
+    os.environ["MFM_JAX_CACHE"] = str(tmp_path_factory.mktemp("cache"))

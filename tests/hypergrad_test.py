@@ -1,0 +1,185 @@
+"""The meta-gradient against the oracle, finite differences, and a hand-computed case."""
+
+import functools
+import itertools
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from mfm_jax import bilevel, hypergrad, losses, modulation
+from mfm_jax.types import Batch, Modulate, no_modulation
+
+CLASSES, BATCH = 4, 12
+SITES = ("stem", "stage1", "pooled", "logits")
+COUNTS = jnp.array([500, 120, 40, 7])
+LABELS = jnp.arange(BATCH, dtype=jnp.int32) % CLASSES
+
+OPTIMIZERS = {
+    "sgd": lambda: optax.sgd(0.1),
+    "nesterov_decay": lambda: optax.chain(
+        optax.add_decayed_weights(5e-4), optax.sgd(0.1, 0.9, nesterov=True)
+    ),
+    "clipped": lambda: optax.chain(optax.clip_by_global_norm(0.5), optax.sgd(0.1, 0.9)),
+    "adamw": lambda: optax.adamw(0.01, weight_decay=1e-2, eps_root=1e-8),
+}
+FORMS = ("direct", "direct_per_class", "frequency", "network", "network_count", "network_attached")
+
+
+class SmallNet(nn.Module):
+    """Convolutions, batch norm, a dead unit (its gradients are exactly zero), and four kinds of site."""
+
+    @nn.compact
+    def __call__(self, image: jax.Array, *, train: bool = False, modulate: Modulate = no_modulation):
+        x = nn.Conv(4, (3, 3), use_bias=False, name="stem")(image)
+        x = modulate("stem", nn.tanh(nn.BatchNorm(not train)(x)))
+        x = nn.Conv(6, (3, 3), strides=2, use_bias=False)(x)
+        x = modulate("stage1", nn.tanh(nn.BatchNorm(not train)(x)))
+        x = modulate("pooled", x.mean(axis=(1, 2)))
+        dead = jax.nn.relu(nn.Dense(2, bias_init=nn.initializers.constant(-100.0), name="dead")(x))
+        x = jnp.concatenate([x, dead], axis=-1)
+        return modulate("logits", nn.Dense(CLASSES, name="head")(x))
+
+
+def make_modulator(form: str, sites: tuple[str, ...]):
+    widths = {"stem": 4, "stage1": 6, "pooled": 6, "logits": CLASSES}
+    channels = {site: widths[site] for site in sites}
+    if form.startswith("direct"):
+        return modulation.direct(channels, CLASSES if form == "direct_per_class" else 0)
+    if form == "frequency":
+        return modulation.frequency(channels, COUNTS)
+    counts = COUNTS if form == "network_count" else None
+    return modulation.network(channels, counts, hidden=5, detach_inputs=form != "network_attached")
+
+
+@functools.cache
+def problem(form: str, sites: tuple[str, ...], optimizer: str, dtype: str):
+    """Returns (train_loss, meta_loss, update, params, phi): MFM's own, at a phi that is not the identity."""
+    net, key = SmallNet(), jax.random.key(0)
+    image, meta_image = jax.random.normal(key, (2, BATCH, 8, 8, 3), dtype)
+    variables = net.init(key, image)
+    modulator, tx = make_modulator(form, sites), OPTIMIZERS[optimizer]()
+    state = bilevel.init_state(key, variables, tx, modulator)
+    state = jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, state)
+    leaves, structure = jax.tree.flatten(state.mod_params)
+    keys = jax.random.split(key, len(leaves))
+    noise = [0.3 * jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=True)]
+    phi = structure.unflatten([a + b for a, b in zip(leaves, noise, strict=True)])
+    # Momentum that is not zero, so that the update is not the gradient alone.
+    _, opt_state = tx.update(jax.tree.map(lambda p: 0.1 * p, state.params), state.opt_state, state.params)
+    state = state.replace(opt_state=opt_state)
+    forward = bilevel._forward(net.apply)
+    build = bilevel._gradient_step(forward, losses.cross_entropy, tx, modulator, None)
+    train_loss, update = build(state, Batch(image, LABELS))
+
+    def meta_loss(params):
+        logits, _ = forward(state, params, meta_image, no_modulation, train=False)
+        return losses.generalized_cross_entropy(logits, LABELS).mean(), None
+
+    return train_loss, meta_loss, update, state.params, phi
+
+
+def relative(a, b) -> float:
+    a, b = (np.concatenate([np.ravel(x) for x in jax.tree.leaves(t)]) for t in (a, b))
+    assert np.linalg.norm(b) > 0
+    return float(np.linalg.norm(a - b) / np.linalg.norm(b))
+
+
+def both(form, sites, optimizer, dtype, active=None):
+    *functions, params, phi = problem(form, sites, optimizer, dtype)
+    routes = (hypergrad.mixed_mode, hypergrad.reverse_over_reverse)
+    return jax.jit(lambda w, phi: [route(*functions, w, phi, active) for route in routes])(params, phi)
+
+
+def cases():
+    """Every form, site and optimizer; the quick tier takes each value at least once, the slow tier all together."""
+    for form, optimizer, sites in itertools.product(FORMS, OPTIMIZERS, [*((s,) for s in SITES), SITES]):
+        if form == "direct_per_class" and "logits" in sites:
+            continue  # refused by the config: the row would give the label away
+        quick = (
+            (sites == SITES and optimizer == "adamw")
+            or (form == "direct" and optimizer == "nesterov_decay")
+            or (form == "direct_per_class" and sites == ("pooled",) and optimizer == "adamw")
+            or (form == "frequency" and sites == ("logits",))
+        )
+        marks = () if quick else (pytest.mark.slow,)
+        yield pytest.param(form, optimizer, sites, marks=marks, id=f"{form}-{optimizer}-{'+'.join(sites)}")
+
+
+@pytest.mark.parametrize(("form", "optimizer", "sites"), cases())
+def test_mixed_mode_equals_reverse_over_reverse(form, optimizer, sites):
+    with jax.enable_x64(True):
+        mixed, oracle = both(form, sites, optimizer, "float64")
+        chex.assert_tree_all_finite(mixed.grad)
+        assert relative(mixed.grad, oracle.grad) < 1e-10
+        chex.assert_trees_all_close(mixed.updated, oracle.updated, rtol=1e-12)
+        chex.assert_trees_all_close(mixed.inner_grad, oracle.inner_grad, rtol=1e-10, atol=1e-14)
+    mixed, oracle = both(form, sites, optimizer, "float32")
+    chex.assert_tree_all_finite(mixed.grad)
+    assert relative(mixed.grad, oracle.grad) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("form", "sites", "optimizer"),
+    [(form, ("pooled",), "nesterov_decay") for form in FORMS]
+    + [("frequency", ("logits",), name) for name in OPTIMIZERS]
+    + [(form, SITES, "adamw") for form in ("direct", "frequency", "network_attached")],
+)
+def test_mixed_mode_equals_central_difference(form, sites, optimizer):
+    with jax.enable_x64(True):
+        train_loss, meta_loss, update, params, phi = problem(form, sites, optimizer, "float64")
+        found = jax.jit(functools.partial(hypergrad.mixed_mode, train_loss, meta_loss, update))(params, phi)
+        direction = jax.tree.map(lambda g: g / optax.tree.norm(found.grad), found.grad)
+
+        @jax.jit
+        def objective(eps):
+            there = jax.tree.map(lambda p, d: p + eps * d, phi, direction)
+            grad, _ = jax.grad(train_loss, has_aux=True)(params, there)
+            return meta_loss(update(grad)[0])[0]
+
+        eps = 1e-4
+        # Richardson's step removes the cubic error of the plain central difference.
+        halves = [(objective(e) - objective(-e)) / (2 * e) for e in (eps, eps / 2)]
+        numeric = (4 * halves[1] - halves[0]) / 3
+        exact = optax.tree.vdot(found.grad, direction)
+        np.testing.assert_allclose(exact, numeric, rtol=1e-6)
+
+
+def test_dead_unit_has_zero_gradient_and_adam_stays_finite():
+    mixed, _ = both("direct", ("pooled",), "adamw", "float32")
+    assert not np.any(mixed.inner_grad["dead"]["kernel"])
+    chex.assert_tree_all_finite(mixed.grad)
+
+
+@pytest.mark.parametrize("optimizer", ["nesterov_decay", "adamw"])
+def test_restricted_virtual_step(optimizer):
+    with jax.enable_x64(True):
+        params = problem("direct", SITES, optimizer, "float64")[3]
+        active = {name: jax.tree.map(lambda _, on=name == "head": on, p) for name, p in params.items()}
+        mixed, oracle = both("direct", SITES, optimizer, "float64", active)
+        full, _ = both("direct", SITES, optimizer, "float64")
+        assert relative(mixed.grad, oracle.grad) < 1e-10
+        assert relative(mixed.grad, full.grad) > 1e-3
+        chex.assert_trees_all_close(mixed.updated, full.updated, rtol=1e-12)  # the real update moves all
+
+
+def test_hand_computed_scalar():
+    """L_train = (w phi)^2 / 2, L_meta = (w - 3)^2 / 2, SGD 0.1, w = 2, phi = 5.
+
+    g = w phi^2 = 50, w_hat = 2 - 5 = -3, dL_meta/dw_hat = -6, dw_hat/dphi = -0.1 * 2 w phi = -2: 12.
+    """
+    for route in (hypergrad.mixed_mode, hypergrad.reverse_over_reverse):
+        found = route(
+            lambda w, phi: ((w * phi) ** 2 / 2, None),
+            lambda w: ((w - 3.0) ** 2 / 2, None),
+            lambda g: (2.0 - 0.1 * g, None),
+            jnp.float32(2.0),
+            jnp.float32(5.0),
+        )
+        chex.assert_trees_all_close(
+            (found.grad, found.inner_grad, found.updated[0], found.meta[0]), (12.0, 50.0, -3.0, 18.0), rtol=1e-6
+        )

@@ -1,0 +1,297 @@
+"""Class counts, splits and manifests: the published table, golden index hashes, and properties."""
+
+import copy
+import hashlib
+import json
+from pathlib import Path
+
+import chex
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mfm_jax import longtail
+from mfm_jax.errors import UserError
+
+GOLDEN = json.loads((Path(__file__).parent / "golden" / "class_counts.json").read_text())
+SETS = {"cifar10": (10, 50_000), "cifar100": (100, 50_000)}
+
+
+def balanced_labels(num_classes: int, total: int) -> np.ndarray:
+    return np.arange(total) % num_classes
+
+
+def split_of(labels: np.ndarray, num_classes: int, **changes) -> longtail.Split:
+    fields = {
+        "protocol": "meta_held_out",
+        "imbalance_factor": 10.0,
+        "meta_images_per_class": 2,
+        "val_images_per_class": 1,
+        "seed": 0,
+    }
+    return longtail.make_split(labels, num_classes, **{**fields, **changes})
+
+
+def digest(indices: np.ndarray) -> str:
+    return hashlib.sha256(indices.astype("<i8").tobytes()).hexdigest()
+
+
+@pytest.mark.parametrize("case", GOLDEN["counts"], ids=lambda c: f"{c['set']}-{c['protocol']}-{c['factor']}")
+def test_class_counts_are_the_published_table(case):
+    num_classes, total = SETS[case["set"]]
+    split = split_of(
+        balanced_labels(num_classes, total),
+        num_classes,
+        protocol=case["protocol"],
+        imbalance_factor=float(case["factor"]),
+        meta_images_per_class=10,
+        val_images_per_class=0,
+    )
+    counts = np.bincount(split.train % num_classes, minlength=num_classes)
+    assert counts.tolist() == case["counts"]
+    assert (counts.sum(), counts[0], counts[-1]) == (case["total"], case["largest"], case["smallest"])
+
+
+def test_class_counts_by_hand():
+    chex.assert_trees_all_equal(longtail.class_counts(100, 3, 100), np.array([100, 10, 1]))
+    chex.assert_trees_all_equal(longtail.class_counts(99, 3, 9), np.array([99, 33, 11]))
+    chex.assert_trees_all_equal(longtail.class_counts(7, 4, 1), np.array([7, 7, 7, 7]))
+    chex.assert_trees_all_equal(longtail.class_counts(7, 1, 50), np.array([7]))
+    assert longtail.class_counts(49, 2, 49)[1] == 1  # 49 * (1 / 49) is below 1 in float64
+    assert longtail.class_counts(100, 3, 100).dtype == np.int64
+
+
+@given(st.integers(1, 5000), st.integers(2, 200), st.integers(1, 1000))
+def test_class_counts_are_exact_despite_rounding(n_max, num_classes, factor):
+    factor = min(factor, n_max)
+    counts = longtail.class_counts(n_max, num_classes, factor)
+    power = num_classes - 1
+    for c in {
+        0,
+        1,
+        num_classes // 2,
+        num_classes - 1,
+    }:  # n_c = floor(n_max * factor**(-c/power)), in integers
+        n = int(counts[c])
+        assert n**power * factor**c <= n_max**power < (n + 1) ** power * factor**c
+
+
+@pytest.mark.parametrize("protocol", ["meta_held_out", "full"])
+def test_split_indices_are_golden(protocol):
+    split = split_of(
+        balanced_labels(10, 50_000),
+        10,
+        protocol=protocol,
+        imbalance_factor=100.0,
+        meta_images_per_class=10,
+        val_images_per_class=20,
+        seed=7,
+    )
+    assert {name: digest(getattr(split, name)) for name in ("train", "meta", "val")} == GOLDEN["splits"][
+        protocol
+    ]
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.integers(12, 60), min_size=1, max_size=12),
+    st.integers(0, 4),
+    st.integers(1, 5),
+    st.floats(1, 3),
+    st.integers(0, 2**31),
+    st.sampled_from(["meta_held_out", "full"]),
+)
+def test_split_properties(sizes, val, meta, factor, seed, protocol):
+    """Unequal classes: disjoint, balanced where it must be, and an exact profile."""
+    labels = np.random.default_rng(seed).permutation(np.repeat(np.arange(len(sizes)), sizes))
+    split = split_of(
+        labels,
+        len(sizes),
+        protocol=protocol,
+        imbalance_factor=factor,
+        meta_images_per_class=meta,
+        val_images_per_class=val,
+        seed=seed,
+    )
+    for part in (split.train, split.meta, split.val):
+        assert part.dtype == np.int64
+        assert (np.diff(part) > 0).all()
+    train, picked, held = set(split.train), set(split.meta), set(split.val)
+    assert not held & (train | picked)
+    assert picked <= train if protocol == "full" else not picked & train
+    left = min(sizes) - val - (meta if protocol == "meta_held_out" else 0)
+    expected = longtail.class_counts(left, len(sizes), factor)
+    chex.assert_trees_all_equal(np.bincount(labels[split.train], minlength=len(sizes)), expected)
+    m = meta if protocol == "meta_held_out" else min(meta, expected.min())
+    assert (np.bincount(labels[split.meta], minlength=len(sizes)) == m).all()
+    assert (np.bincount(labels[split.val], minlength=len(sizes)) == val).all()
+
+
+def test_splits_of_one_seed_are_nested_in_the_factor():
+    labels = balanced_labels(10, 1000)
+    low, high = (split_of(labels, 10, imbalance_factor=f) for f in (2.0, 20.0))
+    assert set(high.train) < set(low.train)
+    chex.assert_trees_all_equal((low.meta, low.val), (high.meta, high.val))
+    assert not np.array_equal(low.val, split_of(labels, 10, seed=1).val)
+
+
+def test_redraw_meta_depends_on_seed_and_epoch_alone():
+    labels = np.repeat([0, 1, 2], [9, 6, 4])
+    first = longtail.redraw_meta(labels, 3, 10, seed=3, epoch=5)
+    chex.assert_trees_all_equal(first, longtail.redraw_meta(labels, 3, 10, seed=3, epoch=5))
+    chex.assert_shape(first, (3, 4))  # the smallest class holds 4
+    assert (labels[first] == np.arange(3)[:, None]).all()
+    assert all(len(set(row)) == 4 for row in first)
+    others = [longtail.redraw_meta(labels, 3, 10, seed=3, epoch=e) for e in range(10)]
+    assert {int(i) for draw in others for i in draw[0]} == set(range(9))  # every image has its turn
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"imbalance_factor": 0.5}, "data.imbalance_factor = 0.5: allowed: 1 or more"),
+        (
+            {"imbalance_factor": 50.0},
+            "data.imbalance_factor = 50: class 1 is left without a training image (the largest class has 7);"
+            " choose at most 7",
+        ),
+        (
+            {"meta_images_per_class": 9},
+            "meta.images_per_class = 9: class 0 holds 9 images beside its validation images;"
+            " choose at most 8",
+        ),
+        (
+            {"meta_images_per_class": 30, "val_images_per_class": 0},
+            "meta.images_per_class = 30: class 0 holds 10 images; choose at most 9",
+        ),
+        (
+            {"val_images_per_class": 10},
+            "data.val_images_per_class = 10: class 0 holds 10 images; choose at most 7",
+        ),
+        ({"protocol": "half"}, "data.protocol = 'half': allowed: full, meta_held_out"),
+    ],
+)
+def test_errors_name_field_value_and_way_out(changes, line):
+    with pytest.raises(UserError) as error:
+        split_of(balanced_labels(3, 30), 3, **changes)
+    assert str(error.value) == line
+
+
+def test_an_empty_class_is_an_error():
+    with pytest.raises(UserError, match="class 2 holds no images"):
+        split_of(balanced_labels(2, 30), 3)
+
+
+def test_shot_groups_by_hand():
+    groups = longtail.shot_groups([500, 101, 100, 20, 19, 2, 2])
+    expected = {
+        "many": [0, 1],
+        "medium": [2, 3],
+        "few": [4, 5, 6],
+        "rarest_third": [5, 6],
+        "middle_third": [2, 3, 4],
+        "head_third": [0, 1],
+    }
+    assert {name: group.tolist() for name, group in groups.items()} == expected
+    tied = longtail.shot_groups([5, 5, 5])
+    assert tied["rarest_third"].tolist() == [2]
+    assert tied["many"].shape == (0,)
+
+
+@given(st.lists(st.integers(0, 300), min_size=1, max_size=40))
+def test_shot_groups_partition_the_classes(counts):
+    groups = longtail.shot_groups(counts)
+    for names in (("many", "medium", "few"), ("rarest_third", "middle_third", "head_third")):
+        together = np.concatenate([groups[name] for name in names])
+        chex.assert_trees_all_equal(np.sort(together), np.arange(len(counts)))
+    assert len(groups["rarest_third"]) == max(len(counts) // 3, 1)
+
+
+def records(pool: str, ids: list[int]) -> longtail.Records:
+    return longtail.Records(pool, np.array(ids, np.int64), np.array(ids, np.int64) % 2)
+
+
+def manifest_of(**changes) -> dict:
+    fields = {
+        "dataset": "toy",
+        "version": "1.0.0",
+        "class_names": ("even", "odd"),
+        "settings": {"protocol": "meta_held_out", "imbalance_factor": 10.0, "seed": 0},
+        "splits": {
+            "train": records("train", [0, 1, 2]),
+            "meta": records("train", [3, 4]),
+            "val": records("train", []),
+            "test": records("test", [0, 1, 2, 3]),
+        },
+        "overlaps": {},
+    }
+    fields["splits"] = fields["splits"] | changes.pop("splits", {})
+    return longtail.make_manifest(**{**fields, **changes})
+
+
+def test_manifest_round_trip(tmp_path):
+    manifest = manifest_of()
+    longtail.write_manifest(manifest, tmp_path / "manifest.json")
+    assert longtail.read_manifest(tmp_path / "manifest.json") == manifest
+    assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]
+    assert manifest["splits"]["train"]["class_counts"] == [2, 1]
+    longtail.check_leakage(manifest)
+
+
+def test_manifest_hash_is_over_everything_else():
+    manifest = manifest_of()
+    for key in manifest.keys() - {"hash"}:
+        changed = copy.deepcopy(manifest)
+        changed[key] = "other"
+        assert longtail.manifest_hash(changed) != manifest["hash"], key
+
+
+def test_a_failed_write_leaves_the_old_manifest(tmp_path):
+    path = tmp_path / "manifest.json"
+    longtail.write_manifest(manifest_of(), path)
+    with pytest.raises(TypeError):
+        longtail.write_manifest({"hash": {1, 2}}, path)
+    assert longtail.read_manifest(path) == manifest_of()
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_tampering_and_damage_are_found(tmp_path):
+    path = tmp_path / "manifest.json"
+    with pytest.raises(UserError, match=r"manifest .*manifest\.json: cannot be read"):
+        longtail.read_manifest(path)
+    manifest = manifest_of()
+    manifest["splits"]["test"]["ids"].pop()
+    longtail.write_manifest(manifest, path)
+    with pytest.raises(UserError, match=r"manifest\.json: edited or damaged"):
+        longtail.read_manifest(path)
+    path.write_text(json.dumps(manifest_of())[:-20])
+    with pytest.raises(UserError, match=r"manifest\.json: damaged, not JSON"):
+        longtail.read_manifest(path)
+    path.write_text("[]")
+    with pytest.raises(UserError, match=r"not a split manifest"):
+        longtail.read_manifest(path)
+
+
+@pytest.mark.parametrize(
+    ("splits", "overlaps", "line"),
+    [
+        ({"test": records("train", [2, 9])}, {}, "test and train share 1 record ids, e.g. 2 of pool 'train'"),
+        ({"val": records("train", [3, 4])}, {}, "meta and val share 2 record ids, e.g. 3"),
+        ({"meta": records("train", [1, 1, 9])}, {}, "meta lists 1 record ids more than once"),
+        ({"meta": records("train", [1, 2])}, {}, "meta and train share 2 record ids"),
+        (
+            {"meta": records("train", [1, 2, 9])},
+            {("meta", "train"): "redrawn"},
+            "meta is declared to lie in train, which lacks 1 of it",
+        ),
+    ],
+)
+def test_leaks_are_found(splits, overlaps, line):
+    with pytest.raises(UserError, match=line):
+        longtail.check_leakage(manifest_of(splits=splits, overlaps=overlaps))
+
+
+def test_a_declared_overlap_is_no_leak():
+    splits = {"meta": records("train", [1, 2])}
+    longtail.check_leakage(manifest_of(splits=splits, overlaps={("meta", "train"): "redrawn"}))
