@@ -257,7 +257,7 @@ def _read_rows(path: Path) -> dict[str, list[dict[str, Any]]]:
 def _counts(manifest: dict[str, Any], path: Path) -> np.ndarray:
     """The training images a class: of the split `train`, or at the top of a manifest without splits."""
     train = (manifest.get("splits") or {}).get("train") or manifest
-    counts = train.get("class_counts", train.get("counts"))
+    counts: Any = train.get("class_counts", train.get("counts"))
     valid = isinstance(counts, list) and all(isinstance(n, int) and n >= 0 for n in counts)
     if not valid or len(counts) < 2 or not any(counts):
         raise UserError(f"{path}: 'class_counts' of the training split must list the images of each class")

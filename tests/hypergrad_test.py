@@ -110,7 +110,7 @@ def cases():
         yield pytest.param(form, optimizer, sites, marks=marks, id=f"{form}-{optimizer}-{'+'.join(sites)}")
 
 
-@pytest.mark.parametrize(("form", "optimizer", "sites"), cases())
+@pytest.mark.parametrize(("form", "optimizer", "sites"), list(cases()))
 def test_mixed_mode_equals_reverse_over_reverse(form, optimizer, sites):
     with jax.enable_x64(True):
         mixed, oracle = both(form, sites, optimizer, "float64")
