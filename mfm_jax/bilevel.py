@@ -261,9 +261,7 @@ def _depends(function: Callable[[PyTree], PyTree], argument: PyTree) -> bool:
 
 def _advance(state: BilevelState, updated: tuple[PyTree, PyTree], batch_stats: PyTree) -> BilevelState:
     params, opt_state = updated
-    return state.replace(
-        step=state.step + 1, params=params, opt_state=opt_state, batch_stats=batch_stats
-    )
+    return state.replace(step=state.step + 1, params=params, opt_state=opt_state, batch_stats=batch_stats)
 
 
 def _mean(values: jax.Array, axis_name: str | None) -> jax.Array:

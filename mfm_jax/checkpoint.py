@@ -111,4 +111,3 @@ def _metric(metrics: dict[str, float]) -> float:
 def _shapes(tree: PyTree) -> dict[str, Sequence[int] | Any]:
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf.shape for path, leaf in leaves}
-

@@ -12,7 +12,7 @@ import platformdirs
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from mfm_jax.config import Config
+from mfm_jax.config import GROUPS, field_type
 from mfm_jax.errors import UserError
 from mfm_jax.train import EXIT_INTERRUPTED, Interrupted
 
@@ -33,7 +33,7 @@ def run(main: Callable[[Sequence[str]], int]) -> None:
 def _guarded(main: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
     logging.set_verbosity(logging.WARNING)  # Orbax tells every step of every save at INFO
     # A program that was compiled once is not compiled again, by this run's continuation or by the next seed's.
-    if not jax.config.jax_compilation_cache_dir:
+    if not jax.config.values["jax_compilation_cache_dir"]:
         cache = os.environ.get("MFM_JAX_CACHE") or platformdirs.user_cache_dir("mfm_jax")
         jax.config.update("jax_compilation_cache_dir", os.path.join(cache, "xla"))
     try:
@@ -70,16 +70,15 @@ def _check_overrides(arguments: Sequence[str]) -> None:
     Raises:
       UserError: one line that names the field, the value and what is allowed.
     """
-    groups = {group.name: group.type for group in dataclasses.fields(Config)}
     for argument in arguments:
         match = re.fullmatch(r"--?(?:no)?config\.([^=]+)(?:=(.*))?", argument, re.DOTALL)
         if not match:
             continue
         path, text = match.groups()
         group, _, name = path.partition(".")
-        if group not in groups:
-            raise UserError(f"{path}: no such field; allowed groups: {', '.join(groups)}")
-        types = {field.name: field.type for field in dataclasses.fields(groups[group])}
+        if group not in GROUPS:
+            raise UserError(f"{path}: no such field; allowed groups: {', '.join(GROUPS)}")
+        types = {field.name: field_type(field) for field in dataclasses.fields(GROUPS[group])}
         if name not in types:
             raise UserError(f"{path}: no such field; allowed: {', '.join(f'{group}.{n}' for n in types)}")
         if text is not None and not _is_a(types[name], text):

@@ -19,7 +19,8 @@ from absl import flags
 from rich.console import Console
 from rich.markdown import Markdown
 
-from mfm_jax import command, config as config_lib, train
+from mfm_jax import command, train
+from mfm_jax import config as config_lib
 from mfm_jax.errors import UserError
 from mfm_jax.methods import METHODS
 

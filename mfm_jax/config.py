@@ -166,6 +166,14 @@ class Config:
         return dataclasses.asdict(self)
 
 
+GROUPS: dict[str, type[Any]] = {group.name: type(group.default) for group in dataclasses.fields(Config)}
+
+
+def field_type(field: dataclasses.Field[Any]) -> type:
+    """Returns the type of a field's values: that of its default."""
+    return type(field.default)
+
+
 def default() -> ml_collections.ConfigDict:
     """Returns every field at its default, as a locked `ConfigDict` for a config file to edit."""
     return ml_collections.ConfigDict(Config().to_dict())
@@ -178,10 +186,9 @@ def resolve(config: ml_collections.ConfigDict | Mapping[str, Any]) -> Config:
       UserError: one line that names the field, its value and what is allowed.
     """
     given = config.to_dict() if isinstance(config, ml_collections.ConfigDict) else dict(config)
-    groups = {group.name: group.type for group in dataclasses.fields(Config)}
-    _no_unknown(given, groups, "")
+    _no_unknown(given, GROUPS, "")
     parts = {}
-    for name, cls in groups.items():
+    for name, cls in GROUPS.items():
         values = given.get(name, {})
         if not isinstance(values, Mapping):
             raise UserError(f"{name} = {values!r}: expected a group of fields")
@@ -199,9 +206,9 @@ def _no_unknown(given: Mapping[str, Any], allowed: Mapping[str, Any], prefix: st
             raise UserError(f"{prefix}{key}: no such field; allowed: {', '.join(prefix + a for a in allowed)}")
 
 
-def _checked(path: str, field: dataclasses.Field, value: Any) -> Any:
+def _checked(path: str, field: dataclasses.Field[Any], value: Any) -> Any:
     """Returns `value` as the field's type (an int is welcome where a float is due)."""
-    want: type = field.type  # type: ignore[assignment]  # annotations here are types, not strings
+    want = field_type(field)
     if want is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if type(value) is not want:
@@ -209,8 +216,10 @@ def _checked(path: str, field: dataclasses.Field, value: Any) -> Any:
     choices = field.metadata.get("choices")
     if choices and value not in choices:
         raise UserError(f"{path} = {value!r}: allowed: {', '.join(sorted(choices))}")
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return value
     low, high = field.metadata.get("low", -math.inf), field.metadata.get("high", math.inf)
-    if want in (int, float) and not (low <= value <= high and math.isfinite(value)):
+    if not (low <= value <= high and math.isfinite(value)):
         bound = f"{low:g} or more" if high == math.inf else f"{low:g} to {high:g}"
         raise UserError(f"{path} = {value!r}: allowed: {bound}")
     return value

@@ -101,7 +101,7 @@ def build(config: Config, data: LongTailData, mesh: Mesh | None = None) -> Exper
     )
 
 
-def _meta_step(config, module, loss_fn, tx, modulator, mod_tx, axis_name) -> Callable:  # noqa: ANN001
+def _meta_step(config, module, loss_fn, tx, modulator, mod_tx, axis_name) -> Callable:
     meta_losses = {"ce": losses.cross_entropy, "gce": losses.generalized_cross_entropy}
     return bilevel.make_step(
         module.apply,

@@ -89,16 +89,12 @@ def mixed_mode(
     select, merge = _partition(params, active)
 
     def modulation_grad(active_params: list[jax.Array]) -> tuple[PyTree, Any]:
-        value, grads = jax.value_and_grad(train_loss, argnums=(0, 1), has_aux=True)(
-            merge(active_params), mod_params
-        )
+        value, grads = jax.value_and_grad(train_loss, argnums=(0, 1), has_aux=True)(merge(active_params), mod_params)
         return grads[1], (value, grads[0])
 
     _, tangent_of_grad, (train, inner_grad) = jax.linearize(modulation_grad, select(params), has_aux=True)
     new_params, pull_back, update_aux = jax.vjp(update, inner_grad, has_aux=True)
-    meta, meta_grad = jax.value_and_grad(lambda leaves: meta_loss(merge(leaves)), has_aux=True)(
-        select(new_params)
-    )
+    meta, meta_grad = jax.value_and_grad(lambda leaves: meta_loss(merge(leaves)), has_aux=True)(select(new_params))
     zeros = jax.tree.map(jax.numpy.zeros_like, new_params)
     (v,) = pull_back(_partition(zeros, active)[1](meta_grad))
     return Hypergrad(tangent_of_grad(select(v)), train, meta, inner_grad, (new_params, update_aux))
@@ -131,13 +127,13 @@ def _partition(
 ) -> tuple[Callable[[PyTree], list[jax.Array]], Callable[[list[jax.Array]], PyTree]]:
     """Returns (select, merge): the active leaves of a tree, and `tree` with its active leaves replaced."""
     leaves, structure = jax.tree.flatten(tree)
-    flags = [True] * len(leaves) if active is None else structure.flatten_up_to(active)
+    flags = [True] * len(leaves) if active is None else jax.tree.leaves(active)
 
     def select(other: PyTree) -> list[jax.Array]:
-        return [leaf for leaf, flag in zip(structure.flatten_up_to(other), flags, strict=True) if flag]
+        return [leaf for leaf, flag in zip(jax.tree.leaves(other), flags, strict=True) if flag]
 
     def merge(replacement: list[jax.Array]) -> PyTree:
         new = iter(replacement)
-        return structure.unflatten([next(new) if f else leaf for leaf, f in zip(leaves, flags, strict=True)])
+        return jax.tree.unflatten(structure, [next(new) if f else x for x, f in zip(leaves, flags, strict=True)])
 
     return select, merge

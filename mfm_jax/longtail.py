@@ -277,9 +277,7 @@ def check_leakage(manifest: Mapping[str, Any]) -> None:
     declared = {(overlap["part"], overlap["whole"]) for overlap in manifest["overlaps"]}
     for part, whole in declared:
         if missing := len(members[part] - members[whole]):
-            raise UserError(
-                f"split manifest: {part} is declared to lie in {whole}, which lacks {missing} of it"
-            )
+            raise UserError(f"split manifest: {part} is declared to lie in {whole}, which lacks {missing} of it")
     names = sorted(members)
     for i, a in enumerate(names):
         for b in names[i + 1 :]:

@@ -165,6 +165,4 @@ def _check(probs: np.ndarray, labels: np.ndarray, train_counts: np.ndarray) -> N
     if not np.isfinite(probs).all():
         raise ValueError("probs must be finite; the model diverged, or its logits overflowed")
     if probs.min() < 0 or np.abs(probs.sum(axis=1, dtype=np.float64) - 1).max() > _SUM_TOLERANCE:
-        raise ValueError(
-            "probs must be probabilities: not negative, rows that sum to one (were these logits?)"
-        )
+        raise ValueError("probs must be probabilities: not negative, rows that sum to one (were these logits?)")

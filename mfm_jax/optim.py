@@ -40,11 +40,7 @@ def classifier(config: Optim, learning_rate: optax.ScalarOrSchedule) -> optax.Gr
             optax.sgd(learning_rate, config.momentum, nesterov=True),
         ]
     else:
-        steps = [
-            optax.adamw(
-                learning_rate, b1=config.momentum, weight_decay=config.weight_decay, eps_root=EPS_ROOT
-            )
-        ]
+        steps = [optax.adamw(learning_rate, b1=config.momentum, weight_decay=config.weight_decay, eps_root=EPS_ROOT)]
     if config.clip_norm:
         steps.insert(0, optax.clip_by_global_norm(config.clip_norm))
     return optax.chain(*steps)

@@ -196,26 +196,20 @@ def _read(workdir: Path) -> _Run:
     counts = _counts(manifest, workdir / "manifest.json")
     names = [str(name) for name in manifest.get("class_names") or range(len(counts))]
     if len(names) != len(counts):
-        raise UserError(
-            f"{workdir / 'manifest.json'}: {len(counts)} class counts but {len(names)} class names"
-        )
+        raise UserError(f"{workdir / 'manifest.json'}: {len(counts)} class counts but {len(names)} class names")
     for title in ("last", "best"):
         if title == "last" or results.get("best") is not None:
             _check_evaluation(results.get(title), len(counts), f"{workdir / 'results.json'}: {title}.test")
     order = np.argsort(-counts, kind="stable")
     rows = _read_rows(workdir / "metrics.jsonl")
-    return _Run(
-        config=config, manifest=manifest, results=results, rows=rows, counts=counts, names=names, order=order
-    )
+    return _Run(config=config, manifest=manifest, results=results, rows=rows, counts=counts, names=names, order=order)
 
 
 def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise UserError(
-            f"{path}: no such file; the report is built from a workdir whose run has finished"
-        ) from None
+        raise UserError(f"{path}: no such file; the report is built from a workdir whose run has finished") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from None
 
@@ -288,9 +282,7 @@ def _modulation(run: _Run) -> dict[str, dict[str, np.ndarray]]:
             history = [np.ravel(row["sites"][site].get(parameter) or []) for row in having]
             # A row of another length belongs to another architecture: an old run's file was continued.
             if len({len(entry) for entry in history}) != 1:
-                raise UserError(
-                    f"metrics.jsonl: the length of {parameter} at site '{site}' changes between rows"
-                )
+                raise UserError(f"metrics.jsonl: the length of {parameter} at site '{site}' changes between rows")
             if len(history[0]):
                 values[parameter] = np.array(history, np.float64)
         sites[site] = values
@@ -382,9 +374,7 @@ def _draw_classes(figure: "Figure", run: _Run) -> str:
             width = 1.0 if many else 0.8
             top.bar(place[here], counts[here], width=width, color=color, label=label, rasterized=many)
             bottom.vlines(place[here], 0, accuracy[here], color=color, alpha=0.3, rasterized=many)
-            bottom.plot(
-                place[here], accuracy[here], "o", color=color, markersize=3 if many else 5, rasterized=many
-            )
+            bottom.plot(place[here], accuracy[here], "o", color=color, markersize=3 if many else 5, rasterized=many)
     above: dict[str, Any] = {"loc": "lower right", "bbox_to_anchor": (1.0, 1.0), "borderaxespad": 0.2}
     top.set_yscale("log")
     # Bars on a log scale need a floor; this one leaves the rarest class a visible bar.
@@ -393,9 +383,7 @@ def _draw_classes(figure: "Figure", run: _Run) -> str:
     top.yaxis.set_minor_formatter("")
     top.set_title("Training images (log scale)")
     top.legend(**above, ncols=3)
-    bottom.axhline(
-        np.nanmean(accuracy), color=MUTED, linestyle="--", linewidth=1.2, label="balanced accuracy"
-    )
+    bottom.axhline(np.nanmean(accuracy), color=MUTED, linestyle="--", linewidth=1.2, label="balanced accuracy")
     bottom.set_ylim(-4, 104)
     bottom.set_title("Test accuracy, last epoch (%)")
     bottom.legend(**above)
@@ -438,9 +426,7 @@ def _draw_curves(figure: "Figure", run: _Run) -> str:
     )
 
 
-def _curve(
-    axes: "Axes", rows: list[dict[str, Any]], key: str, label: str, color: str, scale: float = 1.0
-) -> None:
+def _curve(axes: "Axes", rows: list[dict[str, Any]], key: str, label: str, color: str, scale: float = 1.0) -> None:
     """Plots a column of the rows that have it; a long one as means of equal runs of rows."""
     points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
     if not points:
@@ -462,9 +448,7 @@ def _draw_confusion(figure: "Figure", run: _Run) -> str:
     axes.grid(visible=False)
     axes.set_xlabel("predicted class")
     axes.set_ylabel("true class")
-    figure.colorbar(
-        image, ax=axes, label="% of the true class", fraction=0.046, pad=0.03
-    ).outline.set_visible(False)
+    figure.colorbar(image, ax=axes, label="% of the true class", fraction=0.046, pad=0.03).outline.set_visible(False)
     if len(share) <= LABELLED_CLASSES:
         names = [run.names[k] for k in run.order]
         _name_ticks(axes, "x", names)
@@ -490,9 +474,7 @@ def _draw_reliability(figure: "Figure", run: _Run) -> str:
     accuracy.bar(left, _as_percent([one["accuracy"] for one in bins]), color=blue, label="accuracy", **bars)
     wanted = _as_percent([one["confidence"] for one in bins])
     accuracy.hlines(wanted, left, right, color=orange, linewidth=2.5, label="mean confidence")
-    accuracy.plot(
-        [0, 100], [0, 100], color=MUTED, linestyle="--", linewidth=1.2, label="perfectly calibrated"
-    )
+    accuracy.plot([0, 100], [0, 100], color=MUTED, linestyle="--", linewidth=1.2, label="perfectly calibrated")
     accuracy.set_ylim(0, 102)
     accuracy.set_title("Accuracy by confidence (%)")
     figure.legend(loc="outside upper left", ncols=3, columnspacing=1.2, handlelength=1.4)
@@ -542,9 +524,7 @@ def _history(axes: "Axes", steps: np.ndarray, values: np.ndarray) -> None:
 
 def _ramp(number: int) -> list[tuple[float, ...]]:
     """Colours from blue (the first) over purple to orange (the last)."""
-    stops = np.array(
-        [[int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)] for color in GROUP_COLORS.values()]
-    )
+    stops = np.array([[int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)] for color in GROUP_COLORS.values()])
     at = np.linspace(0, len(stops) - 1, number)
     return [tuple(np.interp(x, range(len(stops)), stops[:, c]) for c in range(3)) for x in at]
 

@@ -1,9 +1,8 @@
 """The training run: `train_and_evaluate(config, workdir)`.
 
-The loop keeps the device busy and the host out of the way: images, labels and the epoch's order live on the device,
-one compiled call samples, augments and steps, sums are kept on the device and looked at about twice a second.
-Everything a step does is a function of the state and the seed, so a run that is interrupted and started again with
-the same command goes on from its last checkpoint and ends with the same bits.
+The host drives the compiled calls of `loop`, looks at their sums about twice a second, and logs, validates and saves at
+the end of an epoch. A run that is interrupted and started again with the same command goes on from its last checkpoint
+and ends with the same bits.
 
 Selection is honest: epochs are compared on the validation split; the test split is read once, at the end.
 """
@@ -23,26 +22,25 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
-from flax import struct
 from rich import progress
 
-from mfm_jax import augment, parallel, report
 from mfm_jax import config as config_lib
 from mfm_jax import data as data_lib
 from mfm_jax import experiment as experiment_lib
+from mfm_jax import loop as loop_lib
+from mfm_jax import parallel, report
 from mfm_jax.checkpoint import Checkpointer
 from mfm_jax.config import Config
 from mfm_jax.data import LongTailData, batches
 from mfm_jax.errors import UserError
 from mfm_jax.experiment import Experiment
-from mfm_jax.longtail import write_manifest
 from mfm_jax.logs import MetricLog
+from mfm_jax.longtail import write_manifest
 from mfm_jax.metrics import evaluate
-from mfm_jax.types import Batch, BilevelState, Metrics
+from mfm_jax.types import BilevelState
 
 EXIT_INTERRUPTED = 75  # EX_TEMPFAIL: saved, run the same command again
 
-_WATCHED = ("loss", "grad_norm", "meta_loss", "hypergrad_norm")
 _SYNC_SECONDS = 0.5
 
 
@@ -55,40 +53,6 @@ class Interrupted(Exception):
 
 class NonFiniteError(UserError):
     """A loss or gradient became infinite or NaN; the checkpoints before it are untouched."""
-
-
-@struct.dataclass
-class LoopState:
-    """What the loop carries on the device, and what a checkpoint holds.
-
-    bilevel: the training state.
-    sums: running sums of the epoch's metrics; `steps` and `meta_steps` are their divisors.
-    bad: [2] int32, the first step with a non-finite value and that value's index in `_WATCHED`; -1 for none.
-    """
-
-    bilevel: BilevelState
-    sums: Metrics
-    bad: jax.Array
-
-
-@struct.dataclass
-class DeviceData:
-    """The resident data and one epoch's order.
-
-    images: uint8 [N, H, W, C]; labels: int32 [N].
-    meta_images, meta_labels: the pool that the meta table indexes.
-    order: int32 [steps, B]; meta_table: int32 [K, m].
-    mean, std: float32 [C].
-    """
-
-    images: jax.Array
-    labels: jax.Array
-    meta_images: jax.Array
-    meta_labels: jax.Array
-    order: jax.Array
-    meta_table: jax.Array
-    mean: jax.Array
-    std: jax.Array
 
 
 def train_and_evaluate(
@@ -158,20 +122,19 @@ class _Run:
         self.config, self.data, self.experiment = config, data, experiment
         self.has_validation = len(data.val_labels) > 0
         self.checkpoints = Checkpointer(workdir, config.checkpoint, has_validation=self.has_validation)
-        self.loop = LoopState(experiment.init(), _zero_sums(experiment), jnp.full((2,), -1, jnp.int32))
-        self.device_data = _to_device(data)
+        self.loop = loop_lib.initial(experiment)
+        self.device_data = loop_lib.to_device(data)
         if mesh:
-            self.loop, self.device_data = jax.device_put(
-                (self.loop, self.device_data), parallel.replicated(mesh)
-            )
+            self.loop, self.device_data = jax.device_put((self.loop, self.device_data), parallel.replicated(mesh))
         rows: list = []
         latest = self.checkpoints.latest_step()
         if latest is not None:
             self.loop, rows = self.checkpoints.restore(latest, self.loop)
         self.step = latest or 0
         self.log = MetricLog(workdir, rows)
-        self.call = make_call(experiment, config)
-        self.eval_step = jax.jit(functools.partial(_evaluate_batch, experiment.eval_step))
+        self.call = loop_lib.make_call(experiment, config)
+        self.describe = jax.jit(functools.partial(loop_lib.describe, experiment))
+        self.eval_step = jax.jit(functools.partial(loop_lib.evaluate_batch, experiment.eval_step))
 
     def close(self) -> None:
         self.log.close()
@@ -212,9 +175,7 @@ class _Run:
     def _start_epoch(self, epoch: int) -> None:
         """Puts the epoch's order on the device: a function of the seed and the epoch."""
         key = jax.random.fold_in(jax.random.key(self.config.train.seed), 1)
-        order = batches.epoch_order(
-            key, jnp.int32(epoch), len(self.data.train_labels), self.config.train.batch_size
-        )
+        order = batches.epoch_order(key, jnp.int32(epoch), len(self.data.train_labels), self.config.train.batch_size)
         table = jnp.asarray(self.data.meta_table(epoch), jnp.int32)
         sharding = self.device_data.images.sharding
         order, table = jax.device_put((order, table), sharding)
@@ -255,7 +216,7 @@ class _Run:
         """Logs gamma and beta at each site, averaged over one training batch."""
         if self.experiment.modulator is None:
             return
-        sites = jax.device_get(_describe(self.experiment, self.loop.bilevel, self.device_data))
+        sites = jax.device_get(self.describe(self.loop.bilevel, self.device_data))
         values = {s: {name: np.round(v, 6).tolist() for name, v in g.items()} for s, g in sites.items()}
         self.log.write("modulation", step, epoch, {"sites": values})
 
@@ -269,7 +230,7 @@ class _Run:
             self.checkpoints.wait()
             kept = "no checkpoint was written before" if last is None else f"the checkpoint of step {last} is kept"
             raise NonFiniteError(
-                f"{_WATCHED[quantity]} became non-finite at step {step}; {kept};"
+                f"{loop_lib.WATCHED[quantity]} became non-finite at step {step}; {kept};"
                 " lower optim.learning_rate or meta.learning_rate, or set optim.clip_norm"
             )
 
@@ -278,9 +239,7 @@ class _Run:
         images, labels = getattr(self.data, f"{split}_images"), getattr(self.data, f"{split}_labels")
         probabilities = []
         for image, _, mask in batches.eval_batches(images, labels, self.config.eval.batch_size):
-            out = self.eval_step(
-                state.params, state.batch_stats, image, self.device_data.mean, self.device_data.std
-            )
+            out = self.eval_step(state, image, self.device_data)
             probabilities.append(np.asarray(out)[mask])
         return evaluate(np.concatenate(probabilities), labels, self.data.counts)
 
@@ -309,109 +268,6 @@ class _Run:
             "val": self.evaluate(state, "val") if self.has_validation else None,
             "test": self.evaluate(state, "test"),
         }
-
-
-def make_call(experiment: Experiment, config: Config) -> Callable[..., LoopState]:
-    """Returns the compiled call `(loop, device_data, pattern) -> loop`: sample, augment, step, add up.
-
-    `pattern` is static, one bool a step: whether it updates the modulator. One step is compiled as it is (XLA's CPU
-    backend runs convolutions inside a loop many times slower than outside); several are a `lax.scan`. The loop state
-    is donated.
-    """
-    pad, flip = config.augment.pad, config.augment.flip
-
-    def sample(key: jax.Array, images: jax.Array, labels: jax.Array, index: jax.Array, data: DeviceData) -> Batch:
-        pictures = augment.augment_batch(key, batches.gather(images, index), pad, flip)
-        return Batch(augment.normalize(pictures, data.mean, data.std), batches.gather(labels, index))
-
-    def one(loop: LoopState, data: DeviceData, is_meta: bool) -> LoopState:
-        state = loop.bilevel
-        keys = jax.random.split(jax.random.fold_in(state.key, state.step), 3)
-        index = data.order[state.step % experiment.steps_per_epoch]
-        batch = sample(keys[0], data.images, data.labels, index, data)
-        if is_meta and experiment.meta_step is not None:
-            index = batches.meta_indices(keys[1], state.step, data.meta_table, config.meta.batch_size)
-            meta_batch = sample(keys[2], data.meta_images, data.meta_labels, index, data)
-            new_state, metrics = experiment.meta_step(state, batch, meta_batch)
-        else:
-            new_state, metrics = experiment.plain_step(state, batch)
-        return _accumulate(loop.replace(bilevel=new_state), metrics, state.step, is_meta)
-
-    @functools.partial(jax.jit, static_argnums=2, donate_argnums=0)
-    def call(loop: LoopState, data: DeviceData, pattern: tuple[bool, ...]) -> LoopState:
-        if len(pattern) == 1:
-            return one(loop, data, pattern[0])
-        if len(set(pattern)) == 1:
-            return jax.lax.scan(lambda c, _: (one(c, data, pattern[0]), None), loop, length=len(pattern))[0]
-
-        def either(carry: LoopState, is_meta: jax.Array) -> tuple[LoopState, None]:
-            branches = (lambda c: one(c, data, True), lambda c: one(c, data, False))
-            return jax.lax.cond(is_meta, *branches, carry), None
-
-        return jax.lax.scan(either, loop, jnp.asarray(pattern))[0]
-
-    return call
-
-
-def _accumulate(loop: LoopState, metrics: Metrics, step: jax.Array, is_meta: bool) -> LoopState:
-    """Adds one step's metrics to the sums and notes the first non-finite value."""
-    counts = {"steps": jnp.float32(1), "meta_steps": jnp.float32(is_meta)}
-    values = {name: value.astype(jnp.float32) for name, value in metrics.items()}
-    sums = {name: total + (values | counts).get(name, 0.0) for name, total in loop.sums.items()}
-    bad = loop.bad
-    for index, name in enumerate(_WATCHED):
-        if name in values:
-            first = (bad[0] < 0) & ~jnp.isfinite(values[name])
-            bad = jnp.where(first, jnp.stack([step, jnp.int32(index)]), bad)
-    return loop.replace(sums=sums, bad=bad)
-
-
-def _zero_sums(experiment: Experiment) -> Metrics:
-    names = ["loss", "accuracy", "grad_norm", "steps"]
-    if experiment.meta_step is not None:
-        names += ["meta_loss", "hypergrad_norm", "meta_steps"]
-    return {name: jnp.zeros((), jnp.float32) for name in names}
-
-
-def _to_device(data: LongTailData) -> DeviceData:
-    train, labels = jnp.asarray(data.train_images), jnp.asarray(data.train_labels)
-    held_out = data.meta_images is not data.train_images
-    return DeviceData(
-        images=train,
-        labels=labels,
-        meta_images=jnp.asarray(data.meta_images) if held_out else train,
-        meta_labels=jnp.asarray(data.meta_labels) if held_out else labels,
-        order=jnp.zeros((0, 0), jnp.int32),
-        meta_table=jnp.zeros((0, 0), jnp.int32),
-        mean=jnp.asarray(data.mean, jnp.float32),
-        std=jnp.asarray(data.std, jnp.float32),
-    )
-
-
-def _evaluate_batch(eval_step: Callable, params, batch_stats, image, mean, std) -> jax.Array:
-    return eval_step(params, batch_stats, augment.normalize(image, mean, std))
-
-
-def _describe(experiment: Experiment, state: BilevelState, data: DeviceData) -> dict[str, Metrics]:
-    """Returns gamma and beta `[C]` by site, averaged over the epoch's first batch, without augmentation."""
-    modulator = experiment.modulator
-    assert modulator is not None
-    index = data.order[0]
-    image, label = augment.normalize(data.images[index], data.mean, data.std), data.labels[index]
-    seen: dict[str, Metrics] = {}
-
-    def record(site: str, features: jax.Array) -> jax.Array:
-        if site in modulator.sites:
-            pair = modulator.parameters(state.mod_params, site, features, label)
-            seen[site] = {
-                name: x.reshape(-1, x.shape[-1]).mean(axis=0) for name, x in zip(("gamma", "beta"), pair, strict=True)
-            }
-        return features
-
-    experiment.module.clone(axis_name=None).apply(
-        {"params": state.params, "batch_stats": state.batch_stats}, image, modulate=record
-    )
-    return seen
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ mixes them.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 from flax import struct
@@ -22,13 +22,9 @@ LossFn = Callable[[jax.Array, jax.Array], jax.Array]
 Metrics = dict[str, jax.Array]
 
 
-class ApplyFn(Protocol):
-    """A Flax module's `apply`: `(variables, images, train=, modulate=, mutable=, rngs=) -> logits [B, K]`.
-
-    `train` is passed only to modules whose `__call__` takes it.
-    """
-
-    def __call__(self, variables: PyTree, image: jax.Array, /, **kwargs: Any) -> Any: ...
+# A Flax module's `apply`: `(variables, images, train=, modulate=, mutable=, rngs=) -> logits [B, K]`; `train` is passed
+# only to modules whose `__call__` takes it.
+ApplyFn = Callable[..., Any]
 
 
 def no_modulation(site: str, features: jax.Array) -> jax.Array:
@@ -57,8 +53,7 @@ class Modulator(NamedTuple):
     sites: tuple[str, ...]
 
 
-@struct.dataclass
-class BilevelState:
+class BilevelState(struct.PyTreeNode):
     """All that changes from step to step. A plain run has empty `mod_params` and `mod_opt_state`."""
 
     step: jax.Array  # int32 scalar: steps done

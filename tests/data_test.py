@@ -155,9 +155,7 @@ def test_validation_stands_in_for_a_missing_test_split(tmp_path, cache):
 def test_images_of_several_sizes_need_a_size(tmp_path, cache):
     mixed = pictures(3) + pictures(3, size=(6, 8))
     root = prepare(tmp_path / "a", {"train": mixed, "test": pictures(2)}, shape=(None, None, 3))
-    with pytest.raises(
-        UserError, match=r"data\.image_size = 0: images of 'tiny' differ .* record 3 is \(6, 8, 3\)"
-    ):
+    with pytest.raises(UserError, match=r"data\.image_size = 0: images of 'tiny' differ .* record 3 is \(6, 8, 3\)"):
         sources.load(tiny(root))
     chex.assert_shape(sources.load(tiny(root, image_size=2)).train_images, (6, 2, 2, 3))
 
@@ -440,9 +438,7 @@ def test_epoch_order_is_a_permutation_of_seed_and_epoch():
     assert len(set(np.asarray(order).ravel())) == 100
     chex.assert_trees_all_equal(order, batches.epoch_order(key, jnp.int32(2), 107, 10))
     assert not np.array_equal(order, batches.epoch_order(key, 3, 107, 10))
-    dropped = [
-        set(range(107)) - set(np.asarray(batches.epoch_order(key, e, 107, 10)).ravel()) for e in range(3)
-    ]
+    dropped = [set(range(107)) - set(np.asarray(batches.epoch_order(key, e, 107, 10)).ravel()) for e in range(3)]
     assert len({frozenset(d) for d in dropped}) == 3
     assert batches.steps_per_epoch(107, 10) == 10
 

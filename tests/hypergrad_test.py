@@ -21,9 +21,7 @@ LABELS = jnp.arange(BATCH, dtype=jnp.int32) % CLASSES
 
 OPTIMIZERS = {
     "sgd": lambda: optax.sgd(0.1),
-    "nesterov_decay": lambda: optax.chain(
-        optax.add_decayed_weights(5e-4), optax.sgd(0.1, 0.9, nesterov=True)
-    ),
+    "nesterov_decay": lambda: optax.chain(optax.add_decayed_weights(5e-4), optax.sgd(0.1, 0.9, nesterov=True)),
     "clipped": lambda: optax.chain(optax.clip_by_global_norm(0.5), optax.sgd(0.1, 0.9)),
     "adamw": lambda: optax.adamw(0.01, weight_decay=1e-2, eps_root=1e-8),
 }

@@ -88,9 +88,7 @@ def test_split_indices_are_golden(protocol):
         val_images_per_class=20,
         seed=7,
     )
-    assert {name: digest(getattr(split, name)) for name in ("train", "meta", "val")} == GOLDEN["splits"][
-        protocol
-    ]
+    assert {name: digest(getattr(split, name)) for name in ("train", "meta", "val")} == GOLDEN["splits"][protocol]
 
 
 @settings(deadline=None)
@@ -158,8 +156,7 @@ def test_redraw_meta_depends_on_seed_and_epoch_alone():
         ),
         (
             {"meta_images_per_class": 9},
-            "meta.images_per_class = 9: class 0 holds 9 images beside its validation images;"
-            " choose at most 8",
+            "meta.images_per_class = 9: class 0 holds 9 images beside its validation images; choose at most 8",
         ),
         (
             {"meta_images_per_class": 30, "val_images_per_class": 0},

@@ -22,9 +22,7 @@ HAND_LABELS = np.array([0, 0, 0, 1, 1, 2])
 HAND_COUNTS = np.array([500, 50, 5])
 
 
-def _random_case(
-    seed: int, examples: int = 200, classes: int = 7
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _random_case(seed: int, examples: int = 200, classes: int = 7) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Probabilities without ties, every class tested, distinct counts (so no ties between groups)."""
     rng = np.random.default_rng(seed)
     labels = np.concatenate([np.arange(classes), rng.integers(0, classes, examples - classes)])
@@ -57,9 +55,7 @@ def test_ranking_and_calibration_by_hand():
 
 
 def test_reliability_bins_by_hand():
-    bins = metrics.reliability_bins(
-        np.array([0.0, 0.25, 0.3, 1.0]), np.array([True, False, True, True]), num_bins=4
-    )
+    bins = metrics.reliability_bins(np.array([0.0, 0.25, 0.3, 1.0]), np.array([True, False, True, True]), num_bins=4)
     assert [one["count"] for one in bins] == [
         2,
         1,

@@ -32,9 +32,7 @@ def write_workdir(
 
     def evaluation(skill: float) -> dict[str, Any]:
         labels = np.repeat(np.arange(classes), 40)
-        logits = (
-            rng.normal(size=(len(labels), classes)) + skill * np.eye(classes)[labels] + 0.2 * np.log(counts)
-        )
+        logits = rng.normal(size=(len(labels), classes)) + skill * np.eye(classes)[labels] + 0.2 * np.log(counts)
         probs = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
         return metrics.evaluate(probs.astype(np.float32), labels, np.array(counts))
 
@@ -145,9 +143,7 @@ def full(tmp_path_factory):
 
 def test_is_one_file_without_links_or_scripts(full):
     page, _ = full
-    assert not re.search(
-        r"https?://|<script|@import|//[a-z]", page.source.replace("</script", ""), re.IGNORECASE
-    )
+    assert not re.search(r"https?://|<script|@import|//[a-z]", page.source.replace("</script", ""), re.IGNORECASE)
     for tag, attributes in page.tags:
         assert tag not in ("script", "link", "iframe", "img", "object"), tag
         for name in ("src", "href", "xlink:href", "data", "action"):

@@ -160,9 +160,7 @@ def _check_agrees(config: Config, source: Source, manifest: dict[str, Any]) -> N
             )
     test = manifest["splits"]["test"]
     if (test["pool"], test["ids"]) != (source.test_pool, source.test_ids.tolist()):
-        raise UserError(
-            f"data.manifest = {config.data.manifest!r}: its test split differs from {source.name}'s"
-        )
+        raise UserError(f"data.manifest = {config.data.manifest!r}: its test split differs from {source.name}'s")
     for key, value in _settings(config).items():
         if manifest[key] != value:
             field = "meta.images_per_class" if key == "meta_images_per_class" else f"data.{key}"
@@ -201,8 +199,7 @@ def _check_batches(config: Config, num_train: int, num_meta: int) -> None:
         )
     if config.meta.batch_size > num_meta:
         raise UserError(
-            f"meta.batch_size = {config.meta.batch_size}: the meta set has {num_meta} images;"
-            f" choose at most {num_meta}"
+            f"meta.batch_size = {config.meta.batch_size}: the meta set has {num_meta} images; choose at most {num_meta}"
         )
 
 

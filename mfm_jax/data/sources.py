@@ -193,8 +193,7 @@ def _prepared_builder(config: Data) -> Any:
         builder.download_and_prepare()
     except Exception as error:  # network, disk, checksum, manual download: each its own type
         raise UserError(
-            f"data.name = {config.name!r}: could not be prepared in {where} ({_first_line(error)});"
-            f" {ways_out}"
+            f"data.name = {config.name!r}: could not be prepared in {where} ({_first_line(error)}); {ways_out}"
         ) from error
     return builder
 
@@ -211,13 +210,10 @@ def _check_features(name: str, features: Any) -> None:
     image, label = (features[key] if key in keys else None for key in ("image", "label"))
     if not isinstance(image, tfds.features.Image) or not isinstance(label, tfds.features.ClassLabel):
         raise UserError(
-            f"data.name = {name!r}: needs an `image` and a class `label`; it has:"
-            f" {', '.join(keys) or 'neither'}"
+            f"data.name = {name!r}: needs an `image` and a class `label`; it has: {', '.join(keys) or 'neither'}"
         )
     if image.np_dtype != np.uint8:
-        raise UserError(
-            f"data.name = {name!r}: images are {np.dtype(image.np_dtype)}; only uint8 is supported"
-        )
+        raise UserError(f"data.name = {name!r}: images are {np.dtype(image.np_dtype)}; only uint8 is supported")
 
 
 def _decoded(builder: Any, split: str, config: Data) -> tuple[Images, Labels]:
@@ -245,9 +241,7 @@ def _decoded(builder: Any, split: str, config: Data) -> tuple[Images, Labels]:
 
 def _fingerprint(folder: Path) -> str:
     """Returns 16 hex digits that change with the place, the files, their sizes or their times."""
-    files = [
-        (f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(folder.glob("*")) if f.is_file()
-    ]
+    files = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(folder.glob("*")) if f.is_file()]
     return hashlib.sha256(repr((str(folder.resolve()), files)).encode()).hexdigest()[:16]
 
 
@@ -270,9 +264,7 @@ def _decode(records: Sequence[Any], config: Data, split: str) -> tuple[Images, L
                 images[i], labels[i] = image, record["label"]
             progress.update(task, advance=len(batch))
     if images is None or labels.min() < 0:
-        raise UserError(
-            f"data.name = {config.name!r}: split {split} has no {'labels' if total else 'records'}"
-        )
+        raise UserError(f"data.name = {config.name!r}: split {split} has no {'labels' if total else 'records'}")
     return images, labels
 
 
@@ -300,9 +292,7 @@ def cached(name: str, build: Callable[[], tuple[Images, Labels]]) -> tuple[Image
     try:
         _write_entry(entry, images, labels)
     except OSError as error:
-        logging.getLogger(__name__).warning(
-            "decoded images are not kept: %s cannot be written (%s)", root, error
-        )
+        logging.getLogger(__name__).warning("decoded images are not kept: %s cannot be written (%s)", root, error)
     return images, labels
 
 

@@ -36,9 +36,7 @@ class BasicBlock(nn.Module):
         conv = functools.partial(
             nn.Conv, self.channels, (3, 3), padding=1, use_bias=False, kernel_init=_kaiming, dtype=self.dtype
         )
-        norm = functools.partial(
-            nn.BatchNorm, not train, momentum=0.9, axis_name=self.axis_name, dtype=self.dtype
-        )
+        norm = functools.partial(nn.BatchNorm, not train, momentum=0.9, axis_name=self.axis_name, dtype=self.dtype)
         y = nn.relu(norm()(conv(strides=self.stride)(x)))
         y = norm()(conv()(y))
         return nn.relu(y + _shortcut(x, self.channels, self.stride))
@@ -81,9 +79,7 @@ class CifarResNet(nn.Module):
     axis_name: str | None = None
 
     @nn.compact
-    def __call__(
-        self, image: jax.Array, *, train: bool = False, modulate: Modulate = no_modulation
-    ) -> jax.Array:
+    def __call__(self, image: jax.Array, *, train: bool = False, modulate: Modulate = no_modulation) -> jax.Array:
         """Returns logits `[B, K]`.
 
         Args:
@@ -91,18 +87,14 @@ class CifarResNet(nn.Module):
           train: normalise with batch statistics and update the running ones.
           modulate: called at each site.
         """
-        x = nn.Conv(
-            self.width, (3, 3), padding=1, use_bias=False, kernel_init=_kaiming, dtype=self.dtype, name="stem"
-        )(image.astype(self.dtype))
-        x = nn.BatchNorm(
-            not train, momentum=0.9, axis_name=self.axis_name, dtype=self.dtype, name="stem_norm"
-        )(x)
+        x = nn.Conv(self.width, (3, 3), padding=1, use_bias=False, kernel_init=_kaiming, dtype=self.dtype, name="stem")(
+            image.astype(self.dtype)
+        )
+        x = nn.BatchNorm(not train, momentum=0.9, axis_name=self.axis_name, dtype=self.dtype, name="stem_norm")(x)
         x = modulate("stem", nn.relu(x))
         for i in range(3):
             site = f"stage{i + 1}"
-            stage = Stage(
-                self.blocks, self.width * 2**i, 2 if i else 1, self.dtype, self.axis_name, name=site
-            )
+            stage = Stage(self.blocks, self.width * 2**i, 2 if i else 1, self.dtype, self.axis_name, name=site)
             x = modulate(site, stage(x, train))
         x = modulate("pooled", x.mean(axis=(1, 2)))
         logits = nn.Dense(self.num_classes, kernel_init=_kaiming, dtype=self.dtype, name="head")(x)

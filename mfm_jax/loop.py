@@ -1,0 +1,162 @@
+"""The compiled part of the training loop: sample, augment, step and add up, without leaving the device.
+
+Images, labels and the epoch's order live on the device. Everything is a function of the state, the seed and the step,
+so a run that goes on from a checkpoint repeats the same batches with the same augmentation.
+"""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from mfm_jax import augment
+from mfm_jax.config import Config
+from mfm_jax.data import LongTailData, batches
+from mfm_jax.experiment import Experiment
+from mfm_jax.types import Batch, BilevelState, Metrics
+
+WATCHED = ("loss", "grad_norm", "meta_loss", "hypergrad_norm")  # must stay finite
+
+
+class LoopState(struct.PyTreeNode):
+    """What the loop carries on the device, and what a checkpoint holds.
+
+    bilevel: the training state.
+    sums: running sums of the epoch's metrics; `steps` and `meta_steps` are their divisors.
+    bad: [2] int32, the first step with a non-finite value and that value's index in `WATCHED`; -1 for none.
+    """
+
+    bilevel: BilevelState
+    sums: Metrics
+    bad: jax.Array
+
+
+class DeviceData(struct.PyTreeNode):
+    """The resident data and one epoch's order.
+
+    images: uint8 [N, H, W, C]; labels: int32 [N].
+    meta_images, meta_labels: the pool that the meta table indexes.
+    order: int32 [steps, B]; meta_table: int32 [K, m].
+    mean, std: float32 [C].
+    """
+
+    images: jax.Array
+    labels: jax.Array
+    meta_images: jax.Array
+    meta_labels: jax.Array
+    order: jax.Array
+    meta_table: jax.Array
+    mean: jax.Array
+    std: jax.Array
+
+
+def make_call(experiment: Experiment, config: Config) -> Callable[..., LoopState]:
+    """Returns the compiled call `(loop, device_data, pattern) -> loop`: sample, augment, step, add up.
+
+    `pattern` is static, one bool a step: whether it updates the modulator. One step is compiled as it is (XLA's CPU
+    backend runs convolutions inside a loop many times slower than outside); several are a `lax.scan`. The loop state
+    is donated.
+    """
+    pad, flip = config.augment.pad, config.augment.flip
+
+    def sample(key: jax.Array, images: jax.Array, labels: jax.Array, index: jax.Array, data: DeviceData) -> Batch:
+        pictures = augment.augment_batch(key, batches.gather(images, index), pad, flip)
+        return Batch(augment.normalize(pictures, data.mean, data.std), batches.gather(labels, index))
+
+    def one(loop: LoopState, data: DeviceData, is_meta: bool) -> LoopState:
+        state = loop.bilevel
+        keys = jax.random.split(jax.random.fold_in(state.key, state.step), 3)
+        index = data.order[state.step % experiment.steps_per_epoch]
+        batch = sample(keys[0], data.images, data.labels, index, data)
+        if is_meta and experiment.meta_step is not None:
+            index = batches.meta_indices(keys[1], state.step, data.meta_table, config.meta.batch_size)
+            meta_batch = sample(keys[2], data.meta_images, data.meta_labels, index, data)
+            new_state, metrics = experiment.meta_step(state, batch, meta_batch)
+        else:
+            new_state, metrics = experiment.plain_step(state, batch)
+        return _accumulate(loop.replace(bilevel=new_state), metrics, state.step, is_meta)
+
+    @functools.partial(jax.jit, static_argnums=2, donate_argnums=0)
+    def call(loop: LoopState, data: DeviceData, pattern: tuple[bool, ...]) -> LoopState:
+        if len(pattern) == 1:
+            return one(loop, data, pattern[0])
+        if len(set(pattern)) == 1:
+            return jax.lax.scan(lambda c, _: (one(c, data, pattern[0]), None), loop, length=len(pattern))[0]
+
+        def either(carry: LoopState, is_meta: jax.Array) -> tuple[LoopState, None]:
+            branches = (lambda c: one(c, data, True), lambda c: one(c, data, False))
+            return jax.lax.cond(is_meta, *branches, carry), None
+
+        return jax.lax.scan(either, loop, jnp.asarray(pattern))[0]
+
+    return call
+
+
+def _accumulate(loop: LoopState, metrics: Metrics, step: jax.Array, is_meta: bool) -> LoopState:
+    """Adds one step's metrics to the sums and notes the first non-finite value."""
+    counts = {"steps": jnp.float32(1), "meta_steps": jnp.float32(is_meta)}
+    values = {name: value.astype(jnp.float32) for name, value in metrics.items()}
+    sums = {name: total + (values | counts).get(name, 0.0) for name, total in loop.sums.items()}
+    bad = loop.bad
+    for index, name in enumerate(WATCHED):
+        if name in values:
+            first = (bad[0] < 0) & ~jnp.isfinite(values[name])
+            bad = jnp.where(first, jnp.stack([step, jnp.int32(index)]), bad)
+    return loop.replace(sums=sums, bad=bad)
+
+
+def initial(experiment: Experiment) -> LoopState:
+    """Returns the loop state before the first step."""
+    return LoopState(experiment.init(), _zero_sums(experiment), jnp.full((2,), -1, jnp.int32))
+
+
+def _zero_sums(experiment: Experiment) -> Metrics:
+    names = ["loss", "accuracy", "grad_norm", "steps"]
+    if experiment.meta_step is not None:
+        names += ["meta_loss", "hypergrad_norm", "meta_steps"]
+    return {name: jnp.zeros((), jnp.float32) for name in names}
+
+
+def to_device(data: LongTailData) -> DeviceData:
+    """Returns the training data on the device, with the order of no epoch yet."""
+    train, labels = jnp.asarray(data.train_images), jnp.asarray(data.train_labels)
+    held_out = data.meta_images is not data.train_images
+    return DeviceData(
+        images=train,
+        labels=labels,
+        meta_images=jnp.asarray(data.meta_images) if held_out else train,
+        meta_labels=jnp.asarray(data.meta_labels) if held_out else labels,
+        order=jnp.zeros((0, 0), jnp.int32),
+        meta_table=jnp.zeros((0, 0), jnp.int32),
+        mean=jnp.asarray(data.mean, jnp.float32),
+        std=jnp.asarray(data.std, jnp.float32),
+    )
+
+
+def evaluate_batch(eval_step: Callable, state: BilevelState, image: jax.Array, data: DeviceData) -> jax.Array:
+    """Returns the plain classifier's probabilities `[B, K]` of stored images `[B, H, W, C]`."""
+    return eval_step(state.params, state.batch_stats, augment.normalize(image, data.mean, data.std))
+
+
+def describe(experiment: Experiment, state: BilevelState, data: DeviceData) -> dict[str, Metrics]:
+    """Returns gamma and beta `[C]` by site, averaged over the epoch's first batch, without augmentation."""
+    modulator = experiment.modulator
+    assert modulator is not None
+    index = data.order[0]
+    image, label = augment.normalize(data.images[index], data.mean, data.std), data.labels[index]
+    seen: dict[str, Metrics] = {}
+
+    def record(site: str, features: jax.Array) -> jax.Array:
+        if site in modulator.sites:
+            pair = modulator.parameters(state.mod_params, site, features, label)
+            seen[site] = {
+                name: x.reshape(-1, x.shape[-1]).mean(axis=0) for name, x in zip(("gamma", "beta"), pair, strict=True)
+            }
+        return features
+
+    experiment.module.clone(axis_name=None).apply(
+        {"params": state.params, "batch_stats": state.batch_stats}, image, modulate=record
+    )
+    return seen
