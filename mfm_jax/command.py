@@ -5,6 +5,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import jax
 import ml_collections
@@ -17,12 +18,18 @@ from mfm_jax.errors import UserError
 from mfm_jax.train import EXIT_INTERRUPTED, Interrupted
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="Path of a config file.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder for everything that is written.")
 _BOOLEANS = ("true", "false", "t", "f", "1", "0")
 
 
 def config() -> ml_collections.ConfigDict:
     """Returns the config file's content with the command line's overrides."""
     return _CONFIG.value
+
+
+def workdir() -> Path:
+    """Returns `--workdir`."""
+    return Path(_WORKDIR.value)
 
 
 def run(main: Callable[[Sequence[str]], int]) -> None:
@@ -53,13 +60,15 @@ def _parse(argv: Sequence[str]) -> Sequence[str]:
         rest = flags.FLAGS(argv)
         if len(rest) > 1:
             raise UserError(f"{rest[1]!r}: not understood; every argument starts with --")
-        if _CONFIG.value is None and not (flags.FLAGS.help or flags.FLAGS.helpfull):
+        if _CONFIG.value is None:
             raise UserError("--config: missing; give a config file, e.g. --config=configs/digits_lt.py")
-    except (UserError, flags.Error, OSError, AttributeError, KeyError, TypeError, ValueError) as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        if isinstance(error, OSError):
-            lines = [f"--config: {lines[0]} {lines[-1]}" if lines else "--config: cannot be read"]
-        print(f"error: {' '.join(lines)}", file=sys.stderr)
+        if not isinstance(_CONFIG.value, ml_collections.ConfigDict):
+            path = config_flags.get_config_filename(flags.FLAGS["config"])
+            raise UserError(f"--config={path}: no such file, or its get_config() does not return a ConfigDict")
+        if not _WORKDIR.value:
+            raise UserError("--workdir: missing; give a folder for what is written, e.g. --workdir=runs/first")
+    except (UserError, flags.Error, AttributeError, KeyError, TypeError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     return rest
 

@@ -26,7 +26,6 @@ from mfm_jax.methods import METHODS
 
 _METHODS = flags.DEFINE_list("methods", ["ce", "mfm"], "Methods, the baseline first.")
 _SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Training seeds.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder for all runs and the tables.", required=True)
 
 _COLUMNS = ("balanced_accuracy", "accuracy", "many", "medium", "few", "rarest_third", "macro_f1", "roc_auc", "ece")
 Results = dict[str, list[dict[str, Any]]]  # method -> results of each seed
@@ -38,7 +37,7 @@ def main(argv: Sequence[str]) -> int:
     unknown = [name for name in methods if name not in METHODS]
     if unknown or not methods or len(set(methods)) != len(methods):
         raise UserError(f"--methods={','.join(methods)}: allowed: distinct names of {', '.join(METHODS)}")
-    workdir = Path(_WORKDIR.value)
+    workdir = command.workdir()
     results = run_all(command.config(), methods, seeds, workdir)
     rows = table(results)
     write(rows, seeds, workdir)

@@ -122,7 +122,6 @@ class Train:
     max_steps: int = _between(0, 0)  # stop after this many steps; 0 = after `epochs`
     steps_per_call: int = _between(0, 0)  # steps in one compiled call; 0 = 1 on CPU, 10 elsewhere
     dtype: str = _one_of("float32", "bfloat16")  # of the computation; parameters stay float32
-    log_every_steps: int = _between(50, 1)  # how often the host looks at the device
 
 
 @dataclass(frozen=True)

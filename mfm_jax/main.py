@@ -15,7 +15,6 @@ from rich.table import Table
 
 from mfm_jax import command, train
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder for everything that the run writes.", required=True)
 _INIT_FROM = flags.DEFINE_string(
     "init_modulator_from", "", "Workdir of a run whose modulator to start from (sets modulation.init_from)."
 )
@@ -26,9 +25,9 @@ def main(argv: Sequence[str]) -> int:
     config = command.config()
     if _INIT_FROM.value:
         config.modulation.init_from = _INIT_FROM.value
-    results = train.train_and_evaluate(config, _WORKDIR.value)
+    results = train.train_and_evaluate(config, command.workdir())
     print_results(results)
-    print(f"report: {_WORKDIR.value}/report.html")
+    print(f"report: {command.workdir()}/report.html")
     return 0
 
 

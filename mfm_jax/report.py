@@ -6,12 +6,8 @@ what the last epoch gave and what selection on validation would have given, wher
 the confidences can be trusted, how training went, and what the modulation learned.
 
 The page is one file. It holds no script and no outside link, so it can be mailed, archived beside the
-checkpoint and opened in ten years. Its figures are inline SVG: their ink is `currentColor` and their
-background is transparent, so that the page's style sheet decides light or dark, and their words are real text
-that the browser sets in its own font (class names in any script work) and the reader can search.
-
-Everything from a file is data and may be strange: a class may be called `<b>` or `$x$`. The template escapes
-by default, and figures are drawn with mathematical markup switched off.
+checkpoint and opened in ten years. Everything from a file is data and may be strange (a class may be called
+`<b>`): the template escapes by default.
 
 The files, all in the workdir:
 
@@ -24,27 +20,17 @@ The files, all in the workdir:
 
 import dataclasses
 import importlib.resources
-import io
 import json
-import math
-import re
-import warnings
-from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jinja2
-import markupsafe
 import numpy as np
 
-from mfm_jax import longtail
+from mfm_jax import figures
 from mfm_jax.errors import UserError
+from mfm_jax.figures import Classes, Picture
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-DASH = "–"
 # The summary's rows: label, key of `metrics.evaluate`.
 SUMMARY_ROWS = (
     ("Overall accuracy", "accuracy"),
@@ -60,62 +46,21 @@ SUMMARY_ROWS = (
     ("Expected calibration error", "ece"),
 )
 TABLE_CLASSES = 200  # above this many classes the per-class table is left out
-LABELLED_CLASSES = 30  # up to this many classes a figure names each of them
-CELL_CLASSES = 12  # up to this many classes the confusion matrix prints its numbers
-LINES = 20  # up to this many channels or classes the modulation is drawn as one line each
-CURVE_POINTS = 400  # longer curves are averaged down to this many points
-
-# Blue is the head and orange is the tail, in every figure; both are legible on white and on near-black.
-GROUP_COLORS = {"many": "#3b7dd8", "medium": "#9a6bc9", "few": "#e8743b"}
-MUTED = "#8a94a3"
-# Drawn in this colour and written out as `currentColor`; black would also match what matplotlib leaves unset.
-_INK = "#010203"
-_STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none",  # text stays text
-    "text.parse_math": False,
-    "font.size": 9,
-    "text.color": _INK,
-    "axes.labelcolor": _INK,
-    "axes.edgecolor": _INK,
-    "axes.titlesize": 10,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": MUTED,
-    "grid.alpha": 0.25,
-    "grid.linewidth": 0.6,
-    "xtick.color": _INK,
-    "ytick.color": _INK,
-    "legend.frameon": False,
-    "lines.linewidth": 1.6,
-}
 
 
 @dataclasses.dataclass(frozen=True)
 class _Run:
-    """The workdir's files, checked; `order` lists the classes from most to fewest training images."""
+    """The workdir's files, checked; `rows` holds those of `metrics.jsonl` by kind."""
 
     config: dict[str, Any]
     manifest: dict[str, Any]
     results: dict[str, Any]
     rows: dict[str, list[dict[str, Any]]]
-    counts: np.ndarray
-    names: list[str]
-    order: np.ndarray
+    classes: Classes
 
     @property
     def test(self) -> dict[str, Any]:
         return self.results["last"]["test"]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Picture:
-    svg: markupsafe.Markup
-    caption: str
-    inches: float  # the width it was drawn for
 
 
 def write_report(workdir: Path) -> Path:
@@ -139,7 +84,7 @@ def write_report(workdir: Path) -> Path:
 def _template() -> jinja2.Template:
     # An undefined field prints as nothing and counts as false: which fields are required, `_read` decides.
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["percent"] = _percent
+    environment.filters["percent"] = figures.percent
     environment.filters["number"] = _number
     source = importlib.resources.files("mfm_jax").joinpath("report.html.jinja").read_text(encoding="utf-8")
     return environment.from_string(source)
@@ -147,7 +92,7 @@ def _template() -> jinja2.Template:
 
 def _content(run: _Run) -> dict[str, Any]:
     """What the template shows: plain values and finished figures, no decisions left but layout."""
-    best = run.results.get("best")
+    best, factor = run.results.get("best"), run.manifest.get("imbalance_factor")
     evaluations = [("Test, last epoch", run.results["last"], "test")]
     if best:
         evaluations.append(("Test, best on validation", best, "test"))
@@ -158,31 +103,34 @@ def _content(run: _Run) -> dict[str, Any]:
     ]
     return {
         "manifest": run.manifest,
+        "factor": f"{factor:g}" if isinstance(factor, int | float) else "–",
         "results": run.results,
         "best": best,
         "columns": [(title, source.get("epoch"), source[split]) for title, source, split in evaluations],
         "summary_rows": SUMMARY_ROWS,
         "tiles": [(SUMMARY_ROWS[i][0], run.test.get(SUMMARY_ROWS[i][1])) for i in (1, 0, 7, 10)],
         "pictures": _pictures(run),
-        "class_rows": _class_rows(run) if len(run.counts) <= TABLE_CLASSES else [],
-        "num_classes": len(run.counts),
-        "num_train": int(run.counts.sum()),
+        "class_rows": _class_rows(run) if len(run.classes.names) <= TABLE_CLASSES else [],
+        "num_classes": len(run.classes.names),
+        "num_train": int(run.classes.counts.sum()),
         "config": json.dumps(run.config, indent=2, ensure_ascii=False),
     }
 
 
-def _pictures(run: _Run) -> dict[str, _Picture | None]:
+def _pictures(run: _Run) -> dict[str, Picture | None]:
     """Every figure by name; None where the run has nothing to draw it from."""
-    sites = _modulation(run)
+    render, classes, sites = figures.render, run.classes, _modulation(run)
+    train, val = run.rows["train"], run.rows["val"]
+    best_step = (run.results.get("best") or {}).get("step")
     # The names of the classes, where they are written out, take room.
-    side = 7.0 if CELL_CLASSES < len(run.counts) <= LABELLED_CLASSES else 4.3
-    trained = run.rows["train"] or run.rows["val"]
+    side = 7.0 if figures.CELL_CLASSES < len(classes.names) <= figures.LABELLED_CLASSES else 4.3
+    tall = 0.6 + 2.4 * len(sites)
     return {
-        "classes": _picture(_draw_classes, run, (9.0, 4.8)),
-        "curves": _picture(_draw_curves, run, (9.0, 3.4)) if trained else None,
-        "confusion": _picture(_draw_confusion, run, (side + 0.3, side - 0.1)),
-        "reliability": _picture(_draw_reliability, run, (4.6, 4.3)),
-        "modulation": _picture(_draw_modulation, sites, (9.0, 0.6 + 2.3 * len(sites))) if sites else None,
+        "classes": render(figures.draw_classes, (9.0, 4.8), classes, run.test),
+        "curves": render(figures.draw_curves, (9.0, 3.4), train, val, best_step) if train or val else None,
+        "confusion": render(figures.draw_confusion, (side + 0.3, side - 0.1), classes, run.test),
+        "reliability": render(figures.draw_reliability, (4.6, 4.3), run.test),
+        "modulation": render(figures.draw_modulation, (9.0, tall), classes, sites) if sites else None,
     }
 
 
@@ -200,9 +148,7 @@ def _read(workdir: Path) -> _Run:
     for title in ("last", "best"):
         if title == "last" or results.get("best") is not None:
             _check_evaluation(results.get(title), len(counts), f"{workdir / 'results.json'}: {title}.test")
-    order = np.argsort(-counts, kind="stable")
-    rows = _read_rows(workdir / "metrics.jsonl")
-    return _Run(config=config, manifest=manifest, results=results, rows=rows, counts=counts, names=names, order=order)
+    return _Run(config, manifest, results, _read_rows(workdir / "metrics.jsonl"), Classes(names, counts))
 
 
 def _read_text(path: Path) -> str:
@@ -233,10 +179,7 @@ def _read_object(path: Path, *required: str) -> dict[str, Any]:
 
 
 def _read_rows(path: Path) -> dict[str, list[dict[str, Any]]]:
-    """The rows of each kind, in the order of their steps.
-
-    A run that was stopped and resumed writes the steps after its last checkpoint twice; the later row counts.
-    """
+    """The rows of each kind, in the order of their steps; of two rows of one step the later counts."""
     kinds: dict[str, dict[float, dict[str, Any]]] = {"train": {}, "val": {}, "modulation": {}}
     for number, line in enumerate(_read_text(path).splitlines(), start=1):
         if not line.strip():
@@ -251,7 +194,7 @@ def _read_rows(path: Path) -> dict[str, list[dict[str, Any]]]:
 def _counts(manifest: dict[str, Any], path: Path) -> np.ndarray:
     """The training images a class: of the split `train`, or at the top of a manifest without splits."""
     train = (manifest.get("splits") or {}).get("train") or manifest
-    counts: Any = train.get("class_counts", train.get("counts"))
+    counts: Any = train.get("class_counts")
     valid = isinstance(counts, list) and all(isinstance(n, int) and n >= 0 for n in counts)
     if not valid or len(counts) < 2 or not any(counts):
         raise UserError(f"{path}: 'class_counts' of the training split must list the images of each class")
@@ -277,271 +220,41 @@ def _modulation(run: _Run) -> dict[str, dict[str, np.ndarray]]:
     rows = run.rows["modulation"]
     for site in dict.fromkeys(site for row in rows for site in row.get("sites", {})):
         having = [row for row in rows if site in row.get("sites", {})]
-        values = {"step": np.array([row["step"] for row in having])}
+        sites[site] = {"step": np.array([row["step"] for row in having])}
         for parameter in ("gamma", "beta"):
             history = [np.ravel(row["sites"][site].get(parameter) or []) for row in having]
+            lengths = {len(entry) for entry in history}
             # A row of another length belongs to another architecture: an old run's file was continued.
-            if len({len(entry) for entry in history}) != 1:
+            if len(lengths) != 1:
                 raise UserError(f"metrics.jsonl: the length of {parameter} at site '{site}' changes between rows")
-            if len(history[0]):
-                values[parameter] = np.array(history, np.float64)
-        sites[site] = values
+            if site == "logits" and not lengths <= {0, len(run.classes.names)}:
+                raise UserError(f"metrics.jsonl: {parameter} at site 'logits' is not of the classes of manifest.json")
+            if lengths != {0}:
+                sites[site][parameter] = np.array(history, np.float64)
     return sites
 
 
 # --- tables -------------------------------------------------------------------------------------------------
 
 
-def _percent(value: float | None) -> str:
-    return DASH if value is None else f"{100 * value:.2f}"
-
-
 def _number(value: float | None, digits: int = 3) -> str:
-    return DASH if value is None else f"{value:,.{digits}f}"
+    return "–" if value is None else f"{value:,.{digits}f}"
 
 
 def _class_rows(run: _Run) -> list[dict[str, Any]]:
     """One row a class, from most to fewest training images."""
-    group_of = _group_of(run)
+    classes = run.classes
     tested = np.sum(run.test["confusion"], axis=1)
     best = run.results.get("best")
     return [
         {
             "index": int(k),
-            "name": run.names[k],
-            "group": group_of[k],
-            "train": int(run.counts[k]),
+            "name": classes.names[k],
+            "group": classes.groups[k],
+            "train": int(classes.counts[k]),
             "test": int(tested[k]),
             "last": run.test["per_class_accuracy"][k],
             "best": best["test"]["per_class_accuracy"][k] if best else None,
         }
-        for k in run.order
+        for k in classes.order
     ]
-
-
-def _group_of(run: _Run) -> list[str]:
-    groups = longtail.shot_groups(run.counts)
-    name_of = {int(k): name for name in GROUP_COLORS for k in groups[name]}
-    return [name_of[k] for k in range(len(run.counts))]
-
-
-# --- figures ------------------------------------------------------------------------------------------------
-
-
-def _picture(draw: Callable[["Figure", Any], str], what: Any, inches: tuple[float, float]) -> _Picture:
-    """Draws on a figure of its own, without pyplot and its global state, and returns it as inline SVG.
-
-    `draw(figure, what)` returns the caption, which is also what a screen reader says in the figure's place.
-    """
-    import matplotlib  # here, because it takes longer to import than the rest of the package's command line
-    from matplotlib.figure import Figure
-
-    buffer = io.StringIO()
-    # The salt makes the ids inside the SVG the same on every run, and different from figure to figure.
-    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": draw.__name__}), warnings.catch_warnings():
-        # The browser brings the glyphs that matplotlib's own font lacks.
-        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-        figure = Figure(figsize=inches, layout="constrained")
-        caption = draw(figure, what)
-        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        figure.savefig(buffer, format="svg", transparent=True, metadata=nothing, dpi=200)
-    return _Picture(_inline(buffer.getvalue(), caption), caption, inches[0])
-
-
-def _inline(svg: str, alt: str) -> markupsafe.Markup:
-    """Turns matplotlib's SVG file into an HTML element that takes its colour and width from the page."""
-    svg = svg[svg.index("<svg") :]
-    head, body = svg.split(">", 1)
-    box = re.search(r'viewBox="[^"]*"', head)
-    assert box is not None
-    # Group names (`axes_1`) repeat from figure to figure; only definitions, whose ids are hashes, are used.
-    body = re.sub(r'<g id="[^"]*"', "<g", body).replace(_INK, "currentColor")
-    start = markupsafe.Markup('<svg role="img" {} aria-label="{}">')
-    return start.format(markupsafe.Markup(box.group()), alt) + markupsafe.Markup(body)
-
-
-def _draw_classes(figure: "Figure", run: _Run) -> str:
-    top, bottom = figure.subplots(2, 1, sharex=True)
-    place = np.arange(len(run.counts))
-    counts = run.counts[run.order]
-    accuracy = _as_percent(run.test["per_class_accuracy"])[run.order]
-    groups = np.array(_group_of(run))[run.order]
-    many = len(counts) > TABLE_CLASSES
-    for name, color in GROUP_COLORS.items():
-        here = groups == name
-        if here.any():
-            label = f"{name}-shot ({here.sum()} classes)"
-            width = 1.0 if many else 0.8
-            top.bar(place[here], counts[here], width=width, color=color, label=label, rasterized=many)
-            bottom.vlines(place[here], 0, accuracy[here], color=color, alpha=0.3, rasterized=many)
-            bottom.plot(place[here], accuracy[here], "o", color=color, markersize=3 if many else 5, rasterized=many)
-    above: dict[str, Any] = {"loc": "lower right", "bbox_to_anchor": (1.0, 1.0), "borderaxespad": 0.2}
-    top.set_yscale("log")
-    # Bars on a log scale need a floor; this one leaves the rarest class a visible bar.
-    top.set_ylim(counts[counts > 0].min() / 3, counts.max() * 1.5)
-    top.yaxis.set_major_formatter("{x:,.0f}")
-    top.yaxis.set_minor_formatter("")
-    top.set_title("Training images (log scale)")
-    top.legend(**above, ncols=3)
-    bottom.axhline(np.nanmean(accuracy), color=MUTED, linestyle="--", linewidth=1.2, label="balanced accuracy")
-    bottom.set_ylim(-4, 104)
-    bottom.set_title("Test accuracy, last epoch (%)")
-    bottom.legend(**above)
-    bottom.set_xlim(-0.8, len(counts) - 0.2)
-    bottom.set_xlabel("class, from most to fewest training images")
-    top.grid(axis="x", visible=False)
-    bottom.grid(axis="x", visible=False)
-    if len(counts) <= LABELLED_CLASSES:
-        _name_ticks(bottom, "x", [run.names[k] for k in run.order])
-    head, rare = (_percent(run.test.get(key)) for key in ("head_third", "rarest_third"))
-    return (
-        f"Training images per class, from {counts[0]:,} down to {counts[-1]:,}, above the test accuracy of"
-        f" each class at the last epoch: {head} % over the head third, {rare} % over the rarest third."
-    )
-
-
-def _draw_curves(figure: "Figure", run: _Run) -> str:
-    loss, accuracy = figure.subplots(1, 2)
-    blue, purple, orange = GROUP_COLORS.values()
-    _curve(loss, run.rows["train"], "loss", "training", MUTED)
-    _curve(loss, run.rows["train"], "meta_loss", "meta (balanced)", orange)
-    _curve(loss, run.rows["val"], "nll", "validation (nll)", blue)
-    loss.set_ylim(bottom=0)
-    loss.set_title("Loss")
-    _curve(accuracy, run.rows["train"], "accuracy", "training batches", MUTED, scale=100)
-    _curve(accuracy, run.rows["val"], "balanced_accuracy", "validation, balanced", blue, scale=100)
-    accuracy.set_ylim(0, 100)
-    accuracy.set_title("Accuracy (%)")
-    best = run.results.get("best")
-    if best and best.get("step") is not None:
-        accuracy.axvline(best["step"], color=purple, linestyle=":", label="best on validation")
-    for axes in (loss, accuracy):
-        axes.set_xlabel("step")
-        axes.xaxis.set_major_formatter("{x:,.0f}")
-        if axes.lines:
-            axes.legend()
-    return (
-        "Loss (left) and accuracy (right) over training. Training curves are of the batches as the method"
-        " draws and modulates them, so head classes may dominate; validation is of the plain classifier."
-    )
-
-
-def _curve(axes: "Axes", rows: list[dict[str, Any]], key: str, label: str, color: str, scale: float = 1.0) -> None:
-    """Plots a column of the rows that have it; a long one as means of equal runs of rows."""
-    points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
-    if not points:
-        return
-    steps, values = np.array(points, np.float64).T
-    if len(steps) > CURVE_POINTS:
-        starts = np.linspace(0, len(steps), CURVE_POINTS, endpoint=False).astype(int)
-        sizes = np.diff(starts, append=len(steps))
-        steps, values = np.add.reduceat(steps, starts) / sizes, np.add.reduceat(values, starts) / sizes
-    axes.plot(steps, scale * values, color=color, label=label, marker="o" if len(steps) == 1 else None)
-
-
-def _draw_confusion(figure: "Figure", run: _Run) -> str:
-    confusion = np.array(run.test["confusion"], np.float64)[np.ix_(run.order, run.order)]
-    total = confusion.sum(axis=1, keepdims=True)
-    share = 100 * np.divide(confusion, total, out=np.full_like(confusion, np.nan), where=total > 0)
-    axes = figure.subplots()
-    image = axes.imshow(share, cmap="Blues", vmin=0, vmax=100, interpolation="nearest")
-    axes.grid(visible=False)
-    axes.set_xlabel("predicted class")
-    axes.set_ylabel("true class")
-    figure.colorbar(image, ax=axes, label="% of the true class", fraction=0.046, pad=0.03).outline.set_visible(False)
-    if len(share) <= LABELLED_CLASSES:
-        names = [run.names[k] for k in run.order]
-        _name_ticks(axes, "x", names)
-        _name_ticks(axes, "y", names)
-    for (i, j), value in np.ndenumerate(share):
-        # What would print as zero is left blank; so is a class without test images (NaN).
-        if len(share) <= CELL_CLASSES and value >= 0.5:
-            color = "white" if value > 55 else "#1b2733"
-            axes.text(j, i, f"{value:.0f}", ha="center", va="center", color=color)
-    return (
-        "Confusion matrix of the test set at the last epoch. Each row is a true class and sums to 100 %."
-        " Classes run from most to fewest training images; left of the diagonal, a larger class was named."
-    )
-
-
-def _draw_reliability(figure: "Figure", run: _Run) -> str:
-    bins = [one for one in run.test["reliability"] if one["count"]]
-    accuracy, share = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-    left = 100 * np.array([one["lower"] for one in bins])
-    right = 100 * np.array([one["upper"] for one in bins])
-    blue, _, orange = GROUP_COLORS.values()
-    bars: dict[str, Any] = {"width": 0.92 * (right - left), "align": "edge"}
-    accuracy.bar(left, _as_percent([one["accuracy"] for one in bins]), color=blue, label="accuracy", **bars)
-    wanted = _as_percent([one["confidence"] for one in bins])
-    accuracy.hlines(wanted, left, right, color=orange, linewidth=2.5, label="mean confidence")
-    accuracy.plot([0, 100], [0, 100], color=MUTED, linestyle="--", linewidth=1.2, label="perfectly calibrated")
-    accuracy.set_ylim(0, 102)
-    accuracy.set_title("Accuracy by confidence (%)")
-    figure.legend(loc="outside upper left", ncols=3, columnspacing=1.2, handlelength=1.4)
-    count = np.array([one["count"] for one in bins])
-    share.bar(left, 100 * count / count.sum(), color=MUTED, **bars)
-    share.set_title("Share of the images (%)")
-    share.set_xlabel("confidence (%)")
-    share.set_xlim(0, 100)
-    ece = _percent(run.test["ece"])
-    return (
-        f"Reliability of the test confidences at the last epoch: ECE {ece} %. A bar that ends"
-        " below its mean confidence is over-confident; the lower panel shows how many images each bin holds."
-    )
-
-
-def _draw_modulation(figure: "Figure", sites: dict[str, dict[str, np.ndarray]]) -> str:
-    grid = figure.subplots(len(sites), 2, squeeze=False, sharex=True)
-    for panels, (site, values) in zip(grid, sites.items(), strict=True):
-        for axes, parameter in zip(panels, ("gamma", "beta"), strict=True):
-            axes.set_title(f"{site}: {parameter}")
-            axes.axhline(0, color=MUTED, linewidth=0.8)
-            axes.xaxis.set_major_formatter("{x:,.0f}")
-            if parameter in values:
-                _history(axes, values["step"], values[parameter])
-    for axes in grid[-1]:
-        axes.set_xlabel("step")
-    return (
-        f"The modulation over training, by site ({', '.join(sites)}): scale gamma (left; features are"
-        " multiplied by 1 + gamma) and shift beta (right). Zero is the identity. Up to 20 entries are"
-        " lines, from the first (blue) to the last (orange); more are a median with bands of 50 % and 90 %."
-    )
-
-
-def _history(axes: "Axes", steps: np.ndarray, values: np.ndarray) -> None:
-    """Draws values [T, C] over steps [T]: C lines, or quantiles over C where lines would be a thicket."""
-    marker = "o" if len(steps) == 1 else None
-    if values.shape[1] <= LINES:
-        for column, color in zip(values.T, _ramp(values.shape[1]), strict=True):
-            axes.plot(steps, column, color=color, linewidth=1.2, marker=marker)
-        return
-    low, lower, middle, upper, high = np.quantile(values, (0.05, 0.25, 0.5, 0.75, 0.95), axis=1)
-    blue = GROUP_COLORS["many"]
-    axes.fill_between(steps, low, high, color=blue, alpha=0.18, linewidth=0)
-    axes.fill_between(steps, lower, upper, color=blue, alpha=0.35, linewidth=0)
-    axes.plot(steps, middle, color=blue, marker=marker)
-
-
-def _ramp(number: int) -> list[tuple[float, ...]]:
-    """Colours from blue (the first) over purple to orange (the last)."""
-    stops = np.array([[int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)] for color in GROUP_COLORS.values()])
-    at = np.linspace(0, len(stops) - 1, number)
-    return [tuple(np.interp(x, range(len(stops)), stops[:, c]) for c in range(3)) for x in at]
-
-
-def _as_percent(values: Iterable[float | None]) -> np.ndarray:
-    """Fractions as percent, with NaN (which figures leave blank) for None."""
-    return np.array([math.nan if value is None else 100 * value for value in values])
-
-
-def _name_ticks(axes: "Axes", axis: str, names: list[str]) -> None:
-    short = [name if len(name) <= 18 else name[:17] + "…" for name in names]
-    if axis == "x":
-        axes.set_xticks(range(len(short)), short)
-        if len(short) > 6 or max(map(len, short)) > 10:
-            axes.tick_params(axis="x", labelrotation=90 if len(short) > 14 else 40)
-            for label in axes.get_xticklabels():
-                label.set_horizontalalignment("center" if len(short) > 14 else "right")
-                label.set_rotation_mode("anchor" if len(short) <= 14 else "default")
-    else:
-        axes.set_yticks(range(len(short)), short)

@@ -12,6 +12,7 @@ import pytest
 
 from mfm_jax import metrics, report
 from mfm_jax.errors import UserError
+from mfm_jax.figures import INK
 
 STRANGE_NAMES = ["<b>bold</b>", 'quo"te & co', "$\\notmath$", "猫"]
 
@@ -171,7 +172,7 @@ def test_every_figure_is_there_with_its_alternative_text(full):
         assert len(figure["aria-label"] or "") > 60
         assert "viewbox" in figure
     assert page.source.count("currentColor") > 50  # the ink follows the page's light or dark scheme
-    assert report._INK not in page.source
+    assert INK not in page.source
 
 
 def test_summary_prints_the_numbers_of_the_results(full):
@@ -331,6 +332,23 @@ def test_modulation_that_changes_length_is_refused(tmp_path):
         file.write(json.dumps(row) + "\n")
     with pytest.raises(UserError, match="gamma at site 'pooled'"):
         report.write_report(tmp_path)
+
+
+def test_modulation_of_other_classes_is_refused(tmp_path):
+    write_workdir(tmp_path, classes=3, modulated=False)
+    row = {"kind": "modulation", "step": 9, "sites": {"logits": {"gamma": [0.0, 0.0], "beta": [0.0, 0.0]}}}
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(row) + "\n")
+    with pytest.raises(UserError, match="gamma at site 'logits'"):
+        report.write_report(tmp_path)
+
+
+def test_modulation_at_logits_names_classes(full):
+    page, _ = full
+    for name in STRANGE_NAMES:
+        assert name in page.text["modulation"]
+    for color in ("#3b7dd8", "#e8743b"):  # the largest and the smallest class
+        assert f"stroke: {color}" in page.source.split('id="modulation"')[1]
 
 
 def test_matplotlib_state_is_left_alone(full):

@@ -1,0 +1,120 @@
+"""Augmentation against NumPy's own padding, example by example."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mfm_jax import augment
+
+PAD = 3
+# No two pixels are equal, and the sides differ: a swapped axis or a wrong edge shows.
+IMAGE = np.arange(5 * 7 * 2, dtype=np.uint8).reshape(5, 7, 2)
+KEYS = jax.random.split(jax.random.key(0), 64)
+
+crop_only = jax.jit(lambda key, image: augment.crop_flip(key, image, PAD, False))
+crop_and_flip = jax.jit(lambda key, image: augment.crop_flip(key, image, PAD, True))
+batch = jax.jit(augment.augment_batch, static_argnums=(2, 3))
+
+
+def crops(image: np.ndarray, pad: int) -> dict[tuple[int, int], np.ndarray]:
+    """Returns every crop of the reflect-padded image, by its shift (rows, columns)."""
+    height, width, _ = image.shape
+    padded = np.pad(image, [(pad, pad), (pad, pad), (0, 0)], mode="reflect")
+    shifts = range(-pad, pad + 1)
+    return {(r, c): padded[pad + r :, pad + c :][:height, :width] for r in shifts for c in shifts}
+
+
+def drawn(key: jax.Array) -> tuple[int, int]:
+    """Returns the shift that `crop_flip` draws: part of its contract, as runs must stay reproducible."""
+    rows, columns = jax.random.randint(jax.random.split(key)[0], (2,), -PAD, PAD + 1, jnp.int32)
+    return int(rows), int(columns)
+
+
+class CropFlip(chex.TestCase):
+    @chex.variants(with_jit=True, without_jit=True)
+    def test_equals_reflect_pad_and_crop_at_the_drawn_shift(self):
+        crop = self.variant(lambda key, image: augment.crop_flip(key, image, PAD, False))
+        expected = crops(IMAGE, PAD)
+        for key in KEYS[:4]:
+            chex.assert_trees_all_equal(crop(key, IMAGE), expected[drawn(key)])
+
+    @chex.variants(with_jit=True, without_jit=True)
+    def test_without_padding_and_flip_it_is_the_identity(self):
+        images = np.stack([IMAGE, IMAGE[::-1]])
+        chex.assert_trees_all_equal(self.variant(lambda k, x: augment.crop_flip(k, x, 0, False))(KEYS[0], IMAGE), IMAGE)
+        out = self.variant(lambda k, x: augment.augment_batch(k, x, 0, False))(KEYS[0], images)
+        chex.assert_trees_all_equal(out, images)
+
+
+def test_every_shift_occurs_and_about_half_are_mirrored():
+    shifts, mirrored = set(), 0
+    by_content = {image.tobytes(): shift for shift, image in crops(IMAGE, PAD).items()}
+    for key in KEYS:
+        cropped, out = np.asarray(crop_only(key, IMAGE)), np.asarray(crop_and_flip(key, IMAGE))
+        shifts.add(by_content[cropped.tobytes()])
+        is_mirrored = not np.array_equal(out, cropped)
+        chex.assert_trees_all_equal(out, cropped[:, ::-1] if is_mirrored else cropped)
+        mirrored += is_mirrored
+    assert {row for row, _ in shifts} == {column for _, column in shifts} == set(range(-PAD, PAD + 1))
+    assert len({row - column for row, column in shifts}) > PAD  # rows and columns move apart
+    assert 20 <= mirrored <= 44  # of 64: three standard deviations
+
+
+def test_flip_alone_only_mirrors():
+    out = np.asarray(batch(jax.random.key(1), np.stack([IMAGE] * 16), 0, True))
+    mirrored = [np.array_equal(image, IMAGE[:, ::-1]) for image in out]
+    assert any(mirrored)
+    assert not all(mirrored)
+    for image, is_mirrored in zip(out, mirrored, strict=True):
+        chex.assert_trees_all_equal(image, IMAGE[:, ::-1] if is_mirrored else IMAGE)
+
+
+@pytest.mark.parametrize("dtype", [jnp.uint8, jnp.float32, jnp.bfloat16])
+def test_dtype_and_shape_stay(dtype):
+    out = jax.eval_shape(lambda k, x: augment.augment_batch(k, x, 1, True), KEYS[0], jnp.zeros((3, 5, 7, 2), dtype))
+    assert (out.shape, out.dtype) == ((3, 5, 7, 2), dtype)
+
+
+# --- keys -----------------------------------------------------------------------------------------
+
+
+@settings(deadline=None, max_examples=10)
+@given(st.integers(0, 2**32 - 1))
+def test_a_key_always_gives_the_same_images_and_another_key_others(seed):
+    images = np.stack([IMAGE] * 8)
+    first = batch(jax.random.key(seed), images, PAD, True)
+    chex.assert_trees_all_equal(first, batch(jax.random.key(seed), images, PAD, True))
+    other = batch(jax.random.fold_in(jax.random.key(seed), 1), images, PAD, True)
+    assert (np.asarray(first) != np.asarray(other)).any()
+
+
+def test_an_example_does_not_depend_on_the_images_around_it():
+    images = np.random.default_rng(0).integers(0, 256, (6, 5, 7, 2), np.uint8)
+    others = np.random.default_rng(1).integers(0, 256, (6, 5, 7, 2), np.uint8)
+    others[2] = images[2]
+    whole, changed = (batch(KEYS[0], x, PAD, True) for x in (images, others))
+    chex.assert_trees_all_equal(whole[2], changed[2])
+    keys = jax.random.split(KEYS[0], 6)  # so the example's own key is all that it takes
+    chex.assert_trees_all_equal(whole, jnp.stack([crop_and_flip(k, x) for k, x in zip(keys, images, strict=True)]))
+
+
+# --- normalize ------------------------------------------------------------------------------------
+
+
+class Normalize(chex.TestCase):
+    @chex.variants(with_jit=True, without_jit=True)
+    def test_by_hand(self):
+        images = np.array([[[[0, 10]], [[255, 30]]]], np.uint8)
+        out = self.variant(augment.normalize)(images, jnp.array([5.0, 10.0]), jnp.array([2.0, 4.0]))
+        chex.assert_trees_all_equal(out, np.array([[[[-2.5, 0.0]], [[125.0, 5.0]]]], np.float32))
+        chex.assert_type(out, jnp.float32)
+
+    @chex.variants(with_jit=True, without_jit=True)
+    def test_one_image_as_a_batch_of_one(self):
+        mean, std = np.array([1.0, 2.0], np.float32), np.array([3.0, 4.0], np.float32)
+        normalize = self.variant(augment.normalize)
+        chex.assert_trees_all_equal(normalize(IMAGE, mean, std), normalize(IMAGE[None], mean, std)[0])

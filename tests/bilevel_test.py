@@ -1,0 +1,182 @@
+"""The steps: identities, the batch-norm policy, the plain meta and test passes, and four devices against one."""
+
+import re
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from mfm_jax import bilevel, hypergrad, losses, models, modulation, parallel
+from mfm_jax.types import Batch, Modulator, no_modulation
+
+CLASSES, BATCH, WIDTH = 4, 16, 4
+COUNTS = jnp.array([500, 120, 40, 7])
+MODULE = models.create("resnet8", CLASSES, WIDTH)
+FORMS = ("direct", "direct_per_class", "frequency", "network")
+
+
+def batch(seed: int) -> Batch:
+    image = jax.random.normal(jax.random.key(seed), (BATCH, 8, 8, 3))
+    return Batch(image, jnp.arange(BATCH, dtype=jnp.int32) % CLASSES)
+
+
+def make_modulator(form: str, sites: tuple[str, ...]) -> Modulator:
+    channels = modulation.site_channels(lambda m: MODULE.init(jax.random.key(0), batch(0).image, modulate=m), sites)
+    if form.startswith("direct"):
+        return modulation.direct(channels, CLASSES if form == "direct_per_class" else 0)
+    return modulation.frequency(channels, COUNTS) if form == "frequency" else modulation.network(channels, COUNTS)
+
+
+def setup(form: str = "direct", sites: tuple[str, ...] = ("pooled",), noise: float = 0.0, module=MODULE):
+    """Returns (state, tx, modulator, mod_tx), the modulator `noise` away from the identity."""
+    tx = optax.chain(optax.add_decayed_weights(5e-4), optax.sgd(0.1, 0.9, nesterov=True))
+    mod_tx, modulator = optax.adam(1e-2), make_modulator(form, sites)
+    variables = MODULE.init(jax.random.key(1), batch(0).image)
+    state = bilevel.init_state(jax.random.key(2), variables, tx, modulator, mod_tx)
+    shift = jax.tree.map(lambda x: x + noise * jax.random.normal(jax.random.key(3), x.shape), state.mod_params)
+    return state.replace(mod_params=shift), tx, modulator, mod_tx
+
+
+def plain_statistics(state, data: Batch):
+    variables = {"params": state.params, "batch_stats": state.batch_stats}
+    return MODULE.apply(variables, data.image, train=True, mutable=["batch_stats"])[1]["batch_stats"]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_identity_modulation_is_the_plain_step_bit_for_bit(form):
+    sites = ("stem", "stage2", "pooled") if form != "frequency" else ("stem", "pooled", "logits")
+    state, tx, modulator, _ = setup(form, sites)
+    plain = jax.jit(bilevel.make_plain_step(MODULE.apply, losses.cross_entropy, tx))
+    modulated = jax.jit(bilevel.make_plain_step(MODULE.apply, losses.cross_entropy, tx, modulator))
+    one = two = state
+    for seed in range(3):
+        one, _ = plain(one, batch(seed))
+        two, _ = modulated(two, batch(seed))
+    chex.assert_trees_all_equal((one.params, one.opt_state), (two.params, two.opt_state))
+    chex.assert_trees_all_close(one.batch_stats, two.batch_stats, rtol=1e-6)
+
+
+@pytest.mark.parametrize("sites", [("stem", "stage2"), ("pooled",)], ids="+".join)
+@pytest.mark.parametrize("kind", ["plain_step", "meta_step", "not_lagged"])
+def test_running_statistics_describe_the_plain_network(sites, kind):
+    state, tx, modulator, mod_tx = setup("direct", sites, noise=0.5)
+    if kind == "plain_step":
+        step = bilevel.make_plain_step(MODULE.apply, losses.cross_entropy, tx, modulator)
+        after, _ = jax.jit(step)(state, batch(0))
+    else:
+        step = bilevel.make_step(
+            MODULE.apply, losses.cross_entropy, tx, modulator, mod_tx, lagged=kind == "meta_step"
+        )
+        after, _ = jax.jit(step)(state, batch(0), batch(1))
+    chex.assert_trees_all_close(after.batch_stats, plain_statistics(state, batch(0)), rtol=1e-4, atol=1e-6)
+
+
+def test_statistics_behind_a_modulated_site_would_differ():
+    """The test above can fail: the modulated pass itself gathers other statistics."""
+    state, _, modulator, _ = setup("direct", ("stem",), noise=0.5)
+    film = modulation.modulate(modulator, state.mod_params, batch(0).label)
+    variables = {"params": state.params, "batch_stats": state.batch_stats}
+    image = batch(0).image
+    written = MODULE.apply(variables, image, train=True, modulate=film, mutable=["batch_stats"])[1]["batch_stats"]
+    gaps = jax.tree.map(lambda a, b: jnp.abs(a - b).max(), written, plain_statistics(state, batch(0)))
+    assert max(jax.tree.leaves(gaps)) > 1e-2
+
+
+@pytest.mark.parametrize("bn", ["running", "batch"])
+def test_meta_pass_is_plain_and_normalised_as_stated(bn):
+    """The reported meta loss is that of the plain network at w_hat, under the statistics that `bn` names."""
+    state, tx, modulator, mod_tx = setup("network", ("stage3", "pooled"), noise=0.5)
+    state = state.replace(batch_stats=plain_statistics(state, batch(5)))
+    step = bilevel.make_step(MODULE.apply, losses.cross_entropy, tx, modulator, mod_tx, bn=bn)
+    after, metrics = jax.jit(step)(state, batch(0), batch(1))
+    variables = {"params": after.params, "batch_stats": state.batch_stats}  # lagged: the new params are w_hat
+    logits = MODULE.apply(variables, batch(1).image, train=bn == "batch", mutable=["batch_stats"])[0]
+    want = losses.cross_entropy(logits, batch(1).label).mean()
+    np.testing.assert_allclose(metrics["meta_loss"], want, rtol=1e-5)
+
+
+def test_eval_step_is_plain():
+    state, *_ = setup("direct", ("pooled",), noise=10.0)
+    probabilities = jax.jit(bilevel.make_eval_step(MODULE.apply))(state.params, state.batch_stats, batch(0).image)
+    logits = MODULE.apply({"params": state.params, "batch_stats": state.batch_stats}, batch(0).image)
+    chex.assert_trees_all_close(probabilities, jax.nn.softmax(logits), rtol=1e-5)
+
+
+def test_step_that_is_not_lagged_is_the_definition():
+    """phi' by the oracle and the modulator's optax; w' = U(w, grad L_train(w, phi'))."""
+    with jax.enable_x64(True):
+        state, tx, modulator, mod_tx = jax.tree.map(
+            lambda x: x.astype(jnp.float64) if isinstance(x, jax.Array) and x.dtype == jnp.float32 else x,
+            setup("direct", ("pooled",), noise=0.3),
+        )
+        module = models.create("resnet8", CLASSES, WIDTH, jnp.float64)
+        data, meta = (Batch(b.image.astype(jnp.float64), b.label) for b in (batch(0), batch(1)))
+        step = bilevel.make_step(module.apply, losses.cross_entropy, tx, modulator, mod_tx, lagged=False)
+        after, _ = jax.jit(step)(state, data, meta)
+
+        def train_loss(w, phi):
+            film = modulation.modulate(modulator, phi, data.label)
+            variables = {"params": w, "batch_stats": state.batch_stats}
+            logits, _ = module.apply(variables, data.image, train=True, modulate=film, mutable=["batch_stats"])
+            return losses.cross_entropy(logits, data.label).mean()
+
+        def update(grads):
+            changes, opt_state = tx.update(grads, state.opt_state, state.params)
+            return optax.apply_updates(state.params, changes), opt_state
+
+        def meta_loss(phi):
+            w_hat, _ = update(jax.grad(train_loss)(state.params, phi))
+            logits = module.apply({"params": w_hat, "batch_stats": state.batch_stats}, meta.image)
+            return losses.cross_entropy(logits, meta.label).mean()
+
+        changes, _ = mod_tx.update(jax.jit(jax.grad(meta_loss))(state.mod_params), state.mod_opt_state)
+        phi = optax.apply_updates(state.mod_params, changes)
+        params, opt_state = update(jax.jit(jax.grad(train_loss))(state.params, phi))
+        chex.assert_trees_all_close(after.mod_params, phi, rtol=1e-8)
+        chex.assert_trees_all_close((after.params, after.opt_state), (params, opt_state), rtol=1e-8, atol=1e-12)
+
+
+@pytest.mark.parametrize("route", [hypergrad.mixed_mode, hypergrad.reverse_over_reverse])
+@pytest.mark.parametrize("form", ["direct", "network"])
+def test_four_devices_equal_one(form, route):
+    sites = ("stage1", "pooled")
+    state, tx, modulator, mod_tx = setup(form, sites, noise=0.3)
+    arguments = (losses.cross_entropy, tx, modulator, mod_tx)
+    one = jax.jit(bilevel.make_step(MODULE.apply, *arguments, hypergrad=route))(state, batch(0), batch(1))
+    mesh = parallel.data_mesh(jax.devices()[:4])
+    assert mesh.size == 4
+    synced = MODULE.clone(axis_name=parallel.AXIS)
+    step = bilevel.make_step(synced.apply, *arguments, hypergrad=route, axis_name=parallel.AXIS)
+    four = jax.jit(parallel.shard_step(step, mesh, 2))(state, batch(0), batch(1))
+    one, four = (jax.device_get((s.replace(key=0), m)) for s, m in (one, four))
+    chex.assert_trees_all_close(four[1], one[1], rtol=1e-5)
+    chex.assert_trees_all_close(four[0], one[0], rtol=1e-5, atol=1e-5)
+
+
+def test_a_late_site_costs_no_forward_pass():
+    """Site `pooled` lies behind the last batch norm: as many convolutions as the plain step; `stem` costs more."""
+
+    def convolutions(sites):
+        state, tx, modulator, _ = setup("direct", sites or ("pooled",))
+        step = bilevel.make_plain_step(MODULE.apply, losses.cross_entropy, tx, modulator if sites else None)
+        return len(re.findall(r" convolution\(", jax.jit(step).lower(state, batch(0)).compile().as_text()))
+
+    assert convolutions(("pooled",)) == convolutions(())
+    assert convolutions(("stem",)) > convolutions(())
+
+
+def test_restricted_virtual_step_moves_all_parameters_and_changes_the_meta_gradient():
+    state, tx, modulator, mod_tx = setup("direct", ("stage2",), noise=0.3)
+    arguments = (MODULE.apply, losses.cross_entropy, tx, modulator, mod_tx)
+    full = jax.jit(bilevel.make_step(*arguments))(state, batch(0), batch(1))
+    head = jax.jit(bilevel.make_step(*arguments, virtual_groups=("head",)))(state, batch(0), batch(1))
+    chex.assert_trees_all_close(full[0].params, head[0].params, rtol=1e-4, atol=1e-6)
+    assert abs(full[1]["hypergrad_norm"] / head[1]["hypergrad_norm"] - 1) > 1e-2
+
+
+def test_no_modulation_returns_its_input():
+    x = jnp.ones((2, 3))
+    assert no_modulation("anywhere", x) is x

@@ -1,0 +1,185 @@
+"""Config files in, frozen dataclasses out; a mistake is told in one line."""
+
+import dataclasses
+import json
+import math
+import runpy
+from pathlib import Path
+
+import ml_collections
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mfm_jax import config as config_lib
+from mfm_jax.config import GROUPS, Config
+from mfm_jax.errors import UserError
+
+FILES = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
+FIELDS = {f"{group}.{field.name}": field for group, cls in GROUPS.items() for field in dataclasses.fields(cls)}
+
+
+def override(path: str, value) -> dict:
+    group, name = path.split(".")
+    return {group: {name: value}}
+
+
+def refusal(config) -> str:
+    """Returns the one line that `resolve` refuses `config` with."""
+    with pytest.raises(UserError) as caught:
+        config_lib.resolve(config)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_defaults_go_round():
+    assert config_lib.resolve(config_lib.default()) == config_lib.resolve({}) == Config()
+    assert config_lib.resolve(Config().to_dict()) == Config()
+    through_json = json.loads(json.dumps(Config().to_dict()))
+    assert config_lib.resolve(through_json) == Config()
+
+
+def test_the_default_config_is_locked():
+    with pytest.raises(AttributeError):
+        config_lib.default().optim.lr = 0.1
+
+
+def test_the_default_config_keeps_its_types():
+    with pytest.raises(TypeError):
+        config_lib.default().train.epochs = "ten"
+
+
+def test_the_result_is_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config_lib.resolve({}).train.epochs = 3
+    assert hash(config_lib.resolve({})) == hash(Config())
+
+
+def test_there_are_config_files():
+    assert {"cifar10_lt.py", "digits_lt.py"} <= {file.name for file in FILES}
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_every_config_file_resolves(file):
+    config = runpy.run_path(str(file))["get_config"]()
+    assert isinstance(config, ml_collections.ConfigDict)
+    resolved = config_lib.resolve(config)
+    assert resolved != Config()
+    assert resolved.to_dict() == config.to_dict()  # no value was left behind
+
+
+def test_what_is_given_replaces_the_default_and_nothing_else():
+    resolved = config_lib.resolve({"optim": {"learning_rate": 0.25}, "train": {"epochs": 7}})
+    assert resolved == dataclasses.replace(
+        Config(),
+        optim=dataclasses.replace(Config().optim, learning_rate=0.25),
+        train=dataclasses.replace(Config().train, epochs=7),
+    )
+
+
+def test_an_integer_is_welcome_where_a_float_is_due():
+    value = config_lib.resolve({"data": {"imbalance_factor": 50}}).data.imbalance_factor
+    assert (value, type(value)) == (50.0, float)
+
+
+# --- refusals -------------------------------------------------------------------------------------
+
+
+def test_unknown_fields():
+    assert refusal({"optimizer": {}}) == (
+        "optimizer: no such field; allowed: data, augment, model, method, modulation, meta, optim, train, eval, checkpoint"
+    )
+    assert refusal({"model": {"depth": 3}}) == "model.depth: no such field; allowed: model.name, model.width"
+    assert refusal({"model": "resnet32"}) == "model = 'resnet32': expected a group of fields"
+
+
+@pytest.mark.parametrize("path", FIELDS)
+def test_every_field_refuses_another_type(path):
+    kind = config_lib.field_type(FIELDS[path])
+    for wrong in [["x"], None, 1 if kind in (bool, str) else "1", 1 if kind is bool else True]:
+        message = refusal(override(path, wrong))
+        assert message == f"{path} = {wrong!r}: expected {kind.__name__}, got {type(wrong).__name__}"
+
+
+@pytest.mark.parametrize("path", [path for path, field in FIELDS.items() if "choices" in field.metadata])
+def test_every_choice_is_accepted_and_no_other(path):
+    choices = FIELDS[path].metadata["choices"]
+    assert len(choices) > 1
+    for choice in choices:
+        group, name = path.split(".")
+        assert getattr(getattr(config_lib.resolve(override(path, choice)), group), name) == choice
+    assert refusal(override(path, "nonsense")) == f"{path} = 'nonsense': allowed: {', '.join(sorted(choices))}"
+
+
+@pytest.mark.parametrize("path", [path for path, f in FIELDS.items() if config_lib.field_type(f) in (int, float)])
+def test_every_number_has_bounds_that_are_enforced(path):
+    field = FIELDS[path]
+    low, high = field.metadata["low"], field.metadata["high"]
+    kind = config_lib.field_type(field)
+    assert low <= field.default <= high
+    bound = f"{low:g} or more" if high == math.inf else f"{low:g} to {high:g}"
+    outside = [kind(low - 1)] + ([] if high == math.inf else [kind(high + 1)])
+    if kind is float:
+        outside += [math.nan, math.inf]
+    for value in outside:
+        assert refusal(override(path, value)) == f"{path} = {value!r}: allowed: {bound}"
+    config_lib.resolve(override(path, kind(low)))  # the bound itself is allowed
+
+
+def test_the_bounds_that_matter_by_value():
+    assert refusal({"data": {"imbalance_factor": 0.5}}) == "data.imbalance_factor = 0.5: allowed: 1 or more"
+    assert refusal({"optim": {"momentum": 1.5}}) == "optim.momentum = 1.5: allowed: 0 to 1"
+    assert refusal({"meta": {"every": 0}}) == "meta.every = 0: allowed: 1 or more"
+
+
+@pytest.mark.parametrize("sites", ["", "stage3,", "pooled, pooled", ",logits"])
+def test_sites_must_be_distinct_names(sites):
+    message = f"modulation.sites = {sites!r}: expected distinct, comma-separated site names"
+    assert refusal({"modulation": {"sites": sites}}) == message
+
+
+def test_sites_are_split_and_stripped_in_order():
+    assert config_lib.resolve({"modulation": {"sites": "stage3, pooled,stem"}}).sites == ("stage3", "pooled", "stem")
+
+
+def test_values_that_do_not_go_together():
+    per_class = {"per_class": True, "form": "direct", "sites": "pooled"}
+    assert config_lib.resolve({"modulation": per_class}).modulation.per_class
+    assert refusal({"modulation": per_class | {"form": "network"}}) == (
+        "modulation.per_class = True: only modulation.form = 'direct' has one row a class, not 'network'"
+    )
+    assert refusal({"modulation": per_class | {"sites": "pooled,logits"}}) == (
+        "modulation.per_class = True: at site 'logits' a row looked up by the label gives the label away;"
+        " choose other modulation.sites"
+    )
+    assert refusal({"optim": {"warmup_epochs": 5}, "train": {"epochs": 5}}) == (
+        "optim.warmup_epochs = 5: allowed: less than train.epochs = 5"
+    )
+    assert config_lib.resolve({"optim": {"warmup_epochs": 4}, "train": {"epochs": 5}}).optim.warmup_epochs == 4
+
+
+# --- differences ----------------------------------------------------------------------------------
+
+
+def test_differences_name_the_field_and_both_values():
+    old = Config().to_dict()
+    new = config_lib.resolve({"train": {"seed": 3}, "model": {"name": "resnet8"}, "data": {"train_on_meta": True}})
+    assert list(config_lib.differences(old, new.to_dict())) == [
+        "data.train_on_meta: false -> true",
+        'model.name: "resnet32" -> "resnet8"',
+        "train.seed: 0 -> 3",
+    ]
+
+
+def test_a_field_that_only_one_side_knows_differs():
+    assert list(config_lib.differences({"a": {"x": 1}}, {"a": {"x": 1, "y": 2}})) == ["a.y: null -> 2"]
+    assert list(config_lib.differences({"a": {"x": 1}}, {})) == ['a: {"x": 1} -> null']
+
+
+values = st.dictionaries(st.sampled_from("abc"), st.integers(0, 3) | st.booleans() | st.sampled_from(["x", "y"]))
+
+
+@given(st.dictionaries(st.sampled_from("xyz"), values), st.dictionaries(st.sampled_from("xyz"), values))
+def test_no_difference_exactly_between_equal_configs(old, new):
+    assert not list(config_lib.differences(old, old))
+    assert bool(list(config_lib.differences(old, new))) == (old != new)

@@ -1,0 +1,108 @@
+"""Imports go downward only, and the light modules stay light."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "mfm_jax"
+ORDER = (
+    ("errors",),
+    ("types",),
+    ("config",),
+    ("longtail",),
+    ("augment",),
+    ("data",),
+    ("modulation",),
+    ("models",),
+    ("losses",),
+    ("optim",),
+    ("hypergrad",),
+    ("methods",),
+    ("bilevel",),
+    ("parallel",),
+    ("metrics",),
+    ("checkpoint",),
+    ("experiment",),
+    ("loop", "logs"),
+    ("report",),
+    ("train",),
+    ("command",),
+    ("compare", "main"),
+)
+LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
+# What an import of `mfm_jax.NAME` may bring in, besides the standard library and the levels below.
+ONLY = {"errors": set(), "config": {"ml_collections"}, "longtail": {"numpy"}, "metrics": {"numpy", "sklearn"}}
+FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
+
+
+def module_of(path: Path) -> str:
+    """Returns the module that a file belongs to: a sub-package counts as one."""
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports(source: str) -> set[str]:
+    """Returns the full names that a source imports, wherever in it."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def own(names: set[str]) -> set[str]:
+    """Returns the modules of this package among imported `names`."""
+    return {name.split(".")[1] for name in names if name.startswith("mfm_jax.")}
+
+
+def foreign(names: set[str]) -> set[str]:
+    """Returns the packages of others among imported `names`."""
+    return {name.split(".")[0] for name in names} - {"mfm_jax"} - sys.stdlib_module_names
+
+
+def test_the_reader_finds_every_kind_of_import():
+    source = (
+        "import os\nimport mfm_jax.loop as x\nfrom mfm_jax import data, report\n"
+        "def f():\n    from mfm_jax.models.resnet import A\n    import jax.numpy\n"
+    )
+    assert own(imports(source)) == {"loop", "data", "report", "models"}
+    assert foreign(imports(source)) == {"jax"}
+
+
+def test_every_module_has_a_place_in_the_order():
+    assert {module_of(path) for path in FILES} == set(LEVEL)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(PACKAGE).as_posix())
+def test_imports_go_downward(path):
+    module = module_of(path)
+    upward = {name for name in own(imports(path.read_text())) - {module} if LEVEL[name] >= LEVEL[module]}
+    assert not upward, f"{module} may not import {upward}"
+
+
+@pytest.mark.parametrize("module", ONLY)
+def test_a_module_that_needs_little_imports_little(module):
+    assert foreign(imports((PACKAGE / f"{module}.py").read_text())) <= ONLY[module]
+
+
+def python(code: str) -> str:
+    """Runs `code` in a fresh interpreter; returns what it printed on both streams."""
+    command = [sys.executable, "-W", "error", "-c", code]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=PACKAGE.parent)
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+def test_importing_the_package_costs_and_prints_nothing():
+    heavy = "[m for m in ('jax', 'numpy', 'flax', 'ml_collections', 'absl') if m in sys.modules]"
+    assert python(f"import sys, mfm_jax; sys.exit(str({heavy})) if {heavy} else None") == ""
+
+
+def test_the_report_needs_no_jax():
+    code = "import sys, mfm_jax.report, mfm_jax.metrics, mfm_jax.longtail; print('jax' in sys.modules)"
+    assert python(code) == "False\n"

@@ -1,0 +1,133 @@
+"""Losses by hand, their identities, and their gradients in float64."""
+
+import math
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.test_util import check_grads
+
+from mfm_jax import losses
+
+COUNTS = np.array([500, 60, 7])
+# exp of these rows is [1, 2, 5] and [4, 4, 8]: softmax [1/8, 2/8, 5/8] and [1/4, 1/4, 1/2].
+LOGITS = np.log(np.array([[1.0, 2.0, 5.0], [4.0, 4.0, 8.0]], np.float32))
+LABELS = np.array([1, 2], np.int32)
+
+LOSSES = {
+    "cross_entropy": losses.cross_entropy,
+    "logit_adjusted": losses.logit_adjusted(COUNTS, 1.5),
+    "gce": losses.generalized_cross_entropy,
+    "temperature": losses.with_temperature(losses.generalized_cross_entropy, 2.0),
+}
+
+
+class LossValues(chex.TestCase):
+    @chex.variants(with_jit=True, without_jit=True)
+    def test_cross_entropy(self):
+        out = self.variant(losses.cross_entropy)(LOGITS, LABELS)
+        chex.assert_trees_all_close(out, np.array([math.log(4), math.log(2)], np.float32), rtol=1e-6)
+
+    @chex.variants(with_jit=True, without_jit=True)
+    def test_logit_adjusted(self):
+        # Priors 1/2, 3/8, 1/8 and tau = 2: the terms n^tau e^z are, in 64ths, 16 * [1 or 4], 9 * [2 or 4], 1 * [5 or 8].
+        out = self.variant(losses.logit_adjusted(np.array([4, 3, 1]), 2.0))(LOGITS, LABELS)
+        chex.assert_trees_all_close(out, np.array([math.log(39 / 18), math.log(108 / 8)], np.float32), rtol=1e-6)
+
+    @chex.variants(with_jit=True, without_jit=True)
+    def test_generalized_cross_entropy(self):
+        # q = 1/2: 2 (1 - sqrt(p)), with p = 1/4 and 1/2.
+        out = self.variant(lambda z, y: losses.generalized_cross_entropy(z, y, 0.5))(LOGITS, LABELS)
+        chex.assert_trees_all_close(out, np.array([1.0, 2 - math.sqrt(2)], np.float32), rtol=1e-6)
+
+    @chex.variants(with_jit=True, without_jit=True)
+    def test_temperature_divides_the_logits(self):
+        # At temperature 1/2 the softmax terms are squared: 4/30 * ... = 4 / (1 + 4 + 25), and 64 / (16 + 16 + 64).
+        out = self.variant(losses.with_temperature(losses.cross_entropy, 0.5))(LOGITS, LABELS)
+        chex.assert_trees_all_close(out, np.array([math.log(30 / 4), math.log(96 / 64)], np.float32), rtol=1e-6)
+
+
+def test_log_prior():
+    prior = losses.log_prior(COUNTS)
+    chex.assert_trees_all_close(prior, np.log(COUNTS / 567).astype(np.float32), rtol=1e-5)
+    chex.assert_type(prior, jnp.float32)
+
+
+def test_the_default_q_is_that_of_the_paper():
+    expected = (1 - np.array([0.25, 0.5]) ** 0.7) / 0.7
+    chex.assert_trees_all_close(
+        losses.generalized_cross_entropy(LOGITS, LABELS), expected.astype(np.float32), rtol=1e-6
+    )
+
+
+finite_logits = st.lists(st.floats(-20, 20, width=32), min_size=3, max_size=3)
+
+
+@settings(deadline=None, max_examples=30)
+@given(finite_logits, st.integers(0, 2), st.lists(st.integers(1, 5000), min_size=3, max_size=3))
+def test_logit_adjustment_at_tau_one_is_balanced_softmax_and_at_zero_cross_entropy(row, label, counts):
+    logits, labels, n = np.array([row], np.float32), np.array([label], np.int32), np.array(counts)
+    terms = n * np.exp(np.float64(row))  # balanced softmax, written out
+    adjusted = losses.logit_adjusted(n, 1.0)(logits, labels)
+    np.testing.assert_allclose(adjusted, [-np.log(terms[label] / terms.sum())], rtol=1e-4, atol=1e-4)
+    plain = losses.cross_entropy(logits, labels)
+    chex.assert_trees_all_equal(losses.logit_adjusted(n, 0.0)(logits, labels), plain)
+    chex.assert_trees_all_equal(losses.with_temperature(losses.cross_entropy, 1.0)(logits, labels), plain)
+
+
+def test_balanced_counts_make_the_adjustment_vanish():
+    adjusted = losses.logit_adjusted(np.full(3, 40), 1.7)(LOGITS, LABELS)
+    chex.assert_trees_all_close(adjusted, losses.cross_entropy(LOGITS, LABELS), rtol=1e-5)
+
+
+@settings(deadline=None, max_examples=30)
+@given(finite_logits, st.integers(0, 2), st.floats(0.1, 1.0))
+def test_gce_lies_between_zero_and_its_bound_and_below_the_cross_entropy(row, label, q):
+    logits, labels = np.array([row], np.float32), np.array([label], np.int32)
+    value = float(losses.generalized_cross_entropy(logits, labels, q)[0])
+    assert 0 <= value <= 1 / q * (1 + 1e-6)
+    assert value <= float(losses.cross_entropy(logits, labels)[0]) * (1 + 1e-5)
+
+
+def test_gce_reaches_its_bound_without_nan():
+    logits, labels = np.array([[0.0, 1e4]], np.float32), np.array([0], np.int32)
+    value, slope = jax.value_and_grad(lambda z: losses.generalized_cross_entropy(z, labels, 0.7)[0])(logits)
+    chex.assert_trees_all_close(value, np.float32(1 / 0.7), rtol=1e-6)
+    chex.assert_trees_all_equal(slope, np.zeros((1, 2), np.float32))  # an outlier no longer pulls
+
+
+def test_gce_tends_to_cross_entropy_and_at_one_is_the_absolute_error():
+    with jax.enable_x64(True):
+        logits = jnp.asarray(LOGITS, jnp.float64)
+        small = losses.generalized_cross_entropy(logits, LABELS, 1e-6)
+        chex.assert_trees_all_close(small, losses.cross_entropy(logits, LABELS), rtol=2e-6)
+        chex.assert_trees_all_close(losses.generalized_cross_entropy(logits, LABELS, 1.0), np.array([0.75, 0.5]))
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_each_example_has_its_own_loss_and_the_dtype_of_the_logits(name):
+    loss = LOSSES[name]
+    both = loss(LOGITS, LABELS)
+    chex.assert_shape(both, (2,))
+    chex.assert_trees_all_close(both[1:], loss(LOGITS[1:], LABELS[1:]), rtol=1e-6)
+    chex.assert_type(loss(jnp.asarray(LOGITS, jnp.bfloat16), LABELS), jnp.bfloat16)
+
+
+def test_first_and_second_derivatives_in_float64():
+    # Second ones too: the meta-gradient differentiates the gradient of the training loss.
+    @jax.jit
+    def every_loss(logits):
+        return jnp.stack([loss(logits, LABELS) for loss in LOSSES.values()])
+
+    with jax.enable_x64(True):
+        check_grads(every_loss, (jnp.asarray(LOGITS, jnp.float64),), order=2, modes=["rev"], atol=1e-7, rtol=1e-6)
+
+
+def test_gradient_of_the_cross_entropy_by_hand():
+    slope = jax.grad(lambda z: losses.cross_entropy(z, LABELS).sum())(LOGITS)
+    expected = np.array([[1 / 8, 2 / 8 - 1, 5 / 8], [1 / 4, 1 / 4, 1 / 2 - 1]], np.float32)
+    chex.assert_trees_all_close(slope, expected, rtol=1e-5)

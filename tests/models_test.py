@@ -1,0 +1,195 @@
+"""The ResNets: sizes by formula, sites, precision, batch statistics."""
+
+import functools
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mfm_jax import models, modulation
+from mfm_jax.models.resnet import _shortcut
+
+SITES = ("stem", "stage1", "stage2", "stage3", "pooled", "logits")
+LABELS = np.array([0, 2, 1, 2], np.int32)
+IMAGES = np.random.default_rng(0).normal(size=(4, 8, 8, 3)).astype(np.float32)
+
+
+def net(dtype=jnp.float32):
+    return models.create("resnet8", 3, 8, dtype)
+
+
+@pytest.fixture(scope="module")
+def variables():
+    """Returns the variables of `net()` with running averages that are not those of the start."""
+    found = jax.jit(net().init)(jax.random.key(0), IMAGES)
+    rng = np.random.default_rng(1)
+    stats = jax.tree.map(lambda x: rng.uniform(0.5, 1.5, x.shape).astype(np.float32), found["batch_stats"])
+    return {**found, "batch_stats": stats}
+
+
+@pytest.fixture(scope="module")
+def plain_logits(variables):
+    return jax.jit(net().apply)(variables, IMAGES)
+
+
+def shapes_of(module: nn.Module, size: int = 32):
+    return jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, size, size, 3)))
+
+
+def parameter_count(blocks: int, num_classes: int, width: int) -> int:
+    """Counts by formula: 3x3 convolutions without bias, two numbers a channel for each norm, a dense head."""
+    total = 9 * 3 * width + 2 * width
+    inputs = width
+    for channels in (width, 2 * width, 4 * width):
+        total += 9 * inputs * channels + 2 * channels  # the first convolution; the shortcut is free
+        total += (2 * blocks - 1) * (9 * channels**2 + 2 * channels)
+        inputs = channels
+    return total + inputs * num_classes + num_classes
+
+
+@pytest.mark.parametrize(
+    ("name", "blocks", "num_classes", "width", "millions"),
+    [("resnet20", 3, 10, 16, 0.27), ("resnet32", 5, 10, 16, 0.46), ("resnet8", 1, 100, 8, None)],
+)
+def test_parameter_counts(name, blocks, num_classes, width, millions):
+    shapes = shapes_of(models.create(name, num_classes, width))["params"]
+    found = sum(leaf.size for leaf in jax.tree.leaves(shapes))
+    assert found == parameter_count(blocks, num_classes, width)
+    if millions:
+        assert round(found / 1e6, 2) == millions
+
+
+def test_the_name_tells_the_layers():
+    for name in models._BLOCKS:
+        shapes = shapes_of(models.create(name, 10, 1), 4)["params"]
+        layers = [path for path, _ in jax.tree_util.tree_leaves_with_path(shapes) if path[-1].key == "kernel"]
+        assert f"resnet{len(layers)}" == name
+
+
+def test_sites_come_in_order_with_their_shapes(variables):
+    seen = []
+
+    def record(site, features):
+        seen.append((site, features.shape))
+        return features
+
+    jax.eval_shape(lambda: net().apply(variables, IMAGES, modulate=record))
+    shapes = [(4, 8, 8, 8), (4, 8, 8, 8), (4, 4, 4, 16), (4, 2, 2, 32), (4, 32), (4, 3)]
+    assert seen == list(zip(SITES, shapes, strict=True))
+
+
+def test_sites_follow_the_relu(variables):
+    smallest = {}
+
+    def record(site, features):
+        smallest[site] = features.min()
+        return features
+
+    found = jax.jit(lambda v: (net().apply(v, IMAGES, modulate=record), dict(smallest))[1])(variables)
+    assert {site for site in SITES if found[site] == 0} == {"stem", "stage1", "stage2", "stage3"}
+    assert found["pooled"] >= 0 > found["logits"]
+
+
+def test_virtual_groups_are_groups_of_the_parameters(variables):
+    groups = set(variables["params"])
+    assert groups == {"stem", "stem_norm", "stage1", "stage2", "stage3", "head"}
+    assert models.VIRTUAL_GROUPS == {"head": ("head",), "last_stage": ("stage3", "head")}
+
+
+# --- the modulated pass ---------------------------------------------------------------------------
+
+
+def modulated(v, gamma, sites=SITES):
+    channels = {"stem": 8, "stage1": 8, "stage2": 16, "stage3": 32, "pooled": 32, "logits": 3}
+    modulator = modulation.direct({site: channels[site] for site in sites})
+    parameters = jax.tree.map(lambda x: x + gamma, modulator.init(jax.random.key(0)))
+    return net().apply(v, IMAGES, modulate=modulation.modulate(modulator, parameters, LABELS))
+
+
+def test_identity_modulation_equals_the_plain_network_bit_for_bit(variables, plain_logits):
+    run = jax.jit(modulated)  # gamma is an argument: the compiler does not know that it is zero
+    chex.assert_trees_all_equal(run(variables, jnp.float32(0.0)), plain_logits)
+    assert (run(variables, jnp.float32(0.1)) != plain_logits).all()
+
+
+def test_modulation_at_the_logits_is_the_last_thing_done(variables, plain_logits):
+    out = jax.jit(functools.partial(modulated, sites=("logits",)))(variables, jnp.float32(0.5))
+    chex.assert_trees_all_close(out, 1.5 * plain_logits + 0.5, rtol=1e-5)
+
+
+# --- precision ------------------------------------------------------------------------------------
+
+
+def test_bfloat16_computes_low_and_keeps_parameters_statistics_and_logits_high(variables):
+    seen = {}
+
+    def record(site, features):
+        seen[site] = features.dtype
+        return features
+
+    module = net(jnp.bfloat16)
+    found = shapes_of(module, 8)
+    chex.assert_type(jax.tree.leaves(found), jnp.float32)
+    logits, written = jax.eval_shape(
+        lambda: module.apply(variables, IMAGES, train=True, modulate=record, mutable=["batch_stats"])
+    )
+    assert logits.dtype == jnp.float32
+    chex.assert_type(jax.tree.leaves(written), jnp.float32)
+    assert seen.pop("logits") == jnp.float32
+    assert set(seen.values()) == {jnp.dtype(jnp.bfloat16)}
+
+
+def test_bfloat16_logits_are_close_to_float32(variables, plain_logits):
+    low = jax.jit(net(jnp.bfloat16).apply)(variables, IMAGES)
+    chex.assert_trees_all_close(low, plain_logits, atol=0.05 * float(jnp.abs(plain_logits).max()))
+    assert (low != plain_logits).any()
+
+
+# --- batch statistics -----------------------------------------------------------------------------
+
+
+def test_evaluation_writes_nothing_and_is_per_example(variables, plain_logits):
+    run = jax.jit(lambda v, x: net().apply(v, x, train=False, mutable=["batch_stats"]))
+    logits, written = run(variables, IMAGES)
+    chex.assert_trees_all_equal(written["batch_stats"], variables["batch_stats"])
+    shuffled, _ = run(variables, np.concatenate([IMAGES[:1], IMAGES[:3]]))
+    chex.assert_trees_all_close(shuffled[0], logits[0], rtol=1e-5)
+    chex.assert_trees_all_equal(plain_logits, logits)  # `train` is off unless asked for
+
+
+def test_training_moves_the_running_averages_by_a_tenth_of_the_way(variables, plain_logits):
+    logits, written = jax.jit(lambda v: net().apply(v, IMAGES, train=True, mutable=["batch_stats"]))(variables)
+    assert (logits != plain_logits).all()
+    before, after = variables["batch_stats"], written["batch_stats"]
+    moved = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), before, after)
+    assert min(jax.tree.leaves(moved)) > 0
+    kernel = variables["params"]["stem"]["kernel"]
+    stem = jax.lax.conv_general_dilated(
+        IMAGES, kernel, (1, 1), [(1, 1), (1, 1)], dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    for name, value in (("mean", stem.mean((0, 1, 2))), ("var", stem.var((0, 1, 2)))):
+        chex.assert_trees_all_close(
+            after["stem_norm"][name], 0.9 * before["stem_norm"][name] + 0.1 * value, rtol=1e-4
+        )
+
+
+# --- blocks ---------------------------------------------------------------------------------------
+
+
+def test_shortcut_subsamples_and_fills_with_zeros_on_both_sides():
+    x = np.arange(1, 33, dtype=np.float32).reshape(1, 4, 4, 2)
+    out = _shortcut(x, 4, 2)
+    chex.assert_trees_all_equal(out[..., 1:3], x[:, ::2, ::2])
+    chex.assert_trees_all_equal(out[..., [0, 3]], jnp.zeros((1, 2, 2, 2)))
+    chex.assert_trees_all_equal(_shortcut(x, 2, 1), x)
+
+
+def test_initial_kernels_have_kaiming_variance(variables):
+    params = variables["params"]
+    convolution, head = params["stage3"]["BasicBlock_0"]["Conv_1"]["kernel"], params["head"]["kernel"]
+    assert float(convolution.std()) == pytest.approx((2 / (9 * 32)) ** 0.5, rel=0.03)
+    assert float(head.std()) == pytest.approx((2 / 32) ** 0.5, rel=0.25)  # 96 numbers
+    chex.assert_trees_all_equal(params["head"]["bias"], jnp.zeros(3))

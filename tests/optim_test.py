@@ -1,0 +1,131 @@
+"""Schedules at steps worked out by hand, and the chains' updates on a parameter of two numbers."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from mfm_jax import optim
+from mfm_jax.config import Meta, Optim
+
+PARAMS = {"w": np.array([1.0, -2.0], np.float32)}
+GRADS = {"w": np.array([3.0, 4.0], np.float32)}
+
+
+def rates(config: Optim, epochs: int, steps_per_epoch: int, steps: list[int]) -> list[float]:
+    schedule = optim.schedule(config, epochs, steps_per_epoch)
+    return [float(schedule(step)) for step in steps]
+
+
+def after(tx: optax.GradientTransformation, gradients: list[dict]) -> dict:
+    """Returns PARAMS after one update for each of `gradients`."""
+    params, state = PARAMS, tx.init(PARAMS)
+    for gradient in gradients:
+        changes, state = tx.update(gradient, state, params)
+        params = optax.apply_updates(params, changes)
+    return params
+
+
+# --- schedules ------------------------------------------------------------------------------------
+
+
+def test_cosine():
+    # Over 12 steps: (1 + cos(pi t / 12)) / 2 of the rate.
+    found = rates(Optim(learning_rate=0.8), 4, 3, [0, 4, 6, 8, 12])
+    assert found == pytest.approx([0.8, 0.6, 0.4, 0.2, 0.0], abs=1e-7)
+
+
+def test_step_divides_by_a_hundred_twice():
+    config = Optim(learning_rate=0.1, schedule="step")
+    # 200 epochs of 10 steps: at epochs 160 and 180.
+    found = rates(config, 200, 10, [0, 1599, 1600, 1799, 1800, 1999])
+    assert found == pytest.approx([0.1, 0.1, 1e-3, 1e-3, 1e-5, 1e-5], rel=1e-5)
+
+
+def test_constant():
+    assert rates(Optim(learning_rate=0.3, schedule="constant"), 4, 3, [0, 5, 11]) == pytest.approx([0.3] * 3)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "tail"),
+    [
+        ("cosine", {5: 0.4, 10: 0.2, 15: 0.0}),  # a half-wave over the 10 steps that are left
+        ("step", {5: 0.4, 11: 0.4, 12: 4e-3, 13: 4e-5}),  # 80 % and 90 % of the whole run, warm-up included
+        ("constant", {5: 0.4, 14: 0.4}),
+    ],
+)
+def test_warmup_rises_linearly_and_shifts_only_what_depends_on_the_rest(schedule, tail):
+    config = Optim(learning_rate=0.4, schedule=schedule, warmup_epochs=1)
+    assert rates(config, 3, 5, [0, 1, 4]) == pytest.approx([0.0, 0.08, 0.32])
+    assert rates(config, 3, 5, list(tail)) == pytest.approx(list(tail.values()), rel=1e-5, abs=1e-7)
+
+
+# --- the classifier's chain -----------------------------------------------------------------------
+
+
+def test_sgd_with_decay_and_nesterov_momentum_by_hand():
+    tx = optim.classifier(Optim(momentum=0.5, weight_decay=0.1), 0.2)
+    # Gradient with decay: [3.1, 3.8]; velocity the same; Nesterov adds half of it: [4.65, 5.7].
+    first = np.array([1.0 - 0.2 * 4.65, -2.0 - 0.2 * 5.7])
+    chex.assert_trees_all_close(after(tx, [GRADS]), {"w": first.astype(np.float32)}, rtol=1e-5)
+    decayed = np.array([3.0, 4.0]) + 0.1 * first
+    velocity = decayed + 0.5 * np.array([3.1, 3.8])
+    second = first - 0.2 * (decayed + 0.5 * velocity)
+    chex.assert_trees_all_close(after(tx, [GRADS, GRADS]), {"w": second.astype(np.float32)}, rtol=1e-5)
+
+
+def test_sgd_without_momentum_and_decay_is_plain_descent():
+    tx = optim.classifier(Optim(momentum=0.0, weight_decay=0.0), 0.5)
+    chex.assert_trees_all_close(after(tx, [GRADS, GRADS]), {"w": np.array([-2.0, -6.0], np.float32)})
+
+
+def test_clipping_acts_on_the_gradient_before_the_decay():
+    clipped = optim.classifier(Optim(momentum=0.0, weight_decay=0.1, clip_norm=1.0), 1.0)
+    # The norm is 5: [0.6, 0.8] is left, and the decay adds [0.1, -0.2] to that.
+    chex.assert_trees_all_close(after(clipped, [GRADS]), {"w": np.array([0.3, -2.6], np.float32)}, rtol=1e-5)
+    small = {"w": GRADS["w"] / 10}
+    plain = optim.classifier(Optim(momentum=0.0, weight_decay=0.1), 1.0)
+    chex.assert_trees_all_close(after(clipped, [small]), after(plain, [small]), rtol=1e-6)
+
+
+def test_adamw_by_hand():
+    tx = optim.classifier(Optim(name="adamw", momentum=0.5, weight_decay=0.1), 0.2)
+    # A first step is the gradient's sign, but for epsilons; decay is not part of the moments.
+    expected = PARAMS["w"] - 0.2 * (np.sign(GRADS["w"]) + 0.1 * PARAMS["w"])
+    chex.assert_trees_all_close(after(tx, [GRADS]), {"w": expected}, rtol=1e-5)
+    # Then a gradient of zero: moments m = 0.5 * 0.5 g / (1 - 0.5^2), v = 0.999 * 0.001 g^2 / (1 - 0.999^2).
+    ratio = (0.25 / 0.75) / np.sqrt(0.999 * 0.001 / (1 - 0.999**2))
+    second = expected - 0.2 * (ratio * np.sign(GRADS["w"]) + 0.1 * expected)
+    zero = {"w": np.zeros(2, np.float32)}
+    chex.assert_trees_all_close(after(tx, [GRADS, zero]), {"w": second.astype(np.float32)}, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_the_chain_follows_its_schedule(name):
+    tx = optim.classifier(Optim(name=name, momentum=0.0, weight_decay=0.0), lambda step: jnp.where(step < 1, 0.0, 0.1))
+    chex.assert_trees_all_equal(after(tx, [GRADS]), PARAMS)
+    assert (np.abs(after(tx, [GRADS, GRADS])["w"] - PARAMS["w"]) > 0.05).all()
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_the_update_can_be_differentiated_where_a_gradient_is_zero(name):
+    tx = optim.classifier(Optim(name=name, clip_norm=1.0), 0.1)
+
+    def moved(gradient):
+        return tx.update({"w": gradient}, tx.init(PARAMS), PARAMS)[0]["w"].sum()
+
+    slope = jax.jit(jax.grad(moved))(jnp.array([0.0, 4.0]))
+    chex.assert_tree_all_finite(slope)
+    assert slope[0] < 0
+
+
+# --- the modulator's chain ------------------------------------------------------------------------
+
+
+def test_modulator_is_adam_at_the_meta_learning_rate():
+    tx = optim.modulator(Meta(learning_rate=0.25))
+    expected = PARAMS["w"] - 0.25 * np.sign(GRADS["w"])
+    chex.assert_trees_all_close(after(tx, [GRADS]), {"w": expected}, rtol=1e-5)
+    chex.assert_trees_all_equal(after(optim.modulator(Meta(learning_rate=0.0)), [GRADS]), PARAMS)

@@ -1,0 +1,269 @@
+"""Runs as a user starts them: results, resume bit for bit, refusals, transfer. Tiny models on the embedded digits."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mfm_jax import config as config_lib
+from mfm_jax import data as data_lib
+from mfm_jax import experiment as experiment_lib
+from mfm_jax import loop as loop_lib
+from mfm_jax import train
+from mfm_jax.checkpoint import Checkpointer
+from mfm_jax.errors import UserError
+
+
+def tiny(**overrides):
+    """Returns a config of a few seconds; overrides as `group__field=value`."""
+    config = config_lib.default()
+    config.data.update(source="digits", name="digits", imbalance_factor=10.0, val_images_per_class=5)
+    config.augment.update(pad=1, flip=False)
+    config.model.update(name="resnet8", width=4)
+    config.meta.batch_size = 20
+    config.optim.learning_rate = 0.05
+    config.train.update(epochs=2, batch_size=64)
+    for name, value in overrides.items():
+        group, field = name.split("__")
+        config[group][field] = value
+    return config
+
+
+@pytest.fixture(autouse=True)
+def _one_device(monkeypatch):
+    """These runs use one of the four fake devices; the tests of several devices say so."""
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+
+
+def final_state(workdir: Path, config) -> loop_lib.LoopState:
+    resolved = config_lib.resolve(config)
+    data = data_lib.build(resolved)
+    like = loop_lib.initial(experiment_lib.build(resolved, data))
+    checkpoints = Checkpointer(workdir, resolved.checkpoint, has_validation=True)
+    state, _ = checkpoints.restore(checkpoints.latest_step(), like)
+    checkpoints.close()
+    return state.replace(bilevel=state.bilevel.replace(key=jax.random.key_data(state.bilevel.key)))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished MFM run, with its config and results."""
+    workdir = tmp_path_factory.mktemp("runs") / "mfm"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "device_count", lambda: 1)
+        results = train.train_and_evaluate(tiny(), workdir)
+    return workdir, results
+
+
+def test_a_run_leaves_what_it_promises(finished):
+    workdir, results = finished
+    for name in ("config.json", "manifest.json", "metrics.jsonl", "results.json", "report.html"):
+        assert (workdir / name).stat().st_size > 0
+    assert list((workdir / "tensorboard").iterdir())
+    assert json.loads((workdir / "results.json").read_text()) == json.loads(json.dumps(results))
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert [row["kind"] for row in rows] == ["train", "modulation", "val"] * 2
+    assert 0.1 < results["last"]["test"]["balanced_accuracy"] <= 1
+    best = max((row for row in rows if row["kind"] == "val"), key=lambda row: row["balanced_accuracy"])
+    assert results["best"]["val"]["balanced_accuracy"] == pytest.approx(best["balanced_accuracy"], abs=1e-9)
+    beta = next(row for row in reversed(rows) if row["kind"] == "modulation")["sites"]["logits"]["beta"]
+    assert len(beta) == 10
+    assert any(beta)
+
+
+def test_a_finished_run_is_not_repeated(finished, monkeypatch):
+    workdir, results = finished
+    monkeypatch.setattr(train._Run, "train", None)
+    again = train.train_and_evaluate(tiny(), workdir)
+    assert again == json.loads(json.dumps(results))
+
+
+def test_workdir_of_another_config_is_refused(finished):
+    with pytest.raises(UserError, match=r"belongs to another config .*train.seed: 0 -> 1"):
+        train.train_and_evaluate(tiny(train__seed=1), finished[0])
+
+
+@pytest.mark.parametrize("stop_at", [1, 5, 9])
+def test_interrupted_and_resumed_is_bit_identical(finished, tmp_path, monkeypatch, stop_at):
+    """SIGTERM after any step: the run saves, and the same command ends as if nothing had happened."""
+    workdir, _ = finished
+    call = loop_lib.make_call
+
+    def make_call(experiment, config):
+        compiled, done = call(experiment, config), []
+
+        def stepping(*arguments):
+            done.append(None)
+            if len(done) == stop_at:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return compiled(*arguments)
+
+        return stepping
+
+    with monkeypatch.context() as patch, pytest.raises(train.Interrupted, match=f"saved at step {stop_at}"):
+        patch.setattr(loop_lib, "make_call", make_call)
+        train.train_and_evaluate(tiny(), tmp_path)
+    train.train_and_evaluate(tiny(), tmp_path)
+    chex.assert_trees_all_equal(final_state(tmp_path, tiny()), final_state(workdir, tiny()))
+    assert (tmp_path / "metrics.jsonl").read_text() == (workdir / "metrics.jsonl").read_text()
+
+
+COMMAND = """
+import sys, jax
+from mfm_jax import config, train
+train.train_and_evaluate(__import__("json").loads(sys.argv[1]), sys.argv[2])
+"""
+
+
+@pytest.mark.parametrize("kills", [1, pytest.param(5, marks=pytest.mark.slow)])
+def test_killed_and_resumed_is_bit_identical(tmp_path, kills):
+    """SIGKILL at a random moment, a real process, several times over."""
+    config = tiny(train__epochs=12)
+    arguments = [sys.executable, "-c", COMMAND, config.to_json()]
+    environment = os.environ | {"XLA_FLAGS": ""}
+    subprocess.run([*arguments, str(tmp_path / "whole")], env=environment, check=True, capture_output=True)
+    random = np.random.default_rng(kills)
+    for _ in range(kills):
+        process = subprocess.Popen(
+            [*arguments, str(tmp_path / "cut")], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        rows = tmp_path / "cut" / "metrics.jsonl"
+        before = rows.stat().st_size if rows.exists() else 0
+        while process.poll() is None and not (rows.exists() and rows.stat().st_size > before):
+            time.sleep(0.02)
+        time.sleep(random.uniform(0, 0.3))
+        process.kill()
+        process.wait()
+    assert not (tmp_path / "cut" / "results.json").exists()
+    subprocess.run([*arguments, str(tmp_path / "cut")], env=environment, check=True, capture_output=True)
+    chex.assert_trees_all_equal(final_state(tmp_path / "cut", config), final_state(tmp_path / "whole", config))
+    assert (tmp_path / "cut/metrics.jsonl").read_text() == (tmp_path / "whole/metrics.jsonl").read_text()
+
+
+def test_each_kind_of_step_compiles_once_and_nothing_leaves_the_device():
+    config = config_lib.resolve(tiny())
+    data = data_lib.build(config)
+    experiment = experiment_lib.build(config, data)
+    call, loop, resident = loop_lib.make_call(experiment, config), loop_lib.initial(experiment), None
+    order = jnp.arange(64 * experiment.steps_per_epoch, dtype=jnp.int32).reshape(-1, 64)
+    table = jnp.asarray(data.meta_table(0), jnp.int32)
+    resident = loop_lib.to_device(data).replace(order=order, meta_table=table)
+    for pattern in ((True,), (False,)):
+        loop = call(loop, resident, pattern)
+    with jax.transfer_guard("disallow"):
+        for pattern in ((True,), (False,)) * 3:
+            loop = call(loop, resident, pattern)
+    assert call._cache_size() == 2
+    assert int(loop.bilevel.step) == 8
+
+
+def test_several_steps_a_call_equal_single_steps():
+    """In float64 the scanned steps give the trajectory of the single ones, meta-steps mixed in."""
+    config = config_lib.resolve(tiny(meta__every=2))
+    data = data_lib.build(config)
+    experiment = experiment_lib.build(config, data)
+    call = loop_lib.make_call(experiment, config)
+    order = jnp.arange(64 * experiment.steps_per_epoch, dtype=jnp.int32).reshape(-1, 64)
+    resident = loop_lib.to_device(data).replace(order=order, meta_table=jnp.asarray(data.meta_table(0), jnp.int32))
+    single, several = loop_lib.initial(experiment), loop_lib.initial(experiment)
+    for pattern in ((True,), (False,)):
+        single = call(single, resident, pattern)
+    several = call(several, resident, (True, False))
+    chex.assert_trees_all_close(several.bilevel.params, single.bilevel.params, rtol=1e-3, atol=1e-5)
+    chex.assert_trees_all_close(several.sums, single.sums, rtol=1e-3)
+
+
+def test_non_finite_loss_stops_and_keeps_the_last_good_checkpoint(tmp_path):
+    config = tiny(train__epochs=3, optim__schedule="constant")
+    call = loop_lib.make_call
+
+    def make_call(experiment, resolved):
+        compiled = call(experiment, resolved)
+
+        def poisoned(loop, data, pattern):
+            data = data.replace(mean=jnp.where(loop.bilevel.step >= 6, jnp.nan, data.mean))
+            return compiled(loop, data, pattern)
+
+        return poisoned
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(train.NonFiniteError) as error:
+        patch.setattr(loop_lib, "make_call", make_call)
+        train.train_and_evaluate(config, tmp_path)
+    assert re.match(r"loss became non-finite at step 6; the checkpoint of step 5 is kept", str(error.value))
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(final_state(tmp_path, config)))
+    train.train_and_evaluate(config, tmp_path)  # and the run goes on from there
+
+
+def test_transfer_starts_from_the_modulator_and_freeze_keeps_it(finished, tmp_path):
+    workdir, _ = finished
+    config = tiny(modulation__init_from=str(workdir), meta__freeze=True, data__imbalance_factor=5.0)
+    train.train_and_evaluate(config, tmp_path / "frozen")
+    theirs, ours = final_state(workdir, tiny()), final_state(tmp_path / "frozen", config)
+    chex.assert_trees_all_equal(ours.bilevel.mod_params, theirs.bilevel.mod_params)
+    assert ours.bilevel.mod_opt_state == ()
+    resolved = config_lib.resolve(config)
+    assert experiment_lib.build(resolved, data_lib.build(resolved)).meta_step is None
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"modulation__sites": "pooled"}, r"modulation.init_from = .*: its logits.a is \(\), this run needs none"),
+        ({"modulation__form": "direct"}, r"modulation.init_from = .*: its logits.a is \(\), this run needs none"),
+        ({"modulation__init_from": "/nowhere"}, r"no checkpoints there"),
+    ],
+)
+def test_a_modulator_that_does_not_fit_is_refused(finished, tmp_path, overrides, message):
+    config = tiny(**({"modulation__init_from": str(finished[0])} | overrides))
+    with pytest.raises(UserError, match=message):
+        train.train_and_evaluate(config, tmp_path)
+
+
+def test_a_manifest_is_taken_from_a_file(finished, tmp_path):
+    workdir, results = finished
+    config = tiny(data__manifest=str(workdir / "manifest.json"))
+    again = train.train_and_evaluate(config, tmp_path)
+    assert (tmp_path / "manifest.json").read_text() == (workdir / "manifest.json").read_text()
+    assert again["last"]["test"] == results["last"]["test"]
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"method__name": "ce"},
+        {"method__name": "logit_adjusted"},
+        {"method__base": "logit_adjusted", "meta__loss": "ce", "meta__temperature": 2.0, "meta__bn": "batch"},
+        {"modulation__form": "network", "modulation__sites": "stage2,pooled", "modulation__use_count": True},
+        {"modulation__form": "direct", "modulation__sites": "pooled", "modulation__per_class": True},
+        {"meta__every": 2, "meta__start_epoch": 1, "meta__lagged": False},
+        {"meta__virtual": "last_stage", "optim__clip_norm": 1.0},
+        {"data__protocol": "full", "data__val_images_per_class": 0},
+        {"train__dtype": "bfloat16", "data__train_on_meta": True, "optim__name": "adamw", "optim__schedule": "step"},
+        {"train__steps_per_call": 4, "train__max_steps": 7, "optim__warmup_epochs": 1},
+    ],
+    ids=lambda overrides: "+".join(str(value) for value in overrides.values()),
+)
+def test_every_choice_runs(tmp_path, overrides):
+    results = train.train_and_evaluate(tiny(model__width=2, **overrides), tmp_path)
+    assert np.isfinite(results["last"]["test"]["nll"])
+    no_validation = overrides.get("data__val_images_per_class") == 0
+    assert (results["best"] is None) == no_validation
+
+
+def test_four_devices_train(tmp_path, monkeypatch):
+    monkeypatch.undo()
+    assert jax.device_count() == 4
+    results = train.train_and_evaluate(tiny(train__max_steps=3), tmp_path)
+    assert np.isfinite(results["last"]["test"]["nll"])
+    with pytest.raises(UserError, match=r"train.batch_size = 30: does not divide by 4 devices"):
+        train.train_and_evaluate(tiny(train__batch_size=30), tmp_path / "odd")
