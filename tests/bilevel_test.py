@@ -45,12 +45,18 @@ def plain_statistics(state, data: Batch):
     return MODULE.apply(variables, data.image, train=True, mutable=["batch_stats"])[1]["batch_stats"]
 
 
+def compile_fully(step, state):
+    """Compiles as users' programs are compiled; the tests' own flags optimize less (conftest)."""
+    options = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}
+    return jax.jit(step).lower(state, batch(0)).compile(compiler_options=options)
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_identity_modulation_is_the_plain_step_bit_for_bit(form):
     sites = ("stem", "stage2", "pooled") if form != "frequency" else ("stem", "pooled", "logits")
     state, tx, modulator, _ = setup(form, sites)
-    plain = jax.jit(bilevel.make_plain_step(MODULE.apply, losses.cross_entropy, tx))
-    modulated = jax.jit(bilevel.make_plain_step(MODULE.apply, losses.cross_entropy, tx, modulator))
+    plain = compile_fully(bilevel.make_plain_step(MODULE.apply, losses.cross_entropy, tx), state)
+    modulated = compile_fully(bilevel.make_plain_step(MODULE.apply, losses.cross_entropy, tx, modulator), state)
     one = two = state
     for seed in range(3):
         one, _ = plain(one, batch(seed))

@@ -27,6 +27,7 @@ ORDER = (
     ("checkpoint",),
     ("experiment",),
     ("loop", "logs"),
+    ("figures",),
     ("report",),
     ("train",),
     ("command",),

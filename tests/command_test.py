@@ -1,0 +1,247 @@
+"""The command line: what it accepts, and every mistake told in one line that leaves nothing behind."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+from absl import logging
+from absl.testing import flagsaver
+
+from mfm_jax import command, config, main, train
+from mfm_jax.errors import UserError
+
+REPOSITORY = Path(__file__).parents[1]
+# ml_collections reads a config file in a way that Python 3.12 no longer has; a user's filters hide the warning.
+pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+DIGITS = f"--config={REPOSITORY}/configs/digits_lt.py"
+
+
+@pytest.fixture
+def run(capsys, monkeypatch):
+    """Returns a function that runs the command in this process: `(*arguments) -> (status, stdout, stderr)`."""
+    cache, verbosity = jax.config.values["jax_compilation_cache_dir"], logging.get_verbosity()
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["main", *arguments])  # config_flags looks there for overrides
+        sys.modules.pop("config_config", None)  # what config_flags calls the config file: none is left from before
+        try:
+            status = command._guarded(main.main, command._parse(sys.argv))
+        except SystemExit as stop:
+            status = stop.code
+        return status, *capsys.readouterr()
+
+    with flagsaver.flagsaver():
+        yield call
+    jax.config.update("jax_compilation_cache_dir", cache)
+    logging.set_verbosity(verbosity)
+
+
+def check_refusal(result: tuple[int, str, str], expected: str) -> None:
+    status, out, err = result
+    assert (status, out) == (2, "")
+    assert err == f"error: {expected}\n"
+
+
+def fields(group: str) -> str:
+    return ", ".join(f"{group}.{name}" for name in config.GROUPS[group].__dataclass_fields__)
+
+
+# Each mistake, and the line that it gives.
+MISTAKES = {
+    # on the command line
+    "--config.optim.lr=0.1": f"optim.lr: no such field; allowed: {fields('optim')}",
+    "--config.optimizer.lr=0.1": f"optimizer.lr: no such field; allowed groups: {', '.join(config.GROUPS)}",
+    "--config.train.epochs=ten": "train.epochs = 'ten': expected int",
+    # in the config
+    "--config.data.imbalance_factor=0.5": "data.imbalance_factor = 0.5: allowed: 1 or more",
+    "--config.model.name=resnet18": (
+        "model.name = 'resnet18': allowed: resnet20, resnet32, resnet44, resnet56, resnet8"
+    ),
+    # that only the data can tell
+    "--config.meta.batch_size=104": "meta.batch_size = 104: the meta set has 100 images; choose at most 100",
+    "--config.meta.images_per_class=200": ("meta.images_per_class = 200: class 8 holds 124 images; choose at most 123"),
+    "--config.train.batch_size=400": "train.batch_size = 400: there are 314 training images; choose at most 314",
+    # that only the model can tell
+    "--config.modulation.sites=stage9": (
+        "modulation.sites = 'stage9': the model has no such site; allowed: stem, stage1, stage2, stage3, pooled, logits"
+    ),
+}
+
+
+@pytest.mark.parametrize("argument", MISTAKES)
+def test_a_mistake_is_one_line_and_leaves_at_most_an_empty_folder(argument, run, tmp_path):
+    workdir = tmp_path / "run"
+    check_refusal(run(DIGITS, f"--workdir={workdir}", argument), MISTAKES[argument])
+    assert list(tmp_path.rglob("*")) in ([], [workdir])
+
+
+@pytest.mark.parametrize(
+    "argument",
+    ["--config.optim.lr=0.1", "--config.meta.batch_size=104"],
+)
+def test_the_program_prints_that_line_and_nothing_else(argument, tmp_path):
+    check_refusal(program(DIGITS, f"--workdir={tmp_path / 'run'}", argument), MISTAKES[argument])
+    assert list(tmp_path.rglob("*")) in ([], [tmp_path / "run"])
+
+
+def program(*arguments: str) -> tuple[int, str, str]:
+    """Runs the command as a user does."""
+    done = subprocess.run(
+        [sys.executable, "-m", "mfm_jax.main", *arguments], capture_output=True, text=True, cwd=REPOSITORY
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_the_config_and_the_workdir_are_required(run, tmp_path):
+    missing = "--config: missing; give a config file, e.g. --config=configs/digits_lt.py"
+    check_refusal(run(f"--workdir={tmp_path / 'run'}"), missing)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("given", [[], ["--workdir="]])
+def test_the_workdir_is_required(given, run):
+    missing = "--workdir: missing; give a folder for what is written, e.g. --workdir=runs/first"
+    check_refusal(run(DIGITS, *given), missing)
+
+
+def test_a_config_file_that_does_not_exist(run, tmp_path):
+    path = tmp_path / "nowhere.py"
+    status, out, err = run(f"--config={path}", f"--workdir={tmp_path / 'run'}")
+    assert (status, out) == (2, "")
+    assert err.startswith(f"error: --config={path}: no such file")
+    assert err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("lines", "says"),
+    [
+        ([], "get_config"),  # no such function
+        (["def get_config():", "  pass"], "--config"),
+        (["def get_config():", "  config = default()", "  config.optim.lr = 1.0", "  return config"], "lr"),
+        (["def get_config():", "  config = default()", "  config.train.epochs = 'ten'", "  return config"], "int"),
+    ],
+)
+def test_a_config_file_with_a_mistake(lines, says, run, tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text("\n".join(["from mfm_jax.config import default", *lines]))
+    status, out, err = run(f"--config={path}", f"--workdir={tmp_path / 'run'}")
+    assert (status, out) == (2, "")
+    assert err.startswith("error: ")
+    assert says in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("argument", ["--nosuch=3", "--epochs=3"])
+def test_an_unknown_flag(argument, run, tmp_path):
+    status, out, err = run(DIGITS, f"--workdir={tmp_path / 'run'}", argument)
+    assert (status, out) == (2, "")
+    assert err.startswith(f"error: Unknown command line flag '{argument[2:-2]}'")
+    assert err.count("\n") == 1
+
+
+def test_a_stray_word(run, tmp_path):
+    expected = "'stray': not understood; every argument starts with --"
+    check_refusal(run(DIGITS, f"--workdir={tmp_path / 'run'}", "stray"), expected)
+
+
+def test_a_workdir_that_is_a_file(run, tmp_path):
+    file = tmp_path / "file"
+    file.write_text("mine")
+    check_refusal(run(DIGITS, f"--workdir={file}"), f"--workdir={file}: cannot be made: File exists")
+    assert file.read_text() == "mine"
+
+
+# --- what reaches the run -------------------------------------------------------------------------
+
+
+def test_overrides_reach_the_run_and_its_status_is_returned(run, tmp_path, monkeypatch):
+    seen = []
+
+    def pretend(given, workdir):
+        seen.append((config.resolve(given), Path(workdir)))
+        split = {"test": dict.fromkeys(("balanced_accuracy", "accuracy", "many", "rarest_third", "macro_f1"), 0.5)}
+        split["test"] |= {"medium": 0.25, "few": None}
+        return {"last": split, "best": None}
+
+    monkeypatch.setattr(train, "train_and_evaluate", pretend)
+    overrides = ["--config.train.epochs=3", "--config.optim.learning_rate=1", "--noconfig.meta.lagged"]
+    overrides += ["--config.data.train_on_meta", "--config.modulation.sites=pooled,logits"]
+    status, out, err = run(DIGITS, f"--workdir={tmp_path}", *overrides, "--init_modulator_from=elsewhere")
+    assert (status, err) == (0, "")
+    (found, workdir) = seen[0]
+    assert workdir == tmp_path
+    assert (found.data.source, found.train.epochs, found.optim.learning_rate) == ("digits", 3, 1.0)
+    assert (found.meta.lagged, found.data.train_on_meta) == (False, True)
+    assert found.sites == ("pooled", "logits")
+    assert found.modulation.init_from == "elsewhere"
+    rows = [[cell.strip() for cell in line.split("│")] for line in out.splitlines() if "│" in line]
+    table = {name: cells for _, name, *cells, _ in rows}
+    assert table["accuracy"] == ["50.00", "–"]
+    assert table["medium"] == ["25.00", "–"]
+    assert table["few"] == ["–", "–"]
+    assert out.splitlines()[-1] == f"report: {tmp_path}/report.html"
+
+
+def test_an_interrupted_run_says_so_and_has_its_own_status(run, tmp_path, monkeypatch):
+    def interrupted(given, workdir):
+        raise train.Interrupted(12)
+
+    monkeypatch.setattr(train, "train_and_evaluate", interrupted)
+    status, out, err = run(DIGITS, f"--workdir={tmp_path}")
+    assert (status, out) == (75, "")
+    assert err == "interrupted; saved at step 12; run the same command to go on\n"
+
+
+def test_another_mistake_is_a_developers_and_keeps_its_traceback(run, tmp_path, monkeypatch):
+    def broken(given, workdir):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(train, "train_and_evaluate", broken)
+    with pytest.raises(ZeroDivisionError):
+        run(DIGITS, f"--workdir={tmp_path}")
+
+
+# --- the check of overrides -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "argument",
+    [
+        "--config.train.epochs=3",
+        "-config.train.epochs=3",
+        "--config.optim.learning_rate=3",
+        "--config.optim.learning_rate=1e-3",
+        "--config.augment.flip=False",
+        "--config.augment.flip",
+        "--noconfig.augment.flip",
+        "--config.modulation.sites=a=b",
+        "--config.data.root=",
+        "--workdir=config.nothing",
+        "--config=file.py",
+    ],
+)
+def test_these_overrides_pass(argument):
+    command._check_overrides([argument])
+
+
+@pytest.mark.parametrize(
+    ("argument", "expected"),
+    [
+        ("--config.train.epochs=1.5", "train.epochs = '1.5': expected int"),
+        ("--config.train.epochs=", "train.epochs = '': expected int"),
+        ("--config.optim.learning_rate=fast", "optim.learning_rate = 'fast': expected float"),
+        ("--config.augment.flip=maybe", "augment.flip = 'maybe': expected bool"),
+        ("-config.augment.flip=2", "augment.flip = '2': expected bool"),
+        ("--config.model.name.x=3", "model.name.x: no such field; allowed: model.name, model.width"),
+        ("--config.model=3", "model: no such field; allowed: model.name, model.width"),
+        ("--noconfig.model.deep", "model.deep: no such field; allowed: model.name, model.width"),
+        ("--config.model.a\nb=1", "model.a\nb: no such field; allowed: model.name, model.width"),
+    ],
+)
+def test_these_do_not(argument, expected):
+    with pytest.raises(UserError) as caught:
+        command._check_overrides(["--workdir=here", argument])
+    assert str(caught.value) == expected
