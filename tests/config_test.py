@@ -39,9 +39,10 @@ def test_defaults_go_round():
     assert config_lib.resolve(through_json) == Config()
 
 
-def test_the_default_config_is_locked():
-    with pytest.raises(AttributeError):
-        config_lib.default().optim.lr = 0.1
+def test_a_field_that_a_config_file_invents_is_refused_with_those_that_exist():
+    config = config_lib.default()
+    config.model.depth = 3
+    assert refusal(config) == "model.depth: no such field; allowed: model.name, model.width"
 
 
 def test_the_default_config_keeps_its_types():
@@ -87,7 +88,8 @@ def test_an_integer_is_welcome_where_a_float_is_due():
 
 def test_unknown_fields():
     assert refusal({"optimizer": {}}) == (
-        "optimizer: no such field; allowed: data, augment, model, method, modulation, meta, optim, train, eval, checkpoint"
+        "optimizer: no such field; allowed: data, augment, model, method, modulation, meta, optim, train, eval,"
+        " checkpoint"
     )
     assert refusal({"model": {"depth": 3}}) == "model.depth: no such field; allowed: model.name, model.width"
     assert refusal({"model": "resnet32"}) == "model = 'resnet32': expected a group of fields"

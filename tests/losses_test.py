@@ -34,7 +34,7 @@ class LossValues(chex.TestCase):
 
     @chex.variants(with_jit=True, without_jit=True)
     def test_logit_adjusted(self):
-        # Priors 1/2, 3/8, 1/8 and tau = 2: the terms n^tau e^z are, in 64ths, 16 * [1 or 4], 9 * [2 or 4], 1 * [5 or 8].
+        # With tau = 2 the terms n^tau e^z are 16 * 1, 9 * 2, 1 * 5, and 16 * 4, 9 * 4, 1 * 8.
         out = self.variant(losses.logit_adjusted(np.array([4, 3, 1]), 2.0))(LOGITS, LABELS)
         chex.assert_trees_all_close(out, np.array([math.log(39 / 18), math.log(108 / 8)], np.float32), rtol=1e-6)
 
@@ -46,7 +46,7 @@ class LossValues(chex.TestCase):
 
     @chex.variants(with_jit=True, without_jit=True)
     def test_temperature_divides_the_logits(self):
-        # At temperature 1/2 the softmax terms are squared: 4/30 * ... = 4 / (1 + 4 + 25), and 64 / (16 + 16 + 64).
+        # At temperature 1/2 the softmax terms are squared: 4 / (1 + 4 + 25), and 64 / (16 + 16 + 64).
         out = self.variant(losses.with_temperature(losses.cross_entropy, 0.5))(LOGITS, LABELS)
         chex.assert_trees_all_close(out, np.array([math.log(30 / 4), math.log(96 / 64)], np.float32), rtol=1e-6)
 

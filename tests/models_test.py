@@ -1,7 +1,5 @@
 """The ResNets: sizes by formula, sites, precision, batch statistics."""
 
-import functools
-
 import chex
 import flax.linen as nn
 import jax
@@ -105,22 +103,32 @@ def test_virtual_groups_are_groups_of_the_parameters(variables):
 # --- the modulated pass ---------------------------------------------------------------------------
 
 
-def modulated(v, gamma, sites=SITES):
+@jax.jit
+def modulated(variables, gammas):
+    """Returns the logits under gamma = beta = `gammas[site]`; they are arguments, so that no zero is compiled away."""
     channels = {"stem": 8, "stage1": 8, "stage2": 16, "stage3": 32, "pooled": 32, "logits": 3}
-    modulator = modulation.direct({site: channels[site] for site in sites})
-    parameters = jax.tree.map(lambda x: x + gamma, modulator.init(jax.random.key(0)))
-    return net().apply(v, IMAGES, modulate=modulation.modulate(modulator, parameters, LABELS))
+    modulator = modulation.direct(channels)
+    parameters = {
+        site: {name: jnp.full(size, gammas[site]) for name in ("gamma", "beta")} for site, size in channels.items()
+    }
+    return net().apply(variables, IMAGES, modulate=modulation.modulate(modulator, parameters, LABELS))
+
+
+def only(site, gamma):
+    return dict.fromkeys(SITES, jnp.float32(0.0)) | {site: jnp.float32(gamma)}
 
 
 def test_identity_modulation_equals_the_plain_network_bit_for_bit(variables, plain_logits):
-    run = jax.jit(modulated)  # gamma is an argument: the compiler does not know that it is zero
-    chex.assert_trees_all_equal(run(variables, jnp.float32(0.0)), plain_logits)
-    assert (run(variables, jnp.float32(0.1)) != plain_logits).all()
+    chex.assert_trees_all_equal(modulated(variables, only("logits", 0.0)), plain_logits)
+
+
+@pytest.mark.parametrize("site", SITES)
+def test_modulation_at_each_site_reaches_the_logits(site, variables, plain_logits):
+    assert (modulated(variables, only(site, 0.1)) != plain_logits).all()
 
 
 def test_modulation_at_the_logits_is_the_last_thing_done(variables, plain_logits):
-    out = jax.jit(functools.partial(modulated, sites=("logits",)))(variables, jnp.float32(0.5))
-    chex.assert_trees_all_close(out, 1.5 * plain_logits + 0.5, rtol=1e-5)
+    chex.assert_trees_all_close(modulated(variables, only("logits", 0.5)), 1.5 * plain_logits + 0.5, rtol=1e-5)
 
 
 # --- precision ------------------------------------------------------------------------------------
