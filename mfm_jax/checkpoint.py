@@ -38,14 +38,15 @@ class Checkpointer:
             ),
         )
 
-    def save(self, step: int, state: PyTree, mod_params: PyTree, rows: list, metric: float | None) -> None:
+    def save(self, step: int, state: PyTree, mod_params: PyTree, record: dict, metric: float | None) -> None:
         """Starts saving; returns once the state may be overwritten.
 
+        `record` is kept as JSON beside the arrays: the metric rows and the seconds so far.
         `metric` is the validation's balanced accuracy, None where this step was not validated.
         """
         if self._manager.latest_step() == step:
             return
-        items = {"state": ocp.args.StandardSave(state), "rows": ocp.args.JsonSave(rows)}
+        items = {"state": ocp.args.StandardSave(state), "record": ocp.args.JsonSave(record)}
         if mod_params:
             items["modulator"] = ocp.args.StandardSave(mod_params)
         # A step that was not validated (an interrupted epoch's) ranks below every one that was.
@@ -59,11 +60,11 @@ class Checkpointer:
         """The kept step with the highest validation metric; None without a validation split."""
         return self._manager.best_step() if self._has_validation else None
 
-    def restore(self, step: int, like: PyTree) -> tuple[PyTree, list]:
-        """Returns (state, rows) of `step`, placed like the arrays of `like`."""
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(like), rows=ocp.args.JsonRestore())
+    def restore(self, step: int, like: PyTree) -> tuple[PyTree, dict]:
+        """Returns (state, record) of `step`, placed like the arrays of `like`."""
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(like), record=ocp.args.JsonRestore())
         restored = self._manager.restore(step, args=args)
-        return restored["state"], restored["rows"]
+        return restored["state"], restored["record"]
 
     def wait(self) -> None:
         """Blocks until what was saved is on disk."""

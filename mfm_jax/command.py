@@ -29,7 +29,7 @@ def config() -> ml_collections.ConfigDict:
 
 def workdir() -> Path:
     """Returns `--workdir`."""
-    return Path(_WORKDIR.value)
+    return Path(_WORKDIR.value or "")
 
 
 def run(main: Callable[[Sequence[str]], int]) -> None:
@@ -57,20 +57,32 @@ def _parse(argv: Sequence[str]) -> Sequence[str]:
     """Parses the flags; a mistake in them ends the program with one line."""
     try:
         _check_overrides(argv[1:])
-        rest = flags.FLAGS(argv)
+        rest = _load(argv)
         if len(rest) > 1:
             raise UserError(f"{rest[1]!r}: not understood; every argument starts with --")
-        if _CONFIG.value is None:
+        if not flags.FLAGS["config"].present:
             raise UserError("--config: missing; give a config file, e.g. --config=configs/digits_lt.py")
         if not isinstance(_CONFIG.value, ml_collections.ConfigDict):
             path = config_flags.get_config_filename(flags.FLAGS["config"])
             raise UserError(f"--config={path}: no such file, or its get_config() does not return a ConfigDict")
         if not _WORKDIR.value:
             raise UserError("--workdir: missing; give a folder for what is written, e.g. --workdir=runs/first")
-    except (UserError, flags.Error, AttributeError, KeyError, TypeError) as error:
+    except (UserError, flags.Error) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     return rest
+
+
+def _load(argv: Sequence[str]) -> Sequence[str]:
+    """Parses the flags, which runs the config file.
+
+    Raises:
+      UserError: the config file is not Python, has no `get_config`, or an override does not fit it.
+    """
+    try:
+        return flags.FLAGS(argv)
+    except (AttributeError, ImportError, KeyError, SyntaxError, TypeError, ValueError) as error:
+        raise UserError(f"--config: the config file or an override cannot be used: {error}") from error
 
 
 def _check_overrides(arguments: Sequence[str]) -> None:

@@ -1,7 +1,7 @@
 """Configuration: ml_collections config files in, validated frozen dataclasses out.
 
 The dataclasses below are the only place where a field, its type, its default and its allowed values are
-written. `default()` turns them into a locked `ConfigDict` that a config file edits and the command line
+written. `default()` turns them into a `ConfigDict` that a config file edits and the command line
 overrides (`--config.optim.learning_rate=0.05`); `resolve` turns that back into dataclasses, so that code
 behind it never meets an unknown field or an impossible value. What only the data can tell (how many images a
 class holds) is checked by `data.build`, what only the model can tell (its sites) by `models.create`; all of it
@@ -38,7 +38,7 @@ class Data:
     imbalance_factor: float = _between(100.0, 1.0)  # largest class count / smallest
     protocol: str = _one_of("meta_held_out", "full")
     val_images_per_class: int = _between(0, 0)
-    seed: int = _between(0, 0)  # picks the images of each split; not the training randomness
+    seed: int = _between(0, 0, 2**31 - 1)  # picks the images of each split; not the training randomness
     train_on_meta: bool = False  # also train on the meta images: a baseline then sees what MFM sees
     image_size: int = _between(0, 0)  # average images to this many pixels a side; 0 = as stored
     manifest: str = ""  # re-use this split manifest instead of drawing one
@@ -105,7 +105,7 @@ class Optim:
 
     name: str = _one_of("sgd", "adamw")
     learning_rate: float = _between(0.1, 0.0)
-    momentum: float = _between(0.9, 0.0, 1.0)  # Nesterov momentum of SGD, b1 of AdamW
+    momentum: float = _between(0.9, 0.0, 0.9999)  # Nesterov momentum of SGD, b1 of AdamW
     weight_decay: float = _between(5e-4, 0.0)
     clip_norm: float = _between(0.0, 0.0)  # clip the gradient's global norm to this; 0 = off
     schedule: str = _one_of("cosine", "step", "constant")
@@ -118,7 +118,7 @@ class Train:
 
     epochs: int = _between(200, 1)
     batch_size: int = _between(100, 1)
-    seed: int = _between(0, 0)
+    seed: int = _between(0, 0, 2**31 - 1)
     max_steps: int = _between(0, 0)  # stop after this many steps; 0 = after `epochs`
     steps_per_call: int = _between(0, 0)  # steps in one compiled call; 0 = 1 on CPU, 10 elsewhere
     dtype: str = _one_of("float32", "bfloat16")  # of the computation; parameters stay float32
@@ -174,7 +174,7 @@ def field_type(field: dataclasses.Field[Any]) -> type:
 
 
 def default() -> ml_collections.ConfigDict:
-    """Returns every field at its default, as a locked `ConfigDict` for a config file to edit."""
+    """Returns every field at its default, as a `ConfigDict` for a config file to edit."""
     return ml_collections.ConfigDict(Config().to_dict())
 
 
@@ -219,7 +219,7 @@ def _checked(path: str, field: dataclasses.Field[Any], value: Any) -> Any:
         return value
     low, high = field.metadata.get("low", -math.inf), field.metadata.get("high", math.inf)
     if not (low <= value <= high and math.isfinite(value)):
-        bound = f"{low:g} or more" if high == math.inf else f"{low:g} to {high:g}"
+        bound = f"{low:.10g} or more" if high == math.inf else f"{low:.10g} to {high:.10g}"
         raise UserError(f"{path} = {value!r}: allowed: {bound}")
     return value
 

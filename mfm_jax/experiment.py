@@ -53,9 +53,13 @@ def build(config: Config, data: LongTailData, mesh: Mesh | None = None) -> Exper
     """Returns the experiment that `config` describes on `data`, its steps spread over `mesh` if given.
 
     Raises:
-      UserError: a site that the model does not have; a batch that does not divide by the devices.
+      UserError: a site that the model does not have; padding as wide as the images; a batch that does not divide by
+        the devices.
     """
     method = METHODS[config.method.name]
+    side = min(data.train_images.shape[1:3])
+    if config.augment.pad >= side:
+        raise UserError(f"augment.pad = {config.augment.pad}: images are {side} pixels wide; choose at most {side - 1}")
     axis_name = parallel.AXIS if mesh else None
     if mesh:
         _check_divisible(config, mesh.size)

@@ -15,21 +15,24 @@ EPS_ROOT = 1e-8
 def schedule(config: Optim, epochs: int, steps_per_epoch: int) -> optax.Schedule:
     """Returns the learning rate as a function of the step.
 
-    A linear warm-up over `warmup_epochs`, then: `cosine` to zero at the end; `step` divides by 100 at 80 % and
-    at 90 % of the epochs (160 and 180 of 200: the published CIFAR-LT recipe, Cao et al. 2019); or `constant`.
+    A linear warm-up over `warmup_epochs`, its first step at rate / warm-up steps; then: `cosine` to zero at the end;
+    `step` divides by 100 at 80 % and at 90 % of the epochs (160 and 180 of 200: the published CIFAR-LT recipe, Cao et al. 2019); or `constant`.
     """
     total, warmup = epochs * steps_per_epoch, config.warmup_epochs * steps_per_epoch
     rate = config.learning_rate
     if config.schedule == "cosine":
         main = optax.cosine_decay_schedule(rate, total - warmup)
     elif config.schedule == "step":
-        boundaries = {int(total * part) - warmup: 0.01 for part in (0.8, 0.9)}
-        main = optax.piecewise_constant_schedule(rate, boundaries)
+        # One schedule after the other, since in a very short run both boundaries may be the same step.
+        boundaries = [max(int(total * part) - warmup, 0) for part in (0.8, 0.9)]
+        levels = [optax.constant_schedule(rate * scale) for scale in (1.0, 1e-2, 1e-4)]
+        main = optax.join_schedules(levels, boundaries)
     else:
         main = optax.constant_schedule(rate)
     if not warmup:
         return main
-    return optax.join_schedules([optax.linear_schedule(0.0, rate, warmup), main], [warmup])
+    rise = optax.linear_schedule(rate / warmup, rate, max(warmup - 1, 1))
+    return optax.join_schedules([rise, main], [warmup])
 
 
 def classifier(config: Optim, learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:

@@ -82,6 +82,8 @@ def train_and_evaluate(
     workdir = Path(workdir)
     claim_workdir(config, workdir)
     if (workdir / "results.json").exists():
+        if not (workdir / "report.html").exists():
+            report.write_report(workdir)
         return json.loads((workdir / "results.json").read_text())
     data = data_lib.build(config)
     mesh = parallel.data_mesh() if jax.device_count() > 1 else None
@@ -89,6 +91,7 @@ def train_and_evaluate(
     run = _Run(config, workdir, data, experiment, mesh)
     (workdir / "config.json").write_text(json.dumps(config.to_dict(), indent=2))
     write_manifest(data.manifest, workdir / "manifest.json")
+    print(_summary(config, data))
     with contextlib.closing(run):
         seconds = run.train(label)
         results = run.results(seconds)
@@ -115,23 +118,35 @@ def claim_workdir(config: Config, workdir: Path) -> None:
             raise UserError(f"--workdir={workdir} belongs to another config ({'; '.join(changed)}); choose a new one")
 
 
+def _summary(config: Config, data: LongTailData) -> str:
+    """Returns one line on the data: which set, which protocol, how many images."""
+    counts, parts = data.counts, [len(x) for x in (data.train_labels, data.val_labels, data.test_labels)]
+    return (
+        f"{data.name} {data.version}, protocol {config.data.protocol}, imbalance factor"
+        f" {config.data.imbalance_factor:g}: {parts[0]} training images ({counts.max()}..{counts.min()} a class),"
+        f" {config.meta.images_per_class} meta a class, {parts[1]} validation, {parts[2]} test;"
+        f" manifest {data.manifest['hash'][:12]}"
+    )
+
+
 class _Run:
     """One run's host side: restores, drives the compiled calls, logs, saves, evaluates."""
 
     def __init__(self, config: Config, workdir: Path, data: LongTailData, experiment: Experiment, mesh):
         self.config, self.data, self.experiment = config, data, experiment
         self.has_validation = len(data.val_labels) > 0
-        self.checkpoints = Checkpointer(workdir, config.checkpoint, has_validation=self.has_validation)
         self.loop = loop_lib.initial(experiment)
+        self.checkpoints = Checkpointer(workdir, config.checkpoint, has_validation=self.has_validation)
         self.device_data = loop_lib.to_device(data)
         if mesh:
             self.loop, self.device_data = jax.device_put((self.loop, self.device_data), parallel.replicated(mesh))
-        rows: list = []
+        record: dict[str, Any] = {"rows": [], "seconds": 0.0}
         latest = self.checkpoints.latest_step()
         if latest is not None:
-            self.loop, rows = self.checkpoints.restore(latest, self.loop)
+            self.loop, record = self.checkpoints.restore(latest, self.loop)
         self.step = latest or 0
-        self.log = MetricLog(workdir, rows)
+        self.log = MetricLog(workdir, record["rows"])
+        self.began = time.perf_counter() - record["seconds"]
         self.call = loop_lib.make_call(experiment, config)
         self.describe = jax.jit(functools.partial(loop_lib.describe, experiment))
         self.eval_step = jax.jit(functools.partial(loop_lib.evaluate_batch, experiment.eval_step))
@@ -141,16 +156,18 @@ class _Run:
         self.checkpoints.close()
 
     def train(self, label: str) -> float:
-        """Runs to the last step; returns the seconds that this took."""
+        """Runs to the last step; returns the seconds of training, those before an interruption included."""
         total, per_epoch = self.experiment.total_steps, self.experiment.steps_per_epoch
-        begin = time.perf_counter()
         with _sigterm() as stopped, _progress_bar() as bar:
             task = bar.add_task(label or self.config.method.name, total=total, completed=self.step, loss="")
             while self.step < total:
                 epoch = self.step // per_epoch
                 self._run_epoch(epoch, min(total, (epoch + 1) * per_epoch), bar, task, stopped)
         self.checkpoints.wait()
-        return time.perf_counter() - begin
+        return self.seconds()
+
+    def seconds(self) -> float:
+        return time.perf_counter() - self.began
 
     def _run_epoch(self, epoch: int, end: int, bar: progress.Progress, task: Any, stopped: Callable) -> None:
         """Runs from `self.step` to step `end` of `epoch`, then logs, validates and saves what is due."""
@@ -216,12 +233,14 @@ class _Run:
         """Logs gamma and beta at each site, averaged over one training batch."""
         if self.experiment.modulator is None:
             return
-        sites = jax.device_get(self.describe(self.loop.bilevel, self.device_data))
+        found = jax.device_get(self.describe(self.loop.bilevel, self.device_data))
+        sites = {site: found[site] for site in self.experiment.modulator.sites}  # in the order of the config
         values = {s: {name: np.round(v, 6).tolist() for name, v in g.items()} for s, g in sites.items()}
         self.log.write("modulation", step, epoch, {"sites": values})
 
     def _save(self, score: float | None) -> None:
-        self.checkpoints.save(self.step, self.loop, self.loop.bilevel.mod_params, self.log.rows, score)
+        record = {"rows": list(self.log.rows), "seconds": self.seconds()}
+        self.checkpoints.save(self.step, self.loop, self.loop.bilevel.mod_params, record, score)
 
     def _check_finite(self) -> None:
         step, quantity = (int(value) for value in jax.device_get(self.loop.bad))

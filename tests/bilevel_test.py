@@ -75,9 +75,7 @@ def test_running_statistics_describe_the_plain_network(sites, kind):
         step = bilevel.make_plain_step(MODULE.apply, losses.cross_entropy, tx, modulator)
         after, _ = jax.jit(step)(state, batch(0))
     else:
-        step = bilevel.make_step(
-            MODULE.apply, losses.cross_entropy, tx, modulator, mod_tx, lagged=kind == "meta_step"
-        )
+        step = bilevel.make_step(MODULE.apply, losses.cross_entropy, tx, modulator, mod_tx, lagged=kind == "meta_step")
         after, _ = jax.jit(step)(state, batch(0), batch(1))
     chex.assert_trees_all_close(after.batch_stats, plain_statistics(state, batch(0)), rtol=1e-4, atol=1e-6)
 

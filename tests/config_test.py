@@ -119,7 +119,7 @@ def test_every_number_has_bounds_that_are_enforced(path):
     low, high = field.metadata["low"], field.metadata["high"]
     kind = config_lib.field_type(field)
     assert low <= field.default <= high
-    bound = f"{low:g} or more" if high == math.inf else f"{low:g} to {high:g}"
+    bound = f"{low:.10g} or more" if high == math.inf else f"{low:.10g} to {high:.10g}"
     outside = [kind(low - 1)] + ([] if high == math.inf else [kind(high + 1)])
     if kind is float:
         outside += [math.nan, math.inf]
@@ -130,7 +130,7 @@ def test_every_number_has_bounds_that_are_enforced(path):
 
 def test_the_bounds_that_matter_by_value():
     assert refusal({"data": {"imbalance_factor": 0.5}}) == "data.imbalance_factor = 0.5: allowed: 1 or more"
-    assert refusal({"optim": {"momentum": 1.5}}) == "optim.momentum = 1.5: allowed: 0 to 1"
+    assert refusal({"optim": {"momentum": 1.5}}) == "optim.momentum = 1.5: allowed: 0 to 0.9999"
     assert refusal({"meta": {"every": 0}}) == "meta.every = 0: allowed: 1 or more"
 
 

@@ -19,5 +19,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 @pytest.fixture(autouse=True, scope="session")
 def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Keeps the user's own cache out of the tests."""
-    os.environ["MFM_JAX_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    """Keeps the user's own cache out of the tests, and compiles a program that several of them run only once."""
+    folder = tmp_path_factory.mktemp("cache")
+    os.environ["MFM_JAX_CACHE"] = str(folder)
+    jax.config.update("jax_compilation_cache_dir", str(folder / "xla"))

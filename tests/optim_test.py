@@ -58,7 +58,7 @@ def test_constant():
 )
 def test_warmup_rises_linearly_and_shifts_only_what_depends_on_the_rest(schedule, tail):
     config = Optim(learning_rate=0.4, schedule=schedule, warmup_epochs=1)
-    assert rates(config, 3, 5, [0, 1, 4]) == pytest.approx([0.0, 0.08, 0.32])
+    assert rates(config, 3, 5, [0, 1, 4]) == pytest.approx([0.08, 0.16, 0.4])
     assert rates(config, 3, 5, list(tail)) == pytest.approx(list(tail.values()), rel=1e-5, abs=1e-7)
 
 
