@@ -16,7 +16,8 @@ def schedule(config: Optim, epochs: int, steps_per_epoch: int) -> optax.Schedule
     """Returns the learning rate as a function of the step.
 
     A linear warm-up over `warmup_epochs`, its first step at rate / warm-up steps; then: `cosine` to zero at the end;
-    `step` divides by 100 at 80 % and at 90 % of the epochs (160 and 180 of 200: the published CIFAR-LT recipe, Cao et al. 2019); or `constant`.
+    `step` divides by 100 at 80 % and at 90 % of the epochs (160 and 180 of 200: the published CIFAR-LT recipe, Cao et
+    al. 2019); or `constant`.
     """
     total, warmup = epochs * steps_per_epoch, config.warmup_epochs * steps_per_epoch
     rate = config.learning_rate

@@ -223,7 +223,7 @@ def test_names_are_data_not_markup(full):
 
 
 def test_title_and_record(full):
-    page, results = full
+    page, _ = full
     for fact in ("mfm on cifar10", "imbalance factor 100", "meta_held_out", "seed 3", "10 classes"):
         assert fact in page.text[None], fact
     facts = ("sha256:0123abcd", "jax 0.10.2", "version 3.0.2", "split seed 7", "300.0 ms")
