@@ -1,3 +1,8 @@
+"""scikit-learn's handwritten digits (1,797 images, 8x8, embedded), imbalance factor 50: the quickstart.
+
+    python -m mfm_jax.compare --config=configs/digits_lt.py --methods=ce,mfm --seeds=0,1,2 --workdir=runs/quickstart
+"""
+
 from mfm_jax import config as config_lib
 
 
@@ -7,11 +12,10 @@ def get_config():
     config.data.name = "digits"
     config.data.imbalance_factor = 50.0
     config.augment.pad = 1
-    config.augment.flip = False
+    config.augment.flip = False  # a mirrored digit is another character
     config.model.name = "resnet8"
     config.train.epochs = 60
     config.train.batch_size = 32
     config.optim.learning_rate = 0.05
-    config.eval.every_epochs = 10
     config.checkpoint.every_epochs = 20
     return config

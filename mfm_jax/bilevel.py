@@ -26,6 +26,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import chex
 import jax
 import jax.extend
 import jax.numpy as jnp
@@ -215,6 +216,8 @@ def _gradient_step(
     """Returns `(state, batch) -> (train_loss, update)`, the two halves that every training step is made of."""
 
     def build(state: BilevelState, batch: Batch) -> tuple[Callable, Callable]:
+        chex.assert_equal_shape_prefix(batch, 1)
+
         def train_loss(params: PyTree, mod_params: PyTree) -> tuple[jax.Array, tuple[jax.Array, PyTree]]:
             film = modulate(modulator, mod_params, batch.label) if modulator else no_modulation
             logits, statistics = forward(state, params, batch.image, film, train=True)

@@ -27,6 +27,7 @@ References:
 
 from collections.abc import Callable, Mapping, Sequence
 
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -42,9 +43,13 @@ def film(features: jax.Array, gamma: jax.Array, beta: jax.Array) -> jax.Array:
       gamma: `[C]`, or `[B, C]` for a modulation of its own for each example.
       beta: like `gamma`.
 
+    Raises:
+      AssertionError: `gamma` and `beta` differ in shape.
+
     References:
       Perez et al. 2018, eq. 2, with gamma centred on the identity.
     """
+    chex.assert_equal_shape((gamma, beta))
     shape = gamma.shape[:-1] + (1,) * (features.ndim - gamma.ndim) + gamma.shape[-1:]
     gamma, beta = (x.reshape(shape).astype(features.dtype) for x in (gamma, beta))
     return (1 + gamma) * features + beta

@@ -125,7 +125,7 @@ def _summary(config: Config, data: LongTailData) -> str:
         f"{data.name} {data.version}, protocol {config.data.protocol}, imbalance factor"
         f" {config.data.imbalance_factor:g}: {parts[0]} training images ({counts.max()}..{counts.min()} a class),"
         f" {config.meta.images_per_class} meta a class, {parts[1]} validation, {parts[2]} test;"
-        f" manifest {data.manifest['hash'][:12]}"
+        f" manifest {data.manifest['hash'].removeprefix('sha256:')[:12]}"
     )
 
 
