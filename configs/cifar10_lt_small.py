@@ -1,6 +1,6 @@
 """CIFAR-10-LT, imbalance factor 100, small enough for a CPU: images averaged to 16x16, ResNet-8 at width 16, 30 epochs.
 
-    python -m mfm_jax.main --config=configs/cifar10_lt_small.py --workdir=runs/cifar10_small
+python -m mfm_jax.main --config=configs/cifar10_lt_small.py --workdir=runs/cifar10_small
 """
 
 from mfm_jax import config as config_lib
@@ -12,6 +12,5 @@ def get_config():
     config.augment.pad = 2
     config.model.name = "resnet8"
     config.train.epochs = 30
-    config.eval.every_epochs = 5
     config.checkpoint.every_epochs = 5
     return config

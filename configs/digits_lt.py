@@ -1,6 +1,6 @@
 """scikit-learn's handwritten digits (1,797 images, 8x8, embedded), imbalance factor 50: the quickstart.
 
-    python -m mfm_jax.compare --config=configs/digits_lt.py --methods=ce,mfm --seeds=0,1,2 --workdir=runs/quickstart
+python -m mfm_jax.compare --config=configs/digits_lt.py --methods=ce,mfm --seeds=0,1,2 --workdir=runs/quickstart
 """
 
 from mfm_jax import config as config_lib

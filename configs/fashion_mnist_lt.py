@@ -14,6 +14,5 @@ def get_config():
     config.augment.pad = 2
     config.model.name = "resnet20"
     config.train.epochs = 60
-    config.eval.every_epochs = 5
     config.checkpoint.every_epochs = 5
     return config

@@ -20,7 +20,7 @@ install() {
   stamp=".venv/installed-${extra:-base}-$(cksum <pyproject.toml | cut -d' ' -f1)"
   if [ ! -x .venv/bin/python ]; then
     python=$(find_python) || exit 2
-    "$python" -m venv .venv
+    "$python" -m venv .venv || { rm -rf .venv; echo "error: no virtual environment; is python3-venv installed?" >&2; exit 2; }
   fi
   if [ ! -e "$stamp" ]; then
     echo "installing mfm_jax${extra:+ with extra '$extra'} into .venv"

@@ -110,8 +110,11 @@ def make_step(
         all parameters in any case.
       bn: statistics of the meta pass, "running" or "batch".
       axis_name: mesh axis over which batches are split.
+
+    Raises:
+      ValueError: at the first call, a virtual group that the parameters do not have.
     """
-    forward = _forward(apply_fn)
+    forward = _forward(apply_fn, axis_name)
     gradient_step = _gradient_step(forward, loss_fn, tx, modulator, axis_name)
     plain_statistics = _plain_statistics(forward)
 
@@ -158,7 +161,7 @@ def make_plain_step(
     Without a modulator it is ordinary training. With one, the pass is modulated and phi stays as it is: the steps
     between two meta-steps, or a frozen modulator. Arguments as in `make_step`.
     """
-    forward = _forward(apply_fn)
+    forward = _forward(apply_fn, axis_name)
     gradient_step = _gradient_step(forward, loss_fn, tx, modulator, axis_name)
     plain_statistics = _plain_statistics(forward)
 
@@ -185,7 +188,7 @@ def make_eval_step(apply_fn: ApplyFn) -> Callable[[PyTree, PyTree, jax.Array], j
     return eval_step
 
 
-def _forward(apply_fn: ApplyFn) -> Callable[..., tuple[jax.Array, PyTree]]:
+def _forward(apply_fn: ApplyFn, axis_name: str | None = None) -> Callable[..., tuple[jax.Array, PyTree]]:
     """Returns `(state, params, image, modulate, train) -> (logits, new batch statistics)`."""
     module = getattr(apply_fn, "__self__", None)
     takes_train = module is None or "train" in inspect.signature(type(module).__call__).parameters
@@ -199,8 +202,10 @@ def _forward(apply_fn: ApplyFn) -> Callable[..., tuple[jax.Array, PyTree]]:
             options["train"] = train
         if not train:
             return apply_fn(variables, image, **options), state.batch_stats
-        rngs = {"dropout": jax.random.fold_in(state.key, state.step)}
-        logits, written = apply_fn(variables, image, mutable=["batch_stats"], rngs=rngs, **options)
+        key = jax.random.fold_in(state.key, state.step)
+        if axis_name:
+            key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
+        logits, written = apply_fn(variables, image, mutable=["batch_stats"], rngs={"dropout": key}, **options)
         return logits, written.get("batch_stats", {})
 
     return forward
@@ -276,4 +281,6 @@ def _active(params: PyTree, groups: tuple[str, ...] | None) -> PyTree | None:
     """Returns a tree like `params` that is True in the chosen top-level groups; None for all."""
     if groups is None:
         return None
+    if not set(groups) <= set(params):
+        raise ValueError(f"virtual_groups = {groups}: the parameters have the groups {tuple(params)}")
     return {name: jax.tree.map(lambda _, on=name in groups: on, group) for name, group in params.items()}

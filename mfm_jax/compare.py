@@ -4,9 +4,11 @@
         --workdir=runs/digits
 
 Every run gets the same split (`data.seed`); a seed sets initialisation and data order. Finished runs are not repeated
-and interrupted ones go on. Writes `compare.md` and `compare.csv`: test numbers at the last epoch and at the best
-epoch on validation, mean and standard deviation over seeds, and the paired difference to the first method with its
-standard error.
+and interrupted ones go on. With `--config.data.train_on_meta=True` the methods without a modulator also train on the
+meta images, so that MFM has seen no image that they have not.
+
+Writes `compare.md` and `compare.csv`: test numbers at the last epoch and at the best epoch on validation, mean and
+standard deviation over seeds, and the paired difference to the first method with its standard error.
 """
 
 import csv
@@ -55,13 +57,17 @@ def _seeds(texts: list[str]) -> list[int]:
 
 def run_all(config: Any, methods: Sequence[str], seeds: Sequence[int], workdir: Path) -> Results:
     """Trains every (method, seed) in `workdir/method/seedN`; returns the results by method."""
-    results: Results = {method: [] for method in methods}
+    runs = {}
     for seed in seeds:
         for method in methods:
-            run = config_lib.resolve(config).to_dict()
-            run["method"]["name"], run["train"]["seed"] = method, seed
-            folder = workdir / method / f"seed{seed}"
-            results[method].append(train.train_and_evaluate(run, folder, label=f"{method} seed {seed}"))
+            fields = config_lib.resolve(config).to_dict()
+            fields["method"]["name"], fields["train"]["seed"] = method, seed
+            fields["data"]["train_on_meta"] &= not METHODS[method].modulated
+            runs[method, seed] = config_lib.resolve(fields)  # all of them, before the first is trained
+    results: Results = {method: [] for method in methods}
+    for (method, seed), run in runs.items():
+        folder = workdir / method / f"seed{seed}"
+        results[method].append(train.train_and_evaluate(run, folder, label=f"{method} seed {seed}"))
     return results
 
 
@@ -84,7 +90,7 @@ def table(results: Results) -> list[dict[str, Any]]:
                 row[f"{name}_mean"] = None if missing else statistics.fmean(values)
                 row[f"{name}_std"] = None if missing or len(values) < 2 else statistics.stdev(values)
             row |= _paired_difference(runs, baseline, which)
-            row["seconds_per_step"] = statistics.median(run["seconds_per_step"] for run in runs)
+            row["train_seconds"] = statistics.median(run["train_seconds"] for run in runs)
             rows.append(row)
     return rows
 

@@ -93,7 +93,7 @@ class Meta:
     lagged: bool = True  # the real step re-uses the virtual one
     virtual: str = _one_of("all", "last_stage", "head")  # parameters that move in the virtual step
     bn: str = _one_of("running", "batch")  # statistics that normalise the meta pass
-    loss: str = _one_of("gce", "ce")
+    loss: str = _one_of("ce", "gce")
     temperature: float = _between(1.0, 1e-3)  # divides the logits in the meta loss
     learning_rate: float = _between(1e-2, 0.0)  # of the modulator's Adam
     freeze: bool = False  # keep the modulator as it starts; the meta-step is not paid for
@@ -241,11 +241,12 @@ def _check_together(config: Config) -> None:
             "modulation.per_class = True: at site 'logits' a row looked up by the label gives the label away;"
             " choose other modulation.sites"
         )
-    if config.optim.warmup_epochs >= config.train.epochs:
-        raise UserError(
-            f"optim.warmup_epochs = {config.optim.warmup_epochs}: allowed: less than train.epochs"
-            f" = {config.train.epochs}"
-        )
+    for name, epochs in (
+        ("optim.warmup_epochs", config.optim.warmup_epochs),
+        ("meta.start_epoch", config.meta.start_epoch),
+    ):
+        if epochs >= config.train.epochs:
+            raise UserError(f"{name} = {epochs}: allowed: less than train.epochs = {config.train.epochs}")
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:

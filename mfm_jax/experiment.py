@@ -5,7 +5,6 @@ This is where a method's choices meet the bilevel step; nothing here loops, prin
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import flax.linen as nn
 import jax
@@ -14,7 +13,6 @@ import optax
 from jax.sharding import Mesh
 
 from mfm_jax import bilevel, losses, models, modulation, optim, parallel
-from mfm_jax.checkpoint import restore_modulator
 from mfm_jax.config import Config
 from mfm_jax.data import LongTailData
 from mfm_jax.data.batches import steps_per_epoch
@@ -67,7 +65,8 @@ def build(config: Config, data: LongTailData, mesh: Mesh | None = None) -> Exper
         config.model.name, data.num_classes, config.model.width, jnp.dtype(config.train.dtype), axis_name
     )
     image = jnp.zeros((1, *data.train_images.shape[1:]), jnp.float32)
-    modulator = _modulator(config, module, image, jnp.asarray(data.counts)) if method.modulated else None
+    configured = _modulator(config, module, image, jnp.asarray(data.counts))  # checks the sites for every method
+    modulator = configured if method.modulated else None
     per_epoch = steps_per_epoch(len(data.train_labels), config.train.batch_size)
     learning_rate = optim.schedule(config.optim, config.train.epochs, per_epoch)
     tx, mod_tx = optim.classifier(config.optim, learning_rate), optim.modulator(config.meta)
@@ -78,9 +77,6 @@ def build(config: Config, data: LongTailData, mesh: Mesh | None = None) -> Exper
         model_key, state_key = jax.random.split(jax.random.key(config.train.seed))
         variables = module.clone(axis_name=None).init(model_key, image)
         state = bilevel.init_state(state_key, variables, tx, modulator, mod_tx if learns else None)
-        if modulator and config.modulation.init_from:
-            loaded = restore_modulator(Path(config.modulation.init_from), state.mod_params)
-            state = state.replace(mod_params=loaded)
         # Some optimizer leaves share a buffer with parameters; a donated buffer must be no one else's.
         return jax.tree.map(jnp.copy, state)
 

@@ -7,7 +7,7 @@
 `reverse_over_reverse` differentiates that program as it stands: reverse mode through a program that itself runs
 reverse mode. `mixed_mode` gives the same number for less, by the chain rule read from the right:
 
-    v    = (dU/dg)^T grad L_meta(w_hat)                               one vjp of an elementwise function
+    v    = (dU/dg)^T grad L_meta(w_hat)                               one vjp of the update
     want = d/deps grad_phi L_train(w + eps v, phi) at eps = 0         forward mode over reverse mode
 
 since d/dphi <g(phi), v> = (d/dw grad_phi L_train) v. The last line is one tangent pass over the part of the

@@ -5,10 +5,11 @@ so a run that goes on from a checkpoint repeats the same batches with the same a
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
 from mfm_jax import augment
@@ -53,11 +54,11 @@ class DeviceData(struct.PyTreeNode):
 
 
 def make_call(experiment: Experiment, config: Config) -> Callable[..., LoopState]:
-    """Returns the compiled call `(loop, device_data, pattern) -> loop`: sample, augment, step, add up.
+    """Returns the compiled call `(loop, device_data, is_meta, kind) -> loop`: sample, augment, step, add up.
 
-    `pattern` is static, one bool a step: whether it updates the modulator. One step is compiled as it is (XLA's CPU
-    backend runs convolutions inside a loop many times slower than outside); several are a `lax.scan`. The loop state
-    is donated.
+    `is_meta` `[n]` bool says of each of the n steps whether it updates the modulator; `kind` is static, "meta" or
+    "plain" where all steps are, else "mixed". One step is compiled as it is (XLA's CPU backend runs convolutions inside
+    a loop many times slower than outside); several are a `lax.scan`. The loop state is donated.
     """
     pad, flip = config.augment.pad, config.augment.flip
 
@@ -78,20 +79,22 @@ def make_call(experiment: Experiment, config: Config) -> Callable[..., LoopState
             new_state, metrics = experiment.plain_step(state, batch)
         return _accumulate(loop.replace(bilevel=new_state), metrics, state.step, is_meta)
 
-    @functools.partial(jax.jit, static_argnums=2, donate_argnums=0)
-    def call(loop: LoopState, data: DeviceData, pattern: tuple[bool, ...]) -> LoopState:
-        if len(pattern) == 1:
-            return one(loop, data, pattern[0])
-        if len(set(pattern)) == 1:
-            return jax.lax.scan(lambda c, _: (one(c, data, pattern[0]), None), loop, length=len(pattern))[0]
-
-        def either(carry: LoopState, is_meta: jax.Array) -> tuple[LoopState, None]:
+    @functools.partial(jax.jit, static_argnums=3, donate_argnums=0)
+    def call(loop: LoopState, data: DeviceData, is_meta: jax.Array, kind: str) -> LoopState:
+        if kind == "mixed":
             branches = (lambda c: one(c, data, True), lambda c: one(c, data, False))
-            return jax.lax.cond(is_meta, *branches, carry), None
-
-        return jax.lax.scan(either, loop, jnp.asarray(pattern))[0]
+            return jax.lax.scan(lambda c, meta: (jax.lax.cond(meta, *branches, c), None), loop, is_meta)[0]
+        if len(is_meta) == 1:
+            return one(loop, data, kind == "meta")
+        return jax.lax.scan(lambda c, _: (one(c, data, kind == "meta"), None), loop, length=len(is_meta))[0]
 
     return call
+
+
+def steps(is_meta: Sequence[bool]) -> tuple[jax.Array, str]:
+    """Returns the last two arguments of the compiled call, from one bool a step."""
+    kind = "meta" if all(is_meta) else "mixed" if any(is_meta) else "plain"
+    return jax.device_put(np.asarray(is_meta)), kind
 
 
 def _accumulate(loop: LoopState, metrics: Metrics, step: jax.Array, is_meta: bool) -> LoopState:

@@ -52,7 +52,8 @@ def film(features: jax.Array, gamma: jax.Array, beta: jax.Array) -> jax.Array:
     chex.assert_equal_shape((gamma, beta))
     shape = gamma.shape[:-1] + (1,) * (features.ndim - gamma.ndim) + gamma.shape[-1:]
     gamma, beta = (x.reshape(shape).astype(features.dtype) for x in (gamma, beta))
-    return (1 + gamma) * features + beta
+    # Written so that in bfloat16 a small gamma is not lost against the 1.
+    return features + (gamma * features + beta)
 
 
 def modulate(modulator: Modulator, mod_params: PyTree, labels: jax.Array) -> Modulate:
@@ -132,7 +133,7 @@ def frequency(channels: Mapping[str, int], counts: jax.Array) -> Modulator:
         else:
             here = z.astype(a.dtype)[labels][:, None]
             a, b, c = a[None, :], b[None, :], c[None, :]
-        return b * here, a * here + c * here**2
+        return jnp.tanh(b * here), a * here + c * here**2 / 10
 
     return Modulator(init, parameters, tuple(channels))
 
@@ -185,7 +186,7 @@ def network(
             inputs = jnp.concatenate([inputs, z.astype(inputs.dtype)[labels][:, None]], axis=-1)
         hidden_units = jax.nn.relu(inputs @ layer["w1"] + layer["b1"][None, :])
         gamma, beta = jnp.split(hidden_units @ layer["w2"] + layer["b2"][None, :], 2, axis=-1)
-        return gamma, beta
+        return jnp.tanh(gamma), beta
 
     return Modulator(init, parameters, tuple(channels))
 

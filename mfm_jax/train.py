@@ -12,6 +12,7 @@ import functools
 import json
 import platform
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from importlib import metadata
@@ -29,13 +30,13 @@ from mfm_jax import data as data_lib
 from mfm_jax import experiment as experiment_lib
 from mfm_jax import loop as loop_lib
 from mfm_jax import parallel, report
-from mfm_jax.checkpoint import Checkpointer
+from mfm_jax.checkpoint import Checkpointer, restore_modulator
 from mfm_jax.config import Config
 from mfm_jax.data import LongTailData, batches
 from mfm_jax.errors import UserError
 from mfm_jax.experiment import Experiment
 from mfm_jax.logs import MetricLog
-from mfm_jax.longtail import write_manifest
+from mfm_jax.longtail import read_manifest, write_manifest
 from mfm_jax.metrics import evaluate
 from mfm_jax.types import BilevelState
 
@@ -45,7 +46,7 @@ _SYNC_SECONDS = 0.5
 
 
 class Interrupted(Exception):
-    """SIGTERM arrived; the run was saved at `step`."""
+    """SIGTERM or Ctrl-C arrived; the run was saved at `step`."""
 
     def __init__(self, step: int):
         super().__init__(f"interrupted; saved at step {step}; run the same command to go on")
@@ -76,7 +77,7 @@ def train_and_evaluate(
     Raises:
       UserError: a config or data mistake, before training starts; the workdir belongs to another config.
       NonFiniteError: a loss or gradient became non-finite.
-      Interrupted: SIGTERM; everything is saved.
+      Interrupted: SIGTERM or Ctrl-C; everything is saved.
     """
     config = config if isinstance(config, Config) else config_lib.resolve(config)
     workdir = Path(workdir)
@@ -88,17 +89,32 @@ def train_and_evaluate(
     data = data_lib.build(config)
     mesh = parallel.data_mesh() if jax.device_count() > 1 else None
     experiment = experiment_lib.build(config, data, mesh)
+    _claim_split(data, workdir)
     run = _Run(config, workdir, data, experiment, mesh)
-    (workdir / "config.json").write_text(json.dumps(config.to_dict(), indent=2))
-    write_manifest(data.manifest, workdir / "manifest.json")
+    if not (workdir / "config.json").exists():
+        _write(workdir / "config.json", json.dumps(config.to_dict(), indent=2))
     print(_summary(config, data))
     with contextlib.closing(run):
         seconds = run.train(label)
         results = run.results(seconds)
-    (workdir / "results.json.tmp").write_text(json.dumps(results, indent=1))
-    (workdir / "results.json.tmp").rename(workdir / "results.json")
+    _write(workdir / "results.json", json.dumps(results, indent=1))
     report.write_report(workdir)
     return results
+
+
+def _write(path: Path, text: str) -> None:
+    """Writes a file so that it is there whole or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text)
+    temporary.replace(path)
+
+
+def _claim_split(data: LongTailData, workdir: Path) -> None:
+    """Writes `manifest.json`, or checks that an interrupted run goes on with the images that it began with."""
+    path = workdir / "manifest.json"
+    if path.exists() and read_manifest(path)["hash"] != data.manifest["hash"]:
+        raise UserError(f"{path}: the data or its split is not what this run began with; choose a new --workdir")
+    write_manifest(data.manifest, path)
 
 
 def claim_workdir(config: Config, workdir: Path) -> None:
@@ -124,7 +140,7 @@ def _summary(config: Config, data: LongTailData) -> str:
     return (
         f"{data.name} {data.version}, protocol {config.data.protocol}, imbalance factor"
         f" {config.data.imbalance_factor:g}: {parts[0]} training images ({counts.max()}..{counts.min()} a class),"
-        f" {config.meta.images_per_class} meta a class, {parts[1]} validation, {parts[2]} test;"
+        f" {min(data.manifest['splits']['meta']['class_counts'])} meta a class, {parts[1]} validation, {parts[2]} test;"
         f" manifest {data.manifest['hash'].removeprefix('sha256:')[:12]}"
     )
 
@@ -142,6 +158,10 @@ class _Run:
             self.loop, self.device_data = jax.device_put((self.loop, self.device_data), parallel.replicated(mesh))
         record: dict[str, Any] = {"rows": [], "seconds": 0.0}
         latest = self.checkpoints.latest_step()
+        if latest is None and experiment.modulator and config.modulation.init_from:
+            state = self.loop.bilevel
+            loaded = restore_modulator(Path(config.modulation.init_from), state.mod_params)
+            self.loop = self.loop.replace(bilevel=state.replace(mod_params=loaded))
         if latest is not None:
             self.loop, record = self.checkpoints.restore(latest, self.loop)
         self.step = latest or 0
@@ -158,7 +178,7 @@ class _Run:
     def train(self, label: str) -> float:
         """Runs to the last step; returns the seconds of training, those before an interruption included."""
         total, per_epoch = self.experiment.total_steps, self.experiment.steps_per_epoch
-        with _sigterm() as stopped, _progress_bar() as bar:
+        with _stop_signals() as stopped, _progress_bar() as bar:
             task = bar.add_task(label or self.config.method.name, total=total, completed=self.step, loss="")
             while self.step < total:
                 epoch = self.step // per_epoch
@@ -174,20 +194,23 @@ class _Run:
         self._start_epoch(epoch)
         looked = time.perf_counter()
         while self.step < end:
-            pattern = self._next_steps(end)
-            self.loop = self.call(self.loop, self.device_data, pattern)
-            self.step += len(pattern)
-            if stopped():
-                self._check_finite()
-                self._save(None)
-                self.checkpoints.wait()
-                raise Interrupted(self.step)
+            is_meta = self._next_steps(end)
+            self.loop = self.call(self.loop, self.device_data, *loop_lib.steps(is_meta))
+            self.step += len(is_meta)
+            if stopped() and self.step < end:
+                break
             if time.perf_counter() - looked > _SYNC_SECONDS or self.step == end:
                 self._check_finite()
                 sums = jax.device_get(self.loop.sums)
                 bar.update(task, completed=self.step, loss=f"loss {sums['loss'] / sums['steps']:.3f}")
                 looked = time.perf_counter()
-        self._end_epoch(epoch)
+        self._check_finite()
+        if self.step == end:
+            self._end_epoch(epoch)
+        if stopped() and self.step < self.experiment.total_steps:
+            self._save(None)
+            self.checkpoints.wait()
+            raise Interrupted(self.step)
 
     def _start_epoch(self, epoch: int) -> None:
         """Puts the epoch's order on the device: a function of the seed and the epoch."""
@@ -260,7 +283,9 @@ class _Run:
         for image, _, mask in batches.eval_batches(images, labels, self.config.eval.batch_size):
             out = self.eval_step(state, image, self.device_data)
             probabilities.append(np.asarray(out)[mask])
-        return evaluate(np.concatenate(probabilities), labels, self.data.counts)
+        # Shot groups by the training split, so that they are the same with and without `train_on_meta`.
+        counts = self.data.manifest["splits"]["train"]["class_counts"]
+        return evaluate(np.concatenate(probabilities), labels, np.asarray(counts))
 
     def results(self, seconds: float) -> dict[str, Any]:
         """Evaluates the last and the best-on-validation state on the test split: the one time it is read."""
@@ -276,7 +301,6 @@ class _Run:
             "last": last,
             "best": best,
             "train_seconds": seconds,
-            "seconds_per_step": seconds / max(1, self.experiment.total_steps),
             "versions": _versions(),
         }
 
@@ -290,18 +314,24 @@ class _Run:
 
 
 @contextlib.contextmanager
-def _sigterm() -> Iterator[Callable[[], bool]]:
-    """Yields a function that tells whether SIGTERM has arrived; outside the main thread it never does."""
+def _stop_signals() -> Iterator[Callable[[], bool]]:
+    """Yields a function that tells whether SIGTERM or Ctrl-C has arrived; outside the main thread it never does."""
     received: list[int] = []
-    try:
-        before = signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
-    except ValueError:  # signals belong to the main thread
+
+    def note(number: int, frame: Any) -> None:
+        if received and number == signal.SIGINT:  # asked twice: do not wait for the save
+            raise KeyboardInterrupt
+        received.append(number)
+
+    if threading.current_thread() is not threading.main_thread():
         yield lambda: False
         return
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield lambda: bool(received)
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _progress_bar() -> progress.Progress:

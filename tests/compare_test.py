@@ -15,7 +15,7 @@ def result(balanced: float, *, best: float | None = None, few: float | None = 0.
     def split(value: float) -> dict:
         return {"test": dict.fromkeys(compare._COLUMNS, 0.5) | {"balanced_accuracy": value, "few": few}}
 
-    return {"last": split(balanced), "best": None if best is None else split(best), "seconds_per_step": seconds}
+    return {"last": split(balanced), "best": None if best is None else split(best), "train_seconds": seconds}
 
 
 @pytest.fixture
@@ -69,7 +69,7 @@ def test_a_number_that_one_seed_lacks_is_none(rows):
 
 
 def test_seconds_are_the_median(rows):
-    assert [row["seconds_per_step"] for row in rows] == [1.0, 1.0, 5.0]
+    assert [row["train_seconds"] for row in rows] == [1.0, 1.0, 5.0]
 
 
 def test_a_single_seed_has_no_spread():

@@ -179,7 +179,7 @@ def test_unprepared_set_without_tensorflow_is_one_line(tmp_path, monkeypatch):
         sources.load(Data(name="cifar10", root=str(tmp_path)))
     line = str(error.value)
     assert line.startswith(f"data.name = 'cifar10': not prepared in {tmp_path}")
-    for way_out in ("TFDS_DATA_DIR", "--config.data.root", "pip install 'mfm_jax[prepare]'"):
+    for way_out in ("TFDS_DATA_DIR", "--config.data.root", "python -m pip install -e '.[prepare]'"):
         assert way_out in line
     assert "\n" not in line
     assert not list(tmp_path.iterdir())  # nothing was begun

@@ -93,7 +93,7 @@ def test_workdir_of_another_config_is_refused(finished):
         train.train_and_evaluate(tiny(train__seed=1), finished[0])
 
 
-@pytest.mark.parametrize("stop_at", [1, 5, 9])
+@pytest.mark.parametrize("stop_at", [1, 5, 6, 9])  # 6 is the last step of the first epoch
 def test_interrupted_and_resumed_is_bit_identical(finished, tmp_path, monkeypatch, stop_at):
     """SIGTERM after any step: the run saves, and the same command ends as if nothing had happened."""
     workdir, _ = finished
@@ -158,17 +158,17 @@ def test_each_kind_of_step_compiles_once_and_nothing_leaves_the_device():
     order = jnp.arange(64 * experiment.steps_per_epoch, dtype=jnp.int32).reshape(-1, 64)
     table = jnp.asarray(data.meta_table(0), jnp.int32)
     resident = loop_lib.to_device(data).replace(order=order, meta_table=table)
-    for pattern in ((True,), (False,)):
-        loop = call(loop, resident, pattern)
+    for is_meta in (True, False):
+        loop = call(loop, resident, *loop_lib.steps([is_meta]))
     with jax.transfer_guard("disallow"):
-        for pattern in ((True,), (False,)) * 3:
-            loop = call(loop, resident, pattern)
+        for is_meta in (True, False) * 3:
+            loop = call(loop, resident, *loop_lib.steps([is_meta]))
     assert call._cache_size() == 2
     assert int(loop.bilevel.step) == 8
 
 
 def test_several_steps_a_call_equal_single_steps():
-    """In float64 the scanned steps give the trajectory of the single ones, meta-steps mixed in."""
+    """Scanned steps give the trajectory of single ones, meta-steps mixed in; float32, fused in another way."""
     config = config_lib.resolve(tiny(meta__every=2))
     data = data_lib.build(config)
     experiment = experiment_lib.build(config, data)
@@ -176,9 +176,9 @@ def test_several_steps_a_call_equal_single_steps():
     order = jnp.arange(64 * experiment.steps_per_epoch, dtype=jnp.int32).reshape(-1, 64)
     resident = loop_lib.to_device(data).replace(order=order, meta_table=jnp.asarray(data.meta_table(0), jnp.int32))
     single, several = loop_lib.initial(experiment), loop_lib.initial(experiment)
-    for pattern in ((True,), (False,)):
-        single = call(single, resident, pattern)
-    several = call(several, resident, (True, False))
+    for is_meta in (True, False):
+        single = call(single, resident, *loop_lib.steps([is_meta]))
+    several = call(several, resident, *loop_lib.steps([True, False]))
     chex.assert_trees_all_close(several.bilevel.params, single.bilevel.params, rtol=1e-3, atol=1e-5)
     chex.assert_trees_all_close(several.sums, single.sums, rtol=1e-3)
 
@@ -190,9 +190,9 @@ def test_non_finite_loss_stops_and_keeps_the_last_good_checkpoint(tmp_path):
     def make_call(experiment, resolved):
         compiled = call(experiment, resolved)
 
-        def poisoned(loop, data, pattern):
+        def poisoned(loop, data, *steps):
             data = data.replace(mean=jnp.where(loop.bilevel.step >= 8, jnp.nan, data.mean))
-            return compiled(loop, data, pattern)
+            return compiled(loop, data, *steps)
 
         return poisoned
 

@@ -181,7 +181,7 @@ def _prepared_builder(config: Data) -> Any:
         return builder
     ways_out = (
         "set TFDS_DATA_DIR or --config.data.root to data prepared in array_record form,"
-        " or pip install 'mfm_jax[prepare]' on a machine with a connection"
+        " or python -m pip install -e '.[prepare]' on a machine with a connection"
     )
     if importlib.util.find_spec("tensorflow") is None:
         raise UserError(
