@@ -12,12 +12,16 @@ Three forms generate gamma and beta. They share class structure in different amo
 few balanced images can estimate them:
 
   direct     a free vector `[C]` a site, or `[K, C]` with one row a class, looked up by the training label.
-  frequency  a curve in `z_k = log(n_k / n_max)`: `gamma_k = b z_k`, `beta_k = a z_k + c z_k^2`. At `logits`, where
-             channels are classes, three numbers in all and no label is needed; at feature sites `a, b, c [C]`
-             and the training label's `z_y`. `z` is not rescaled: a balanced set has z = 0, hence the identity,
+  frequency  a curve in `z_k = log(n_k / n_max)`: `gamma_k = tanh(b z_k)`, `beta_k = a z_k + c z_k^2 / 10`. At
+             `logits`, where channels are classes, three numbers in all and no label is needed; at feature sites
+             `a, b, c [C]` and the training label's `z_y`. `z` is not rescaled: a balanced set has z = 0, hence the identity,
              and the curve means the same on another data set.
   network    a two-layer MLP a site over the sample's own globally pooled, L2-normalised features, optionally
              joined with `z_y`. Its last layer starts at zero.
+
+The generated forms bound gamma by tanh: a scale that falls below zero turns logits around, the classifier learns to
+suppress the classes it belongs to, and the meta-gradient no longer finds the way back. The 10 under `c` makes a step of
+Adam in `c` move beta about as far as one in `a` at the imbalance factors in use (z down to about -5).
 
 References:
   Wang et al., Meta feature modulator for long-tailed recognition, arXiv:2008.03428, 2020 (abstract: scale and
@@ -107,7 +111,7 @@ def direct(channels: Mapping[str, int], num_classes: int = 0) -> Modulator:
 
 
 def frequency(channels: Mapping[str, int], counts: jax.Array) -> Modulator:
-    """A curve in the log class count: `gamma_k = b z_k`, `beta_k = a z_k + c z_k^2`.
+    """A curve in the log class count: `gamma_k = tanh(b z_k)`, `beta_k = a z_k + c z_k^2 / 10`.
 
     At `logits` a, b, c are scalars and channel k takes class k's values; at a feature site they are `[C]` and each
     example takes the values of its training label's class.
@@ -145,9 +149,9 @@ def network(
     hidden: int = 64,
     detach_inputs: bool = True,
 ) -> Modulator:
-    """A two-layer MLP a site: `(gamma, beta) = W2 relu(W1 [u; z_y] + b1) + b2`, `u` the sample's own features.
+    """A two-layer MLP a site: `(r, beta) = W2 relu(W1 [u; z_y] + b1) + b2`, `gamma = tanh(r)`.
 
-    `u [B, C]` is globally average-pooled and L2-normalised; W2 and b2 start at zero. No size depends on the number
+    `u [B, C]`, the sample's own features, is globally average-pooled and L2-normalised; W2 and b2 start at zero. No size depends on the number
     of classes (except at `logits`), so the modulator can be taken to another data set.
 
     Args:

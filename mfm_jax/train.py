@@ -89,9 +89,10 @@ def train_and_evaluate(
     data = data_lib.build(config)
     mesh = parallel.data_mesh() if jax.device_count() > 1 else None
     experiment = experiment_lib.build(config, data, mesh)
-    _claim_split(data, workdir)
+    _check_split(data, workdir)
     run = _Run(config, workdir, data, experiment, mesh)
-    if not (workdir / "config.json").exists():
+    if not (workdir / "config.json").exists():  # a mistake found so far leaves the workdir free for another config
+        write_manifest(data.manifest, workdir / "manifest.json")
         _write(workdir / "config.json", json.dumps(config.to_dict(), indent=2))
     print(_summary(config, data))
     with contextlib.closing(run):
@@ -109,12 +110,11 @@ def _write(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
-def _claim_split(data: LongTailData, workdir: Path) -> None:
-    """Writes `manifest.json`, or checks that an interrupted run goes on with the images that it began with."""
+def _check_split(data: LongTailData, workdir: Path) -> None:
+    """Checks that an interrupted run goes on with the images that it began with."""
     path = workdir / "manifest.json"
-    if path.exists() and read_manifest(path)["hash"] != data.manifest["hash"]:
+    if (workdir / "config.json").exists() and read_manifest(path)["hash"] != data.manifest["hash"]:
         raise UserError(f"{path}: the data or its split is not what this run began with; choose a new --workdir")
-    write_manifest(data.manifest, path)
 
 
 def claim_workdir(config: Config, workdir: Path) -> None:

@@ -147,12 +147,12 @@ def test_log_frequency():
 
 
 def test_frequency_at_logits_by_hand():
-    # z = [0, -l, -2 l] with l = ln 10; gamma = b z, beta = a z + c z^2.
+    # z = [0, -l, -2 l] with l = ln 10; gamma = tanh(b z), beta = a z + c z^2 / 10.
     modulator = modulation.frequency({"logits": 3}, COUNTS)
-    numbers = {"logits": {"a": jnp.float32(2.0), "b": jnp.float32(-0.5), "c": jnp.float32(0.25)}}
+    numbers = {"logits": {"a": jnp.float32(2.0), "b": jnp.float32(-0.5), "c": jnp.float32(2.5)}}
     gamma, beta = modulator.parameters(numbers, "logits", np.zeros((5, 3)), LABELS)
     one = math.log(10)
-    chex.assert_trees_all_close(gamma, np.array([0, 0.5 * one, one], np.float32), atol=1e-5)
+    chex.assert_trees_all_close(gamma, np.tanh(np.array([0, 0.5 * one, one], np.float32)), atol=1e-5)
     expected = np.array([0, -2 * one + 0.25 * one**2, -4 * one + one**2], np.float32)
     chex.assert_trees_all_close(beta, expected, atol=1e-5)
     assert jax.tree.leaves(jax.tree.map(jnp.shape, modulator.init(jax.random.key(0)))) == []  # three scalars
@@ -161,10 +161,10 @@ def test_frequency_at_logits_by_hand():
 
 def test_frequency_at_a_feature_site_by_hand():
     modulator = modulation.frequency({"pooled": 2}, COUNTS)
-    a, b, c = np.array([1.0, 0.0], np.float32), np.array([0.0, 2.0], np.float32), np.array([0.5, 1.0], np.float32)
+    a, b, c = np.array([1.0, 0.0], np.float32), np.array([0.0, 2.0], np.float32), np.array([5.0, 10.0], np.float32)
     gamma, beta = modulator.parameters({"pooled": {"a": a, "b": b, "c": c}}, "pooled", np.zeros((5, 2)), LABELS)
     z = -math.log(10) * np.array([[2.0], [0], [1], [2], [1]])  # of the labels 2, 0, 1, 2, 1
-    chex.assert_trees_all_close(gamma, np.hstack([0 * z, 2 * z]).astype(np.float32), atol=1e-5)
+    chex.assert_trees_all_close(gamma, np.tanh(np.hstack([0 * z, 2 * z])).astype(np.float32), atol=1e-5)
     chex.assert_trees_all_close(beta, np.hstack([z + 0.5 * z**2, z**2]).astype(np.float32), atol=1e-5)
 
 
@@ -196,7 +196,7 @@ def test_network_by_hand():
     h[0, 0, 1] = [0.0, -6.0]  # mean [3, -4], normalised [0.6, -0.8]
     gamma, beta = modulator.parameters({"stage1": layer}, "stage1", h, np.array([1], np.int32))
     first, second = 0.6 - math.log(10) + 5, 0.8
-    chex.assert_trees_all_close(gamma, np.array([[first, second]], np.float32), rtol=1e-5)
+    chex.assert_trees_all_close(gamma, np.tanh(np.array([[first, second]], np.float32)), rtol=1e-5)
     chex.assert_trees_all_close(beta, np.array([[2 * first, 3 * second + 10]], np.float32), rtol=1e-5)
 
 

@@ -15,13 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mfm_jax import compare, train
 from mfm_jax import config as config_lib
 from mfm_jax import data as data_lib
 from mfm_jax import experiment as experiment_lib
 from mfm_jax import loop as loop_lib
-from mfm_jax import train
 from mfm_jax.checkpoint import Checkpointer
 from mfm_jax.errors import UserError
+from mfm_jax.longtail import manifest_hash, write_manifest
 
 
 def tiny(**overrides):
@@ -267,3 +268,29 @@ def test_four_devices_train(tmp_path, monkeypatch):
     assert np.isfinite(results["last"]["test"]["nll"])
     with pytest.raises(UserError, match=r"train.batch_size = 30: does not divide by 4 devices"):
         train.train_and_evaluate(tiny(train__batch_size=30), tmp_path / "odd")
+
+
+def test_an_interrupted_run_does_not_go_on_with_other_images(tmp_path, monkeypatch):
+    """The split is drawn from a manifest file; the file is replaced between the run's two halves."""
+    manifest = tmp_path / "split.json"
+    first, second = (data_lib.build(config_lib.resolve(tiny(data__seed=seed))).manifest for seed in (0, 1))
+    write_manifest(first, manifest)
+    config = tiny(data__manifest=str(manifest))
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="lights out"):
+        patch.setattr(train._Run, "results", lambda *_: (_ for _ in ()).throw(RuntimeError("lights out")))
+        train.train_and_evaluate(config, tmp_path / "run")
+    swapped = second | {"seed": 0}
+    write_manifest(swapped | {"hash": manifest_hash(swapped)}, manifest)
+    with pytest.raises(UserError, match=r"is not what this run began with"):
+        train.train_and_evaluate(config, tmp_path / "run")
+
+
+def test_compare_checks_every_run_before_the_first(tmp_path):
+    with pytest.raises(UserError, match=r"train.seed = 99999999999"):
+        compare.run_all(tiny(), ["ce", "mfm"], [0, 99999999999], tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_site_is_checked_for_every_method(tmp_path):
+    with pytest.raises(UserError, match=r"modulation.sites = 'stage9'"):
+        train.train_and_evaluate(tiny(method__name="ce", modulation__sites="stage9"), tmp_path)
