@@ -14,8 +14,8 @@ few balanced images can estimate them:
   direct     a free vector `[C]` a site, or `[K, C]` with one row a class, looked up by the training label.
   frequency  a curve in `z_k = log(n_k / n_max)`: `gamma_k = tanh(b z_k)`, `beta_k = a z_k + c z_k^2 / 10`. At
              `logits`, where channels are classes, three numbers in all and no label is needed; at feature sites
-             `a, b, c [C]` and the training label's `z_y`. `z` is not rescaled: a balanced set has z = 0, hence the identity,
-             and the curve means the same on another data set.
+             `a, b, c [C]` and the training label's `z_y`. `z` is not rescaled: a balanced set has z = 0, hence the
+             identity, and the curve means the same on another data set.
   network    a two-layer MLP a site over the sample's own globally pooled, L2-normalised features, optionally
              joined with `z_y`. Its last layer starts at zero.
 
@@ -151,8 +151,8 @@ def network(
 ) -> Modulator:
     """A two-layer MLP a site: `(r, beta) = W2 relu(W1 [u; z_y] + b1) + b2`, `gamma = tanh(r)`.
 
-    `u [B, C]`, the sample's own features, is globally average-pooled and L2-normalised; W2 and b2 start at zero. No size depends on the number
-    of classes (except at `logits`), so the modulator can be taken to another data set.
+    `u [B, C]`, the sample's own features, is globally average-pooled and L2-normalised; W2 and b2 start at zero. No
+    size depends on the number of classes (except at `logits`), so the modulator can be taken to another data set.
 
     Args:
       channels: C of each site to modulate.

@@ -149,7 +149,10 @@ def test_step_that_is_not_lagged_is_the_definition():
 @pytest.mark.parametrize("form", ["direct", "network"])
 def test_four_devices_equal_one(form, route):
     sites = ("stage1", "pooled")
-    state, tx, modulator, mod_tx = setup(form, sites, noise=0.3)
+    state, tx, modulator, _ = setup(form, sites, noise=0.3)
+    # SGD, since the first step of Adam blows the rounding of a gradient near zero up to the size of a whole step.
+    mod_tx = optax.sgd(0.1)
+    state = state.replace(mod_opt_state=mod_tx.init(state.mod_params))
     arguments = (losses.cross_entropy, tx, modulator, mod_tx)
     one = jax.jit(bilevel.make_step(MODULE.apply, *arguments, hypergrad=route))(state, batch(0), batch(1))
     mesh = parallel.data_mesh(jax.devices()[:4])

@@ -127,7 +127,7 @@ def test_every_method_and_seed_gets_a_folder_and_the_same_split(tmp_path, monkey
     runs = []
 
     def pretend(config, workdir, *, label):
-        runs.append((config, workdir.relative_to(tmp_path).as_posix(), label))
+        runs.append((config.to_dict(), workdir.relative_to(tmp_path).as_posix(), label))
         return {"folder": runs[-1][1]}
 
     monkeypatch.setattr(train, "train_and_evaluate", pretend)
