@@ -1,6 +1,9 @@
 """CIFAR-10-LT, imbalance factor 100, small enough for a CPU: images averaged to 16x16, ResNet-8 at width 16, 30 epochs.
 
-python -m mfm_jax.main --config=configs/cifar10_lt_small.py --workdir=runs/cifar10_small
+    python -m mfm_jax.main --config=configs/cifar10_lt_small.py --workdir=runs/cifar10_small
+
+Takes 7 to 13 minutes on one CPU core with MFM, 2 to 5 with `--config.method.name=ce`. Balanced test accuracy, mean and
+standard deviation of 3 seeds: MFM 62.8 ± 0.9 %, CE 50.2 ± 0.7, logit adjustment 63.4 ± 1.2 (README).
 """
 
 from mfm_jax import config as config_lib
