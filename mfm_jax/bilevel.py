@@ -179,19 +179,17 @@ def make_plain_step(
 
 def make_eval_step(apply_fn: ApplyFn) -> Callable[[PyTree, PyTree, jax.Array], jax.Array]:
     """Returns `(params, batch_stats, image) -> probabilities [B, K]`: plain, running averages, no modulator."""
-    forward = _forward(apply_fn)
+    options: dict[str, Any] = {"modulate": no_modulation} | ({"train": False} if _takes_train(apply_fn) else {})
 
     def eval_step(params: PyTree, batch_stats: PyTree, image: jax.Array) -> jax.Array:
-        state = BilevelState(None, None, params, batch_stats, None, None, None)  # type: ignore[arg-type]
-        return jax.nn.softmax(forward(state, params, image, no_modulation, train=False)[0])
+        return jax.nn.softmax(apply_fn({"params": params, "batch_stats": batch_stats}, image, **options))
 
     return eval_step
 
 
 def _forward(apply_fn: ApplyFn, axis_name: str | None = None) -> Callable[..., tuple[jax.Array, PyTree]]:
     """Returns `(state, params, image, modulate, train) -> (logits, new batch statistics)`."""
-    module = getattr(apply_fn, "__self__", None)
-    takes_train = module is None or "train" in inspect.signature(type(module).__call__).parameters
+    takes_train = _takes_train(apply_fn)
 
     def forward(
         state: BilevelState, params: PyTree, image: jax.Array, modulate: Modulate, *, train: bool
@@ -209,6 +207,12 @@ def _forward(apply_fn: ApplyFn, axis_name: str | None = None) -> Callable[..., t
         return logits, written.get("batch_stats", {})
 
     return forward
+
+
+def _takes_train(apply_fn: ApplyFn) -> bool:
+    """Whether to pass `train`: where the module's `__call__` takes it, or is out of sight."""
+    module = getattr(apply_fn, "__self__", None)
+    return module is None or "train" in inspect.signature(type(module).__call__).parameters
 
 
 def _gradient_step(
