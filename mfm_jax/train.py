@@ -199,18 +199,22 @@ class _Run:
             self.step += len(is_meta)
             if stopped() and self.step < end:
                 break
-            if time.perf_counter() - looked > _SYNC_SECONDS or self.step == end:
-                self._check_finite()
-                sums = jax.device_get(self.loop.sums)
-                bar.update(task, completed=self.step, loss=f"loss {sums['loss'] / sums['steps']:.3f}")
+            if time.perf_counter() - looked > _SYNC_SECONDS:
+                self._look(bar, task)
                 looked = time.perf_counter()
-        self._check_finite()
+        self._look(bar, task)
         if self.step == end:
             self._end_epoch(epoch)
         if stopped() and self.step < self.experiment.total_steps:
             self._save(None)
             self.checkpoints.wait()
             raise Interrupted(self.step)
+
+    def _look(self, bar: progress.Progress, task: Any) -> None:
+        """Waits for the device, checks that all is finite, and moves the bar."""
+        self._check_finite()
+        sums = jax.device_get(self.loop.sums)
+        bar.update(task, completed=self.step, loss=f"loss {sums['loss'] / sums['steps']:.3f}")
 
     def _start_epoch(self, epoch: int) -> None:
         """Puts the epoch's order on the device: a function of the seed and the epoch."""
