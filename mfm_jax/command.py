@@ -43,6 +43,7 @@ def _guarded(main: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
     if not jax.config.values["jax_compilation_cache_dir"]:
         cache = os.environ.get("MFM_JAX_CACHE") or platformdirs.user_cache_dir("mfm_jax")
         jax.config.update("jax_compilation_cache_dir", os.path.join(cache, "xla"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # the many small programs of a start too
     try:
         return main(argv)
     except UserError as error:

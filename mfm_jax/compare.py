@@ -28,6 +28,7 @@ from mfm_jax.methods import METHODS
 
 _METHODS = flags.DEFINE_list("methods", ["ce", "mfm"], "Methods, the baseline first.")
 _SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Training seeds.")
+_TOGETHER = flags.DEFINE_bool("together", False, "Train all seeds of a method in one program (for small networks).")
 
 _COLUMNS = ("balanced_accuracy", "accuracy", "many", "medium", "few", "rarest_third", "macro_f1", "roc_auc", "ece")
 Results = dict[str, list[dict[str, Any]]]  # method -> results of each seed
@@ -40,7 +41,7 @@ def main(argv: Sequence[str]) -> int:
     if unknown or not methods or len(set(methods)) != len(methods):
         raise UserError(f"--methods={','.join(methods)}: allowed: distinct names of {', '.join(METHODS)}")
     workdir = command.workdir()
-    results = run_all(command.config(), methods, seeds, workdir)
+    results = run_all(command.config(), methods, seeds, workdir, together=_TOGETHER.value)
     rows = table(results)
     write(rows, seeds, workdir)
     print_table(rows)
@@ -55,8 +56,18 @@ def _seeds(texts: list[str]) -> list[int]:
     return [int(text) for text in texts]
 
 
-def run_all(config: Any, methods: Sequence[str], seeds: Sequence[int], workdir: Path) -> Results:
-    """Trains every (method, seed) in `workdir/method/seedN`; returns the results by method."""
+def run_all(
+    config: Any, methods: Sequence[str], seeds: Sequence[int], workdir: Path, *, together: bool = False
+) -> Results:
+    """Trains every (method, seed) in `workdir/method/seedN`; returns the results by method.
+
+    Args:
+      config: of all runs.
+      methods: their names.
+      seeds: values of `train.seed`.
+      workdir: parent of the runs' folders.
+      together: train the seeds of a method in one program (`train.train_together`), not one after the other.
+    """
     runs = {}
     for seed in seeds:
         for method in methods:
@@ -64,10 +75,14 @@ def run_all(config: Any, methods: Sequence[str], seeds: Sequence[int], workdir: 
             fields["method"]["name"], fields["train"]["seed"] = method, seed
             fields["data"]["train_on_meta"] &= not METHODS[method].modulated
             runs[method, seed] = config_lib.resolve(fields)  # all of them, before the first is trained
+    folders = {(method, seed): workdir / method / f"seed{seed}" for method, seed in runs}
+    if together:
+        for method in methods:
+            keys = [(method, seed) for seed in seeds]
+            train.train_together([runs[k] for k in keys], [folders[k] for k in keys], label=f"{method}, all seeds")
     results: Results = {method: [] for method in methods}
     for (method, seed), run in runs.items():
-        folder = workdir / method / f"seed{seed}"
-        results[method].append(train.train_and_evaluate(run, folder, label=f"{method} seed {seed}"))
+        results[method].append(train.train_and_evaluate(run, folders[method, seed], label=f"{method} seed {seed}"))
     return results
 
 

@@ -73,12 +73,11 @@ def build(config: Config, data: LongTailData, mesh: Mesh | None = None) -> Exper
     loss_fn = method.loss(config.method, jnp.asarray(data.counts))
     learns = modulator is not None and not config.meta.freeze
 
+    @jax.jit  # hundreds of small operations otherwise, each compiled by itself
     def init() -> BilevelState:
         model_key, state_key = jax.random.split(jax.random.key(config.train.seed))
         variables = module.clone(axis_name=None).init(model_key, image)
-        state = bilevel.init_state(state_key, variables, tx, modulator, mod_tx if learns else None)
-        # Some optimizer leaves share a buffer with parameters; a donated buffer must be no one else's.
-        return jax.tree.map(jnp.copy, state)
+        return bilevel.init_state(state_key, variables, tx, modulator, mod_tx if learns else None)
 
     plain_step: Callable = bilevel.make_plain_step(module.apply, loss_fn, tx, modulator, axis_name=axis_name)
     meta_step: Callable | None = None

@@ -4,15 +4,17 @@ Images, labels and the epoch's order live on the device. Everything is a functio
 so a run that goes on from a checkpoint repeats the same batches with the same augmentation.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from mfm_jax import augment
+from mfm_jax import augment, parallel
 from mfm_jax.config import Config
 from mfm_jax.data import LongTailData, batches
 from mfm_jax.experiment import Experiment
@@ -53,8 +55,10 @@ class DeviceData(struct.PyTreeNode):
     std: jax.Array
 
 
-def make_call(experiment: Experiment, config: Config) -> Callable[..., LoopState]:
+def make_call(experiment: Experiment, config: Config, seeds: int = 1) -> Callable[..., LoopState]:
     """Returns the compiled call `(loop, device_data, is_meta, kind) -> loop`: sample, augment, step, add up.
+
+    With `seeds > 1` the loop state and the data are those of `stack`, and every step is mapped over them.
 
     `is_meta` `[n]` bool says of each of the n steps whether it updates the modulator; `kind` is static, "meta" or
     "plain" where all steps are, else "mixed". One step is compiled as it is (XLA's CPU backend runs convolutions inside
@@ -79,16 +83,43 @@ def make_call(experiment: Experiment, config: Config) -> Callable[..., LoopState
             new_state, metrics = experiment.plain_step(state, batch)
         return _accumulate(loop.replace(bilevel=new_state), metrics, state.step, is_meta)
 
-    @functools.partial(jax.jit, static_argnums=3, donate_argnums=0)
+    def step(loop: LoopState, data: DeviceData, is_meta: bool) -> LoopState:
+        each = functools.partial(one, is_meta=is_meta)
+        return each(loop, data) if seeds == 1 else jax.vmap(each, in_axes=(0, _seed_axes()))(loop, data)
+
+    @functools.partial(jax.jit, static_argnums=3, donate_argnums=0, compiler_options=parallel.compiler_options())
     def call(loop: LoopState, data: DeviceData, is_meta: jax.Array, kind: str) -> LoopState:
         if kind == "mixed":
-            branches = (lambda c: one(c, data, True), lambda c: one(c, data, False))
+            branches = (lambda c: step(c, data, True), lambda c: step(c, data, False))
             return jax.lax.scan(lambda c, meta: (jax.lax.cond(meta, *branches, c), None), loop, is_meta)[0]
         if len(is_meta) == 1:
-            return one(loop, data, kind == "meta")
-        return jax.lax.scan(lambda c, _: (one(c, data, kind == "meta"), None), loop, length=len(is_meta))[0]
+            return step(loop, data, kind == "meta")
+        return jax.lax.scan(lambda c, _: (step(c, data, kind == "meta"), None), loop, length=len(is_meta))[0]
 
     return call
+
+
+def _seed_axes() -> Any:
+    """Which of the data's arrays differ between runs with different seeds: the orders, not the images."""
+    shared: Any = dict.fromkeys((field.name for field in dataclasses.fields(DeviceData)), None)
+    return DeviceData(**shared | {"order": 0, "meta_table": 0})
+
+
+def stack(loops: Sequence[LoopState], data: Sequence[DeviceData]) -> tuple[LoopState, DeviceData]:
+    """Returns the states of runs with different seeds along a new first axis, and their data, images shared.
+
+    One run is returned as it is.
+    """
+    if len(loops) == 1:
+        return loops[0], data[0]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *loops)
+    orders, tables = (jnp.stack([getattr(d, name) for d in data]) for name in ("order", "meta_table"))
+    return stacked, data[0].replace(order=orders, meta_table=tables)
+
+
+def unstack(loop: LoopState, seeds: int) -> list[LoopState]:
+    """Returns each run's own state: the inverse of `stack`."""
+    return [loop] if seeds == 1 else [jax.tree.map(lambda leaf, i=i: leaf[i], loop) for i in range(seeds)]
 
 
 def steps(is_meta: Sequence[bool]) -> tuple[jax.Array, str]:

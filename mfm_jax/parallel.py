@@ -32,6 +32,15 @@ def shard_step(step: Callable, mesh: Mesh, batches: int) -> Callable:
     return jax.shard_map(step, mesh=mesh, in_specs=(P(), *[P(AXIS)] * batches), out_specs=P())
 
 
+def compiler_options() -> dict[str, str] | None:
+    """Returns what XLA is told beside its defaults.
+
+    On CPU its scheduler computes weight gradients' operands long before they are used; the scheduler that spares memory
+    is as fast, and needs half as much.
+    """
+    return {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"} if jax.default_backend() == "cpu" else None
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """Returns the sharding of whatever every device holds in full."""
     return NamedSharding(mesh, P())

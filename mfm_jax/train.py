@@ -8,13 +8,14 @@ Selection is honest: epochs are compared on the validation split; the test split
 """
 
 import contextlib
+import dataclasses
 import functools
 import json
 import platform
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+from jax.sharding import Mesh
 from rich import progress
 
 from mfm_jax import config as config_lib
@@ -37,6 +39,7 @@ from mfm_jax.errors import UserError
 from mfm_jax.experiment import Experiment
 from mfm_jax.logs import MetricLog
 from mfm_jax.longtail import read_manifest, write_manifest
+from mfm_jax.loop import DeviceData, LoopState
 from mfm_jax.metrics import evaluate
 from mfm_jax.types import BilevelState
 
@@ -80,27 +83,65 @@ def train_and_evaluate(
       Interrupted: SIGTERM or Ctrl-C; everything is saved.
     """
     config = config if isinstance(config, Config) else config_lib.resolve(config)
-    workdir = Path(workdir)
-    claim_workdir(config, workdir)
-    if (workdir / "results.json").exists():
+    return train_together([config], [Path(workdir)], label=label)[0]
+
+
+def train_together(configs: Sequence[Config], workdirs: Sequence[Path], *, label: str = "") -> list[dict[str, Any]]:
+    """Trains runs that differ in `train.seed` alone, in one program: the step is mapped over them with `vmap`.
+
+    Each run has its own workdir, checkpoints and results, as if it had been trained by `train_and_evaluate`, and the
+    same numbers up to the rounding of batched operations. Small networks leave an accelerator idle; several at once
+    fill it.
+
+    Args:
+      configs: one a run.
+      workdirs: one a run.
+      label: text beside the progress bar.
+
+    Returns:
+      The results of each run.
+
+    Raises:
+      UserError: as `train_and_evaluate`, or runs that differ in more than the seed.
+      NonFiniteError: a loss or gradient of one of the runs became non-finite.
+      Interrupted: SIGTERM or Ctrl-C; all runs are saved.
+    """
+    for config, workdir in zip(configs, workdirs, strict=True):
+        claim_workdir(config, workdir)
+        seedless = [dataclasses.replace(c, train=dataclasses.replace(c.train, seed=0)) for c in (configs[0], config)]
+        if changed := list(config_lib.differences(*(c.to_dict() for c in seedless))):
+            raise UserError(f"runs trained together may differ in train.seed alone, not in {'; '.join(changed)}")
+    todo = [pair for pair in zip(configs, workdirs, strict=True) if not (pair[1] / "results.json").exists()]
+    if todo:
+        data = data_lib.build(configs[0])
+        mesh = parallel.data_mesh() if jax.device_count() > 1 else None
+        device_data = loop_lib.to_device(data)
+        with contextlib.ExitStack() as stack:
+            runs = [
+                stack.enter_context(contextlib.closing(_start(config, workdir, data, device_data, mesh)))
+                for config, workdir in todo
+            ]
+            print(_summary(configs[0], data))
+            # Runs that were interrupted at different steps catch up with one another group by group.
+            for step in sorted({run.step for run in runs}):
+                _drive([run for run in runs if run.step == step], label)
+            for run in runs:
+                _write(run.workdir / "results.json", json.dumps(run.results(), indent=1))
+    for workdir in workdirs:
         if not (workdir / "report.html").exists():
             report.write_report(workdir)
-        return json.loads((workdir / "results.json").read_text())
-    data = data_lib.build(config)
-    mesh = parallel.data_mesh() if jax.device_count() > 1 else None
+    return [json.loads((workdir / "results.json").read_text()) for workdir in workdirs]
+
+
+def _start(config: Config, workdir: Path, data: LongTailData, device_data: DeviceData, mesh: Mesh | None) -> "_Run":
+    """Returns the run, restored if it was interrupted, and leaves its config and manifest in the workdir."""
     experiment = experiment_lib.build(config, data, mesh)
     _check_split(data, workdir)
-    run = _Run(config, workdir, data, experiment, mesh)
+    run = _Run(config, workdir, data, experiment, device_data, mesh)
     if not (workdir / "config.json").exists():  # a mistake found so far leaves the workdir free for another config
         write_manifest(data.manifest, workdir / "manifest.json")
         _write(workdir / "config.json", json.dumps(config.to_dict(), indent=2))
-    print(_summary(config, data))
-    with contextlib.closing(run):
-        seconds = run.train(label)
-        results = run.results(seconds)
-    _write(workdir / "results.json", json.dumps(results, indent=1))
-    report.write_report(workdir)
-    return results
+    return run
 
 
 def _write(path: Path, text: str) -> None:
@@ -145,15 +186,72 @@ def _summary(config: Config, data: LongTailData) -> str:
     )
 
 
-class _Run:
-    """One run's host side: restores, drives the compiled calls, logs, saves, evaluates."""
+def _drive(runs: list["_Run"], label: str) -> None:
+    """Trains runs that stand at the same step to their last step, in one program."""
+    first = runs[0]
+    total, per_epoch = first.experiment.total_steps, first.experiment.steps_per_epoch
+    call = loop_lib.make_call(first.experiment, first.config, len(runs))
+    with _stop_signals() as stopped, _progress_bar() as bar:
+        task = bar.add_task(label or first.config.method.name, total=total, completed=first.step, loss="")
+        while first.step < total:
+            epoch = first.step // per_epoch
+            _run_epoch(runs, call, epoch, min(total, (epoch + 1) * per_epoch), bar, task, stopped)
+    for run in runs:
+        run.finish()
 
-    def __init__(self, config: Config, workdir: Path, data: LongTailData, experiment: Experiment, mesh):
-        self.config, self.data, self.experiment = config, data, experiment
+
+def _run_epoch(
+    runs: list["_Run"], call: Callable, epoch: int, end: int, bar: progress.Progress, task: Any, stopped: Callable
+) -> None:
+    """Runs from the present step to step `end` of `epoch`, then logs, validates and saves what is due."""
+    for run in runs:
+        run.start_epoch(epoch)
+    loop, data = loop_lib.stack([run.loop for run in runs], [run.device_data for run in runs])
+    step, looked = runs[0].step, time.perf_counter()
+    while step < end and not stopped():
+        is_meta = runs[0].next_steps(step, end)
+        loop = call(loop, data, *loop_lib.steps(is_meta))
+        step += len(is_meta)
+        if time.perf_counter() - looked > _SYNC_SECONDS:
+            bar.update(task, completed=step, loss=f"loss {_look(runs, loop):.3f}")
+            looked = time.perf_counter()
+    bar.update(task, completed=step, loss=f"loss {_look(runs, loop):.3f}")
+    for run, own in zip(runs, loop_lib.unstack(loop, len(runs)), strict=True):
+        run.loop, run.step = own, step
+        if step == end:
+            run.end_epoch(epoch)
+        if stopped() and step < run.experiment.total_steps:
+            run.save(None)
+            run.checkpoints.wait()
+    if stopped() and step < runs[0].experiment.total_steps:
+        raise Interrupted(step)
+
+
+def _look(runs: list["_Run"], loop: LoopState) -> float:
+    """Waits for the device, checks that all is finite, and returns the mean loss of the epoch so far."""
+    losses = []
+    for run, own in zip(runs, loop_lib.unstack(loop, len(runs)), strict=True):
+        run.check_finite(own)
+        losses.append(float(own.sums["loss"] / own.sums["steps"]))
+    return sum(losses) / len(losses)
+
+
+class _Run:
+    """One run's host side: restores, logs, saves, evaluates."""
+
+    def __init__(
+        self,
+        config: Config,
+        workdir: Path,
+        data: LongTailData,
+        experiment: Experiment,
+        device_data: DeviceData,
+        mesh: Mesh | None,
+    ):
+        self.config, self.workdir, self.data, self.experiment = config, workdir, data, experiment
         self.has_validation = len(data.val_labels) > 0
-        self.loop = loop_lib.initial(experiment)
+        self.loop, self.device_data = loop_lib.initial(experiment), device_data
         self.checkpoints = Checkpointer(workdir, config.checkpoint, has_validation=self.has_validation)
-        self.device_data = loop_lib.to_device(data)
         if mesh:
             self.loop, self.device_data = jax.device_put((self.loop, self.device_data), parallel.replicated(mesh))
         record: dict[str, Any] = {"rows": [], "seconds": 0.0}
@@ -166,8 +264,8 @@ class _Run:
             self.loop, record = self.checkpoints.restore(latest, self.loop)
         self.step = latest or 0
         self.log = MetricLog(workdir, record["rows"])
-        self.began = time.perf_counter() - record["seconds"]
-        self.call = loop_lib.make_call(experiment, config)
+        self.seconds_before, self.began = record["seconds"], time.perf_counter()
+        self.train_seconds = record["seconds"]
         self.describe = jax.jit(functools.partial(loop_lib.describe, experiment))
         self.eval_step = jax.jit(functools.partial(loop_lib.evaluate_batch, experiment.eval_step))
 
@@ -175,48 +273,16 @@ class _Run:
         self.log.close()
         self.checkpoints.close()
 
-    def train(self, label: str) -> float:
-        """Runs to the last step; returns the seconds of training, those before an interruption included."""
-        total, per_epoch = self.experiment.total_steps, self.experiment.steps_per_epoch
-        with _stop_signals() as stopped, _progress_bar() as bar:
-            task = bar.add_task(label or self.config.method.name, total=total, completed=self.step, loss="")
-            while self.step < total:
-                epoch = self.step // per_epoch
-                self._run_epoch(epoch, min(total, (epoch + 1) * per_epoch), bar, task, stopped)
+    def finish(self) -> None:
+        """Waits for the last checkpoint and stops the clock."""
         self.checkpoints.wait()
-        return self.seconds()
+        self.train_seconds = self.seconds()
 
     def seconds(self) -> float:
-        return time.perf_counter() - self.began
+        """Seconds of training so far, those before an interruption included."""
+        return self.seconds_before + time.perf_counter() - self.began
 
-    def _run_epoch(self, epoch: int, end: int, bar: progress.Progress, task: Any, stopped: Callable) -> None:
-        """Runs from `self.step` to step `end` of `epoch`, then logs, validates and saves what is due."""
-        self._start_epoch(epoch)
-        looked = time.perf_counter()
-        while self.step < end:
-            is_meta = self._next_steps(end)
-            self.loop = self.call(self.loop, self.device_data, *loop_lib.steps(is_meta))
-            self.step += len(is_meta)
-            if stopped() and self.step < end:
-                break
-            if time.perf_counter() - looked > _SYNC_SECONDS:
-                self._look(bar, task)
-                looked = time.perf_counter()
-        self._look(bar, task)
-        if self.step == end:
-            self._end_epoch(epoch)
-        if stopped() and self.step < self.experiment.total_steps:
-            self._save(None)
-            self.checkpoints.wait()
-            raise Interrupted(self.step)
-
-    def _look(self, bar: progress.Progress, task: Any) -> None:
-        """Waits for the device, checks that all is finite, and moves the bar."""
-        self._check_finite()
-        sums = jax.device_get(self.loop.sums)
-        bar.update(task, completed=self.step, loss=f"loss {sums['loss'] / sums['steps']:.3f}")
-
-    def _start_epoch(self, epoch: int) -> None:
+    def start_epoch(self, epoch: int) -> None:
         """Puts the epoch's order on the device: a function of the seed and the epoch."""
         key = jax.random.fold_in(jax.random.key(self.config.train.seed), 1)
         order = batches.epoch_order(key, jnp.int32(epoch), len(self.data.train_labels), self.config.train.batch_size)
@@ -225,17 +291,17 @@ class _Run:
         order, table = jax.device_put((order, table), sharding)
         self.device_data = self.device_data.replace(order=order, meta_table=table)
 
-    def _next_steps(self, end: int) -> tuple[bool, ...]:
+    def next_steps(self, step: int, end: int) -> tuple[bool, ...]:
         """Returns, for each step of the next call, whether it is a meta-step."""
         meta = self.config.meta
         count = self.config.train.steps_per_call or (1 if jax.default_backend() == "cpu" else 10)
         first = meta.start_epoch * self.experiment.steps_per_epoch
         return tuple(
             self.experiment.meta_step is not None and step >= first and step % meta.every == 0
-            for step in range(self.step, min(self.step + count, end))
+            for step in range(step, min(step + count, end))
         )
 
-    def _end_epoch(self, epoch: int) -> None:
+    def end_epoch(self, epoch: int) -> None:
         step, config, final = self.step, self.config, self.step == self.experiment.total_steps
         sums = {name: float(value) for name, value in jax.device_get(self.loop.sums).items()}
         steps, meta_steps = sums.pop("steps"), sums.pop("meta_steps", 0.0)
@@ -254,7 +320,7 @@ class _Run:
             scalars = {name: value for name, value in values.items() if isinstance(value, float)}
             self.log.write("val", step, epoch, scalars)
         if final or score is not None or (epoch + 1) % config.checkpoint.every_epochs == 0:
-            self._save(score)
+            self.save(score)
 
     def _log_modulation(self, step: int, epoch: int) -> None:
         """Logs gamma and beta at each site, averaged over one training batch."""
@@ -265,12 +331,13 @@ class _Run:
         values = {s: {name: np.round(v, 6).tolist() for name, v in g.items()} for s, g in sites.items()}
         self.log.write("modulation", step, epoch, {"sites": values})
 
-    def _save(self, score: float | None) -> None:
+    def save(self, score: float | None) -> None:
         record = {"rows": list(self.log.rows), "seconds": self.seconds()}
         self.checkpoints.save(self.step, self.loop, self.loop.bilevel.mod_params, record, score)
 
-    def _check_finite(self) -> None:
-        step, quantity = (int(value) for value in jax.device_get(self.loop.bad))
+    def check_finite(self, loop: LoopState) -> None:
+        """Raises NonFiniteError where the loop has met a non-finite value."""
+        step, quantity = (int(value) for value in jax.device_get(loop.bad))
         if step >= 0:
             last = self.checkpoints.latest_step()
             self.checkpoints.wait()
@@ -291,7 +358,7 @@ class _Run:
         counts = self.data.manifest["splits"]["train"]["class_counts"]
         return evaluate(np.concatenate(probabilities), labels, np.asarray(counts))
 
-    def results(self, seconds: float) -> dict[str, Any]:
+    def results(self) -> dict[str, Any]:
         """Evaluates the last and the best-on-validation state on the test split: the one time it is read."""
         last = self._result(self.loop.bilevel, self.step)
         best_step = self.checkpoints.best_step()
@@ -304,7 +371,7 @@ class _Run:
             "seed": self.config.train.seed,
             "last": last,
             "best": best,
-            "train_seconds": seconds,
+            "train_seconds": self.train_seconds,
             "versions": _versions(),
         }
 

@@ -11,9 +11,13 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from mfm_jax.models.convolution import convolution
 from mfm_jax.types import Modulate, no_modulation
 
 _kaiming = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
+_Conv3x3 = functools.partial(
+    nn.Conv, kernel_size=(3, 3), padding=1, use_bias=False, kernel_init=_kaiming, conv_general_dilated=convolution
+)
 
 
 def _shortcut(x: jax.Array, channels: int, stride: int) -> jax.Array:
@@ -33,9 +37,7 @@ class BasicBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        conv = functools.partial(
-            nn.Conv, self.channels, (3, 3), padding=1, use_bias=False, kernel_init=_kaiming, dtype=self.dtype
-        )
+        conv = functools.partial(_Conv3x3, self.channels, dtype=self.dtype)
         norm = functools.partial(nn.BatchNorm, not train, momentum=0.9, axis_name=self.axis_name, dtype=self.dtype)
         y = nn.relu(norm()(conv(strides=self.stride)(x)))
         y = norm()(conv()(y))
@@ -87,9 +89,7 @@ class CifarResNet(nn.Module):
           train: normalise with batch statistics and update the running ones.
           modulate: called at each site.
         """
-        x = nn.Conv(self.width, (3, 3), padding=1, use_bias=False, kernel_init=_kaiming, dtype=self.dtype, name="stem")(
-            image.astype(self.dtype)
-        )
+        x = _Conv3x3(self.width, dtype=self.dtype, name="stem")(image.astype(self.dtype))
         x = nn.BatchNorm(not train, momentum=0.9, axis_name=self.axis_name, dtype=self.dtype, name="stem_norm")(x)
         x = modulate("stem", nn.relu(x))
         for i in range(3):

@@ -1,0 +1,153 @@
+"""A 2-D convolution whose weight gradient XLA's CPU backend runs well.
+
+XLA computes the weight gradient of a convolution as another convolution, with the batch in the place of the channels.
+On CPU that transposes both operands, and a large batch leaves the cache on the way: the gradient then costs two to four
+times the forward pass. A sum over the batch may be taken in slices that stay in the cache:
+
+    dw = sum_{slices S of the batch} dw(x_S, dy_S).
+
+The convolution and its weight gradient are bilinear, and the transposes of each are the two again. They are written as
+two JAX primitives with that closed algebra, so they can be differentiated any number of times, in either mode, and
+every derivative is sliced too. Slices are the lowering for CPU alone; other platforms get XLA's own convolution.
+"""
+
+import functools
+import itertools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+
+_LAYOUT = ("NHWC", "HWIO", "NHWC")
+_SLICE_BYTES = 2**20  # of the input; about a core's second-level cache
+Pair = tuple[int, ...]  # of the two image axes
+
+
+class _Window(NamedTuple):
+    """Where the kernel is laid: `kernel [kh, kw]`, its stride, the input's padding and its dilation."""
+
+    kernel: Pair
+    stride: Pair
+    padding: tuple[tuple[int, int], ...]
+    dilation: Pair
+
+
+def convolution(
+    x: jax.Array,
+    kernel: jax.Array,
+    window_strides: Sequence[int],
+    padding: str | Sequence[Sequence[int]],
+    lhs_dilation: Sequence[int] | None = None,
+    rhs_dilation: Sequence[int] | None = None,
+    dimension_numbers: Any = None,
+    **options: Any,
+) -> jax.Array:
+    """Returns the convolution of `x [B, H, W, C]` with `kernel [kh, kw, C, N]`, as `lax.conv_general_dilated` does.
+
+    Made for `flax.linen.Conv(conv_general_dilated=convolution)`, with that function's arguments. Groups, a dilated
+    kernel and another layout are refused.
+
+    Raises:
+      NotImplementedError: an option that this form does not have.
+    """
+    layout = lax.conv_dimension_numbers(x.shape, kernel.shape, dimension_numbers or _LAYOUT)
+    other = {name: value for name, value in options.items() if value not in (None, 1)}
+    if (
+        other
+        or tuple(rhs_dilation or (1, 1)) != (1, 1)
+        or layout != lax.conv_dimension_numbers(x.shape, kernel.shape, _LAYOUT)
+    ):
+        raise NotImplementedError(f"convolution: only plain 2-D convolutions of NHWC images, not {other or layout}")
+    size = kernel.shape[:2]
+    dilation = tuple(lhs_dilation or (1, 1))
+    if isinstance(padding, str):
+        padding = lax.padtype_to_pads(x.shape[1:3], size, window_strides, padding)
+    window = _Window(size, tuple(window_strides), tuple((low, high) for low, high in padding), dilation)
+    return _bind(_convolve, x, kernel, window)
+
+
+def _bind(primitive: Primitive, a: jax.Array, b: jax.Array, window: _Window) -> jax.Array:
+    """Binds after marking both operands as varying over the same mesh axes, as `shard_map` asks of every operation."""
+    axes = _varying(a) | _varying(b)
+    a, b = (lax.pcast(v, tuple(rest), to="varying") if (rest := axes - _varying(v)) else v for v in (a, b))
+    return primitive.bind(a, b, window=window)
+
+
+def _varying(x: jax.Array) -> frozenset[str]:
+    """The mesh axes over which `x` varies inside `shard_map`; JAX has renamed the attribute that tells."""
+    kind = jax.typeof(x)
+    return kind.manual_axis_type.varying if hasattr(kind, "manual_axis_type") else kind.vma
+
+
+def _convolve_by_xla(x: jax.Array, kernel: jax.Array, *, window: _Window) -> jax.Array:
+    return lax.conv_general_dilated(
+        x, kernel, window.stride, window.padding, lhs_dilation=window.dilation, dimension_numbers=_LAYOUT
+    )
+
+
+def _weight_gradient_by_xla(x: jax.Array, dy: jax.Array, *, window: _Window) -> jax.Array:
+    kernel = jax.ShapeDtypeStruct((*window.kernel, x.shape[3], dy.shape[3]), x.dtype)
+    (dw,) = jax.linear_transpose(functools.partial(_convolve_by_xla, x, window=window), kernel)(dy)
+    return dw
+
+
+def _weight_gradient_in_slices(x: jax.Array, dy: jax.Array, *, window: _Window) -> jax.Array:
+    slices = min(x.shape[0], -(-x.size * x.dtype.itemsize // _SLICE_BYTES))
+    edges = [round(i * x.shape[0] / slices) for i in range(slices + 1)]
+    parts = (_weight_gradient_by_xla(x[i:j], dy[i:j], window=window) for i, j in itertools.pairwise(edges))
+    return functools.reduce(jnp.add, parts)
+
+
+def _input_gradient(dy: jax.Array, kernel: jax.Array, shape: tuple[int, ...], window: _Window) -> jax.Array:
+    """The convolution's transpose in x, as a convolution of the dilated `dy` with the flipped kernel."""
+    padding = []
+    for axis in range(2):
+        low = window.kernel[axis] - 1 - window.padding[axis][0]
+        dilated = (dy.shape[axis + 1] - 1) * window.stride[axis] + 1
+        wanted = (shape[axis + 1] - 1) * window.dilation[axis] + 1
+        padding.append((low, wanted + window.kernel[axis] - 1 - dilated - low))
+    flipped = _Window(window.kernel, window.dilation, tuple(padding), window.stride)
+    return _bind(_convolve, dy, kernel[::-1, ::-1].transpose(0, 1, 3, 2), flipped)
+
+
+def _primitive(name: str, default: Any, left: Any, right: Any) -> Primitive:
+    """A bilinear primitive: `left` and `right` transpose it in its first and its second operand."""
+    primitive = Primitive(name)
+    primitive.def_impl(jax.jit(primitive.bind, static_argnames="window"))
+
+    def abstract(a: Any, b: Any, *, window: _Window) -> Any:
+        out = jax.eval_shape(
+            functools.partial(default, window=window),
+            *(jax.ShapeDtypeStruct(v.shape, v.dtype) for v in (a, b)),
+        )
+        return a.update(shape=out.shape, dtype=out.dtype, weak_type=False)
+
+    def batched(args: Any, axes: Any, *, window: _Window) -> Any:
+        return jax.vmap(functools.partial(default, window=window), in_axes=axes)(*args), 0
+
+    primitive.def_abstract_eval(abstract)
+    batching.primitive_batchers[primitive] = batched
+    mlir.register_lowering(primitive, mlir.lower_fun(default, multiple_results=False))
+    ad.defbilinear(primitive, left, right)
+    return primitive
+
+
+_convolve: Primitive = _primitive(
+    "convolution",
+    _convolve_by_xla,
+    lambda ct, x, kernel, *, window: _input_gradient(ct, kernel, x.aval.shape, window),
+    lambda ct, x, kernel, *, window: _bind(_weight_gradient, x, ct, window),
+)
+_weight_gradient: Primitive = _primitive(
+    "convolution_weight_gradient",
+    _weight_gradient_by_xla,
+    lambda ct, x, dy, *, window: _input_gradient(dy, ct, x.aval.shape, window),
+    lambda ct, x, dy, *, window: _bind(_convolve, x, ct, window),
+)
+mlir.register_lowering(
+    _weight_gradient, mlir.lower_fun(_weight_gradient_in_slices, multiple_results=False), platform="cpu"
+)

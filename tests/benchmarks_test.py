@@ -1,0 +1,191 @@
+"""The PyTorch twin is the same network and the same step; the arithmetic of the benchmark is that of the network."""
+
+import importlib
+import sys
+from pathlib import Path
+
+import jax
+import jax.extend
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from mfm_jax import bilevel, config, losses, models, modulation, optim
+from mfm_jax.types import Batch
+
+CLASSES, WIDTH = 5, 8
+FEATURE_SITES = ("stage1", "stage2", "stage3", "pooled")
+
+
+@pytest.fixture(scope="module")
+def contenders():
+    return _load("contenders")
+
+
+def test_arithmetic_is_that_of_the_network(contenders):
+    """Against the products that XLA is asked for, read off the jaxpr of a forward pass."""
+    spec = contenders.Spec("", model="resnet20", image_size=16, classes=7, width=4)
+    module = models.create("resnet20", 7, 4)
+    image = jnp.zeros((1, 16, 16, 3))
+    variables = jax.eval_shape(module.init, jax.random.key(0), image)
+    jaxpr = jax.make_jaxpr(module.apply)(variables, image)
+    assert sum(contenders.forward_flops(spec).values()) == sum(map(_products, jaxpr.eqns))
+
+
+def _products(equation) -> float:
+    """Returns twice the multiplications of a convolution or a matrix product, edges counted as inside."""
+    output = equation.outvars[0].aval.size
+    if equation.primitive.name in ("conv_general_dilated", "convolution"):
+        return 2.0 * output * np.prod(equation.invars[1].aval.shape[:-1])
+    if equation.primitive.name == "dot_general":
+        contracted = equation.params["dimension_numbers"][0][0]
+        return 2.0 * output * np.prod([equation.invars[0].aval.shape[axis] for axis in contracted])
+    return sum(sum(map(_products, sub.eqns)) for sub in jax.extend.core.jaxprs_in_params(equation.params))
+
+
+@pytest.mark.parametrize(
+    ("options", "forward_passes"),
+    [
+        ({}, 8),
+        ({"sites": ("logits",)}, 8),
+        ({"virtual": "head"}, 4),
+        ({"lagged": False}, 11),
+        ({"every": 5}, 4),
+        ({"step": "plain"}, 3),
+    ],
+)
+def test_arithmetic_of_a_step(contenders, options, forward_passes):
+    spec = contenders.Spec("", **options)
+    passes = contenders.step_flops(spec) / sum(contenders.forward_flops(spec).values()) / spec.batch
+    assert passes == pytest.approx(forward_passes, rel=1e-3)
+
+
+@pytest.fixture(scope="module")
+def twin():
+    pytest.importorskip("torch")
+    return _load("torch_twin")
+
+
+def _load(name: str):
+    folder = str(Path(__file__).parents[1] / "benchmarks")
+    sys.path.insert(0, folder)
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.remove(folder)
+
+
+def _drawn(like, seed: int):
+    """Returns a tree like `like` of float64 draws, positive where it holds scales or variances."""
+    rng = np.random.default_rng(seed)
+
+    def draw(path, leaf):
+        values = rng.normal(0, 0.3, leaf.shape)
+        return np.abs(values) + 0.5 if path[-1].key in ("scale", "var") else values
+
+    return jax.tree_util.tree_map_with_path(draw, like)
+
+
+def _batch(seed: int) -> Batch:
+    rng = np.random.default_rng(seed)
+    return Batch(rng.normal(size=(6, 16, 16, 3)), rng.integers(0, CLASSES, 6).astype(np.int32))
+
+
+def _to_torch(tree):
+    """Returns the twin's `{name: tensor}` of a Flax tree of parameters, momenta or running averages."""
+    import torch
+
+    leaves = {"kernel": "weight", "scale": "weight"}
+    found = {}
+    for path, value in jax.tree_util.tree_leaves_with_path(tree):
+        *modules, leaf = (key.key for key in path)
+        parts = [m.replace("BasicBlock_", "").replace("Conv_", "conv").replace("BatchNorm_", "norm") for m in modules]
+        value = np.asarray(value)
+        axes = {4: (3, 2, 0, 1), 2: (1, 0)}.get(value.ndim)
+        found[".".join([*parts, leaves.get(leaf, leaf)])] = torch.tensor(value.transpose(axes) if axes else value)
+    return found
+
+
+def _torch_batch(batch: Batch):
+    import torch
+
+    return torch.tensor(batch.image.transpose(0, 3, 1, 2)), torch.tensor(batch.label, dtype=torch.long)
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_twin_has_the_same_logits(twin, train):
+    import torch
+    from torch.func import functional_call
+
+    batch = _batch(0)
+    with jax.enable_x64(True):
+        module = models.create("resnet8", CLASSES, WIDTH, jnp.float64)
+        variables = _drawn(jax.eval_shape(module.init, jax.random.key(0), batch.image), 1)
+        logits = module.apply(variables, batch.image, train=train, mutable=["batch_stats"])[0]
+    net = twin.Net(1, CLASSES, WIDTH).double()
+    weights = _to_torch(variables["params"]) | _to_torch(variables["batch_stats"])
+    assert weights.keys() == net.state_dict().keys()
+    with torch.no_grad():
+        found = functional_call(net, weights, (_torch_batch(batch)[0], train))
+    np.testing.assert_allclose(found.numpy(), np.asarray(logits), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("sites", [("pooled",), FEATURE_SITES], ids=["pooled", "four"])
+def test_twin_takes_the_same_step(twin, sites):
+    """Losses, meta-gradient, parameters, momenta and running averages after one step of both, in float64."""
+    batch, meta_batch = _batch(0), _batch(1)
+    with jax.enable_x64(True):
+        module = models.create("resnet8", CLASSES, WIDTH, jnp.float64)
+        variables = _drawn(jax.eval_shape(module.init, jax.random.key(0), batch.image), 1)
+        channels = modulation.site_channels(lambda film: module.apply(variables, batch.image, modulate=film), sites)
+        # Plain gradient descent at rate 1 leaves the meta-gradient behind as the change of phi.
+        modulator, mod_tx = modulation.direct(channels), optax.sgd(1.0)
+        tx = optim.classifier(config.Optim(weight_decay=twin.WEIGHT_DECAY), twin.LEARNING_RATE)
+        state = bilevel.init_state(jax.random.key(0), variables, tx, modulator, mod_tx)
+        state = state.replace(mod_params=jax.tree.map(lambda x: x + 0.1, state.mod_params))
+        momenta = jax.tree.map(lambda x: 0.01 * np.ones_like(x), variables["params"])
+        state = state.replace(opt_state=_with_trace(state.opt_state, momenta))
+        step = bilevel.make_step(module.apply, losses.cross_entropy, tx, modulator, mod_tx)
+        new, metrics = jax.jit(step)(state, batch, meta_batch)
+        meta_gradient = jax.tree.map(lambda a, b: a - b, state.mod_params, new.mod_params)
+    net = twin.Net(1, CLASSES, WIDTH).double()
+    found, (loss, params, moved, averages, meta_loss) = twin.meta_gradient(net, sites)(
+        {f"{site}.{name}": value.double() + 0.1 for site, name, value in _parts(twin.identity(channels))},
+        _to_torch(variables["params"]),
+        _to_torch(momenta),
+        _to_torch(variables["batch_stats"]),
+        _torch_batch(batch),
+        _torch_batch(meta_batch),
+    )
+    _assert_equal(found, _to_torch(meta_gradient))
+    expected_losses = {"loss": metrics["loss"], "meta": metrics["meta_loss"]}
+    _assert_equal({"loss": loss, "meta": meta_loss}, _to_torch(expected_losses))
+    _assert_equal(params, _to_torch(new.params))
+    _assert_equal(moved, _to_torch(_trace(new.opt_state)))
+    means = {name: value for name, value in averages.items() if name.endswith("mean")}
+    _assert_equal(means, {name: value for name, value in _to_torch(new.batch_stats).items() if name in means})
+
+
+def _parts(phi):
+    for name, value in phi.items():
+        yield (*name.split("."), value)
+
+
+def _with_trace(opt_state, momenta):
+    """Returns the optimizer's state with `momenta` as SGD's."""
+    return jax.tree.map(lambda x: optax.TraceState(momenta) if _is_trace(x) else x, opt_state, is_leaf=_is_trace)
+
+
+def _trace(opt_state):
+    return next(x.trace for x in jax.tree.leaves(opt_state, is_leaf=_is_trace) if _is_trace(x))
+
+
+def _is_trace(x) -> bool:
+    return isinstance(x, optax.TraceState)
+
+
+def _assert_equal(found, expected):
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_allclose(found[name].numpy(), value.numpy(), rtol=1e-6, atol=1e-8, err_msg=name)
