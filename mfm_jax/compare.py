@@ -4,8 +4,8 @@
         --workdir=runs/digits
 
 Every run gets the same split (`data.seed`); a seed sets initialisation and data order. Finished runs are not repeated
-and interrupted ones go on. With `--config.data.train_on_meta=True` the methods without a modulator also train on the
-meta images, so that MFM has seen no image that they have not.
+and interrupted ones go on. With `--config.data.train_on_meta=True` the methods that learn nothing from the meta
+set also train on its images, so that the others have seen no image that they have not.
 
 Writes `compare.md` and `compare.csv`: test numbers at the last epoch and at the best epoch on validation, mean and
 standard deviation over seeds, and the paired difference to the first method with its standard error.
@@ -62,7 +62,8 @@ def run_all(config: Any, methods: Sequence[str], seeds: Sequence[int], workdir: 
         for method in methods:
             fields = config_lib.resolve(config).to_dict()
             fields["method"]["name"], fields["train"]["seed"] = method, seed
-            fields["data"]["train_on_meta"] &= not METHODS[method].modulated
+            fields["data"]["train_on_meta"] &= METHODS[method].learner is None
+            fields["meta"]["lagged"] &= method != "l2rw"  # which cannot be lagged
             runs[method, seed] = config_lib.resolve(fields)  # all of them, before the first is trained
     results: Results = {method: [] for method in methods}
     for (method, seed), run in runs.items():

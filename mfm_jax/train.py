@@ -195,7 +195,8 @@ class _Run:
         looked = time.perf_counter()
         while self.step < end:
             is_meta = self._next_steps(end)
-            self.loop = self.call(self.loop, self.device_data, *loop_lib.steps(is_meta))
+            retrain = self.step >= self.experiment.retrain_from
+            self.loop = self.call(self.loop, self.device_data, *loop_lib.steps(is_meta, retrain=retrain))
             self.step += len(is_meta)
             if stopped() and self.step < end:
                 break
@@ -219,11 +220,21 @@ class _Run:
     def _start_epoch(self, epoch: int) -> None:
         """Puts the epoch's order on the device: a function of the seed and the epoch."""
         key = jax.random.fold_in(jax.random.key(self.config.train.seed), 1)
-        order = batches.epoch_order(key, jnp.int32(epoch), len(self.data.train_labels), self.config.train.batch_size)
+        order = self.experiment.order(key, epoch)
         table = jnp.asarray(self.data.meta_table(epoch), jnp.int32)
+        if self.experiment.synthetic and self.step >= self.experiment.retrain_from:
+            self._store_features()
         sharding = self.device_data.images.sharding
         order, table = jax.device_put((order, table), sharding)
         self.device_data = self.device_data.replace(order=order, meta_table=table)
+
+    def _store_features(self) -> None:
+        """Puts the frozen classifier's features in the place of the images, once."""
+        if self.device_data.images.ndim > 2:
+            neighbors, seed = self.config.method.smote_neighbors, self.config.train.seed
+            self.device_data = loop_lib.synthetic_data(
+                self.experiment, self.device_data, self.loop.bilevel, neighbors, seed, self.config.eval.batch_size
+            )
 
     def _next_steps(self, end: int) -> tuple[bool, ...]:
         """Returns, for each step of the next call, whether it is a meta-step."""
