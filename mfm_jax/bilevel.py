@@ -128,7 +128,7 @@ def make_step(
     if learner.per_batch and lagged:
         raise ValueError("lagged = True: the weights belong to one batch, the next step cannot use them")
     forward = _forward(apply_fn, axis_name)
-    gradient_step = _gradient_step(forward, loss_fn, tx, learner, class_weights, axis_name)
+    gradient_step = _gradient_step(forward, loss_fn, tx, learner, axis_name, class_weights)
     plain_statistics = _plain_statistics(forward)
 
     def step(state: BilevelState, batch: Batch, meta_batch: Batch) -> tuple[BilevelState, Metrics]:
@@ -182,7 +182,7 @@ def make_plain_step(
     if learner is None or learner.per_batch:
         learner = MetaLearner(init=lambda key: {})
     forward = _forward(apply_fn, axis_name)
-    gradient_step = _gradient_step(forward, loss_fn, tx, learner, class_weights, axis_name)
+    gradient_step = _gradient_step(forward, loss_fn, tx, learner, axis_name, class_weights)
     plain_statistics = _plain_statistics(forward)
 
     def step(state: BilevelState, batch: Batch) -> tuple[BilevelState, Metrics]:
@@ -276,8 +276,8 @@ def _gradient_step(
     loss_fn: LossFn,
     tx: optax.GradientTransformation,
     learner: MetaLearner,
-    class_weights: ClassWeights | None,
     axis_name: str | None,
+    class_weights: ClassWeights | None = None,
 ) -> Callable[[BilevelState, Batch], tuple[Callable, Callable]]:
     """Returns `(state, batch) -> (train_loss, update)`, the two halves that every training step is made of."""
 

@@ -59,7 +59,8 @@ def make_call(experiment: Experiment, config: Config) -> Callable[..., LoopState
 
     `is_meta` `[n]` bool says of each of the n steps whether it updates the modulator; `kind` is static: "meta",
     "plain" or "retrain" where all steps are, else "mixed". One step is compiled as it is (XLA's CPU backend
-    runs convolutions inside a loop many times slower than outside); several are a `lax.scan`. The loop state is donated.
+    runs convolutions inside a loop many times slower than outside); several are a `lax.scan`. The loop state is
+    donated.
     """
     pad, flip = config.augment.pad, config.augment.flip
 

@@ -145,11 +145,15 @@ def _mfm(config: Config, counts: jax.Array, channels: Mapping[str, int]) -> Meta
 
 
 def _unit_scale(key: jax.Array, params: PyTree) -> PyTree:
-    return jnp.ones_like(params["head"]["bias"])
+    return {"scale": jnp.ones_like(params["head"]["bias"])}
+
+
+def _scaled(params: PyTree, trained: PyTree) -> PyTree:
+    return heads.scaled(params, trained["scale"])
 
 
 _CRT = Retraining(heads.fresh, heads.replaced)
-_LWS = Retraining(_unit_scale, heads.scaled)
+_LWS = Retraining(_unit_scale, _scaled)
 
 METHODS = {
     # Losses.
