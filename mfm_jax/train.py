@@ -154,8 +154,9 @@ class _Run:
         self.loop = loop_lib.initial(experiment)
         self.checkpoints = Checkpointer(workdir, config.checkpoint, has_validation=self.has_validation)
         self.device_data = loop_lib.to_device(data)
-        if mesh:
-            self.loop, self.device_data = jax.device_put((self.loop, self.device_data), parallel.replicated(mesh))
+        # Placed once and for all, one device included: what is not would count as another program at the second call.
+        place = parallel.replicated(mesh) if mesh else jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        self.loop, self.device_data = jax.device_put((self.loop, self.device_data), place)
         record: dict[str, Any] = {"rows": [], "seconds": 0.0}
         latest = self.checkpoints.latest_step()
         if latest is None and experiment.modulator and config.modulation.init_from:

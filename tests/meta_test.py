@@ -72,7 +72,7 @@ def test_meta_weight_net_by_hand():
     sigmoid = 1 / (1 + np.exp(-2.0))
     chex.assert_trees_all_close(learner.weigh(phi, values), np.array([2 * sigmoid, 0.0], np.float32), rtol=1e-6)
     # The weight is a number to the classifier: the derivative by the loss is the weight itself.
-    slope = jax.grad(lambda l: learner.weigh(phi, l).sum())(values)
+    slope = jax.grad(lambda x: learner.weigh(phi, x).sum())(values)
     chex.assert_trees_all_close(slope, np.array([sigmoid, 1 / (1 + np.exp(1.0))], np.float32), rtol=1e-6)
     start = learner.init(jax.random.key(0))
     chex.assert_trees_all_close(learner.weigh(start, values), values / 2)

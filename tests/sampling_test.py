@@ -62,7 +62,7 @@ def test_every_class_gets_its_share_of_an_epoch(sampler):
 def test_images_of_a_class_take_turns():
     seen = np.bincount(order(sampling.balanced(CONFIG, COUNTS, 0), 0).ravel(), minlength=85)
     for k in range(4):
-        own = seen[LABELS == k]
+        own = seen[k == LABELS]
         assert own.max() - own.min() <= 1
     assert seen[LABELS == 3].tolist() == [20]
 
