@@ -4,8 +4,10 @@
         --workdir=runs/digits
 
 Every run gets the same split (`data.seed`); a seed sets initialisation and data order. Finished runs are not repeated
-and interrupted ones go on. With `--config.data.train_on_meta=True` the methods that learn nothing from the meta
-set also train on its images, so that the others have seen no image that they have not.
+and interrupted ones go on. `--jobs=N` trains N runs side by side, each in a process with cores of its own. A method of
+which a run fails is shown as failed, with the reason; the others still finish, and the exit status is 1. With
+`--config.data.train_on_meta=True` the methods that learn nothing from the meta set also train on its images, so that
+the others have seen no image that they have not.
 
 Writes `compare.md` and `compare.csv`: test numbers at the last epoch and at the best epoch on validation, mean and
 standard deviation over seeds, and the paired difference to the first method with its standard error.
@@ -13,21 +15,24 @@ standard deviation over seeds, and the paired difference to the first method wit
 
 import csv
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from absl import flags
 from rich.console import Console
 from rich.table import Table
 
-from mfm_jax import command, train
+from mfm_jax import command, runs
 from mfm_jax import config as config_lib
 from mfm_jax.errors import UserError
 from mfm_jax.methods import METHODS
 
 _METHODS = flags.DEFINE_list("methods", ["ce", "mfm"], "Methods, the baseline first.")
 _SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Training seeds.")
+
+_JOBS = flags.DEFINE_integer("jobs", 1, "Runs side by side, each in a process of its own; 1 trains in this one.")
 
 _COLUMNS = ("balanced_accuracy", "accuracy", "many", "medium", "few", "rarest_third", "macro_f1", "roc_auc", "ece")
 Results = dict[str, list[dict[str, Any]]]  # method -> results of each seed
@@ -40,13 +45,17 @@ def main(argv: Sequence[str]) -> int:
     if unknown or not methods or len(set(methods)) != len(methods):
         raise UserError(f"--methods={','.join(methods)}: allowed: distinct names of {', '.join(METHODS)}")
     workdir = command.workdir()
-    results = run_all(command.config(), methods, seeds, workdir)
-    rows = table(results)
-    write(rows, seeds, workdir)
-    print_table(rows)
+    if _JOBS.value < 1:
+        raise UserError(f"--jobs={_JOBS.value}: allowed: 1 or more")
+    results, failed = run_all(command.config(), methods, seeds, workdir, _JOBS.value)
+    if not results:
+        raise UserError(f"--methods={','.join(methods)}: every method failed; {methods[0]}: {failed[methods[0]]}")
+    rows = table(results, methods[0])
+    write(rows, seeds, workdir, failed)
+    print_table(rows, failed)
     print(f"table: {workdir}/compare.md, {workdir}/compare.csv")
-    print(f"report: {workdir / methods[-1] / f'seed{seeds[0]}' / 'report.html'}")
-    return 0
+    print(f"report: {workdir / list(results)[-1] / f'seed{seeds[0]}' / 'report.html'}")
+    return 1 if failed else 0
 
 
 def _seeds(texts: list[str]) -> list[int]:
@@ -55,58 +64,72 @@ def _seeds(texts: list[str]) -> list[int]:
     return [int(text) for text in texts]
 
 
-def run_all(config: Any, methods: Sequence[str], seeds: Sequence[int], workdir: Path) -> Results:
-    """Trains every (method, seed) in `workdir/method/seedN`; returns the results by method."""
-    runs = {}
+def run_all(
+    config: Any, methods: Sequence[str], seeds: Sequence[int], workdir: Path, jobs: int = 1
+) -> tuple[Results, dict[str, str]]:
+    """Trains every (method, seed) in `workdir/method/seedN`, `jobs` at a time.
+
+    Returns:
+      (the results by method, of the methods whose runs all finished; by method, why another did not).
+    """
+    planned = []
     for seed in seeds:
         for method in methods:
             fields = config_lib.resolve(config).to_dict()
             fields["method"]["name"], fields["train"]["seed"] = method, seed
             fields["data"]["train_on_meta"] &= METHODS[method].learner is None
             fields["meta"]["lagged"] &= method != "l2rw"  # which cannot be lagged
-            runs[method, seed] = config_lib.resolve(fields)  # all of them, before the first is trained
+            folder = workdir / method / f"seed{seed}"
+            planned.append((method, runs.Run(f"{method} seed {seed}", config_lib.resolve(fields), folder)))
+    outcomes = runs.train_all([run for _, run in planned], jobs)
     results: Results = {method: [] for method in methods}
-    for (method, seed), run in runs.items():
-        folder = workdir / method / f"seed{seed}"
-        results[method].append(train.train_and_evaluate(run, folder, label=f"{method} seed {seed}"))
-    return results
+    failed: dict[str, str] = {}
+    for (method, run), outcome in zip(planned, outcomes, strict=True):
+        if outcome.results is None:
+            failed.setdefault(method, f"{run.label}: {outcome.error}")
+        else:
+            results[method].append(outcome.results)
+    return {method: found for method, found in results.items() if method not in failed}, failed
 
 
-def table(results: Results) -> list[dict[str, Any]]:
+def table(results: Results, against: str | None = None) -> list[dict[str, Any]]:
     """Returns a row for each method and selection (`last`, `best`): mean and std over seeds, as fractions.
 
     `difference` is the mean over seeds of the balanced accuracy minus that of the first method with the same seed,
-    `difference_se` its standard error, `std / sqrt(seeds)`; None for the first method or a single seed.
+    `difference_se` its standard error, `std / sqrt(seeds)`; None for the first method or a single seed. `against` names
+    another baseline than the first method; without results of it there are no differences.
     """
     rows = []
-    baseline = next(iter(results.values()))
-    for method, runs in results.items():
+    baseline = results.get(against) if against else next(iter(results.values()))
+    for method, found in results.items():
         for which in ("last", "best"):
-            if any(run[which] is None for run in runs):
+            if any(run[which] is None for run in found):
                 continue
-            row: dict[str, Any] = {"method": method, "epoch": which, "seeds": len(runs)}
+            row: dict[str, Any] = {"method": method, "epoch": which, "seeds": len(found)}
             for name in _COLUMNS:
-                values = [run[which]["test"][name] for run in runs]
+                values = [run[which]["test"][name] for run in found]
                 missing = any(value is None for value in values)
                 row[f"{name}_mean"] = None if missing else statistics.fmean(values)
                 row[f"{name}_std"] = None if missing or len(values) < 2 else statistics.stdev(values)
-            row |= _paired_difference(runs, baseline, which)
-            row["train_seconds"] = statistics.median(run["train_seconds"] for run in runs)
+            row |= _paired_difference(found, baseline, which)
+            row["train_seconds"] = statistics.median(run["train_seconds"] for run in found)
             rows.append(row)
     return rows
 
 
-def _paired_difference(runs: list, baseline: list, which: str) -> dict[str, float | None]:
-    if runs is baseline:
+def _paired_difference(found: list, baseline: list | None, which: str) -> dict[str, float | None]:
+    if baseline is None or found is baseline or any(run[which] is None for run in baseline):
         return {"difference": None, "difference_se": None}
     name = "balanced_accuracy"
-    gaps = [a[which]["test"][name] - b[which]["test"][name] for a, b in zip(runs, baseline, strict=True)]
+    gaps = [a[which]["test"][name] - b[which]["test"][name] for a, b in zip(found, baseline, strict=True)]
     error = statistics.stdev(gaps) / len(gaps) ** 0.5 if len(gaps) > 1 else None
     return {"difference": statistics.fmean(gaps), "difference_se": error}
 
 
-def write(rows: list[dict[str, Any]], seeds: Sequence[int], workdir: Path) -> None:
-    """Writes `compare.csv` (fractions) and `compare.md` (percent)."""
+def write(
+    rows: list[dict[str, Any]], seeds: Sequence[int], workdir: Path, failed: Mapping[str, str] = MappingProxyType({})
+) -> None:
+    """Writes `compare.csv` (fractions) and `compare.md` (percent, with the methods that failed below)."""
     with (workdir / "compare.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))
         writer.writeheader()
@@ -121,10 +144,11 @@ def write(rows: list[dict[str, Any]], seeds: Sequence[int], workdir: Path) -> No
         f"Test set, percent; mean ± standard deviation over seeds {', '.join(map(str, seeds))}; the last column is the"
         " paired difference in balanced accuracy ± its standard error."
     )
-    (workdir / "compare.md").write_text(f"{text}\n\n{note}\n")
+    reasons = "".join(f"\nFailed: {method} ({reason}).\n" for method, reason in failed.items())
+    (workdir / "compare.md").write_text(f"{text}\n\n{note}\n{reasons}")
 
 
-def print_table(rows: list[dict[str, Any]]) -> None:
+def print_table(rows: list[dict[str, Any]], failed: Mapping[str, str] = MappingProxyType({})) -> None:
     """Prints the accuracies that matter most, in percent, narrow enough for a terminal."""
     baseline = rows[0]["method"]
     shown = Table("method", "epoch", "balanced", "many", "medium", "few", "rarest third", f"balanced - {baseline}")
@@ -133,8 +157,12 @@ def print_table(rows: list[dict[str, Any]]) -> None:
         balanced = _cell(row["balanced_accuracy_mean"], row["balanced_accuracy_std"])
         gap = _cell(row["difference"], row["difference_se"])
         shown.add_row(row["method"], row["epoch"], balanced, *groups, gap)
+    for method in failed:
+        shown.add_row(method, "failed")
     Console().print(shown)
     print(f"test set, %; ± standard deviation over {rows[0]['seeds']} seeds, of the paired difference standard error")
+    for method, reason in failed.items():
+        print(f"failed: {method} ({reason})")
 
 
 def _cell(mean: float | None, spread: float | None) -> str:

@@ -133,7 +133,8 @@ def test_every_method_and_seed_gets_a_folder_and_the_same_split(tmp_path, monkey
 
     monkeypatch.setattr(train, "train_and_evaluate", pretend)
     config = Config().to_dict()
-    results = compare.run_all(config, ["ce", "mfm"], [3, 5], tmp_path)
+    results, failed = compare.run_all(config, ["ce", "mfm"], [3, 5], tmp_path)
+    assert failed == {}
     assert results == {
         "ce": [{"folder": "ce/seed3"}, {"folder": "ce/seed5"}],
         "mfm": [{"folder": "mfm/seed3"}, {"folder": "mfm/seed5"}],

@@ -31,6 +31,7 @@ ORDER = (
     ("report",),
     ("train",),
     ("command",),
+    ("runs",),
     ("compare", "main"),
 )
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
