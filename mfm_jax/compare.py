@@ -9,8 +9,9 @@ which a run fails is shown as failed, with the reason; the others still finish, 
 `--config.data.train_on_meta=True` the methods that learn nothing from the meta set also train on its images, so that
 the others have seen no image that they have not.
 
-Writes `compare.md` and `compare.csv`: test numbers at the last epoch and at the best epoch on validation, mean and
-standard deviation over seeds, and the paired difference to the first method with its standard error.
+Writes `compare.md`, `compare.csv` and the page `compare.html`: test numbers at the last epoch and at the best epoch on
+validation, mean and standard deviation over seeds, and the paired difference to the first method with its standard
+error (on the page, with its 95 % interval).
 """
 
 import csv
@@ -20,13 +21,15 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import scipy.stats
 from absl import flags
 from rich.console import Console
 from rich.table import Table
 
-from mfm_jax import command, runs
+from mfm_jax import command, comparison, runs
 from mfm_jax import config as config_lib
 from mfm_jax.errors import UserError
+from mfm_jax.longtail import read_manifest
 from mfm_jax.methods import METHODS
 
 _METHODS = flags.DEFINE_list("methods", ["ce", "mfm"], "Methods, the baseline first.")
@@ -53,7 +56,10 @@ def main(argv: Sequence[str]) -> int:
     rows = table(results, methods[0])
     write(rows, seeds, workdir, failed)
     print_table(rows, failed)
-    print(f"table: {workdir}/compare.md, {workdir}/compare.csv")
+    manifest = read_manifest(workdir / next(iter(results)) / f"seed{seeds[0]}" / "manifest.json")
+    memory = {name: peak_memory(workdir / name, seeds) for name in results}
+    page = comparison.write_page(workdir, rows, results, failed, memory, manifest, methods[0])
+    print(f"table: {workdir}/compare.md, {workdir}/compare.csv; figures: {page}")
     print(f"report: {workdir / list(results)[-1] / f'seed{seeds[0]}' / 'report.html'}")
     return 1 if failed else 0
 
@@ -92,11 +98,19 @@ def run_all(
     return {method: found for method, found in results.items() if method not in failed}, failed
 
 
+def peak_memory(folder: Path, seeds: Sequence[int]) -> float | None:
+    """Returns the median peak memory of a method's runs in bytes; None where they had no processes of their own."""
+    found = [runs.peak_memory(folder / f"seed{seed}") for seed in seeds]
+    known = [value for value in found if value is not None]
+    return statistics.median(known) if len(known) == len(found) else None
+
+
 def table(results: Results, against: str | None = None) -> list[dict[str, Any]]:
     """Returns a row for each method and selection (`last`, `best`): mean and std over seeds, as fractions.
 
     `difference` is the mean over seeds of the balanced accuracy minus that of the first method with the same seed,
-    `difference_se` its standard error, `std / sqrt(seeds)`; None for the first method or a single seed. `against` names
+    `difference_se` its standard error, `std / sqrt(seeds)`, and `difference_t95` half the width of its 95 % interval by
+    Student's t with seeds - 1 degrees of freedom; None for the first method or a single seed. `against` names
     another baseline than the first method; without results of it there are no differences.
     """
     rows = []
@@ -119,11 +133,12 @@ def table(results: Results, against: str | None = None) -> list[dict[str, Any]]:
 
 def _paired_difference(found: list, baseline: list | None, which: str) -> dict[str, float | None]:
     if baseline is None or found is baseline or any(run[which] is None for run in baseline):
-        return {"difference": None, "difference_se": None}
+        return dict.fromkeys(("difference", "difference_se", "difference_t95"))
     name = "balanced_accuracy"
     gaps = [a[which]["test"][name] - b[which]["test"][name] for a, b in zip(found, baseline, strict=True)]
     error = statistics.stdev(gaps) / len(gaps) ** 0.5 if len(gaps) > 1 else None
-    return {"difference": statistics.fmean(gaps), "difference_se": error}
+    half = None if error is None else float(scipy.stats.t.ppf(0.975, len(gaps) - 1)) * error
+    return {"difference": statistics.fmean(gaps), "difference_se": error, "difference_t95": half}
 
 
 def write(

@@ -29,6 +29,7 @@ ORDER = (
     ("loop", "logs"),
     ("figures",),
     ("report",),
+    ("comparison",),
     ("train",),
     ("command",),
     ("runs",),
@@ -106,5 +107,7 @@ def test_importing_the_package_costs_and_prints_nothing():
 
 
 def test_the_report_needs_no_jax():
-    code = "import sys, mfm_jax.report, mfm_jax.metrics, mfm_jax.longtail; print('jax' in sys.modules)"
+    code = (
+        "import sys, mfm_jax.report, mfm_jax.comparison, mfm_jax.metrics, mfm_jax.longtail; print('jax' in sys.modules)"
+    )
     assert python(code) == "False\n"
