@@ -7,7 +7,8 @@ Every run gets the same split (`data.seed`); a seed sets initialisation and data
 and interrupted ones go on. `--jobs=N` trains N runs side by side, each in a process with cores of its own. A method of
 which a run fails is shown as failed, with the reason; the others still finish, and the exit status is 1. With
 `--config.data.train_on_meta=True` the methods that learn nothing from the meta set also train on its images, so that
-the others have seen no image that they have not.
+the others have seen no image that they have not. `--tune=N` first tunes every method on validation, N runs each over
+its own declared space (`tune`), in `workdir/METHOD/tune`; the compared runs then have the best values found.
 
 Writes `compare.md`, `compare.csv` and the page `compare.html`: test numbers at the last epoch and at the best epoch on
 validation, mean and standard deviation over seeds, and the paired difference to the first method with its standard
@@ -26,7 +27,7 @@ from absl import flags
 from rich.console import Console
 from rich.table import Table
 
-from mfm_jax import command, comparison, runs
+from mfm_jax import command, comparison, runs, tune
 from mfm_jax import config as config_lib
 from mfm_jax.errors import UserError
 from mfm_jax.longtail import read_manifest
@@ -36,6 +37,7 @@ _METHODS = flags.DEFINE_list("methods", ["ce", "mfm"], "Methods, the baseline fi
 _SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Training seeds.")
 
 _JOBS = flags.DEFINE_integer("jobs", 1, "Runs side by side, each in a process of its own; 1 trains in this one.")
+_TUNE = flags.DEFINE_integer("tune", 0, "Runs with which each method is tuned on validation first; 0 tunes none.")
 
 _COLUMNS = ("balanced_accuracy", "accuracy", "many", "medium", "few", "rarest_third", "macro_f1", "roc_auc", "ece")
 Results = dict[str, list[dict[str, Any]]]  # method -> results of each seed
@@ -50,7 +52,9 @@ def main(argv: Sequence[str]) -> int:
     workdir = command.workdir()
     if _JOBS.value < 1:
         raise UserError(f"--jobs={_JOBS.value}: allowed: 1 or more")
-    results, failed = run_all(command.config(), methods, seeds, workdir, _JOBS.value)
+    if _TUNE.value < 0:
+        raise UserError(f"--tune={_TUNE.value}: allowed: 0 or more")
+    results, failed = run_all(command.config(), methods, seeds, workdir, _JOBS.value, _TUNE.value)
     if not results:
         raise UserError(f"--methods={','.join(methods)}: every method failed; {methods[0]}: {failed[methods[0]]}")
     rows = table(results, methods[0])
@@ -71,31 +75,45 @@ def _seeds(texts: list[str]) -> list[int]:
 
 
 def run_all(
-    config: Any, methods: Sequence[str], seeds: Sequence[int], workdir: Path, jobs: int = 1
+    config: Any, methods: Sequence[str], seeds: Sequence[int], workdir: Path, jobs: int = 1, trials: int = 0
 ) -> tuple[Results, dict[str, str]]:
-    """Trains every (method, seed) in `workdir/method/seedN`, `jobs` at a time.
+    """Trains every (method, seed) in `workdir/method/seedN`, `jobs` at a time, after `trials` runs of tuning each.
 
     Returns:
       (the results by method, of the methods whose runs all finished; by method, why another did not).
     """
+    given = {(method, seed): _fields(config, method, seed) for seed in seeds for method in methods}
+    for fields in given.values():
+        config_lib.resolve(fields)  # all of them, before the first is trained
+    failed: dict[str, str] = {}
+    best: dict[str, dict[str, Any]] = {method: {} for method in methods}
+    for method in methods if trials else ():
+        try:
+            best[method] = tune.tune(method, given[method, seeds[0]], trials, workdir / method / "tune", jobs)
+        except UserError as error:
+            failed[method] = str(error)
     planned = []
-    for seed in seeds:
-        for method in methods:
-            fields = config_lib.resolve(config).to_dict()
-            fields["method"]["name"], fields["train"]["seed"] = method, seed
-            fields["data"]["train_on_meta"] &= METHODS[method].learner is None
-            fields["meta"]["lagged"] &= method != "l2rw"  # which cannot be lagged
-            folder = workdir / method / f"seed{seed}"
-            planned.append((method, runs.Run(f"{method} seed {seed}", config_lib.resolve(fields), folder)))
+    for (method, seed), fields in given.items():
+        if method not in failed:
+            resolved = config_lib.resolve(tune.with_values(fields, best[method]))
+            planned.append((method, runs.Run(f"{method} seed {seed}", resolved, workdir / method / f"seed{seed}")))
     outcomes = runs.train_all([run for _, run in planned], jobs)
     results: Results = {method: [] for method in methods}
-    failed: dict[str, str] = {}
     for (method, run), outcome in zip(planned, outcomes, strict=True):
         if outcome.results is None:
             failed.setdefault(method, f"{run.label}: {outcome.error}")
         else:
             results[method].append(outcome.results)
     return {method: found for method, found in results.items() if method not in failed}, failed
+
+
+def _fields(config: Any, method: str, seed: int) -> dict[str, dict[str, Any]]:
+    """Returns the config's fields for one run: what a method cannot share with the others is set for it alone."""
+    fields = config_lib.resolve(config).to_dict()
+    fields["method"]["name"], fields["train"]["seed"] = method, seed
+    fields["data"]["train_on_meta"] &= METHODS[method].learner is None
+    fields["meta"]["lagged"] &= method != "l2rw"  # which cannot be lagged
+    return fields
 
 
 def peak_memory(folder: Path, seeds: Sequence[int]) -> float | None:

@@ -33,6 +33,7 @@ ORDER = (
     ("train",),
     ("command",),
     ("runs",),
+    ("tune",),
     ("compare", "main"),
 )
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}

@@ -8,8 +8,8 @@ governs. Data, budget, model, optimizer and evaluation are the same for all, and
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,20 @@ from mfm_jax.config import Config
 from mfm_jax.methods import heads, meta, sampling
 from mfm_jax.methods.sampling import Sampler
 from mfm_jax.types import LossFn, MetaLearner, Modulator, PyTree
+
+
+class Span(NamedTuple):
+    """The interval in which a field is tuned, by its logarithm if `log`."""
+
+    low: float
+    high: float
+    log: bool = False
+
+
+class Choice(NamedTuple):
+    """The values among which a field is tuned."""
+
+    values: tuple[Any, ...]
 
 
 class Retraining(NamedTuple):
@@ -48,6 +62,7 @@ class Method:
     retraining: the second stage's, where it has one on a frozen classifier.
     posthoc: `(config, counts, params) -> params` that are tested; None for those that were trained.
     learner: `(config, counts, channels by site) -> MetaLearner`, what the meta set governs; None for none.
+    search: where the method's own fields are tuned, by `group.field` (`tune`).
     """
 
     loss: Callable[[Config, jax.Array], LossFn] = lambda config, counts: losses.cross_entropy
@@ -60,6 +75,7 @@ class Method:
     retraining: Retraining | None = None
     posthoc: Callable[[Config, jax.Array, PyTree], PyTree] | None = None
     learner: Callable[[Config, jax.Array, Mapping[str, int]], MetaLearner] | None = None
+    search: Mapping[str, Span | Choice] = field(default_factory=dict)
 
 
 def objective(config: Config) -> Method:
@@ -155,15 +171,21 @@ def _scaled(params: PyTree, trained: PyTree) -> PyTree:
 _CRT = Retraining(heads.fresh, heads.replaced)
 _LWS = Retraining(_unit_scale, _scaled)
 
+_BETAS = {"method.effective_beta": Choice((0.9, 0.99, 0.999, 0.9999))}
+_MARGIN = {"method.ldam_margin": Span(0.1, 0.8)}
+_TAU = {"method.tau": Span(0.25, 2.5)}
+_STAGE = {"method.first_stage": Span(0.5, 0.95)}
+_META = {"meta.learning_rate": Span(1e-4, 1e-1, log=True)}
+
 METHODS = {
     # Losses.
     "ce": Method(),
-    "focal": Method(_focal),
-    "class_balanced": Method(weights=_class_weights),
-    "ldam": Method(_ldam, cosine_head=True),
-    "ldam_drw": Method(_ldam, cosine_head=True, weights=_class_weights, deferred=True),
-    "logit_adjusted": Method(_logit_adjusted),
-    "dice": Method(_dice),
+    "focal": Method(_focal, search={"method.focal_gamma": Span(0.5, 5.0)}),
+    "class_balanced": Method(weights=_class_weights, search=_BETAS),
+    "ldam": Method(_ldam, cosine_head=True, search=_MARGIN),
+    "ldam_drw": Method(_ldam, cosine_head=True, weights=_class_weights, deferred=True, search={**_MARGIN, **_STAGE}),
+    "logit_adjusted": Method(_logit_adjusted, search=_TAU),
+    "dice": Method(_dice, search={"method.dice_alpha": Span(0.01, 1.0, log=True)}),
     "sampling_free": Method(weights=_prior_entropy_weights, prior_bias=True),
     # Sampling.
     "oversample": Method(sampler=sampling.balanced),
@@ -171,17 +193,19 @@ METHODS = {
     "sqrt_sample": Method(sampler=sampling.square_root),
     "progressive": Method(sampler=sampling.progressive),
     # Stages.
-    "two_phase": Method(sampler=sampling.pretrained, fine_tune=True),
-    "crt": Method(sampler=sampling.balanced_later, retraining=_CRT),
-    "lws": Method(sampler=sampling.balanced_later, retraining=_LWS),
-    "smote": Method(retraining=_CRT._replace(synthetic=True)),
+    "two_phase": Method(sampler=sampling.pretrained, fine_tune=True, search=_STAGE),
+    "crt": Method(sampler=sampling.balanced_later, retraining=_CRT, search=_STAGE),
+    "lws": Method(sampler=sampling.balanced_later, retraining=_LWS, search=_STAGE),
+    "smote": Method(
+        retraining=_CRT._replace(synthetic=True), search={**_STAGE, "method.smote_neighbors": Choice((1, 3, 5, 10))}
+    ),
     # After training.
-    "posthoc_la": Method(posthoc=_without_prior),
-    "tau_norm": Method(posthoc=_tau_normalized),
+    "posthoc_la": Method(posthoc=_without_prior, search=_TAU),
+    "tau_norm": Method(posthoc=_tau_normalized, search={"method.tau": Span(0.0, 1.5)}),
     # Governed by the meta set, on the loss `method.base`.
-    "meta_weight_net": Method(learner=_meta_weight_net),
+    "meta_weight_net": Method(learner=_meta_weight_net, search=_META),
     "l2rw": Method(learner=_l2rw),
-    "l2ac": Method(learner=_l2ac),
-    "metasaug": Method(learner=_metasaug),
-    "mfm": Method(learner=_mfm),
+    "l2ac": Method(learner=_l2ac, search=_META),
+    "metasaug": Method(learner=_metasaug, search={**_META, "method.isda_strength": Span(0.1, 2.0, log=True)}),
+    "mfm": Method(learner=_mfm, search=_META),
 }
