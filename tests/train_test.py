@@ -251,7 +251,7 @@ def test_a_manifest_is_taken_from_a_file(finished, tmp_path):
         {"data__protocol": "full", "data__val_images_per_class": 0},
         {"train__dtype": "bfloat16", "data__train_on_meta": True, "optim__name": "adamw", "optim__schedule": "step"},
         {"method__name": "ldam_drw", "augment__mixup": 0.4, "method__label_smoothing": 0.1},
-        {"method__name": "smote", "train__steps_per_call": 4, "data__protocol": "full"},
+        {"method__name": "smote", "method__first_stage": 0.5, "train__steps_per_call": 4, "data__protocol": "full"},
         {"method__name": "meta_weight_net", "method__base": "ldam", "meta__virtual": "head", "meta__freeze": True},
         {"train__steps_per_call": 4, "train__max_steps": 7, "optim__warmup_epochs": 1},
     ],
