@@ -26,6 +26,7 @@ No function here jits, shards or donates; the caller does. Inside `shard_map`, p
 over that mesh axis before they are differentiated, so that every derivative below is the global one.
 """
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -284,12 +285,13 @@ def _gradient_step(
     def build(state: BilevelState, batch: Batch) -> tuple[Callable, Callable]:
         chex.assert_equal_shape_prefix(jax.tree.leaves(batch), 1)
         weights = class_weights(state.step) if class_weights else None
+        mean = functools.partial(_mean, axis_name=axis_name)
 
         def train_loss(params: PyTree, mod_params: PyTree) -> tuple[jax.Array, tuple[jax.Array, PyTree]]:
             film = learner.modulate(mod_params, params, batch.label)
             logits, statistics = forward(state, params, batch.image, film, train=True)
-            values = learner.weigh(mod_params, _example_losses(loss_fn, logits, batch, weights))
-            return _mean(values, axis_name), (_accuracy(logits, batch, axis_name), statistics)
+            values = learner.weigh(mod_params, _example_losses(loss_fn, logits, batch, weights), mean)
+            return mean(values), (_accuracy(logits, batch, axis_name), statistics)
 
         def update(grads: PyTree) -> tuple[PyTree, PyTree]:
             changes, opt_state = tx.update(grads, state.opt_state, state.params)

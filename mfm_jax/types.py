@@ -60,28 +60,29 @@ def _no_modulation(mod_params: PyTree, params: PyTree, labels: jax.Array) -> Mod
     return no_modulation
 
 
-def _as_they_are(mod_params: PyTree, example_losses: jax.Array) -> jax.Array:
-    del mod_params
+def _as_they_are(mod_params: PyTree, example_losses: jax.Array, mean: Callable[[jax.Array], jax.Array]) -> jax.Array:
+    del mod_params, mean
     return example_losses
 
 
 class MetaLearner(NamedTuple):
     """What a meta set may govern in a training pass. Every function is pure, and `phi` is all that it learns.
 
-    With logits z computed under `modulate`, the training loss is the mean of `weigh(phi, loss(z, labels))`, a scalar
-    function of the classifier's parameters and phi; that is all the meta-gradient asks for. A method fills in what it
-    governs; the defaults leave the pass as it is.
+    With logits z computed under `modulate`, the training loss is the mean of `weigh(phi, loss(z, labels), mean)`, a
+    scalar function of the classifier's parameters and phi; that is all the meta-gradient asks for. A method fills in
+    what it governs; the defaults leave the pass as it is.
 
     init: `key -> phi`.
     modulate: `(phi, params, labels [B]) -> Modulate`, of the training pass.
-    weigh: `(phi, losses [B]) -> losses [B]`, each example's loss times its weight.
+    weigh: `(phi, losses [B], mean) -> losses [B]`, each example's loss times its weight; `mean` averages `[B]` over the
+      whole batch, on however many devices it is.
     per_batch: `labels [B] -> phi`, where phi belongs to one batch, starts from this value each time and is not kept
       (`init` then returns an empty tree); None where phi is learned from step to step.
     """
 
     init: Callable[[jax.Array], PyTree]
     modulate: Callable[[PyTree, PyTree, jax.Array], Modulate] = _no_modulation
-    weigh: Callable[[PyTree, jax.Array], jax.Array] = _as_they_are
+    weigh: Callable[[PyTree, jax.Array, Callable[[jax.Array], jax.Array]], jax.Array] = _as_they_are
     per_batch: Callable[[jax.Array], PyTree] | None = None
 
 

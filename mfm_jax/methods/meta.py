@@ -14,10 +14,11 @@ from mfm_jax.types import MetaLearner, Modulate, PyTree
 
 
 def meta_weight_net(hidden: int = 100) -> MetaLearner:
-    """A weight for each example, from its loss alone: `v_i = sigmoid(MLP(l_i))`, training loss `mean(v_i l_i)`.
+    """A weight for each example, from its loss alone: `v_i = sigmoid(MLP(l_i))`, loss `sum(v_i l_i) / sum(v_i)`.
 
     The MLP has one hidden layer of ReLUs; the loss goes into it as a number, without its gradient. Its last layer
-    starts at zero, so that every weight starts at 1/2.
+    starts at zero, so that all weights start equal. The paper's eq. 3 does not divide by the sum; without that all
+    weights can go to zero together, and training then stands still.
 
     References:
       Shu et al., Meta-Weight-Net: learning an explicit mapping for sample weighting, NeurIPS 2019, eq. 1 to 5.
@@ -26,9 +27,10 @@ def meta_weight_net(hidden: int = 100) -> MetaLearner:
     def init(key: jax.Array) -> PyTree:
         return _mlp_init(key, 1, hidden, 1)
 
-    def weigh(phi: PyTree, losses: jax.Array) -> jax.Array:
+    def weigh(phi: PyTree, losses: jax.Array, mean: Callable[[jax.Array], jax.Array]) -> jax.Array:
         inputs = jax.lax.stop_gradient(losses)[:, None].astype(phi["w1"].dtype)
-        return jax.nn.sigmoid(_mlp(phi, inputs))[:, 0] * losses
+        weights = jax.nn.sigmoid(_mlp(phi, inputs))[:, 0]
+        return (weights / (mean(weights) + 1e-12)).astype(losses.dtype) * losses
 
     return MetaLearner(init, weigh=weigh)
 
@@ -48,7 +50,10 @@ def l2rw() -> MetaLearner:
         # A multiple of the labels, so that under `shard_map` it is split over the devices as they are.
         return 0.0 * labels.astype(jnp.float32)
 
-    return MetaLearner(lambda key: {}, weigh=lambda phi, losses: phi.astype(losses.dtype) * losses, per_batch=start)
+    def weigh(phi: PyTree, losses: jax.Array, mean: Callable[[jax.Array], jax.Array]) -> jax.Array:
+        return phi.astype(losses.dtype) * losses
+
+    return MetaLearner(lambda key: {}, weigh=weigh, per_batch=start)
 
 
 def positive_part(axis_name: str | None = None) -> optax.GradientTransformation:
