@@ -9,14 +9,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from contenders import MATMUL_SIZE, Program, Spec
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mfm_jax import bilevel, experiment, hypergrad, longtail, losses, models, modulation, optim, parallel
 from mfm_jax import config as config_lib
-from mfm_jax.types import Batch, BilevelState, PyTree
+from mfm_jax.methods.meta import meta_weight_net
+from mfm_jax.types import Batch, BilevelState
 
 
 def build(spec: Spec) -> Program:
@@ -35,10 +35,11 @@ def build(spec: Spec) -> Program:
         batches = [jax.device_put(batch, NamedSharding(mesh, P(parallel.AXIS))) for batch in batches]
         state = jax.device_put(state, parallel.replicated(mesh))
     began = time.perf_counter()
-    meta = meta_step and jax.jit(meta_step, donate_argnums=0).lower(state, *batches).compile()
+    options = parallel.compiler_options()
+    meta = meta_step and jax.jit(meta_step, donate_argnums=0, compiler_options=options).lower(state, *batches).compile()
     plain = None
     if not meta or every > 1:
-        plain = jax.jit(plain_step, donate_argnums=0).lower(state, batches[0]).compile()
+        plain = jax.jit(plain_step, donate_argnums=0, compiler_options=options).lower(state, batches[0]).compile()
     programs = [program for program in (meta, plain) if program]
     memory = [program.memory_analysis() for program in programs]
     facts = {
@@ -112,28 +113,26 @@ def _explicit(spec: Spec) -> tuple[BilevelState, Callable | None, Callable]:
     image = jnp.zeros((1, spec.image_size, spec.image_size, 3))
     defaults = config_lib.Config()
     tx, mod_tx = optim.classifier(defaults.optim, defaults.optim.learning_rate), optim.modulator(defaults.meta)
-    key, modulator = jax.random.key(0), None
+    key, learner = jax.random.key(0), None
     if spec.step == "mfm":
         channels = modulation.site_channels(lambda film: module.init(key, image, modulate=film), spec.sites)
-        modulator = modulation.direct(channels)
-    state = _drawn(lambda: bilevel.init_state(key, module.init(key, image), tx, modulator, modulator and mod_tx))
-    plain_step = bilevel.make_plain_step(module.apply, losses.cross_entropy, tx, modulator)
+        learner = modulation.learner(modulation.direct(channels))
+    elif spec.step == "meta_weight_net":
+        learner = meta_weight_net()
+    state = _drawn(lambda: bilevel.init_state(key, module.init(key, image), tx, learner, learner and mod_tx))
+    plain_step = bilevel.make_plain_step(module.apply, losses.cross_entropy, tx, learner)
     meta_step: Callable | None = None
-    if modulator:
+    if learner:
         meta_step = bilevel.make_step(
             module.apply,
             losses.cross_entropy,
             tx,
-            modulator,
+            learner,
             mod_tx,
             hypergrad=getattr(hypergrad, spec.route),
             lagged=spec.lagged,
             virtual_groups=models.VIRTUAL_GROUPS.get(spec.virtual),
         )
-    elif spec.step == "meta_weight_net":
-        net = _weight_net()
-        state = state.replace(mod_params=net, mod_opt_state=mod_tx.init(net))
-        meta_step = _meta_weight_net_step(module.apply, tx, mod_tx)
     return state, meta_step, plain_step
 
 
@@ -176,55 +175,6 @@ def _config(spec: Spec) -> config_lib.Config:
     }
     config.update_from_flattened_dict(fixed | dict(spec.overrides))
     return config_lib.resolve(config)
-
-
-def _weight_net(hidden: int = 100) -> PyTree:
-    """Returns the parameters of Meta-Weight-Net's 1-100-1 perceptron."""
-    first, second = jnp.asarray(np.random.default_rng(3).normal(size=(2, hidden)), jnp.float32)
-    return {"w1": first, "b1": jnp.zeros(hidden), "w2": second / hidden**0.5, "b2": jnp.zeros(())}
-
-
-def _meta_weight_net_step(apply_fn: Callable, tx: optax.GradientTransformation, mod_tx: optax.GradientTransformation):
-    """Returns Meta-Weight-Net's step `(state, batch, meta_batch) -> (state, metrics)` by `hypergrad.mixed_mode`.
-
-    As in MFM, lagged, with the meta pass on running averages; what is learned weighs each example by its loss.
-
-    References:
-      Shu et al., Meta-Weight-Net: learning an explicit mapping for sample weighting, NeurIPS 2019.
-    """
-
-    def weights(net: PyTree, each: jax.Array) -> jax.Array:
-        hidden = jax.nn.relu(jax.lax.stop_gradient(each)[:, None] * net["w1"][None, :] + net["b1"][None, :])
-        return jax.nn.sigmoid(hidden @ net["w2"] + net["b2"])
-
-    def step(state: BilevelState, batch: Batch, meta_batch: Batch) -> tuple[BilevelState, dict[str, jax.Array]]:
-        def train_loss(params: PyTree, net: PyTree) -> tuple[jax.Array, PyTree]:
-            variables = {"params": params, "batch_stats": state.batch_stats}
-            logits, written = apply_fn(variables, batch.image, train=True, mutable=["batch_stats"])
-            each = losses.cross_entropy(logits, batch.label)
-            return jnp.mean(weights(net, each) * each), written["batch_stats"]
-
-        def meta_loss(params: PyTree) -> tuple[jax.Array, None]:
-            variables = {"params": params, "batch_stats": state.batch_stats}
-            return losses.cross_entropy(apply_fn(variables, meta_batch.image), meta_batch.label).mean(), None
-
-        def update(grads: PyTree) -> tuple[PyTree, PyTree]:
-            changes, opt_state = tx.update(grads, state.opt_state, state.params)
-            return optax.apply_updates(state.params, changes), opt_state
-
-        found = hypergrad.mixed_mode(train_loss, meta_loss, update, state.params, state.mod_params)
-        changes, mod_opt_state = mod_tx.update(found.grad, state.mod_opt_state, state.mod_params)
-        new_state = state.replace(
-            step=state.step + 1,
-            params=found.updated[0],
-            opt_state=found.updated[1],
-            batch_stats=found.train[1],
-            mod_params=optax.apply_updates(state.mod_params, changes),
-            mod_opt_state=mod_opt_state,
-        )
-        return new_state, {"loss": found.train[0]}
-
-    return step
 
 
 def _matmul(spec: Spec) -> Program:

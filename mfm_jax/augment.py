@@ -45,6 +45,32 @@ def augment_batch(key: jax.Array, images: jax.Array, pad: int, flip: bool) -> ja
     return jax.vmap(lambda k, image: crop_flip(k, image, pad, flip))(keys, images)
 
 
+def mixup(key: jax.Array, images: jax.Array, labels: jax.Array, alpha: float) -> tuple[jax.Array, ...]:
+    """Mixes each image with a random other one of the batch: `share x_i + (1 - share) x_j`.
+
+    The share is drawn for each pair from Beta(alpha, alpha) and, as a pair has no order, taken as the larger part: the
+    first label is the one that the image has more of.
+
+    Args:
+      key: the batch's PRNG key.
+      images: `[B, ...]`, floating point.
+      labels: `[B]` int32.
+      alpha: above 0; the larger, the more evenly images are mixed.
+
+    Returns:
+      (mixed images `[B, ...]`, labels of the partners `[B]`, shares `[B]` float32).
+
+    References:
+      Zhang et al., mixup: beyond empirical risk minimization, ICLR 2018, eq. 2.
+    """
+    pair_key, share_key = jax.random.split(key)
+    partner = jax.random.permutation(pair_key, len(images))
+    drawn = jax.random.beta(share_key, alpha, alpha, (len(images),), jnp.float32)
+    share = jnp.maximum(drawn, 1 - drawn)
+    part = share.astype(images.dtype).reshape(-1, *(1,) * (images.ndim - 1))
+    return part * images + (1 - part) * images[partner], labels[partner], share
+
+
 def normalize(images: jax.Array, mean: jax.Array, std: jax.Array) -> jax.Array:
     """Returns `(images - mean) / std` in float32; `mean` and `std` are `[C]`, in units of the stored pixels."""
     shape = (1,) * (images.ndim - 1) + (-1,)

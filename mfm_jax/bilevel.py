@@ -1,8 +1,12 @@
-"""The training steps, as pure functions of state and batches: `make_step`, `make_plain_step`, `make_eval_step`.
+"""The training steps, as pure functions of state and batches.
 
-One step of MFM, with `U` the classifier's real optax update:
+`make_step` updates classifier and meta learner, `make_plain_step` the classifier alone, `make_retrain_step` what a
+second stage trains on a frozen classifier; `make_eval_step` tests. Every meta learner goes through the same step: MFM,
+which modulates features, or one that weighs examples or augments logits (`types.MetaLearner`).
 
-    g     = grad_w L_train(w, phi; B)                       modulated, batch statistics
+One step, with `U` the classifier's real optax update:
+
+    g     = grad_w L_train(w, phi; B)                       under the meta learner, batch statistics
     w_hat = U(w, g)                                         the virtual step
     phi'  = meta_optax(phi, d/dphi L_meta(w_hat(phi)))      plain, on a meta batch
     w'    = w_hat                                           lagged (default), or
@@ -22,6 +26,7 @@ No function here jits, shards or donates; the caller does. Inside `shard_map`, p
 over that mesh axis before they are differentiated, so that every derivative below is the global one.
 """
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -34,12 +39,13 @@ import optax
 
 from mfm_jax import losses
 from mfm_jax.hypergrad import HypergradFn, mixed_mode
-from mfm_jax.modulation import modulate
+from mfm_jax.modulation import learner as modulating
 from mfm_jax.types import (
     ApplyFn,
     Batch,
     BilevelState,
     LossFn,
+    MetaLearner,
     Metrics,
     Modulate,
     Modulator,
@@ -49,13 +55,15 @@ from mfm_jax.types import (
 
 Step = Callable[[BilevelState, Batch, Batch], tuple[BilevelState, Metrics]]
 PlainStep = Callable[[BilevelState, Batch], tuple[BilevelState, Metrics]]
+# step int32 scalar -> weight of each class's loss, [K]
+ClassWeights = Callable[[jax.Array], jax.Array]
 
 
 def init_state(
     key: jax.Array,
     variables: PyTree,
     tx: optax.GradientTransformation,
-    modulator: Modulator | None = None,
+    modulator: Modulator | MetaLearner | None = None,
     mod_tx: optax.GradientTransformation | None = None,
 ) -> BilevelState:
     """Returns the state before the first step.
@@ -84,9 +92,10 @@ def make_step(
     apply_fn: ApplyFn,
     loss_fn: LossFn,
     tx: optax.GradientTransformation,
-    modulator: Modulator,
+    modulator: Modulator | MetaLearner,
     mod_tx: optax.GradientTransformation,
     *,
+    class_weights: ClassWeights | None = None,
     meta_loss_fn: LossFn = losses.cross_entropy,
     hypergrad: HypergradFn = mixed_mode,
     lagged: bool = True,
@@ -94,15 +103,16 @@ def make_step(
     bn: str = "running",
     axis_name: str | None = None,
 ) -> Step:
-    """Returns the MFM step `(state, batch, meta_batch) -> (state, metrics)`, which updates w and phi.
+    """Returns the step `(state, batch, meta_batch) -> (state, metrics)`, which updates w and phi.
 
     Args:
       apply_fn: `module.apply` of any Flax module whose `__call__` takes the images and `modulate`, and calls
         `modulate(site, features)` at its sites. `train` is passed if `__call__` takes it.
       loss_fn: the per-example loss that is modulated.
       tx: the classifier's optax chain; the meta-gradient goes through it.
-      modulator: from `modulation`.
+      modulator: from `modulation`, or another meta learner.
       mod_tx: the modulator's optax chain.
+      class_weights: multiply each example's loss by its class's weight at this step; None for no weights.
       meta_loss_fn: per-example loss of the plain pass on the meta batch.
       hypergrad: the route to the meta-gradient.
       lagged: take w_hat as the real step; otherwise repeat the step under the new phi.
@@ -112,10 +122,14 @@ def make_step(
       axis_name: mesh axis over which batches are split.
 
     Raises:
-      ValueError: at the first call, a virtual group that the parameters do not have.
+      ValueError: `lagged` with a meta learner whose phi belongs to one batch; at the first call, a virtual group that
+        the parameters do not have.
     """
+    learner = modulating(modulator) if isinstance(modulator, Modulator) else modulator
+    if learner.per_batch and lagged:
+        raise ValueError("lagged = True: the weights belong to one batch, the next step cannot use them")
     forward = _forward(apply_fn, axis_name)
-    gradient_step = _gradient_step(forward, loss_fn, tx, modulator, axis_name)
+    gradient_step = _gradient_step(forward, loss_fn, tx, learner, axis_name, class_weights)
     plain_statistics = _plain_statistics(forward)
 
     def step(state: BilevelState, batch: Batch, meta_batch: Batch) -> tuple[BilevelState, Metrics]:
@@ -125,23 +139,25 @@ def make_step(
 
         train_loss, update = gradient_step(state, batch)
         active = _active(state.params, virtual_groups)
-        found = hypergrad(train_loss, meta_loss, update, state.params, state.mod_params, active)
-        changes, mod_opt_state = mod_tx.update(found.grad, state.mod_opt_state, state.mod_params)
-        mod_params = optax.apply_updates(state.mod_params, changes)
+        before = learner.per_batch(batch.label) if learner.per_batch else state.mod_params
+        found = hypergrad(train_loss, meta_loss, update, state.params, before, active)
+        changes, mod_opt_state = mod_tx.update(found.grad, state.mod_opt_state, before)
+        mod_params = optax.apply_updates(before, changes)
 
         (loss, aux), inner_grad, updated = found.train, found.inner_grad, found.updated
         if not lagged:
             (loss, aux), inner_grad = jax.value_and_grad(train_loss, has_aux=True)(state.params, mod_params)
             updated = update(inner_grad)
-        new_state = _advance(state, updated, plain_statistics(state, batch, train_loss, aux[1])).replace(
-            mod_params=mod_params, mod_opt_state=mod_opt_state
+        statistics = plain_statistics(state, mod_params, batch, train_loss, aux[1])
+        new_state = _advance(state, updated, statistics).replace(
+            mod_params=state.mod_params if learner.per_batch else mod_params, mod_opt_state=mod_opt_state
         )
         metrics = {
             "loss": loss,
             "accuracy": aux[0],
             "grad_norm": optax.tree.norm(inner_grad),
             "meta_loss": found.meta[0],
-            "hypergrad_norm": optax.tree.norm(found.grad),
+            "hypergrad_norm": _norm(found.grad, axis_name if learner.per_batch else None),
         }
         return new_state, metrics
 
@@ -152,17 +168,22 @@ def make_plain_step(
     apply_fn: ApplyFn,
     loss_fn: LossFn,
     tx: optax.GradientTransformation,
-    modulator: Modulator | None = None,
+    modulator: Modulator | MetaLearner | None = None,
     *,
+    class_weights: ClassWeights | None = None,
     axis_name: str | None = None,
 ) -> PlainStep:
     """Returns the step `(state, batch) -> (state, metrics)` that updates w alone.
 
     Without a modulator it is ordinary training. With one, the pass is modulated and phi stays as it is: the steps
-    between two meta-steps, or a frozen modulator. Arguments as in `make_step`.
+    between two meta-steps, or a frozen modulator. A phi that belongs to one batch does not exist between meta-steps;
+    those steps are plain. Arguments as in `make_step`.
     """
+    learner = modulating(modulator) if isinstance(modulator, Modulator) else modulator
+    if learner is None or learner.per_batch:
+        learner = MetaLearner(init=lambda key: {})
     forward = _forward(apply_fn, axis_name)
-    gradient_step = _gradient_step(forward, loss_fn, tx, modulator, axis_name)
+    gradient_step = _gradient_step(forward, loss_fn, tx, learner, axis_name, class_weights)
     plain_statistics = _plain_statistics(forward)
 
     def step(state: BilevelState, batch: Batch) -> tuple[BilevelState, Metrics]:
@@ -170,9 +191,45 @@ def make_plain_step(
         (loss, (accuracy, statistics)), grad = jax.value_and_grad(train_loss, has_aux=True)(
             state.params, state.mod_params
         )
-        statistics = plain_statistics(state, batch, train_loss, statistics)
+        statistics = plain_statistics(state, state.mod_params, batch, train_loss, statistics)
         metrics = {"loss": loss, "accuracy": accuracy, "grad_norm": optax.tree.norm(grad)}
         return _advance(state, update(grad), statistics), metrics
+
+    return step
+
+
+def make_retrain_step(
+    apply_fn: ApplyFn,
+    loss_fn: LossFn,
+    tx: optax.GradientTransformation,
+    attach: Callable[[PyTree, PyTree], PyTree],
+    *,
+    axis_name: str | None = None,
+) -> PlainStep:
+    """Returns the step `(state, batch) -> (state, metrics)` of a second stage, which updates `mod_params` alone.
+
+    The classifier is frozen and passes are as at test time, by running averages: what is trained is fitted to the
+    features that the test will see, and no backward pass goes below it.
+
+    Args:
+      apply_fn: as in `make_step`.
+      loss_fn: the per-example training loss.
+      tx: the optax chain of what is trained; its state is `mod_opt_state`.
+      attach: `(params, mod_params) -> params` of the classifier with what is trained in its place.
+      axis_name: mesh axis over which batches are split.
+    """
+    forward = _forward(apply_fn, axis_name)
+
+    def step(state: BilevelState, batch: Batch) -> tuple[BilevelState, Metrics]:
+        def train_loss(trained: PyTree) -> tuple[jax.Array, jax.Array]:
+            logits, _ = forward(state, attach(state.params, trained), batch.image, no_modulation, train=False)
+            return _mean(_example_losses(loss_fn, logits, batch), axis_name), _accuracy(logits, batch, axis_name)
+
+        (loss, accuracy), grad = jax.value_and_grad(train_loss, has_aux=True)(state.mod_params)
+        changes, mod_opt_state = tx.update(grad, state.mod_opt_state, state.mod_params)
+        trained = optax.apply_updates(state.mod_params, changes)
+        metrics = {"loss": loss, "accuracy": accuracy, "grad_norm": optax.tree.norm(grad)}
+        return state.replace(step=state.step + 1, mod_params=trained, mod_opt_state=mod_opt_state), metrics
 
     return step
 
@@ -219,19 +276,22 @@ def _gradient_step(
     forward: Callable[..., tuple[jax.Array, PyTree]],
     loss_fn: LossFn,
     tx: optax.GradientTransformation,
-    modulator: Modulator | None,
+    learner: MetaLearner,
     axis_name: str | None,
+    class_weights: ClassWeights | None = None,
 ) -> Callable[[BilevelState, Batch], tuple[Callable, Callable]]:
     """Returns `(state, batch) -> (train_loss, update)`, the two halves that every training step is made of."""
 
     def build(state: BilevelState, batch: Batch) -> tuple[Callable, Callable]:
-        chex.assert_equal_shape_prefix(batch, 1)
+        chex.assert_equal_shape_prefix(jax.tree.leaves(batch), 1)
+        weights = class_weights(state.step) if class_weights else None
+        mean = functools.partial(_mean, axis_name=axis_name)
 
         def train_loss(params: PyTree, mod_params: PyTree) -> tuple[jax.Array, tuple[jax.Array, PyTree]]:
-            film = modulate(modulator, mod_params, batch.label) if modulator else no_modulation
+            film = learner.modulate(mod_params, params, batch.label)
             logits, statistics = forward(state, params, batch.image, film, train=True)
-            hits = (jnp.argmax(logits, axis=-1) == batch.label).astype(logits.dtype)
-            return _mean(loss_fn(logits, batch.label), axis_name), (_mean(hits, axis_name), statistics)
+            values = learner.weigh(mod_params, _example_losses(loss_fn, logits, batch, weights), mean)
+            return mean(values), (_accuracy(logits, batch, axis_name), statistics)
 
         def update(grads: PyTree) -> tuple[PyTree, PyTree]:
             changes, opt_state = tx.update(grads, state.opt_state, state.params)
@@ -242,15 +302,37 @@ def _gradient_step(
     return build
 
 
-def _plain_statistics(forward: Callable) -> Callable[[BilevelState, Batch, Callable, PyTree], PyTree]:
+def _example_losses(
+    loss_fn: LossFn, logits: jax.Array, batch: Batch, class_weights: jax.Array | None = None
+) -> jax.Array:
+    """Returns the loss of each example, `[B]`; on mixed labels, the mixture of the two labels' losses."""
+
+    def losses_of(labels: jax.Array) -> jax.Array:
+        values = loss_fn(logits, labels)
+        return values if class_weights is None else values * class_weights.astype(values.dtype)[labels]
+
+    own = losses_of(batch.label)
+    if batch.partner is None or batch.share is None:
+        return own
+    share = batch.share.astype(own.dtype)
+    return share * own + (1 - share) * losses_of(batch.partner)
+
+
+def _accuracy(logits: jax.Array, batch: Batch, axis_name: str | None) -> jax.Array:
+    return _mean((jnp.argmax(logits, axis=-1) == batch.label).astype(logits.dtype), axis_name)
+
+
+def _plain_statistics(forward: Callable) -> Callable[[BilevelState, PyTree, Batch, Callable, PyTree], PyTree]:
     """Returns the function that gives the running averages after this batch (point 2 of the policy).
 
-    It takes the state, the batch, the training loss and the statistics that the training pass wrote; those are the
+    It takes the state, phi, the batch, the training loss and the statistics that the training pass wrote; those are the
     plain ones if the modulation cannot reach them, and otherwise a plain pass is run.
     """
 
-    def statistics(state: BilevelState, batch: Batch, train_loss: Callable, written: PyTree) -> PyTree:
-        if not _depends(lambda phi: train_loss(state.params, phi)[1][1], state.mod_params):
+    def statistics(
+        state: BilevelState, mod_params: PyTree, batch: Batch, train_loss: Callable, written: PyTree
+    ) -> PyTree:
+        if not _depends(lambda phi: train_loss(state.params, phi)[1][1], mod_params):
             return written
         return forward(state, state.params, batch.image, no_modulation, train=True)[1]
 
@@ -279,6 +361,12 @@ def _advance(state: BilevelState, updated: tuple[PyTree, PyTree], batch_stats: P
 def _mean(values: jax.Array, axis_name: str | None) -> jax.Array:
     mean = values.mean()
     return jax.lax.pmean(mean, axis_name) if axis_name else mean
+
+
+def _norm(tree: PyTree, axis_name: str | None) -> jax.Array:
+    """Returns the global norm; with `axis_name`, of a tree that is split over that axis."""
+    norm = optax.tree.norm(tree)
+    return jnp.sqrt(jax.lax.psum(norm**2, axis_name)) if axis_name else norm
 
 
 def _active(params: PyTree, groups: tuple[str, ...] | None) -> PyTree | None:

@@ -34,10 +34,11 @@ def workdir() -> Path:
 
 def run(main: Callable[[Sequence[str]], int]) -> None:
     """Runs `main(argv)` under absl and exits with its status; a `UserError` is printed as one line, status 2."""
-    app.run(lambda argv: _guarded(main, argv), flags_parser=_parse)
+    app.run(lambda argv: guarded(main, argv), flags_parser=_parse)
 
 
-def _guarded(main: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
+def guarded(main: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
+    """Returns the status of `main(argv)`; a `UserError` or an interruption is told in one line."""
     logging.set_verbosity(logging.WARNING)  # Orbax tells every step of every save at INFO
     # A program that was compiled once is not compiled again, by this run's continuation or by the next seed's.
     if not jax.config.values["jax_compilation_cache_dir"]:

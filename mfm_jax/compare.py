@@ -4,31 +4,41 @@
         --workdir=runs/digits
 
 Every run gets the same split (`data.seed`); a seed sets initialisation and data order. Finished runs are not repeated
-and interrupted ones go on. With `--config.data.train_on_meta=True` the methods without a modulator also train on the
-meta images, so that MFM has seen no image that they have not.
+and interrupted ones go on. `--jobs=N` trains N runs side by side, each in a process with cores of its own. A method of
+which a run fails is shown as failed, with the reason; the others still finish, and the exit status is 1. With
+`--config.data.train_on_meta=True` the methods that learn nothing from the meta set also train on its images, so that
+the others have seen no image that they have not. `--tune=N` first tunes every method on validation, N runs each over
+its own declared space (`tune`), in `workdir/METHOD/tune`; the compared runs then have the best values found.
 
-Writes `compare.md` and `compare.csv`: test numbers at the last epoch and at the best epoch on validation, mean and
-standard deviation over seeds, and the paired difference to the first method with its standard error.
+Writes `compare.md`, `compare.csv` and the page `compare.html`: test numbers at the last epoch and at the best epoch on
+validation, mean and standard deviation over seeds, and the paired difference to the first method with its standard
+error (on the page, with its 95 % interval).
 """
 
 import csv
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+import scipy.stats
 from absl import flags
 from rich.console import Console
 from rich.table import Table
 
-from mfm_jax import command, train
+from mfm_jax import command, comparison, runs, tune
 from mfm_jax import config as config_lib
 from mfm_jax.errors import UserError
+from mfm_jax.longtail import read_manifest
 from mfm_jax.methods import METHODS
 
 _METHODS = flags.DEFINE_list("methods", ["ce", "mfm"], "Methods, the baseline first.")
 _SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Training seeds.")
 _TOGETHER = flags.DEFINE_bool("together", False, "Train all seeds of a method in one program (for small networks).")
+
+_JOBS = flags.DEFINE_integer("jobs", 1, "Runs side by side, each in a process of its own; 1 trains in this one.")
+_TUNE = flags.DEFINE_integer("tune", 0, "Runs with which each method is tuned on validation first; 0 tunes none.")
 
 _COLUMNS = ("balanced_accuracy", "accuracy", "many", "medium", "few", "rarest_third", "macro_f1", "roc_auc", "ece")
 Results = dict[str, list[dict[str, Any]]]  # method -> results of each seed
@@ -41,13 +51,26 @@ def main(argv: Sequence[str]) -> int:
     if unknown or not methods or len(set(methods)) != len(methods):
         raise UserError(f"--methods={','.join(methods)}: allowed: distinct names of {', '.join(METHODS)}")
     workdir = command.workdir()
-    results = run_all(command.config(), methods, seeds, workdir, together=_TOGETHER.value)
-    rows = table(results)
-    write(rows, seeds, workdir)
-    print_table(rows)
-    print(f"table: {workdir}/compare.md, {workdir}/compare.csv")
-    print(f"report: {workdir / methods[-1] / f'seed{seeds[0]}' / 'report.html'}")
-    return 0
+    if _JOBS.value < 1:
+        raise UserError(f"--jobs={_JOBS.value}: allowed: 1 or more")
+    if _TUNE.value < 0:
+        raise UserError(f"--tune={_TUNE.value}: allowed: 0 or more")
+    if _TOGETHER.value and _JOBS.value > 1:
+        raise UserError("--together: all seeds in one program, so --jobs must be 1")
+    results, failed = run_all(
+        command.config(), methods, seeds, workdir, _JOBS.value, _TUNE.value, together=_TOGETHER.value
+    )
+    if not results:
+        raise UserError(f"--methods={','.join(methods)}: every method failed; {methods[0]}: {failed[methods[0]]}")
+    rows = table(results, methods[0])
+    write(rows, seeds, workdir, failed)
+    print_table(rows, failed)
+    manifest = read_manifest(workdir / next(iter(results)) / f"seed{seeds[0]}" / "manifest.json")
+    memory = {name: peak_memory(workdir / name, seeds) for name in results}
+    page = comparison.write_page(workdir, rows, results, failed, memory, manifest, methods[0])
+    print(f"table: {workdir}/compare.md, {workdir}/compare.csv; figures: {page}")
+    print(f"report: {workdir / list(results)[-1] / f'seed{seeds[0]}' / 'report.html'}")
+    return 1 if failed else 0
 
 
 def _seeds(texts: list[str]) -> list[int]:
@@ -57,70 +80,105 @@ def _seeds(texts: list[str]) -> list[int]:
 
 
 def run_all(
-    config: Any, methods: Sequence[str], seeds: Sequence[int], workdir: Path, *, together: bool = False
-) -> Results:
-    """Trains every (method, seed) in `workdir/method/seedN`; returns the results by method.
+    config: Any,
+    methods: Sequence[str],
+    seeds: Sequence[int],
+    workdir: Path,
+    jobs: int = 1,
+    trials: int = 0,
+    *,
+    together: bool = False,
+) -> tuple[Results, dict[str, str]]:
+    """Trains every (method, seed) in `workdir/method/seedN`, `jobs` at a time, after `trials` runs of tuning each.
 
-    Args:
-      config: of all runs.
-      methods: their names.
-      seeds: values of `train.seed`.
-      workdir: parent of the runs' folders.
-      together: train the seeds of a method in one program (`train.train_together`), not one after the other.
+    With `together` the seeds of a method are one program (`train.train_together`).
+
+    Returns:
+      (the results by method, of the methods whose runs all finished; by method, why another did not).
     """
-    runs = {}
-    for seed in seeds:
-        for method in methods:
-            fields = config_lib.resolve(config).to_dict()
-            fields["method"]["name"], fields["train"]["seed"] = method, seed
-            fields["data"]["train_on_meta"] &= not METHODS[method].modulated
-            runs[method, seed] = config_lib.resolve(fields)  # all of them, before the first is trained
-    folders = {(method, seed): workdir / method / f"seed{seed}" for method, seed in runs}
-    if together:
-        for method in methods:
-            keys = [(method, seed) for seed in seeds]
-            train.train_together([runs[k] for k in keys], [folders[k] for k in keys], label=f"{method}, all seeds")
+    given = {(method, seed): _fields(config, method, seed) for seed in seeds for method in methods}
+    for fields in given.values():
+        config_lib.resolve(fields)  # all of them, before the first is trained
+    failed: dict[str, str] = {}
+    best: dict[str, dict[str, Any]] = {method: {} for method in methods}
+    for method in methods if trials else ():
+        try:
+            best[method] = tune.tune(method, given[method, seeds[0]], trials, workdir / method / "tune", jobs)
+        except UserError as error:
+            failed[method] = str(error)
+    planned = []
+    for (method, seed), fields in given.items():
+        if method not in failed:
+            resolved = config_lib.resolve(tune.with_values(fields, best[method]))
+            planned.append((method, runs.Run(f"{method} seed {seed}", resolved, workdir / method / f"seed{seed}")))
+    for method in methods if together else ():
+        runs.train_together([run for name, run in planned if name == method])
+    outcomes = runs.train_all([run for _, run in planned], jobs)
     results: Results = {method: [] for method in methods}
-    for (method, seed), run in runs.items():
-        results[method].append(train.train_and_evaluate(run, folders[method, seed], label=f"{method} seed {seed}"))
-    return results
+    for (method, run), outcome in zip(planned, outcomes, strict=True):
+        if outcome.results is None:
+            failed.setdefault(method, f"{run.label}: {outcome.error}")
+        else:
+            results[method].append(outcome.results)
+    return {method: found for method, found in results.items() if method not in failed}, failed
 
 
-def table(results: Results) -> list[dict[str, Any]]:
+def _fields(config: Any, method: str, seed: int) -> dict[str, dict[str, Any]]:
+    """Returns the config's fields for one run: what a method cannot share with the others is set for it alone."""
+    fields = config_lib.resolve(config).to_dict()
+    fields["method"]["name"], fields["train"]["seed"] = method, seed
+    fields["data"]["train_on_meta"] &= METHODS[method].learner is None
+    fields["meta"]["lagged"] &= method != "l2rw"  # which cannot be lagged
+    return fields
+
+
+def peak_memory(folder: Path, seeds: Sequence[int]) -> float | None:
+    """Returns the median peak memory of a method's runs in bytes; None where they had no processes of their own."""
+    found = [runs.peak_memory(folder / f"seed{seed}") for seed in seeds]
+    known = [value for value in found if value is not None]
+    return statistics.median(known) if len(known) == len(found) else None
+
+
+def table(results: Results, against: str | None = None) -> list[dict[str, Any]]:
     """Returns a row for each method and selection (`last`, `best`): mean and std over seeds, as fractions.
 
     `difference` is the mean over seeds of the balanced accuracy minus that of the first method with the same seed,
-    `difference_se` its standard error, `std / sqrt(seeds)`; None for the first method or a single seed.
+    `difference_se` its standard error, `std / sqrt(seeds)`, and `difference_t95` half the width of its 95 % interval by
+    Student's t with seeds - 1 degrees of freedom; None for the first method or a single seed. `against` names
+    another baseline than the first method; without results of it there are no differences.
     """
     rows = []
-    baseline = next(iter(results.values()))
-    for method, runs in results.items():
+    baseline = results.get(against) if against else next(iter(results.values()))
+    for method, found in results.items():
         for which in ("last", "best"):
-            if any(run[which] is None for run in runs):
+            if any(run[which] is None for run in found):
                 continue
-            row: dict[str, Any] = {"method": method, "epoch": which, "seeds": len(runs)}
+            row: dict[str, Any] = {"method": method, "epoch": which, "seeds": len(found)}
             for name in _COLUMNS:
-                values = [run[which]["test"][name] for run in runs]
+                values = [run[which]["test"][name] for run in found]
                 missing = any(value is None for value in values)
                 row[f"{name}_mean"] = None if missing else statistics.fmean(values)
                 row[f"{name}_std"] = None if missing or len(values) < 2 else statistics.stdev(values)
-            row |= _paired_difference(runs, baseline, which)
-            row["train_seconds"] = statistics.median(run["train_seconds"] for run in runs)
+            row |= _paired_difference(found, baseline, which)
+            row["train_seconds"] = statistics.median(run["train_seconds"] for run in found)
             rows.append(row)
     return rows
 
 
-def _paired_difference(runs: list, baseline: list, which: str) -> dict[str, float | None]:
-    if runs is baseline:
-        return {"difference": None, "difference_se": None}
+def _paired_difference(found: list, baseline: list | None, which: str) -> dict[str, float | None]:
+    if baseline is None or found is baseline or any(run[which] is None for run in baseline):
+        return dict.fromkeys(("difference", "difference_se", "difference_t95"))
     name = "balanced_accuracy"
-    gaps = [a[which]["test"][name] - b[which]["test"][name] for a, b in zip(runs, baseline, strict=True)]
+    gaps = [a[which]["test"][name] - b[which]["test"][name] for a, b in zip(found, baseline, strict=True)]
     error = statistics.stdev(gaps) / len(gaps) ** 0.5 if len(gaps) > 1 else None
-    return {"difference": statistics.fmean(gaps), "difference_se": error}
+    half = None if error is None else float(scipy.stats.t.ppf(0.975, len(gaps) - 1)) * error
+    return {"difference": statistics.fmean(gaps), "difference_se": error, "difference_t95": half}
 
 
-def write(rows: list[dict[str, Any]], seeds: Sequence[int], workdir: Path) -> None:
-    """Writes `compare.csv` (fractions) and `compare.md` (percent)."""
+def write(
+    rows: list[dict[str, Any]], seeds: Sequence[int], workdir: Path, failed: Mapping[str, str] = MappingProxyType({})
+) -> None:
+    """Writes `compare.csv` (fractions) and `compare.md` (percent, with the methods that failed below)."""
     with (workdir / "compare.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))
         writer.writeheader()
@@ -135,10 +193,11 @@ def write(rows: list[dict[str, Any]], seeds: Sequence[int], workdir: Path) -> No
         f"Test set, percent; mean ± standard deviation over seeds {', '.join(map(str, seeds))}; the last column is the"
         " paired difference in balanced accuracy ± its standard error."
     )
-    (workdir / "compare.md").write_text(f"{text}\n\n{note}\n")
+    reasons = "".join(f"\nFailed: {method} ({reason}).\n" for method, reason in failed.items())
+    (workdir / "compare.md").write_text(f"{text}\n\n{note}\n{reasons}")
 
 
-def print_table(rows: list[dict[str, Any]]) -> None:
+def print_table(rows: list[dict[str, Any]], failed: Mapping[str, str] = MappingProxyType({})) -> None:
     """Prints the accuracies that matter most, in percent, narrow enough for a terminal."""
     baseline = rows[0]["method"]
     shown = Table("method", "epoch", "balanced", "many", "medium", "few", "rarest third", f"balanced - {baseline}")
@@ -147,8 +206,12 @@ def print_table(rows: list[dict[str, Any]]) -> None:
         balanced = _cell(row["balanced_accuracy_mean"], row["balanced_accuracy_std"])
         gap = _cell(row["difference"], row["difference_se"])
         shown.add_row(row["method"], row["epoch"], balanced, *groups, gap)
+    for method in failed:
+        shown.add_row(method, "failed")
     Console().print(shown)
     print(f"test set, %; ± standard deviation over {rows[0]['seeds']} seeds, of the paired difference standard error")
+    for method, reason in failed.items():
+        print(f"failed: {method} ({reason})")
 
 
 def _cell(mean: float | None, spread: float | None) -> str:

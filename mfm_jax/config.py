@@ -50,6 +50,7 @@ class Augment:
 
     pad: int = _between(4, 0)  # reflect-pad this many pixels, then crop at random; 0 = off
     flip: bool = True  # mirror left-right with probability 1/2
+    mixup: float = _between(0.0, 0.0)  # mix images in pairs, shares from Beta(mixup, mixup); 0 = off
 
 
 @dataclass(frozen=True)
@@ -60,13 +61,35 @@ class Model:
     width: int = _between(16, 1)  # channels of the stem and stage1; doubled by each later stage
 
 
+# The methods that go on in a second stage, which gets the last part of the epochs and its own learning-rate schedule.
+STAGED = ("two_phase", "crt", "lws", "smote")
+
+
 @dataclass(frozen=True)
 class Method:
-    """How the classifier is trained (see `methods`)."""
+    """How the classifier is trained (see `methods` and docs/methods.md). A field is read by the methods it names."""
 
-    name: str = _one_of("mfm", "ce", "logit_adjusted")
-    tau: float = _between(1.0, 0.0)  # strength of the prior in logit adjustment; 1 = balanced softmax
-    base: str = _one_of("ce", "logit_adjusted")  # the loss that MFM modulates
+    name: str = _one_of(
+        "mfm",
+        *("ce", "focal", "class_balanced", "ldam", "ldam_drw", "logit_adjusted", "dice", "sampling_free"),
+        *("oversample", "undersample", "sqrt_sample", "progressive", "two_phase", "crt", "lws", "smote"),
+        *("posthoc_la", "tau_norm", "meta_weight_net", "l2rw", "l2ac", "metasaug"),
+    )
+    # The loss under a meta learner.
+    base: str = _one_of("ce", "focal", "class_balanced", "ldam", "ldam_drw", "logit_adjusted")
+    tau: float = _between(1.0, 0.0)  # logit_adjusted, posthoc_la: strength of the prior; tau_norm: power of the norm
+    label_smoothing: float = _between(0.0, 0.0, 1.0)  # any method; 0 = off
+    focal_gamma: float = _between(2.0, 0.0)  # focal; 0 = cross-entropy
+    weighting: str = _one_of("effective_number", "inverse_frequency", "sqrt_frequency")  # class_balanced, ldam_drw
+    effective_beta: float = _between(0.9999, 0.0, 0.999999)  # weighting effective_number; 0 = no weights
+    ldam_margin: float = _between(0.5, 0.0)  # ldam, ldam_drw: margin of the rarest class, in cosines
+    ldam_scale: float = _between(30.0, 1.0)  # ldam, ldam_drw: what cosines are multiplied by
+    dice_alpha: float = _between(0.1, 0.0)  # dice
+    first_stage: float = _between(0.8, 0.01, 0.99)  # ldam_drw, two_phase, crt, lws, smote: its part of the epochs
+    pretrain: str = _one_of("oversample", "undersample")  # two_phase: the first phase's sampling
+    smote_neighbors: int = _between(5, 1)  # smote: nearest neighbours to interpolate to
+    hidden: int = _between(100, 1)  # meta_weight_net, l2ac: hidden units
+    isda_strength: float = _between(0.5, 0.0)  # metasaug; 0 = no augmentation
 
 
 @dataclass(frozen=True)
@@ -79,6 +102,7 @@ class Modulation:
     hidden: int = _between(64, 1)  # `network`: hidden units
     use_count: bool = False  # `network`: join log(n_y / n_max) to the input
     detach_inputs: bool = True  # `network`: no gradient into the features the modulator reads
+    shift_only: bool = False  # `network`: generate beta alone
     init_from: str = ""  # workdir of a run whose modulator to start from
 
 
@@ -159,6 +183,11 @@ class Config:
     def sites(self) -> tuple[str, ...]:
         """Names in `modulation.sites`, in the order given."""
         return tuple(site.strip() for site in self.modulation.sites.split(","))
+
+    @property
+    def second_stage(self) -> int:
+        """The epoch at which the second stage, or a deferred weighting, begins: at least one epoch before it."""
+        return max(round(self.method.first_stage * self.train.epochs), 1)
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
         """As nested plain dicts, ready for JSON."""
@@ -241,12 +270,38 @@ def _check_together(config: Config) -> None:
             "modulation.per_class = True: at site 'logits' a row looked up by the label gives the label away;"
             " choose other modulation.sites"
         )
+    if config.modulation.shift_only and config.modulation.form != "network":
+        raise UserError(
+            "modulation.shift_only = True: only modulation.form = 'network' can leave the scale out,"
+            f" not {config.modulation.form!r}"
+        )
+    if config.method.name == "l2rw" and config.meta.lagged:
+        raise UserError(
+            "meta.lagged = True: l2rw's weights belong to one batch, so the next step cannot use them;"
+            " set meta.lagged = False"
+        )
+    if config.method.name in STAGED:
+        _check_stages(config)
     for name, epochs in (
         ("optim.warmup_epochs", config.optim.warmup_epochs),
         ("meta.start_epoch", config.meta.start_epoch),
     ):
         if epochs >= config.train.epochs:
             raise UserError(f"{name} = {epochs}: allowed: less than train.epochs = {config.train.epochs}")
+
+
+def _check_stages(config: Config) -> None:
+    epochs, second = config.train.epochs, config.second_stage
+    if second >= epochs:
+        raise UserError(
+            f"method.first_stage = {config.method.first_stage}: leaves {config.method.name} no epoch of"
+            f" train.epochs = {epochs} for its second stage; choose a smaller part or more epochs"
+        )
+    if config.optim.warmup_epochs >= second:
+        raise UserError(
+            f"optim.warmup_epochs = {config.optim.warmup_epochs}: allowed: less than the {second} epochs of"
+            f" {config.method.name}'s first stage"
+        )
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:

@@ -1,8 +1,9 @@
-"""From a config and its data to the pure functions of a run: model, modulator, optimizers, steps.
+"""From a config and its data to the pure functions of a run: model, meta learner, optimizers, steps.
 
 This is where a method's choices meet the bilevel step; nothing here loops, prints or touches a file.
 """
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -12,13 +13,12 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from mfm_jax import bilevel, losses, models, modulation, optim, parallel
+from mfm_jax import bilevel, losses, methods, models, modulation, optim, parallel
 from mfm_jax.config import Config
-from mfm_jax.data import LongTailData
-from mfm_jax.data.batches import steps_per_epoch
+from mfm_jax.data import LongTailData, batches
 from mfm_jax.errors import UserError
-from mfm_jax.methods import METHODS
-from mfm_jax.types import BilevelState, Modulator, PyTree
+from mfm_jax.methods import METHODS, Method, heads, meta
+from mfm_jax.types import ApplyFn, BilevelState, LossFn, MetaLearner, Modulator, PyTree
 
 
 @dataclass(frozen=True)
@@ -26,11 +26,17 @@ class Experiment:
     """The pure functions of one run.
 
     init: `() -> BilevelState`, the state before the first step.
-    plain_step: `(state, batch) -> (state, metrics)`; modulated by a modulator that stays as it is, if there is one.
-    meta_step: `(state, batch, meta_batch) -> (state, metrics)`; None where no modulator learns.
-    eval_step: `(params, batch_stats, image) -> probabilities`.
-    modulator: None for plain training.
-    module: the Flax module.
+    plain_step: `(state, batch) -> (state, metrics)`; under a meta learner that stays as it is, if there is one.
+    meta_step: `(state, batch, meta_batch) -> (state, metrics)`; None where nothing learns from the meta set.
+    retrain_step: `(state, batch) -> (state, metrics)` of a second stage on a frozen classifier; None without one.
+    retrain_from: the step at which that stage begins.
+    synthetic: whether it trains on stored features that SMOTE balances, `[B, C]` in the place of images.
+    order: `(key, epoch) -> int32 [steps_per_epoch, B]`, the examples of each batch of an epoch.
+    params: `state -> params` of the classifier that is tested: plain, with what a second stage or a post-hoc step does.
+    eval_step: `(state, image) -> probabilities` of that classifier.
+    features: `(state, image) -> [B, C]`, its `pooled` features.
+    apply: the classifier outside `shard_map`; `(variables, image, modulate=, train=) -> logits`.
+    modulator: MFM's; None for every other method.
     learning_rate: schedule, by step.
     steps_per_epoch: batches in an epoch.
     total_steps: steps in the run.
@@ -39,9 +45,15 @@ class Experiment:
     init: Callable[[], BilevelState]
     plain_step: Callable
     meta_step: Callable | None
-    eval_step: Callable
+    retrain_step: Callable | None
+    retrain_from: int
+    synthetic: bool
+    order: Callable[[jax.Array, int], jax.Array]
+    params: Callable[[BilevelState], PyTree]
+    eval_step: Callable[[BilevelState, jax.Array], jax.Array]
+    features: Callable[[BilevelState, jax.Array], jax.Array]
+    apply: ApplyFn
     modulator: Modulator | None
-    module: nn.Module
     learning_rate: optax.Schedule
     steps_per_epoch: int
     total_steps: int
@@ -54,60 +66,131 @@ def build(config: Config, data: LongTailData, mesh: Mesh | None = None) -> Exper
       UserError: a site that the model does not have; padding as wide as the images; a batch that does not divide by
         the devices.
     """
-    method = METHODS[config.method.name]
-    side = min(data.train_images.shape[1:3])
-    if config.augment.pad >= side:
-        raise UserError(f"augment.pad = {config.augment.pad}: images are {side} pixels wide; choose at most {side - 1}")
+    method, objective, counts = METHODS[config.method.name], methods.objective(config), jnp.asarray(data.counts)
+    _check_images(config, min(data.train_images.shape[1:3]))
     axis_name = parallel.AXIS if mesh else None
     if mesh:
         _check_divisible(config, mesh.size)
     module = models.create(
         config.model.name, data.num_classes, config.model.width, jnp.dtype(config.train.dtype), axis_name
     )
+    local = module.clone(axis_name=None)
     image = jnp.zeros((1, *data.train_images.shape[1:]), jnp.float32)
-    configured = _modulator(config, module, image, jnp.asarray(data.counts))  # checks the sites for every method
-    modulator = configured if method.modulated else None
-    per_epoch = steps_per_epoch(len(data.train_labels), config.train.batch_size)
-    learning_rate = optim.schedule(config.optim, config.train.epochs, per_epoch)
-    tx, mod_tx = optim.classifier(config.optim, learning_rate), optim.modulator(config.meta)
-    loss_fn = method.loss(config.method, jnp.asarray(data.counts))
-    learns = modulator is not None and not config.meta.freeze
+    channels = _channels(config, local, image)  # checks the sites for every method
+    learner = method.learner(config, counts, channels) if method.learner else None
+    learns = learner is not None and not config.meta.freeze
+    per_epoch = batches.steps_per_epoch(len(data.train_labels), config.train.batch_size)
+    first, second, learning_rate = _schedules(config, method, per_epoch)
+    tx = optim.classifier(config.optim, first)
+    mod_tx = _mod_tx(config, method, learner, second, axis_name)
+    loss_fn = objective.loss(config, counts)
+    if config.method.label_smoothing:
+        loss_fn = losses.smoothed(loss_fn, config.method.label_smoothing)
+    class_weights = _class_weights(config, objective, counts, per_epoch)
+    apply, test_apply = _apply(config, objective, module), _apply(config, objective, local)
 
     @jax.jit  # hundreds of small operations otherwise, each compiled by itself
     def init() -> BilevelState:
         model_key, state_key = jax.random.split(jax.random.key(config.train.seed))
-        variables = module.clone(axis_name=None).init(model_key, image)
-        return bilevel.init_state(state_key, variables, tx, modulator, mod_tx if learns else None)
+        variables = local.init(model_key, image)
+        if method.prior_bias:
+            variables = {**variables, "params": heads.with_prior_bias(variables["params"], counts)}
+        trained = learner
+        if method.retraining:
+            second_init = method.retraining.init
+            trained = MetaLearner(lambda key: second_init(key, variables["params"]))
+        return bilevel.init_state(state_key, variables, tx, trained, mod_tx if learns or method.retraining else None)
 
-    plain_step: Callable = bilevel.make_plain_step(module.apply, loss_fn, tx, modulator, axis_name=axis_name)
-    meta_step: Callable | None = None
-    if modulator and learns:
-        meta_step = _meta_step(config, module, loss_fn, tx, modulator, mod_tx, axis_name)
+    plain_step: Callable = bilevel.make_plain_step(
+        apply, loss_fn, tx, learner, class_weights=class_weights, axis_name=axis_name
+    )
+    meta_step = _meta_step(config, apply, loss_fn, tx, learner, mod_tx, class_weights, axis_name) if learns else None
+    retrain_step = _retrain_step(method, apply, image.shape[1:], loss_fn, mod_tx, axis_name)
     if mesh:
         plain_step = parallel.shard_step(plain_step, mesh, 1)
         meta_step = meta_step and parallel.shard_step(meta_step, mesh, 2)
+        retrain_step = retrain_step and parallel.shard_step(retrain_step, mesh, 1)
     total = config.train.epochs * per_epoch
+    total = min(total, config.train.max_steps or total)
+    retrain_from = config.second_stage * per_epoch if retrain_step else total
+    tested = _tested(config, method, counts, retrain_from)
+    test_step, extract = bilevel.make_eval_step(test_apply), heads.features(test_apply)
     return Experiment(
-        init,
-        plain_step,
-        meta_step,
-        bilevel.make_eval_step(module.clone(axis_name=None).apply),
-        modulator,
-        module,
-        learning_rate,
-        per_epoch,
-        min(total, config.train.max_steps or total),
+        init=init,
+        plain_step=plain_step,
+        meta_step=meta_step,
+        retrain_step=retrain_step,
+        retrain_from=retrain_from,
+        synthetic=bool(method.retraining and method.retraining.synthetic),
+        order=_order(config, method, data),
+        params=tested,
+        eval_step=lambda state, image: test_step(tested(state), state.batch_stats, image),
+        features=lambda state, image: extract({"params": state.params, "batch_stats": state.batch_stats}, image),
+        apply=test_apply,
+        modulator=methods.modulator(config, counts, channels) if config.method.name == "mfm" else None,
+        learning_rate=learning_rate,
+        steps_per_epoch=per_epoch,
+        total_steps=total,
     )
 
 
-def _meta_step(config, module, loss_fn, tx, modulator, mod_tx, axis_name) -> Callable:
+def _channels(config: Config, module: nn.Module, image: jax.Array) -> dict[str, int]:
+    """Returns the widths of the configured sites and of `pooled`, read off the model."""
+
+    def run(modulate: modulation.Modulate) -> PyTree:
+        return module.init(jax.random.key(0), image, modulate=modulate)
+
+    return modulation.site_channels(run, (*config.sites, "pooled"))
+
+
+def _apply(config: Config, objective: Method, module: nn.Module) -> ApplyFn:
+    return heads.cosine(module.apply, config.method.ldam_scale) if objective.cosine_head else module.apply
+
+
+def _schedules(config: Config, method: Method, per_epoch: int) -> tuple[optax.Schedule, optax.Schedule, optax.Schedule]:
+    """Returns the learning rates of the classifier's optimizer and of the second stage's, and the one to report."""
+    if not (method.retraining or method.fine_tune):
+        whole = optim.schedule(config.optim, config.train.epochs, per_epoch)
+        return whole, whole, whole
+    part = config.second_stage
+    again = dataclasses.replace(
+        config.optim,
+        warmup_epochs=0,
+        learning_rate=config.optim.learning_rate * (0.1 if method.fine_tune else 1),
+    )
+    first = optim.schedule(config.optim, part, per_epoch)
+    second = optim.schedule(again, config.train.epochs - part, per_epoch)
+    joined = optax.join_schedules([first, second], [part * per_epoch])
+    return (joined, joined, joined) if method.fine_tune else (first, second, joined)
+
+
+def _mod_tx(
+    config: Config, method: Method, learner: MetaLearner | None, second: optax.Schedule, axis_name: str | None
+) -> optax.GradientTransformation:
+    """Returns the optimizer of what is not the classifier: a second stage's, or the meta learner's."""
+    if method.retraining:
+        return optim.classifier(config.optim, second)
+    if learner and learner.per_batch:
+        return meta.positive_part(axis_name)
+    return optim.modulator(config.meta)
+
+
+def _class_weights(config: Config, objective: Method, counts: jax.Array, per_epoch: int) -> bilevel.ClassWeights | None:
+    if objective.weights is None:
+        return None
+    weights, begin = objective.weights(config, counts), config.second_stage * per_epoch * objective.deferred
+    return lambda step: jnp.where(step >= begin, weights, jnp.ones_like(weights))
+
+
+def _meta_step(config, apply, loss_fn, tx, learner, mod_tx, class_weights, axis_name) -> Callable:
     meta_losses = {"ce": losses.cross_entropy, "gce": losses.generalized_cross_entropy}
     return bilevel.make_step(
-        module.apply,
+        apply,
         loss_fn,
         tx,
-        modulator,
+        learner,
         mod_tx,
+        class_weights=class_weights,
         meta_loss_fn=losses.with_temperature(meta_losses[config.meta.loss], config.meta.temperature),
         lagged=config.meta.lagged,
         virtual_groups=models.VIRTUAL_GROUPS.get(config.meta.virtual),
@@ -116,24 +199,49 @@ def _meta_step(config, module, loss_fn, tx, modulator, mod_tx, axis_name) -> Cal
     )
 
 
-def _modulator(config: Config, module: nn.Module, image: jax.Array, counts: jax.Array) -> Modulator:
-    """Returns the modulator of `config.modulation`, its widths read off the model."""
+def _retrain_step(
+    method: Method,
+    apply: ApplyFn,
+    image_shape: tuple[int, ...],
+    loss_fn: LossFn,
+    tx: optax.GradientTransformation,
+    axis_name: str | None,
+) -> Callable | None:
+    if method.retraining is None:
+        return None
+    apply = heads.on_features(apply, image_shape) if method.retraining.synthetic else apply
+    return bilevel.make_retrain_step(apply, loss_fn, tx, method.retraining.attach, axis_name=axis_name)
 
-    def run(modulate: modulation.Modulate) -> PyTree:
-        return module.clone(axis_name=None).init(jax.random.key(0), image, modulate=modulate)
 
-    channels = modulation.site_channels(run, config.sites)
-    chosen = config.modulation
-    if chosen.form == "direct":
-        return modulation.direct(channels, len(counts) if chosen.per_class else 0)
-    if chosen.form == "frequency":
-        return modulation.frequency(channels, counts)
-    return modulation.network(
-        channels,
-        counts if chosen.use_count else None,
-        hidden=chosen.hidden,
-        detach_inputs=chosen.detach_inputs,
-    )
+def _tested(config: Config, method: Method, counts: jax.Array, retrain_from: int) -> Callable[[BilevelState], PyTree]:
+    def params(state: BilevelState) -> PyTree:
+        if method.retraining:
+            attached, begun = method.retraining.attach(state.params, state.mod_params), state.step > retrain_from
+            return jax.tree.map(lambda new, old: jnp.where(begun, new, old), attached, state.params)
+        return method.posthoc(config, counts, state.params) if method.posthoc else state.params
+
+    return params
+
+
+def _order(config: Config, method: Method, data: LongTailData) -> Callable[[jax.Array, int], jax.Array]:
+    size, labels = config.train.batch_size, jnp.asarray(data.train_labels)
+    steps = batches.steps_per_epoch(len(labels), size)
+
+    def order(key: jax.Array, epoch: int) -> jax.Array:
+        draw = method.sampler(config, data.counts, epoch)
+        if draw is not None:
+            share, keep = jnp.asarray(draw.share), jnp.asarray(draw.keep)
+            return batches.sampled_order(key, jnp.int32(epoch), labels, share, keep, size)
+        synthetic = method.retraining and method.retraining.synthetic and epoch >= config.second_stage
+        examples = len(data.counts) * int(data.counts.max()) if synthetic else len(labels)
+        return batches.epoch_order(key, jnp.int32(epoch), examples, size)[:steps]
+
+    return order
+
+
+def _check_images(config: Config, side: int) -> None:
+    if config.augment.pad >= side:
+        raise UserError(f"augment.pad = {config.augment.pad}: images are {side} pixels wide; choose at most {side - 1}")
 
 
 def _check_divisible(config: Config, devices: int) -> None:

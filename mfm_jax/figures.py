@@ -290,6 +290,95 @@ def draw_modulation(figure: "Figure", classes: Classes, sites: dict[str, dict[st
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class Compared:
+    """One method's numbers in a comparison, as fractions, means over seeds.
+
+    balanced, spread: balanced accuracy and its standard deviation (0 for one seed).
+    cost: training time as a multiple of the baseline's; None where that is not known.
+    head, rarest: accuracy over the head third and the rarest third of the classes.
+    per_class: accuracy of each class, K floats or None.
+    """
+
+    name: str
+    balanced: float
+    spread: float
+    cost: float | None
+    head: float | None
+    rarest: float | None
+    per_class: list[float | None]
+
+
+def draw_cost(figure: "Figure", methods: Sequence[Compared]) -> str:
+    """Balanced accuracy against training time, a point a method."""
+    axes = figure.subplots()
+    for number, one in enumerate(methods):
+        if one.cost is None:
+            continue
+        point = (one.cost, 100 * one.balanced)
+        axes.errorbar(*point, yerr=100 * one.spread, fmt="o", color=_method_color(number), markersize=5, linewidth=1)
+        axes.annotate(one.name, point, xytext=(5, 4 - 7 * (number % 3)), textcoords="offset points", fontsize=8)
+    axes.margins(x=0.15)
+    axes.set_xlabel("training time, multiple of the baseline's")
+    axes.set_ylabel("balanced test accuracy (%)")
+    return (
+        "Balanced test accuracy at the last epoch against training time, the median over seeds as a multiple of"
+        f" {methods[0].name}'s; bars are one standard deviation over seeds."
+        " Time includes compilation, which a cache may have spared; runs side by side slow each other down."
+    )
+
+
+def draw_class_accuracies(figure: "Figure", classes: Classes, methods: Sequence[Compared]) -> str:
+    """Accuracy of each class against its training images, a line a method."""
+    axes = figure.subplots()
+    counts = classes.counts[classes.order]
+    for number, one in enumerate(methods):
+        accuracy = _as_percent(one.per_class)[classes.order]
+        axes.plot(
+            counts,
+            accuracy,
+            color=_method_color(number),
+            linewidth=2.4 if number == 0 else 1.2,
+            marker="o" if len(counts) <= LABELLED_CLASSES else None,
+            markersize=3,
+            label=one.name,
+        )
+    axes.set_xscale("log")
+    axes.invert_xaxis()
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.set_ylim(-4, 104)
+    axes.set_xlabel("training images of the class (log scale)")
+    axes.set_ylabel("test accuracy (%)")
+    figure.legend(loc="outside right upper", fontsize=8)
+    return (
+        "Test accuracy of each class at the last epoch, mean over seeds, from the most training images to the fewest."
+    )
+
+
+def draw_trade_off(figure: "Figure", methods: Sequence[Compared]) -> str:
+    """Accuracy over the rarest third of the classes against the head third, a point a method."""
+    axes = figure.subplots()
+    for number, one in enumerate(methods):
+        if one.head is not None and one.rarest is not None:
+            point = (100 * one.head, 100 * one.rarest)
+            axes.plot(*point, "o", color=_method_color(number), markersize=6)
+            axes.annotate(one.name, point, xytext=(5, 4 - 7 * (number % 3)), textcoords="offset points", fontsize=8)
+    axes.margins(0.15)
+    axes.set_xlabel("head third of the classes (%)")
+    axes.set_ylabel("rarest third of the classes (%)")
+    return (
+        "What the tail gains and the head pays: test accuracy over the rarest third of the classes against the head"
+        " third, last epoch, mean over seeds. Up and to the right is better for both."
+    )
+
+
+def _method_color(number: int) -> Any:
+    """Returns the colour of a method by its place: grey for the baseline, then as many as there are."""
+    import matplotlib
+
+    return _MUTED if number == 0 else matplotlib.colormaps["tab20"]((number - 1) % 20)
+
+
 def _class_lines(
     axes: "Axes", steps: np.ndarray, values: np.ndarray, classes: Classes
 ) -> tuple[list["Line2D"], list[str]]:

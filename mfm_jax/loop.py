@@ -18,6 +18,7 @@ from mfm_jax import augment, parallel
 from mfm_jax.config import Config
 from mfm_jax.data import LongTailData, batches
 from mfm_jax.experiment import Experiment
+from mfm_jax.methods import smote
 from mfm_jax.types import Batch, BilevelState, Metrics
 
 WATCHED = ("loss", "grad_norm", "meta_loss", "hypergrad_norm")  # must stay finite
@@ -39,7 +40,7 @@ class LoopState(struct.PyTreeNode):
 class DeviceData(struct.PyTreeNode):
     """The resident data and one epoch's order.
 
-    images: uint8 [N, H, W, C]; labels: int32 [N].
+    images: uint8 [N, H, W, C], or a second stage's features float32 [N, C]; labels: int32 [N].
     meta_images, meta_labels: the pool that the meta table indexes.
     order: int32 [steps, B]; meta_table: int32 [K, m].
     mean, std: float32 [C].
@@ -60,9 +61,10 @@ def make_call(experiment: Experiment, config: Config, seeds: int = 1) -> Callabl
 
     With `seeds > 1` the loop state and the data are those of `stack`, and every step is mapped over them.
 
-    `is_meta` `[n]` bool says of each of the n steps whether it updates the modulator; `kind` is static, "meta" or
-    "plain" where all steps are, else "mixed". One step is compiled as it is (XLA's CPU backend runs convolutions inside
-    a loop many times slower than outside); several are a `lax.scan`. The loop state is donated.
+    `is_meta` `[n]` bool says of each of the n steps whether it updates the modulator; `kind` is static: "meta",
+    "plain" or "retrain" where all steps are, else "mixed". One step is compiled as it is (XLA's CPU backend
+    runs convolutions inside a loop many times slower than outside); several are a `lax.scan`. The loop state is
+    donated.
     """
     pad, flip = config.augment.pad, config.augment.flip
 
@@ -70,12 +72,24 @@ def make_call(experiment: Experiment, config: Config, seeds: int = 1) -> Callabl
         pictures = augment.augment_batch(key, batches.gather(images, index), pad, flip)
         return Batch(augment.normalize(pictures, data.mean, data.std), batches.gather(labels, index))
 
-    def one(loop: LoopState, data: DeviceData, is_meta: bool) -> LoopState:
-        state = loop.bilevel
-        keys = jax.random.split(jax.random.fold_in(state.key, state.step), 3)
-        index = data.order[state.step % experiment.steps_per_epoch]
+    def training_batch(keys: jax.Array, index: jax.Array, data: DeviceData, kind: str) -> Batch:
+        if kind == "retrain" and experiment.synthetic:
+            return Batch(batches.gather(data.images, index), batches.gather(data.labels, index))
         batch = sample(keys[0], data.images, data.labels, index, data)
-        if is_meta and experiment.meta_step is not None:
+        if config.augment.mixup:
+            image, partner, share = augment.mixup(keys[3], batch.image, batch.label, config.augment.mixup)
+            return Batch(image, batch.label, partner, share)
+        return batch
+
+    def one(loop: LoopState, data: DeviceData, kind: str) -> LoopState:
+        state = loop.bilevel
+        keys = jax.random.split(jax.random.fold_in(state.key, state.step), 4)
+        index = data.order[state.step % experiment.steps_per_epoch]
+        batch = training_batch(keys, index, data, kind)
+        is_meta = kind == "meta"
+        if kind == "retrain" and experiment.retrain_step is not None:
+            new_state, metrics = experiment.retrain_step(state, batch)
+        elif is_meta and experiment.meta_step is not None:
             index = batches.meta_indices(keys[1], state.step, data.meta_table, config.meta.batch_size)
             meta_batch = sample(keys[2], data.meta_images, data.meta_labels, index, data)
             new_state, metrics = experiment.meta_step(state, batch, meta_batch)
@@ -83,18 +97,18 @@ def make_call(experiment: Experiment, config: Config, seeds: int = 1) -> Callabl
             new_state, metrics = experiment.plain_step(state, batch)
         return _accumulate(loop.replace(bilevel=new_state), metrics, state.step, is_meta)
 
-    def step(loop: LoopState, data: DeviceData, is_meta: bool) -> LoopState:
-        each = functools.partial(one, is_meta=is_meta)
+    def step(loop: LoopState, data: DeviceData, kind: str) -> LoopState:
+        each = functools.partial(one, kind=kind)
         return each(loop, data) if seeds == 1 else jax.vmap(each, in_axes=(0, _seed_axes()))(loop, data)
 
     @functools.partial(jax.jit, static_argnums=3, donate_argnums=0, compiler_options=parallel.compiler_options())
     def call(loop: LoopState, data: DeviceData, is_meta: jax.Array, kind: str) -> LoopState:
         if kind == "mixed":
-            branches = (lambda c: step(c, data, True), lambda c: step(c, data, False))
+            branches = (lambda c: step(c, data, "meta"), lambda c: step(c, data, "plain"))
             return jax.lax.scan(lambda c, meta: (jax.lax.cond(meta, *branches, c), None), loop, is_meta)[0]
         if len(is_meta) == 1:
-            return step(loop, data, kind == "meta")
-        return jax.lax.scan(lambda c, _: (step(c, data, kind == "meta"), None), loop, length=len(is_meta))[0]
+            return step(loop, data, kind)
+        return jax.lax.scan(lambda c, _: (step(c, data, kind), None), loop, length=len(is_meta))[0]
 
     return call
 
@@ -122,9 +136,9 @@ def unstack(loop: LoopState, seeds: int) -> list[LoopState]:
     return [loop] if seeds == 1 else [jax.tree.map(lambda leaf, i=i: leaf[i], loop) for i in range(seeds)]
 
 
-def steps(is_meta: Sequence[bool]) -> tuple[jax.Array, str]:
-    """Returns the last two arguments of the compiled call, from one bool a step."""
-    kind = "meta" if all(is_meta) else "mixed" if any(is_meta) else "plain"
+def steps(is_meta: Sequence[bool], *, retrain: bool = False) -> tuple[jax.Array, str]:
+    """Returns the last two arguments of the compiled call, from one bool a step; `retrain` in the second stage."""
+    kind = "retrain" if retrain else "meta" if all(is_meta) else "mixed" if any(is_meta) else "plain"
     return jax.device_put(np.asarray(is_meta)), kind
 
 
@@ -170,8 +184,24 @@ def to_device(data: LongTailData) -> DeviceData:
 
 
 def evaluate_batch(eval_step: Callable, state: BilevelState, image: jax.Array, data: DeviceData) -> jax.Array:
-    """Returns the plain classifier's probabilities `[B, K]` of stored images `[B, H, W, C]`."""
-    return eval_step(state.params, state.batch_stats, augment.normalize(image, data.mean, data.std))
+    """Returns the tested classifier's probabilities `[B, K]` of stored images `[B, H, W, C]`."""
+    return eval_step(state, augment.normalize(image, data.mean, data.std))
+
+
+def synthetic_data(
+    experiment: Experiment, data: DeviceData, state: BilevelState, neighbors: int, seed: int, batch_size: int
+) -> DeviceData:
+    """Returns `data` with the frozen classifier's features, balanced by SMOTE, in the place of the images.
+
+    Features are computed once, without augmentation, in batches of `batch_size` on the device; SMOTE runs on the host.
+    A function of the frozen classifier and the seed, so that a run that goes on makes the same ones again.
+    """
+    extract = jax.jit(lambda images: experiment.features(state, augment.normalize(images, data.mean, data.std)))
+    images, labels = np.asarray(data.images), np.asarray(data.labels)
+    found = [np.asarray(extract(part))[mask] for part, _, mask in batches.eval_batches(images, labels, batch_size)]
+    features, labels = smote.oversample(np.concatenate(found), labels, neighbors, seed)
+    placed = jax.device_put((features, labels), data.images.sharding)
+    return data.replace(images=placed[0], labels=placed[1])
 
 
 def describe(experiment: Experiment, state: BilevelState, data: DeviceData) -> dict[str, Metrics]:
@@ -190,7 +220,5 @@ def describe(experiment: Experiment, state: BilevelState, data: DeviceData) -> d
             }
         return features
 
-    experiment.module.clone(axis_name=None).apply(
-        {"params": state.params, "batch_stats": state.batch_stats}, image, modulate=record
-    )
+    experiment.apply({"params": state.params, "batch_stats": state.batch_stats}, image, train=False, modulate=record)
     return seen

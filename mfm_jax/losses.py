@@ -1,7 +1,9 @@
-"""Per-example losses on logits, and the class prior that some of them need.
+"""Per-example losses on logits, and the class priors and class weights that some of them need.
 
 Every loss maps `(logits [B, K], labels [B])` to `[B]`: weighting and averaging are the caller's business.
 """
+
+import math
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +42,112 @@ def logit_adjusted(counts: jax.Array, tau: float = 1.0) -> LossFn:
         return cross_entropy(logits + offset.astype(logits.dtype), labels)
 
     return loss
+
+
+def focal(gamma: float = 2.0) -> LossFn:
+    """Returns the focal loss `-(1 - p_y)^gamma log p_y`: what is classified well already counts for little.
+
+    With `gamma = 0` it is the cross-entropy.
+
+    References:
+      Lin et al., Focal loss for dense object detection, ICCV 2017, eq. 4.
+    """
+
+    def loss(logits: jax.Array, labels: jax.Array) -> jax.Array:
+        nats = cross_entropy(logits, labels)
+        # Away from zero, where the power has an infinite derivative for gamma below 1.
+        miss = jnp.maximum(-jnp.expm1(-nats), jnp.finfo(logits.dtype).tiny)
+        return miss**gamma * nats
+
+    return loss
+
+
+def ldam(counts: jax.Array, max_margin: float = 0.5, scale: float = 30.0) -> LossFn:
+    """Returns the label-distribution-aware margin loss: cross-entropy with `scale * margin_y` off the label's logit.
+
+    The margin of class k is `max_margin (n_min / n_k)^(1/4)`: rarer classes are held further from the boundary. The
+    logits are `scale` times a cosine, as `methods.heads.cosine` makes them, so that the margin is one of cosines. With
+    `max_margin = 0` it is the cross-entropy of those scaled cosines.
+
+    Args:
+      counts: training images of each class, `[K]`, all at least 1.
+      max_margin: margin of the rarest class.
+      scale: what the cosines were multiplied by.
+
+    References:
+      Cao et al., Learning imbalanced datasets with label-distribution-aware margin loss, NeurIPS 2019, eq. 12 and 13.
+    """
+    counts = jnp.asarray(counts, jnp.float32)
+    offset = -scale * max_margin * (counts.min() / counts) ** 0.25
+
+    def loss(logits: jax.Array, labels: jax.Array) -> jax.Array:
+        own = jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype)
+        return cross_entropy(logits + own * offset.astype(logits.dtype)[None, :], labels)
+
+    return loss
+
+
+def dice(alpha: float = 0.1) -> LossFn:
+    """Returns the self-adjusting Dice loss `1 - (2 f + 1) / (f + 2)`, `f = (1 - p_y)^alpha p_y`.
+
+    It takes no account of how many easy negatives there are. `f` is largest, and the loss smallest, at
+    `p_y = 1 / (1 + alpha)`: a large alpha keeps a classifier from becoming sure. With `alpha = 0` it is the Dice loss.
+
+    References:
+      Li et al., Dice loss for data-imbalanced NLP tasks, ACL 2020, eq. 8 (DSC), with the smoothing term 1.
+    """
+
+    def loss(logits: jax.Array, labels: jax.Array) -> jax.Array:
+        nats = cross_entropy(logits, labels)
+        miss = jnp.maximum(-jnp.expm1(-nats), jnp.finfo(logits.dtype).eps)
+        adjusted = miss**alpha * jnp.exp(-nats)
+        return 1 - (2 * adjusted + 1) / (adjusted + 2)
+
+    return loss
+
+
+def smoothed(loss: LossFn, amount: float) -> LossFn:
+    """Returns `(1 - amount) loss(z, y) + amount / K sum_k loss(z, k)`; label smoothing, for any per-example loss.
+
+    For the cross-entropy this is the cross-entropy to the smoothed label. It evaluates `loss` for every class: K times
+    the cost of the loss, `[K, B]` times its memory.
+
+    References:
+      Szegedy et al., Rethinking the Inception architecture for computer vision, CVPR 2016, section 7.
+    """
+
+    def smooth(logits: jax.Array, labels: jax.Array) -> jax.Array:
+        classes = jnp.arange(logits.shape[-1], dtype=labels.dtype)
+        every = jax.vmap(lambda k: loss(logits, jnp.full_like(labels, k)))(classes)
+        return (1 - amount) * loss(logits, labels) + amount * every.mean(axis=0)
+
+    return smooth
+
+
+def frequency_weights(counts: jax.Array, power: float = 1.0) -> jax.Array:
+    """Returns `n_k^-power`, scaled to the mean 1, `[K]` float32: inverse frequency (1), inverse square root (0.5).
+
+    References:
+      Huang et al., Learning deep representation for imbalanced classification, CVPR 2016 (inverse frequency).
+      Mahajan et al., Exploring the limits of weakly supervised pretraining, ECCV 2018 (square root).
+    """
+    weights = jnp.asarray(counts, jnp.float32) ** -power
+    return weights / weights.mean()
+
+
+def effective_number_weights(counts: jax.Array, beta: float = 0.9999) -> jax.Array:
+    """Returns `(1 - beta) / (1 - beta^n_k)`, scaled to the mean 1, `[K]` float32.
+
+    `beta = 0` weighs all classes the same; `beta -> 1` is inverse frequency.
+
+    References:
+      Cui et al., Class-balanced loss based on effective number of samples, CVPR 2019, eq. 5.
+    """
+    counts = jnp.asarray(counts, jnp.float32)
+    # By way of the logarithm: in float32, 1 - beta^n is otherwise lost to rounding for small n.
+    number = -jnp.expm1(counts * math.log(beta)) if beta else jnp.ones_like(counts)
+    weights = 1 / number
+    return weights / weights.mean()
 
 
 def generalized_cross_entropy(logits: jax.Array, labels: jax.Array, q: float = 0.7) -> jax.Array:

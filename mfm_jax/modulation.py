@@ -36,7 +36,7 @@ import jax
 import jax.numpy as jnp
 
 from mfm_jax.errors import UserError
-from mfm_jax.types import Modulate, Modulator, PyTree
+from mfm_jax.types import MetaLearner, Modulate, Modulator, PyTree
 
 
 def film(features: jax.Array, gamma: jax.Array, beta: jax.Array) -> jax.Array:
@@ -75,6 +75,16 @@ def modulate(modulator: Modulator, mod_params: PyTree, labels: jax.Array) -> Mod
         return film(features, *modulator.parameters(mod_params, site, features, labels))
 
     return apply
+
+
+def learner(modulator: Modulator) -> MetaLearner:
+    """Returns `modulator` as a meta learner: one that governs the features of the training pass."""
+
+    def film_with(mod_params: PyTree, params: PyTree, labels: jax.Array) -> Modulate:
+        del params
+        return modulate(modulator, mod_params, labels)
+
+    return MetaLearner(modulator.init, film_with)
 
 
 def log_frequency(counts: jax.Array) -> jax.Array:
@@ -148,6 +158,7 @@ def network(
     *,
     hidden: int = 64,
     detach_inputs: bool = True,
+    shift_only: bool = False,
 ) -> Modulator:
     """A two-layer MLP a site: `(r, beta) = W2 relu(W1 [u; z_y] + b1) + b2`, `gamma = tanh(r)`.
 
@@ -160,6 +171,7 @@ def network(
       hidden: units of the hidden layer.
       detach_inputs: stop the gradient into `u`. With one site the meta-gradient is the same; with several it drops
         how later inputs depend on earlier sites' parameters, and is the gradient of that truncated function.
+      shift_only: generate beta alone; gamma is zero.
 
     References:
       arXiv:2008.03428, abstract ("modulator network").
@@ -167,14 +179,14 @@ def network(
     z = None if counts is None else log_frequency(counts)
 
     def init(key: jax.Array) -> PyTree:
-        layers = {}
+        layers, parts = {}, 1 if shift_only else 2
         for site_key, (site, size) in zip(jax.random.split(key, len(channels)), channels.items(), strict=True):
             inputs = size + (z is not None)
             layers[site] = {
                 "w1": jax.nn.initializers.he_normal()(site_key, (inputs, hidden), jnp.float32),
                 "b1": jnp.zeros((hidden,), jnp.float32),
-                "w2": jnp.zeros((hidden, 2 * size), jnp.float32),
-                "b2": jnp.zeros((2 * size,), jnp.float32),
+                "w2": jnp.zeros((hidden, parts * size), jnp.float32),
+                "b2": jnp.zeros((parts * size,), jnp.float32),
             }
         return layers
 
@@ -189,7 +201,10 @@ def network(
         if z is not None:
             inputs = jnp.concatenate([inputs, z.astype(inputs.dtype)[labels][:, None]], axis=-1)
         hidden_units = jax.nn.relu(inputs @ layer["w1"] + layer["b1"][None, :])
-        gamma, beta = jnp.split(hidden_units @ layer["w2"] + layer["b2"][None, :], 2, axis=-1)
+        out = hidden_units @ layer["w2"] + layer["b2"][None, :]
+        if shift_only:
+            return jnp.zeros_like(out), out
+        gamma, beta = jnp.split(out, 2, axis=-1)
         return jnp.tanh(gamma), beta
 
     return Modulator(init, parameters, tuple(channels))

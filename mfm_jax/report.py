@@ -19,7 +19,6 @@ The files, all in the workdir:
 """
 
 import dataclasses
-import importlib.resources
 import json
 from pathlib import Path
 from typing import Any
@@ -75,19 +74,21 @@ def write_report(workdir: Path) -> Path:
         the file.
     """
     workdir = Path(workdir)
-    page = _template().render(**_content(_read(workdir)))
+    page = template("report.html.jinja").render(**_content(_read(workdir)))
     path = workdir / "report.html"
     path.write_text(page, encoding="utf-8")
     return path
 
 
-def _template() -> jinja2.Template:
+def template(name: str) -> jinja2.Template:
+    """Returns the page template `name` of this package, with the filters `percent` and `number`."""
     # An undefined field prints as nothing and counts as false: which fields are required, `_read` decides.
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("mfm_jax", ""), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
     environment.filters["percent"] = figures.percent
     environment.filters["number"] = _number
-    source = importlib.resources.files("mfm_jax").joinpath("report.html.jinja").read_text(encoding="utf-8")
-    return environment.from_string(source)
+    return environment.get_template(name)
 
 
 def _content(run: _Run) -> dict[str, Any]:

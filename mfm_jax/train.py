@@ -10,6 +10,7 @@ Selection is honest: epochs are compared on the validation split; the test split
 import contextlib
 import dataclasses
 import functools
+import itertools
 import json
 import platform
 import signal
@@ -122,9 +123,11 @@ def train_together(configs: Sequence[Config], workdirs: Sequence[Path], *, label
                 for config, workdir in todo
             ]
             print(_summary(configs[0], data))
-            # Runs that were interrupted at different steps catch up with one another group by group.
-            for step in sorted({run.step for run in runs}):
-                _drive([run for run in runs if run.step == step], label)
+            # Apart: runs that were interrupted at different steps, and runs with training data of their own making.
+            runs.sort(key=lambda run: run.step)
+            groups = itertools.groupby(runs, key=lambda run: run.workdir if run.experiment.synthetic else run.step)
+            for _, group in groups:
+                _drive(list(group), label)
             for run in runs:
                 _write(run.workdir / "results.json", json.dumps(run.results(), indent=1))
     for workdir in workdirs:
@@ -209,8 +212,8 @@ def _run_epoch(
     loop, data = loop_lib.stack([run.loop for run in runs], [run.device_data for run in runs])
     step, looked = runs[0].step, time.perf_counter()
     while step < end and not stopped():
-        is_meta = runs[0].next_steps(step, end)
-        loop = call(loop, data, *loop_lib.steps(is_meta))
+        is_meta, retrain = runs[0].next_steps(step, end), step >= runs[0].experiment.retrain_from
+        loop = call(loop, data, *loop_lib.steps(is_meta, retrain=retrain))
         step += len(is_meta)
         if time.perf_counter() - looked > _SYNC_SECONDS:
             bar.update(task, completed=step, loss=f"loss {_look(runs, loop):.3f}")
@@ -252,8 +255,9 @@ class _Run:
         self.has_validation = len(data.val_labels) > 0
         self.loop, self.device_data = loop_lib.initial(experiment), device_data
         self.checkpoints = Checkpointer(workdir, config.checkpoint, has_validation=self.has_validation)
-        if mesh:
-            self.loop, self.device_data = jax.device_put((self.loop, self.device_data), parallel.replicated(mesh))
+        # Placed once and for all, one device included: what is not would count as another program at the second call.
+        place = parallel.replicated(mesh) if mesh else jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        self.loop, self.device_data = jax.device_put((self.loop, self.device_data), place)
         record: dict[str, Any] = {"rows": [], "seconds": 0.0}
         latest = self.checkpoints.latest_step()
         if latest is None and experiment.modulator and config.modulation.init_from:
@@ -285,11 +289,21 @@ class _Run:
     def start_epoch(self, epoch: int) -> None:
         """Puts the epoch's order on the device: a function of the seed and the epoch."""
         key = jax.random.fold_in(jax.random.key(self.config.train.seed), 1)
-        order = batches.epoch_order(key, jnp.int32(epoch), len(self.data.train_labels), self.config.train.batch_size)
+        order = self.experiment.order(key, epoch)
         table = jnp.asarray(self.data.meta_table(epoch), jnp.int32)
+        if self.experiment.synthetic and self.step >= self.experiment.retrain_from:
+            self._store_features()
         sharding = self.device_data.images.sharding
         order, table = jax.device_put((order, table), sharding)
         self.device_data = self.device_data.replace(order=order, meta_table=table)
+
+    def _store_features(self) -> None:
+        """Puts the frozen classifier's features in the place of the images, once."""
+        if self.device_data.images.ndim > 2:
+            neighbors, seed = self.config.method.smote_neighbors, self.config.train.seed
+            self.device_data = loop_lib.synthetic_data(
+                self.experiment, self.device_data, self.loop.bilevel, neighbors, seed, self.config.eval.batch_size
+            )
 
     def next_steps(self, step: int, end: int) -> tuple[bool, ...]:
         """Returns, for each step of the next call, whether it is a meta-step."""

@@ -34,10 +34,12 @@ def no_modulation(site: str, features: jax.Array) -> jax.Array:
 
 
 class Batch(NamedTuple):
-    """Examples as the classifier sees them."""
+    """Examples as the classifier sees them. The last two fields are there where examples were mixed in pairs."""
 
     image: jax.Array  # [B, H, W, C] floating point, normalised (any shape that the module takes)
     label: jax.Array  # [B] int32, 0 <= label < K
+    partner: jax.Array | None = None  # [B] int32, label of the image that was mixed in
+    share: jax.Array | None = None  # [B], what `label` has of the mixture, 1/2 to 1; `partner` has the rest
 
 
 class Modulator(NamedTuple):
@@ -53,6 +55,37 @@ class Modulator(NamedTuple):
     sites: tuple[str, ...]
 
 
+def _no_modulation(mod_params: PyTree, params: PyTree, labels: jax.Array) -> Modulate:
+    del mod_params, params, labels
+    return no_modulation
+
+
+def _as_they_are(mod_params: PyTree, example_losses: jax.Array, mean: Callable[[jax.Array], jax.Array]) -> jax.Array:
+    del mod_params, mean
+    return example_losses
+
+
+class MetaLearner(NamedTuple):
+    """What a meta set may govern in a training pass. Every function is pure, and `phi` is all that it learns.
+
+    With logits z computed under `modulate`, the training loss is the mean of `weigh(phi, loss(z, labels), mean)`, a
+    scalar function of the classifier's parameters and phi; that is all the meta-gradient asks for. A method fills in
+    what it governs; the defaults leave the pass as it is.
+
+    init: `key -> phi`.
+    modulate: `(phi, params, labels [B]) -> Modulate`, of the training pass.
+    weigh: `(phi, losses [B], mean) -> losses [B]`, each example's loss times its weight; `mean` averages `[B]` over the
+      whole batch, on however many devices it is.
+    per_batch: `labels [B] -> phi`, where phi belongs to one batch, starts from this value each time and is not kept
+      (`init` then returns an empty tree); None where phi is learned from step to step.
+    """
+
+    init: Callable[[jax.Array], PyTree]
+    modulate: Callable[[PyTree, PyTree, jax.Array], Modulate] = _no_modulation
+    weigh: Callable[[PyTree, jax.Array, Callable[[jax.Array], jax.Array]], jax.Array] = _as_they_are
+    per_batch: Callable[[jax.Array], PyTree] | None = None
+
+
 class BilevelState(struct.PyTreeNode):
     """All that changes from step to step. A plain run has empty `mod_params` and `mod_opt_state`."""
 
@@ -61,5 +94,5 @@ class BilevelState(struct.PyTreeNode):
     params: PyTree  # classifier, float32
     batch_stats: PyTree  # running averages; they describe the plain network
     opt_state: PyTree  # classifier's optax state
-    mod_params: PyTree  # modulator
-    mod_opt_state: PyTree  # modulator's optax state
+    mod_params: PyTree  # modulator, another meta learner's phi, or what a second stage trains
+    mod_opt_state: PyTree  # its optax state

@@ -118,3 +118,22 @@ class Normalize(chex.TestCase):
         mean, std = np.array([1.0, 2.0], np.float32), np.array([3.0, 4.0], np.float32)
         normalize = self.variant(augment.normalize)
         chex.assert_trees_all_equal(normalize(IMAGE, mean, std), normalize(IMAGE[None], mean, std)[0])
+
+
+def test_mixup_mixes_images_as_it_says():
+    images = jax.random.normal(jax.random.key(1), (16, 4, 4, 3))
+    labels = jnp.arange(16, dtype=jnp.int32)
+    mixed, partner, share = augment.mixup(jax.random.key(0), images, labels, 1.0)
+    assert sorted(partner.tolist()) == list(range(16))
+    assert ((share >= 0.5) & (share <= 1)).all()
+    part = np.asarray(share)[:, None, None, None]
+    want = part * np.asarray(images) + (1 - part) * np.asarray(images)[np.asarray(partner)]
+    chex.assert_trees_all_close(mixed, want, rtol=1e-5, atol=1e-6)
+    again = augment.mixup(jax.random.key(0), images, labels, 1.0)
+    chex.assert_trees_all_equal(again, (mixed, partner, share))
+
+
+def test_a_small_alpha_mixes_little():
+    images, labels = jnp.zeros((2000, 1)), jnp.zeros(2000, jnp.int32)
+    even, little = (augment.mixup(jax.random.key(0), images, labels, alpha)[2].mean() for alpha in (50.0, 0.05))
+    assert even < 0.6 < 0.9 < little

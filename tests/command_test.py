@@ -27,7 +27,7 @@ def run(capsys, monkeypatch):
         monkeypatch.setattr(sys, "argv", ["main", *arguments])  # config_flags looks there for overrides
         sys.modules.pop("config_config", None)  # what config_flags calls the config file: none is left from before
         try:
-            status = command._guarded(main.main, command._parse(sys.argv))
+            status = command.guarded(main.main, command._parse(sys.argv))
         except SystemExit as stop:
             status = stop.code
         return status, *capsys.readouterr()

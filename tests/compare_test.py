@@ -9,6 +9,7 @@ from absl.testing import flagsaver
 from mfm_jax import compare, train
 from mfm_jax.config import Config
 from mfm_jax.errors import UserError
+from mfm_jax.methods import METHODS
 
 
 def result(balanced: float, *, best: float | None = None, few: float | None = 0.5, seconds: float = 1.0) -> dict:
@@ -132,7 +133,8 @@ def test_every_method_and_seed_gets_a_folder_and_the_same_split(tmp_path, monkey
 
     monkeypatch.setattr(train, "train_and_evaluate", pretend)
     config = Config().to_dict()
-    results = compare.run_all(config, ["ce", "mfm"], [3, 5], tmp_path)
+    results, failed = compare.run_all(config, ["ce", "mfm"], [3, 5], tmp_path)
+    assert failed == {}
     assert results == {
         "ce": [{"folder": "ce/seed3"}, {"folder": "ce/seed5"}],
         "mfm": [{"folder": "mfm/seed3"}, {"folder": "mfm/seed5"}],
@@ -143,6 +145,17 @@ def test_every_method_and_seed_gets_a_folder_and_the_same_split(tmp_path, monkey
         given["method"]["name"], given["train"]["seed"] = Config().method.name, Config().train.seed
         assert given == Config().to_dict()
     assert config == Config().to_dict()
+
+
+def test_what_a_method_cannot_share_is_set_for_it_alone(tmp_path, monkeypatch):
+    runs = {}
+    monkeypatch.setattr(train, "train_and_evaluate", lambda config, *_, **__: runs.update({config.method.name: config}))
+    config = Config().to_dict()
+    config["data"]["train_on_meta"] = True
+    compare.run_all(config, list(METHODS), [0], tmp_path)
+    assert {name for name, run in runs.items() if not run.meta.lagged} == {"l2rw"}
+    with_learner = {name for name, method in METHODS.items() if method.learner}
+    assert {name for name, run in runs.items() if not run.data.train_on_meta} == with_learner
 
 
 def test_seeds():
@@ -162,5 +175,5 @@ def test_methods_must_be_distinct_names_of_the_table(names):
                 compare.main([])
         finally:
             flags.FLAGS.unparse_flags()
-    message = f"--methods={','.join(names)}: allowed: distinct names of ce, logit_adjusted, mfm"
+    message = f"--methods={','.join(names)}: allowed: distinct names of {', '.join(METHODS)}"
     assert str(caught.value) == message

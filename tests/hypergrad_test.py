@@ -12,6 +12,7 @@ import optax
 import pytest
 
 from mfm_jax import bilevel, hypergrad, losses, modulation
+from mfm_jax.methods import meta
 from mfm_jax.types import Batch, Modulate, no_modulation
 
 CLASSES, BATCH = 4, 12
@@ -24,6 +25,13 @@ OPTIMIZERS = {
     "nesterov_decay": lambda: optax.chain(optax.add_decayed_weights(5e-4), optax.sgd(0.1, 0.9, nesterov=True)),
     "clipped": lambda: optax.chain(optax.clip_by_global_norm(0.5), optax.sgd(0.1, 0.9)),
     "adamw": lambda: optax.adamw(0.01, weight_decay=1e-2, eps_root=1e-8),
+}
+# The other meta learners, which have no sites to choose; the head of the net below reads 6 + 2 features.
+LEARNERS = {
+    "meta_weight_net": lambda: meta.meta_weight_net(5),
+    "l2rw": meta.l2rw,
+    "l2ac": lambda: meta.l2ac(CLASSES, 5),
+    "metasaug": lambda: meta.metasaug(CLASSES, 8),
 }
 FORMS = ("direct", "direct_per_class", "frequency", "network", "network_count", "network_attached")
 
@@ -43,6 +51,10 @@ class SmallNet(nn.Module):
         return modulate("logits", nn.Dense(CLASSES, name="head")(x))
 
 
+def make_learner(form: str, sites: tuple[str, ...]):
+    return LEARNERS[form]() if form in LEARNERS else modulation.learner(make_modulator(form, sites))
+
+
 def make_modulator(form: str, sites: tuple[str, ...]):
     widths = {"stem": 4, "stage1": 6, "pooled": 6, "logits": CLASSES}
     channels = {site: widths[site] for site in sites}
@@ -60,8 +72,10 @@ def problem(form: str, sites: tuple[str, ...], optimizer: str, dtype: str):
     net, key = SmallNet(), jax.random.key(0)
     image, meta_image = jax.random.normal(key, (2, BATCH, 8, 8, 3), dtype)
     variables = net.init(key, image)
-    modulator, tx = make_modulator(form, sites), OPTIMIZERS[optimizer]()
-    state = bilevel.init_state(key, variables, tx, modulator)
+    learner, tx = make_learner(form, sites), OPTIMIZERS[optimizer]()
+    state = bilevel.init_state(key, variables, tx, learner)
+    if learner.per_batch:
+        state = state.replace(mod_params=learner.per_batch(LABELS))
     state = jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, state)
     leaves, structure = jax.tree.flatten(state.mod_params)
     keys = jax.random.split(key, len(leaves))
@@ -71,7 +85,7 @@ def problem(form: str, sites: tuple[str, ...], optimizer: str, dtype: str):
     _, opt_state = tx.update(jax.tree.map(lambda p: 0.1 * p, state.params), state.opt_state, state.params)
     state = state.replace(opt_state=opt_state)
     forward = bilevel._forward(net.apply)
-    build = bilevel._gradient_step(forward, losses.cross_entropy, tx, modulator, None)
+    build = bilevel._gradient_step(forward, losses.cross_entropy, tx, learner, None)
     train_loss, update = build(state, Batch(image, LABELS))
 
     def meta_loss(params):
@@ -95,9 +109,11 @@ def both(form, sites, optimizer, dtype, active=None):
 
 def cases():
     """Every form, site and optimizer; the quick tier takes each value at least once, the slow tier all together."""
-    for form, optimizer, sites in itertools.product(FORMS, OPTIMIZERS, [*((s,) for s in SITES), SITES]):
+    for form, optimizer, sites in itertools.product((*FORMS, *LEARNERS), OPTIMIZERS, [*((s,) for s in SITES), SITES]):
         if form == "direct_per_class" and "logits" in sites:
             continue  # refused by the config: the row would give the label away
+        if form in LEARNERS and sites != SITES:
+            continue
         quick = (
             (sites == SITES and optimizer == "adamw")
             or (form == "direct" and optimizer == "nesterov_decay")
@@ -125,7 +141,7 @@ def test_mixed_mode_equals_reverse_over_reverse(form, optimizer, sites):
     ("form", "sites", "optimizer"),
     [(form, ("pooled",), "nesterov_decay") for form in FORMS]
     + [("frequency", ("logits",), name) for name in OPTIMIZERS]
-    + [(form, SITES, "adamw") for form in ("direct", "frequency", "network_attached")],
+    + [(form, SITES, "adamw") for form in ("direct", "frequency", "network_attached", *LEARNERS)],
 )
 def test_mixed_mode_equals_central_difference(form, sites, optimizer):
     with jax.enable_x64(True):

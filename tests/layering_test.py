@@ -29,8 +29,11 @@ ORDER = (
     ("loop", "logs"),
     ("figures",),
     ("report",),
+    ("comparison",),
     ("train",),
     ("command",),
+    ("runs",),
+    ("tune",),
     ("compare", "main"),
 )
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
@@ -105,5 +108,7 @@ def test_importing_the_package_costs_and_prints_nothing():
 
 
 def test_the_report_needs_no_jax():
-    code = "import sys, mfm_jax.report, mfm_jax.metrics, mfm_jax.longtail; print('jax' in sys.modules)"
+    code = (
+        "import sys, mfm_jax.report, mfm_jax.comparison, mfm_jax.metrics, mfm_jax.longtail; print('jax' in sys.modules)"
+    )
     assert python(code) == "False\n"

@@ -22,6 +22,10 @@ LOSSES = {
     "cross_entropy": losses.cross_entropy,
     "logit_adjusted": losses.logit_adjusted(COUNTS, 1.5),
     "gce": losses.generalized_cross_entropy,
+    "focal": losses.focal(2.0),
+    "ldam": losses.ldam(COUNTS, 0.5, 3.0),
+    "dice": losses.dice(0.5),
+    "smoothed": losses.smoothed(losses.focal(1.0), 0.2),
     "temperature": losses.with_temperature(losses.generalized_cross_entropy, 2.0),
 }
 
@@ -43,6 +47,34 @@ class LossValues(chex.TestCase):
         # q = 1/2: 2 (1 - sqrt(p)), with p = 1/4 and 1/2.
         out = self.variant(lambda z, y: losses.generalized_cross_entropy(z, y, 0.5))(LOGITS, LABELS)
         chex.assert_trees_all_close(out, np.array([1.0, 2 - math.sqrt(2)], np.float32), rtol=1e-6)
+
+    @chex.variants(with_jit=True, without_jit=True)
+    def test_focal(self):
+        # gamma = 2, p = 1/4 and 1/2: (3/4)^2 log 4 and (1/2)^2 log 2.
+        out = self.variant(losses.focal(2.0))(LOGITS, LABELS)
+        chex.assert_trees_all_close(out, np.array([9 / 16 * math.log(4), math.log(2) / 4], np.float32), rtol=1e-6)
+
+    @chex.variants(with_jit=True, without_jit=True)
+    def test_ldam(self):
+        # Counts 256, 16, 1: margins 1/4, 1/2 and 1 times log 2, so that the labels' exponentials shrink by 2^-1/2
+        # and 1/2: 2^1/2 / (1 + 2^1/2 + 5), and 4 / (4 + 4 + 4).
+        out = self.variant(losses.ldam(np.array([256, 16, 1]), math.log(2) / 2, 2.0))(LOGITS, LABELS)
+        chex.assert_trees_all_close(
+            out, np.array([math.log((6 + 2**0.5) / 2**0.5), math.log(3)], np.float32), rtol=1e-5
+        )
+
+    @chex.variants(with_jit=True, without_jit=True)
+    def test_dice(self):
+        # alpha = 1, p = 1/4 and 1/2: f = 3/16 and 1/4, loss 1 - (2 f + 1) / (f + 2) = 13/35 and 1/3.
+        out = self.variant(losses.dice(1.0))(LOGITS, LABELS)
+        chex.assert_trees_all_close(out, np.array([1 - 22 / 35, 1 / 3], np.float32), rtol=1e-5)
+
+    @chex.variants(with_jit=True, without_jit=True)
+    def test_label_smoothing_is_the_cross_entropy_to_the_smoothed_label(self):
+        out = self.variant(losses.smoothed(losses.cross_entropy, 0.3))(LOGITS, LABELS)
+        target = 0.7 * np.eye(3)[LABELS] + 0.1
+        want = -(target * np.log([[1 / 8, 2 / 8, 5 / 8], [1 / 4, 1 / 4, 1 / 2]])).sum(axis=1)
+        chex.assert_trees_all_close(out, want.astype(np.float32), rtol=1e-6)
 
     @chex.variants(with_jit=True, without_jit=True)
     def test_temperature_divides_the_logits(self):
@@ -77,6 +109,55 @@ def test_logit_adjustment_at_tau_one_is_balanced_softmax_and_at_zero_cross_entro
     plain = losses.cross_entropy(logits, labels)
     chex.assert_trees_all_equal(losses.logit_adjusted(n, 0.0)(logits, labels), plain)
     chex.assert_trees_all_equal(losses.with_temperature(losses.cross_entropy, 1.0)(logits, labels), plain)
+
+
+@settings(deadline=None, max_examples=30)
+@given(finite_logits, st.integers(0, 2))
+def test_what_reduces_to_the_cross_entropy(row, label):
+    logits, labels = np.array([row], np.float32), np.array([label], np.int32)
+    plain = losses.cross_entropy(logits, labels)
+    chex.assert_trees_all_equal(losses.focal(0.0)(logits, labels), plain)
+    chex.assert_trees_all_equal(losses.smoothed(losses.cross_entropy, 0.0)(logits, labels), plain)
+    scaled = losses.ldam(COUNTS, 0.0, 30.0)(30 * logits, labels)
+    chex.assert_trees_all_equal(scaled, losses.cross_entropy(30 * logits, labels))
+    p = np.exp(-np.float64(plain))
+    np.testing.assert_allclose(losses.dice(0.0)(logits, labels), 1 - (2 * p + 1) / (p + 2), atol=1e-5)
+
+
+def test_ldam_holds_the_rarest_class_furthest():
+    even = np.zeros((3, 3), np.float32)
+    values = losses.ldam(np.array([256, 16, 1]), 0.5, 4.0)(even, np.arange(3))
+    want = [math.log(2 * math.exp(4 * margin) + 1) for margin in (1 / 8, 1 / 4, 1 / 2)]
+    chex.assert_trees_all_close(values, np.array(want, np.float32), rtol=1e-6)
+
+
+def test_dice_is_least_where_its_docstring_says():
+    p = np.linspace(0.01, 0.99, 99, dtype=np.float32)
+    logits = np.stack([np.log(p), np.log1p(-p)], axis=1)
+    values = losses.dice(1.0)(logits, np.zeros(99, np.int32))
+    assert p[np.argmin(values)] == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("loss", [losses.focal(0.5), losses.dice(0.1)], ids=["focal", "dice"])
+def test_certainty_has_a_finite_gradient(loss):
+    logits = np.array([[1e4, 0.0]], np.float32)
+    chex.assert_tree_all_finite(jax.grad(lambda z: loss(z, np.array([0]))[0])(logits))
+    chex.assert_tree_all_finite(jax.grad(lambda z: loss(z, np.array([1]))[0])(logits))
+
+
+def test_class_weights_by_hand():
+    chex.assert_trees_all_close(losses.frequency_weights(np.array([1, 2, 4])), np.array([12, 6, 3], np.float32) / 7)
+    root = losses.frequency_weights(np.array([1, 4, 16]), 0.5)
+    chex.assert_trees_all_close(root, np.array([12, 6, 3], np.float32) / 7, rtol=1e-6)
+    # beta = 1/2: effective numbers 1, 3/2, 7/4 (over 1 - beta); inverted 1, 2/3, 4/7, mean 47/63.
+    found = losses.effective_number_weights(np.array([1, 2, 3]), 0.5)
+    chex.assert_trees_all_close(found, np.array([63, 42, 36], np.float32) / 47, rtol=1e-6)
+
+
+def test_effective_number_lies_between_no_weights_and_inverse_frequency():
+    chex.assert_trees_all_equal(losses.effective_number_weights(COUNTS, 0.0), jnp.ones(3))
+    nearly = losses.effective_number_weights(COUNTS, 0.999999)
+    chex.assert_trees_all_close(nearly, losses.frequency_weights(COUNTS), rtol=1e-3)
 
 
 def test_balanced_counts_make_the_adjustment_vanish():

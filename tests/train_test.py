@@ -126,6 +126,27 @@ train.train_and_evaluate(__import__("json").loads(sys.argv[1]), sys.argv[2])
 """
 
 
+def test_seeds_trained_together_are_the_runs_they_would_be_alone(finished, tmp_path):
+    """The first steps agree to rounding; each run has its own folder, and is not repeated."""
+    workdir, alone = finished
+    configs = [config_lib.resolve(tiny(train__seed=seed)) for seed in (0, 1)]
+    folders = [tmp_path / "seed0", tmp_path / "seed1"]
+    results = train.train_together(configs, folders)
+    assert [result["seed"] for result in results] == [0, 1]
+    rows = [[json.loads(line) for line in (f / "metrics.jsonl").read_text().splitlines()] for f in (workdir, *folders)]
+    for name in ("loss", "meta_loss", "grad_norm", "hypergrad_norm"):
+        np.testing.assert_allclose(rows[1][0][name], rows[0][0][name], rtol=1e-4)
+    assert rows[1][0]["loss"] != rows[2][0]["loss"]
+    assert results[0]["last"]["step"] == alone["last"]["step"]
+    assert train.train_together(configs, folders) == results
+
+
+def test_runs_that_differ_in_more_than_the_seed_are_not_trained_together(tmp_path):
+    configs = [config_lib.resolve(tiny(train__seed=seed, optim__momentum=0.5 + seed / 10)) for seed in (0, 1)]
+    with pytest.raises(UserError, match=r"train\.seed alone, not in optim\.momentum"):
+        train.train_together(configs, [tmp_path / "a", tmp_path / "b"])
+
+
 @pytest.mark.parametrize("kills", [1, pytest.param(5, marks=pytest.mark.slow)])
 def test_killed_and_resumed_is_bit_identical(tmp_path, kills):
     """SIGKILL at a random moment, a real process, several times over."""
@@ -250,6 +271,9 @@ def test_a_manifest_is_taken_from_a_file(finished, tmp_path):
         {"meta__virtual": "last_stage", "optim__clip_norm": 1.0},
         {"data__protocol": "full", "data__val_images_per_class": 0},
         {"train__dtype": "bfloat16", "data__train_on_meta": True, "optim__name": "adamw", "optim__schedule": "step"},
+        {"method__name": "ldam_drw", "augment__mixup": 0.4, "method__label_smoothing": 0.1},
+        {"method__name": "smote", "method__first_stage": 0.5, "train__steps_per_call": 4, "data__protocol": "full"},
+        {"method__name": "meta_weight_net", "method__base": "ldam", "meta__virtual": "head", "meta__freeze": True},
         {"train__steps_per_call": 4, "train__max_steps": 7, "optim__warmup_epochs": 1},
     ],
     ids=lambda overrides: "+".join(str(value) for value in overrides.values()),

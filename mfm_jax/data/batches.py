@@ -5,8 +5,9 @@ Nothing here keeps a position: the batch of step t follows from (key, t) alone, 
 resumes at any step sees the batches of an uninterrupted one, and there is no iterator state to save.
 
 The training order is a fresh permutation each epoch, its remainder dropped, so that every step has the same
-shape and compiles once. Meta batches are balanced: class counts differ by at most one. Give each function a
-key of its own (`fold_in` of a stream's name), as two that share a key share their randomness.
+shape and compiles once; where a method draws classes by another distribution, `sampled_order` makes the table. Meta
+batches are balanced: class counts differ by at most one. Give each function a key of its own (`fold_in` of a
+stream's name), as two that share a key share their randomness.
 """
 
 import functools
@@ -29,6 +30,43 @@ def epoch_order(key: jax.Array, epoch: int | jax.Array, num_examples: int, batch
     examples = jnp.arange(num_examples, dtype=jnp.int32)
     shuffled = jax.random.permutation(jax.random.fold_in(key, epoch), examples)
     return shuffled[: steps * batch_size].reshape(steps, batch_size)
+
+
+@functools.partial(jax.jit, static_argnames="batch_size")
+def sampled_order(
+    key: jax.Array, epoch: int | jax.Array, labels: jax.Array, share: jax.Array, keep: jax.Array, batch_size: int
+) -> jax.Array:
+    """Returns the example indices of one epoch in which class k has the part `share_k` of the T = steps * B places.
+
+    A class gets `share_k * T` places, rounded up or down at random; its images take turns, so that within an epoch
+    none is seen twice before all have been seen once.
+
+    Args:
+      key: typed PRNG key of the order's stream.
+      epoch: the epoch; another one gives another draw.
+      labels: int32 [N], every class present.
+      share: [K], the distribution over classes; sums to one.
+      keep: int32 [K], images of each class that are used at all, 1 to n_k: the same ones in every epoch.
+      batch_size: static.
+
+    Returns:
+      int32 [steps_per_epoch, batch_size].
+    """
+    steps = steps_per_epoch(len(labels), batch_size)
+    chosen, epoch_key = jax.random.uniform(key, labels.shape), jax.random.fold_in(key, epoch)
+    turn_key, place_key, shuffle_key = jax.random.split(epoch_key, 3)
+    counts = jnp.bincount(labels, length=len(share))
+    first = jnp.cumsum(counts) - counts  # of each class, in an array that is sorted by class
+    rank = jnp.arange(len(labels)) - first[jnp.sort(labels)]
+    by_choice = jnp.lexsort((chosen, labels))
+    kept = jnp.zeros(labels.shape, bool).at[by_choice].set(rank < keep[jnp.sort(labels)])
+    pool = jnp.lexsort((jax.random.uniform(turn_key, labels.shape), ~kept, labels))  # by class, kept ones first
+    places = steps * batch_size
+    position = (jnp.arange(places) + jax.random.uniform(place_key)) / places
+    label = jnp.searchsorted(jnp.cumsum(share), position, side="right").clip(0, len(share) - 1)
+    turn = jnp.arange(places) - jnp.searchsorted(label, label, side="left")
+    order = pool[first[label] + turn % keep[label]]
+    return jax.random.permutation(shuffle_key, order).reshape(steps, batch_size).astype(jnp.int32)
 
 
 @functools.partial(jax.jit, static_argnames="batch_size")

@@ -1,0 +1,158 @@
+"""The meta learners beside MFM: what phi is, and where in the training pass it acts.
+
+All of them are learned by the same meta-gradient, through the same optimizer step and under the same batch-norm policy
+(`bilevel.make_step`), so that a difference between two of them is a difference between two ideas.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from mfm_jax.types import MetaLearner, Modulate, PyTree
+
+
+def meta_weight_net(hidden: int = 100) -> MetaLearner:
+    """A weight for each example, from its loss alone: `v_i = sigmoid(MLP(l_i))`, loss `sum(v_i l_i) / sum(v_i)`.
+
+    The MLP has one hidden layer of ReLUs; the loss goes into it as a number, without its gradient. Its last layer
+    starts at zero, so that all weights start equal. The paper's eq. 3 does not divide by the sum; without that all
+    weights can go to zero together, and training then stands still.
+
+    References:
+      Shu et al., Meta-Weight-Net: learning an explicit mapping for sample weighting, NeurIPS 2019, eq. 1 to 5.
+    """
+
+    def init(key: jax.Array) -> PyTree:
+        return _mlp_init(key, 1, hidden, 1)
+
+    def weigh(phi: PyTree, losses: jax.Array, mean: Callable[[jax.Array], jax.Array]) -> jax.Array:
+        inputs = jax.lax.stop_gradient(losses)[:, None].astype(phi["w1"].dtype)
+        weights = jax.nn.sigmoid(_mlp(phi, inputs))[:, 0]
+        return (weights / (mean(weights) + 1e-12)).astype(losses.dtype) * losses
+
+    return MetaLearner(init, weigh=weigh)
+
+
+def l2rw() -> MetaLearner:
+    """A free weight for each example of the batch: phi is `[B]`, starts at zero at every step and is not kept.
+
+    With `positive_part` as its optimizer, the weights are the meta-gradient's negative, cut off at zero and scaled to
+    the mean 1: an example counts as far as a step on it alone would lower the meta loss. They belong to this batch, so
+    the real step has to be taken again with them (`meta.lagged = False`).
+
+    References:
+      Ren et al., Learning to reweight examples for robust deep learning, ICML 2018, eq. 12 to 14 and algorithm 1.
+    """
+
+    def start(labels: jax.Array) -> jax.Array:
+        # A multiple of the labels, so that under `shard_map` it is split over the devices as they are.
+        return 0.0 * labels.astype(jnp.float32)
+
+    def weigh(phi: PyTree, losses: jax.Array, mean: Callable[[jax.Array], jax.Array]) -> jax.Array:
+        return phi.astype(losses.dtype) * losses
+
+    return MetaLearner(lambda key: {}, weigh=weigh, per_batch=start)
+
+
+def positive_part(axis_name: str | None = None) -> optax.GradientTransformation:
+    """Returns the change from zero to `max(-gradient, 0)`, scaled to the mean 1 over the batch; zero if all are zero.
+
+    Args:
+      axis_name: mesh axis over which the batch is split.
+
+    References:
+      Ren et al. 2018, eq. 13 and 14.
+    """
+
+    def weights(gradient: jax.Array, phi: PyTree) -> jax.Array:
+        del phi
+        wanted = jnp.maximum(-gradient, 0)
+        mean = jax.lax.pmean(wanted.mean(), axis_name) if axis_name else wanted.mean()
+        return jnp.where(mean > 0, wanted / jnp.where(mean > 0, mean, 1), 0)
+
+    return optax.stateless(weights)
+
+
+def l2ac(num_classes: int, hidden: int = 100) -> MetaLearner:
+    """A residual on the logits of the training pass: `z + MLP(z / |z|)`, the MLP reading z without its gradient.
+
+    The MLP has one hidden layer of ReLUs; its last layer starts at zero, hence the residual too. At test time there is
+    none. This is the network form of MFM's modulation with the shift alone, at `logits` (tests hold the two together).
+
+    References:
+      Wang et al., Imbalanced semi-supervised learning with bias adaptive classifier, ICLR 2023 (the bias adaptive
+      classifier, here on labelled images).
+    """
+
+    def init(key: jax.Array) -> PyTree:
+        return _mlp_init(key, num_classes, hidden, num_classes)
+
+    def modulate(phi: PyTree, params: PyTree, labels: jax.Array) -> Modulate:
+        return _at_logits(lambda logits: _mlp(phi, _unit(jax.lax.stop_gradient(logits)).astype(phi["w1"].dtype)))
+
+    return MetaLearner(init, modulate)
+
+
+def metasaug(num_classes: int, channels: int, strength: float = 0.5) -> MetaLearner:
+    """Implicit semantic augmentation, each class's feature covariance learned on the meta set.
+
+    Augmenting the features of class y by draws from `N(0, strength * Sigma_y)`, infinitely often, has the upper bound
+
+        loss(z'),  z'_k = z_k + strength / 2 (w_k - w_y)^T Sigma_y (w_k - w_y)
+
+    with w the head's weights. Here Sigma_y is diagonal, `softplus(rho_y)` `[C]`, and rho `[K, C]` is all of phi: where
+    the paper estimates covariances from features and has the meta-gradient correct them, they are learned from the
+    meta-gradient alone, and the strength is constant where the paper lets it grow with the epoch.
+
+    Args:
+      num_classes: K.
+      channels: C, width of the features below the head.
+      strength: lambda; 0 leaves the loss as it is.
+
+    References:
+      Li et al., MetaSAug: meta semantic augmentation for long-tailed visual recognition, CVPR 2021, eq. 4 and 6.
+      Wang et al., Implicit semantic data augmentation for deep networks, NeurIPS 2019, proposition 1.
+    """
+
+    def init(key: jax.Array) -> PyTree:
+        del key
+        return {"rho": jnp.full((num_classes, channels), -4.0, jnp.float32)}  # a variance of 0.018
+
+    def modulate(phi: PyTree, params: PyTree, labels: jax.Array) -> Modulate:
+        kernel = params["head"]["kernel"]
+        variance = jax.nn.softplus(phi["rho"]).astype(kernel.dtype)
+        # sum_c variance_yc (w_ck - w_cy)^2, multiplied out: [K, K] for the classes, then a row for each example.
+        square = variance @ kernel**2
+        cross = (variance * kernel.T) @ kernel
+        spread = square - 2 * cross + jnp.diag(square)[:, None]
+        return _at_logits(lambda logits: strength / 2 * spread[labels])
+
+    return MetaLearner(init, modulate)
+
+
+def _at_logits(shift: Callable[[jax.Array], jax.Array]) -> Modulate:
+    def modulate(site: str, features: jax.Array) -> jax.Array:
+        return features + shift(features).astype(features.dtype) if site == "logits" else features
+
+    return modulate
+
+
+def _unit(rows: jax.Array) -> jax.Array:
+    """Returns each row divided by its norm, with a finite gradient where it is zero."""
+    return rows * jax.lax.rsqrt(jnp.sum(rows**2, axis=-1, keepdims=True) + 1e-12)
+
+
+def _mlp_init(key: jax.Array, inputs: int, hidden: int, outputs: int) -> PyTree:
+    return {
+        "w1": jax.nn.initializers.he_normal()(key, (inputs, hidden), jnp.float32),
+        "b1": jnp.zeros((hidden,), jnp.float32),
+        "w2": jnp.zeros((hidden, outputs), jnp.float32),
+        "b2": jnp.zeros((outputs,), jnp.float32),
+    }
+
+
+def _mlp(phi: PyTree, inputs: jax.Array) -> jax.Array:
+    hidden = jax.nn.relu(inputs @ phi["w1"] + phi["b1"][None, :])
+    return hidden @ phi["w2"] + phi["b2"][None, :]

@@ -1,0 +1,80 @@
+"""The page of a comparison, from results made by hand."""
+
+import re
+
+import numpy as np
+import pytest
+
+from mfm_jax import compare, comparison, metrics
+
+COUNTS = np.array([500, 60, 7])
+MANIFEST = {
+    "dataset": "made <up>",
+    "protocol": "full",
+    "imbalance_factor": 71.4,
+    "class_names": ["a", "b", "<c>"],
+    "splits": {"train": {"class_counts": COUNTS.tolist()}},
+}
+
+
+def run(seed: int, skill: float, seconds: float) -> dict:
+    """Returns results whose balanced accuracy is `skill`."""
+    labels = np.repeat(np.arange(3), 20)
+    hit = np.tile(np.arange(20) < round(20 * skill), 3)
+    probs = np.full((60, 3), 0.1)
+    probs[np.arange(60), np.where(hit, labels, (labels + 1) % 3)] = 0.8
+    test = metrics.evaluate(probs, labels, COUNTS)
+    return {"seed": seed, "last": {"test": test}, "best": None, "train_seconds": seconds}
+
+
+def page(tmp_path, results, baseline="ce", failed=None, memory=None) -> str:
+    rows = compare.table(results, baseline)
+    path = comparison.write_page(tmp_path, rows, results, failed or {}, memory or {}, MANIFEST, baseline)
+    assert path == tmp_path / "compare.html"
+    return path.read_text()
+
+
+def rows_of(html: str) -> dict[str, list[str]]:
+    found = {}
+    for row in re.findall(r"<tr><td>(.*?)</tr>", html, re.DOTALL):
+        cells = [" ".join(re.sub(r"<[^>]*>", " ", cell).split()) for cell in row.split("</td>")]
+        found[cells[0]] = cells[1:-1]
+    return found
+
+
+@pytest.fixture
+def results():
+    return {
+        "ce": [run(0, 0.5, 10.0), run(1, 0.4, 10.0), run(2, 0.3, 12.0)],
+        "mfm": [run(0, 0.7, 20.0), run(1, 0.6, 25.0), run(2, 0.6, 30.0)],
+    }
+
+
+def test_differences_with_their_interval_and_costs_as_ratios(tmp_path, results):
+    found = rows_of(page(tmp_path, results, memory={"ce": 100.0, "mfm": 150.0}))
+    # Gaps 20, 20, 30: mean 23.33, standard error 3.333; t(0.975, 2) is 4.3027, half the width 14.34.
+    assert found["mfm"][-3:] == ["23.33 [8.99, 37.68]", "2.50", "1.50"]
+    assert found["ce"][-3:] == ["–", "1.00", "1.00"]
+    assert found["ce"][1] == "40.00 ± 10.00"
+
+
+def test_memory_that_was_not_measured_and_a_single_seed(tmp_path, results):
+    one_seed = {name: runs[:1] for name, runs in results.items()}
+    found = rows_of(page(tmp_path, one_seed, memory={"ce": None, "mfm": 1.0}))
+    assert found["mfm"][-3:] == ["20.00", "2.00", "–"]
+
+
+def test_it_is_one_page_with_three_figures_and_escapes_names(tmp_path, results):
+    html = page(tmp_path, results, failed={"focal": "focal seed 1: <b>loss</b> became non-finite"})
+    assert html.count("<svg") == 3
+    assert "made &lt;up&gt;" in html
+    assert "<b>loss" not in html
+    assert "focal: focal seed 1: &lt;b&gt;loss" in html
+    assert not re.search(r"<script|https?://(?!www\.w3\.org)", html)
+
+
+def test_a_failed_baseline_leaves_the_rest(tmp_path, results):
+    html = page(tmp_path, {"mfm": results["mfm"]}, failed={"ce": "out of memory"})
+    assert html.count("<svg") == 2
+    assert rows_of(html)["mfm"][-3:] == ["–", "–", "–"]
+    assert "nothing to measure costs by" in html

@@ -1,0 +1,102 @@
+"""What methods do to the head: identities, and numbers by hand."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mfm_jax import losses, models
+from mfm_jax.methods import heads, smote
+
+MODULE = models.create("resnet8", 3, 4)
+IMAGE = jax.random.normal(jax.random.key(0), (5, 8, 8, 3))
+COUNTS = jnp.array([500, 60, 7])
+
+
+@pytest.fixture(scope="module")
+def variables():
+    found = MODULE.init(jax.random.key(1), IMAGE)
+    bias = jnp.array([0.3, -0.2, 0.1])
+    params = heads.replaced(found["params"], {**found["params"]["head"], "bias": bias})
+    return {**found, "params": params}
+
+
+def logits(variables, params=None):
+    return MODULE.apply({**variables, "params": params or variables["params"]}, IMAGE)
+
+
+def test_tau_zero_is_plain(variables):
+    chex.assert_trees_all_equal(heads.tau_normalized(variables["params"], 0.0), variables["params"])
+    chex.assert_trees_all_equal(heads.without_prior(variables["params"], COUNTS, 0.0), variables["params"])
+
+
+def test_tau_one_makes_every_weight_vector_a_unit_vector(variables):
+    params = {"head": {"kernel": jnp.array([[3.0, 0.0], [4.0, 2.0]]), "bias": jnp.array([5.0, 1.0])}}
+    found = heads.tau_normalized(params, 1.0)["head"]
+    want = {"kernel": jnp.array([[0.6, 0.0], [0.8, 1.0]]), "bias": jnp.array([1.0, 0.5])}
+    chex.assert_trees_all_close(found, want, rtol=1e-6)
+    half = heads.tau_normalized(params, 0.5)["head"]["kernel"]
+    chex.assert_trees_all_close(half[:, 0], jnp.array([3.0, 4.0]) / 5**0.5, rtol=1e-6)
+
+
+def test_the_prior_is_taken_off_the_logits(variables):
+    gap = logits(variables) - logits(variables, heads.without_prior(variables["params"], COUNTS, 1.5))
+    want = np.broadcast_to(1.5 * np.log(np.array([500, 60, 7]) / 567), gap.shape)
+    chex.assert_trees_all_close(gap, want.astype(np.float32), rtol=1e-4, atol=1e-5)
+
+
+def test_a_head_with_the_prior_as_its_bias_predicts_the_prior(variables):
+    params = heads.with_prior_bias(variables["params"], COUNTS)
+    params["head"]["kernel"] = jnp.zeros_like(params["head"]["kernel"])
+    found = jax.nn.softmax(logits(variables, params))
+    chex.assert_trees_all_close(found[0], COUNTS / 567, rtol=1e-5)
+    assert float(losses.cross_entropy(logits(variables, params), jnp.zeros(5, jnp.int32))[0]) < 0.2
+
+
+def test_scales_multiply_the_logits(variables):
+    scale = jnp.array([1.0, 2.0, 0.5])
+    found = logits(variables, heads.scaled(variables["params"], scale))
+    chex.assert_trees_all_close(found, logits(variables) * scale[None, :], rtol=1e-5, atol=1e-6)
+
+
+def test_cosine_head(variables):
+    found = heads.cosine(MODULE.apply, 30.0)(variables, IMAGE)
+    features = np.asarray(heads.features(MODULE.apply)(variables, IMAGE))
+    kernel = np.asarray(variables["params"]["head"]["kernel"])
+    cosines = features @ kernel / np.linalg.norm(features, axis=1)[:, None] / np.linalg.norm(kernel, axis=0)[None, :]
+    chex.assert_trees_all_close(found, 30 * cosines, rtol=1e-4, atol=1e-4)
+
+
+def test_head_on_stored_features_is_the_network_and_runs_none_of_it(variables):
+    features = heads.features(MODULE.apply)(variables, IMAGE)
+    on_features = heads.on_features(MODULE.apply, IMAGE.shape[1:])
+    run = jax.jit(lambda features: on_features(variables, features, train=False))
+    chex.assert_trees_all_close(run(features), logits(variables), rtol=1e-5, atol=1e-6)
+    assert "convolution" not in run.lower(features).compile().as_text()
+
+
+def test_new_head_has_the_old_ones_shape(variables):
+    found = heads.fresh(jax.random.key(5), variables["params"])
+    chex.assert_trees_all_equal_shapes_and_dtypes(found, variables["params"]["head"])
+    assert not np.any(found["bias"])
+
+
+def test_smote_fills_every_class_with_points_between_its_own():
+    random = np.random.default_rng(0)
+    labels = np.repeat(np.arange(4, dtype=np.int32), [9, 5, 2, 1])
+    features = (random.normal(size=(17, 3)) + 10 * labels[:, None]).astype(np.float32)
+    found, found_labels = smote.oversample(features, labels, 5, 0)
+    assert np.bincount(found_labels).tolist() == [9] * 4
+    assert (found.dtype, found_labels.dtype) == (np.float32, np.int32)
+    chex.assert_trees_all_equal(found[:17], features)
+    for k in range(4):
+        own, added = features[labels == k], found[17:][found_labels[17:] == k]
+        assert (added >= own.min(axis=0) - 1e-5).all()
+        assert (added <= own.max(axis=0) + 1e-5).all()
+    between = found[17:][found_labels[17:] == 2]  # two images: every point is on the segment
+    start, end = features[labels == 2]
+    part = (between - start) @ (end - start) / np.sum((end - start) ** 2)
+    chex.assert_trees_all_close(between, start + part[:, None] * (end - start), atol=1e-4)
+    chex.assert_trees_all_equal(found, smote.oversample(features, labels, 5, 0)[0])
+    assert not np.array_equal(found, smote.oversample(features, labels, 5, 1)[0])

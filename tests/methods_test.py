@@ -1,0 +1,250 @@
+"""What every method must pass, on the embedded digits with a class of one image and a network of two layers.
+
+The product of methods and real networks is in the slow tier; `train_test` runs the steps' options.
+"""
+
+import os
+import signal
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from mfm_jax import augment, models, optim, parallel, train
+from mfm_jax import config as config_lib
+from mfm_jax import data as data_lib
+from mfm_jax import experiment as experiment_lib
+from mfm_jax.errors import UserError
+from mfm_jax.methods import METHODS
+from mfm_jax.types import Batch, no_modulation
+
+ALL = list(METHODS)
+
+
+class Tiny(nn.Module):
+    """A layer, batch norm and a head, with the sites that every method may ask for."""
+
+    num_classes: int
+    dtype: jnp.dtype
+    axis_name: str | None
+
+    @nn.compact
+    def __call__(self, image, *, train: bool = False, modulate=no_modulation):
+        x = image.reshape(len(image), -1).astype(self.dtype)
+        x = nn.Dense(8, dtype=self.dtype, name="stage3")(x)
+        x = nn.BatchNorm(not train, momentum=0.9, axis_name=self.axis_name, dtype=self.dtype)(x)
+        x = modulate("pooled", modulate("stage3", nn.relu(x)))
+        logits = nn.Dense(self.num_classes, dtype=self.dtype, name="head")(x)
+        return modulate("logits", logits.astype(jnp.promote_types(logits.dtype, jnp.float32)))
+
+
+@pytest.fixture(autouse=True)
+def _tiny(monkeypatch):
+    monkeypatch.setattr(models, "create", lambda name, classes, width, dtype, axis: Tiny(classes, dtype, axis))
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+
+
+def configured(name: str, **overrides):
+    """Two epochs of two steps; a second stage, and the deferred weights, have the second epoch."""
+    config = config_lib.default()
+    config.data.update(source="digits", name="digits", imbalance_factor=100.0)
+    config.augment.update(pad=1, flip=False)
+    config.method.update(name=name, first_stage=0.5)
+    config.meta.update(batch_size=40, every=2, lagged=name != "l2rw")
+    config.optim.learning_rate = 0.05
+    config.train.update(epochs=2, batch_size=100)
+    for path, value in overrides.items():
+        group, field = path.split("__")
+        config[group][field] = value
+    return config_lib.resolve(config)
+
+
+class Watched:
+    """The compiled call, under a transfer guard from a kind's second step on; stops after `stop_at` steps."""
+
+    def __init__(self, compiled, stop_at: int):
+        self.compiled, self.stop_at, self.kinds = compiled, stop_at, []
+
+    def __call__(self, loop, data, is_meta, kind):
+        guard = "disallow" if kind in self.kinds else "allow"
+        self.kinds.append(kind)
+        if len(self.kinds) == self.stop_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        with jax.transfer_guard(guard):
+            return self.compiled(loop, data, is_meta, kind)
+
+
+def trained(config, workdir, stop_at: int = 0):
+    """Trains as `train_and_evaluate` does, without the reports; returns the run."""
+    data = data_lib.build(config)
+    run = train._Run(config, workdir, data, experiment_lib.build(config, data), None)
+    run.call = Watched(run.call, stop_at)
+    try:
+        run.train("")
+    finally:
+        run.close()
+    return run
+
+
+_finished: dict = {}
+
+
+@pytest.fixture
+def finished(request, tmp_path_factory):
+    """The method's finished run, made once."""
+    name = request.getfixturevalue("name")
+    if name not in _finished:
+        _finished[name] = trained(configured(name), tmp_path_factory.mktemp(name))
+    return _finished[name]
+
+
+def arrays(tree):
+    """Returns `tree` with its PRNG keys as numbers, on the host."""
+    is_key = lambda x: jnp.issubdtype(x.dtype, jax.dtypes.prng_key)  # noqa: E731
+    return jax.device_get(jax.tree.map(lambda x: jax.random.key_data(x) if is_key(x) else x, tree))
+
+
+def finite(tree) -> bool:
+    return all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(arrays(tree)))
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_trains_with_a_class_of_one_image_and_stays_finite(name, finished):
+    assert finished.data.counts.min() == 1
+    assert finite(finished.loop)
+    assert finished.step == 4
+    result = finished.evaluate(finished.loop.bilevel, "test")
+    assert np.isfinite(result["nll"])
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_each_kind_of_step_compiles_once_and_nothing_leaves_the_device(name, finished):
+    """The run itself was under the guard (`Watched`)."""
+    method = METHODS[name]
+    second = {"retrain"} if method.retraining else {"plain"}
+    want = {"meta", "plain"} if method.learner else {"plain"} | second
+    assert set(finished.call.kinds) == want
+    assert finished.call.compiled._cache_size() == len(want)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_interrupted_and_resumed_is_bit_identical(name, finished, tmp_path):
+    """A second process would do the same: everything is built anew. So it is deterministic by seed, too."""
+    config = configured(name)
+    with pytest.raises(train.Interrupted, match="saved at step 3"):
+        trained(config, tmp_path, stop_at=3)
+    again = trained(config, tmp_path)
+    assert len(again.call.kinds) == 1
+    chex.assert_trees_all_equal(arrays(again.loop), arrays(finished.loop))
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_another_seed_is_another_run(name, finished):
+    config = configured(name, train__seed=1)
+    other = experiment_lib.build(config, finished.data).init()
+    gap = jax.tree.map(lambda a, b: np.abs(a - b).max(), arrays(other.params), arrays(finished.loop.bilevel.params))
+    assert max(jax.tree.leaves(gap)) > 0
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_is_the_plain_classifier_at_test_time(name, finished):
+    """No modulation, and nothing of what the meta set taught; a second stage is in the parameters themselves."""
+    experiment, state = finished.experiment, finished.loop.bilevel
+    image = jax.random.normal(jax.random.key(0), (5, *finished.data.test_images.shape[1:]))
+    probabilities = experiment.eval_step(state, image)
+    variables = {"params": experiment.params(state), "batch_stats": state.batch_stats}
+    if not METHODS[name].cosine_head:
+        plain = Tiny(10, jnp.float32, None).apply(variables, image)
+        chex.assert_trees_all_close(probabilities, jax.nn.softmax(plain), rtol=1e-5)
+    noise = jax.tree.map(lambda x: 2 * x + 1, state.mod_params)
+    changed = experiment.eval_step(state.replace(mod_params=noise), image)
+    if METHODS[name].retraining is None:
+        chex.assert_trees_all_equal(changed, probabilities)
+    else:
+        assert np.abs(changed - probabilities).max() > 1e-3
+        early = state.replace(step=jnp.int32(experiment.retrain_from))
+        chex.assert_trees_all_equal(experiment.params(early), state.params)
+
+
+def stepped(config, data, mesh=None, *, absent: bool = False, mixed: bool = False):
+    """Takes one step of each kind from the initial state, without augmentation; returns (state, metrics) by kind."""
+    experiment, method = experiment_lib.build(config, data, mesh), METHODS[config.method.name]
+    state, size = experiment.init(), 40
+    image, meta_image = (
+        augment.normalize(jnp.asarray(images[:size]), data.mean, data.std)
+        for images in (data.train_images, data.meta_images)
+    )
+    label = jnp.zeros(size, jnp.int32) if absent else jnp.asarray(data.train_labels[:size])
+    batch, meta_batch = Batch(image, label), Batch(meta_image, jnp.asarray(data.meta_labels[:size]))
+    if mixed:
+        batch = Batch(image, label, label[::-1], jnp.linspace(0.5, 1.0, size))
+    arguments = {"plain": (batch,)}
+    if method.learner:
+        arguments["meta"] = (batch, meta_batch)
+    if method.retraining:
+        features = jax.random.normal(jax.random.key(3), (size, 8))
+        arguments["retrain"] = (batch._replace(image=features) if experiment.synthetic else batch,)
+    return {kind: jax.jit(getattr(experiment, f"{kind}_step"))(state, *given) for kind, given in arguments.items()}
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_four_devices_equal_one(name, finished, monkeypatch):
+    # SGD, since the first step of Adam blows the rounding of a gradient near zero up to the size of a whole step.
+    monkeypatch.setattr(optim, "modulator", lambda config: optax.sgd(0.1))
+    config = configured(name)
+    one = arrays(stepped(config, finished.data))
+    four = arrays(stepped(config, finished.data, parallel.data_mesh(jax.devices()[:4])))
+    chex.assert_trees_all_close(four, one, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_bfloat16_absent_classes_and_mixed_smoothed_labels(name, finished):
+    """Nine classes are absent from the batch; label smoothing and mixup compose with the method."""
+    config = configured(name, train__dtype="bfloat16", method__label_smoothing=0.1)
+    for state, metrics in stepped(config, finished.data, absent=True, mixed=True).values():
+        assert finite((state, metrics))
+        assert float(metrics["loss"]) >= 0
+        trees = (state.params, state.mod_params, state.batch_stats)
+        assert {leaf.dtype for leaf in jax.tree.leaves(trees)} == {np.dtype("float32")}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ALL)
+def test_whole_runs_of_a_residual_network(name, dtype, tmp_path, monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    config = configured(name, train__dtype=dtype, model__name="resnet8", model__width=4, train__epochs=4)
+    results = train.train_and_evaluate(config, tmp_path)
+    assert np.isfinite(results["last"]["test"]["nll"])
+
+
+# --- what a config may not ask for ----------------------------------------------------------------
+
+
+def test_the_table_and_the_config_have_the_same_names():
+    choices = config_lib.GROUPS["method"].__dataclass_fields__["name"].metadata["choices"]
+    assert set(choices) == set(METHODS)
+    assert {name for name, m in METHODS.items() if m.retraining or m.fine_tune} == set(config_lib.STAGED)
+
+
+def test_weights_of_one_batch_cannot_be_lagged():
+    with pytest.raises(UserError, match=r"meta.lagged = True: l2rw's weights belong to one batch.*set meta.lagged"):
+        configured("l2rw", meta__lagged=True)
+
+
+@pytest.mark.parametrize("name", config_lib.STAGED)
+def test_a_second_stage_needs_an_epoch(name):
+    with pytest.raises(UserError, match=r"method.first_stage = 0.5: leaves .* no epoch of train.epochs = 1"):
+        configured(name, train__epochs=1)
+    with pytest.raises(UserError, match=r"optim.warmup_epochs = 1: allowed: less than the 1 epochs"):
+        configured(name, optim__warmup_epochs=1)
+
+
+def test_only_the_network_form_can_leave_the_scale_out():
+    with pytest.raises(UserError, match=r"modulation.shift_only = True: only modulation.form = 'network'"):
+        configured("mfm", modulation__shift_only=True)

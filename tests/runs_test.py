@@ -1,0 +1,134 @@
+"""Runs after each other and side by side: a failure is an outcome, and the others finish."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from mfm_jax import compare, runs, train
+from mfm_jax import config as config_lib
+from mfm_jax.errors import UserError
+
+
+def run(tmp_path, name: str, **overrides) -> runs.Run:
+    config = config_lib.default()
+    config.data.update(source="digits", name="digits", imbalance_factor=10.0)
+    config.augment.update(pad=0, flip=False)
+    config.method.name = "ce"
+    config.model.update(name="resnet8", width=2)
+    config.train.update(epochs=2, batch_size=64)
+    for path, value in overrides.items():
+        group, field = path.split("__")
+        config[group][field] = value
+    return runs.Run(name, config_lib.resolve(config), tmp_path / name)
+
+
+def test_a_failure_in_this_process_is_an_outcome(tmp_path, monkeypatch):
+    def pretend(config, workdir, *, label):
+        if label == "bad":
+            raise UserError("data.name = 'x': no such set")
+        if label == "worse":
+            raise MemoryError("out of it")
+        return {"label": label}
+
+    monkeypatch.setattr(train, "train_and_evaluate", pretend)
+    found = runs.train_all([run(tmp_path, name) for name in ("bad", "good", "worse")])
+    assert found == [
+        runs.Outcome(None, "data.name = 'x': no such set"),
+        runs.Outcome({"label": "good"}),
+        runs.Outcome(None, "MemoryError: out of it"),
+    ]
+
+
+def test_an_interruption_is_not_a_failure(tmp_path, monkeypatch):
+    def pretend(config, workdir, *, label):
+        raise train.Interrupted(3)
+
+    monkeypatch.setattr(train, "train_and_evaluate", pretend)
+    with pytest.raises(train.Interrupted):
+        runs.train_all([run(tmp_path, "one")])
+
+
+def test_a_failed_method_is_shown_and_the_others_are_compared(tmp_path, monkeypatch, capsys):
+    evaluation = {"test": dict.fromkeys(compare._COLUMNS, 0.5)}
+    good = runs.Outcome({"last": evaluation, "best": None, "train_seconds": 1.0})
+    outcomes = [good, runs.Outcome(None, "loss became non-finite"), good]
+    monkeypatch.setattr(runs, "train_all", lambda planned, jobs: outcomes)
+    results, failed = compare.run_all(config_lib.default(), ["ce", "focal", "mfm"], [0], tmp_path)
+    assert list(results) == ["ce", "mfm"]
+    assert failed == {"focal": "focal seed 0: loss became non-finite"}
+    rows = compare.table(results, "ce")
+    compare.write(rows, [0], tmp_path, failed)
+    assert "Failed: focal (focal seed 0: loss became non-finite)." in (tmp_path / "compare.md").read_text()
+    compare.print_table(rows, failed)
+    assert "failed: focal (focal seed 0" in capsys.readouterr().out
+    lone = compare.table({"mfm": results["mfm"]}, "ce")  # the baseline is what failed
+    assert [row["difference"] for row in lone] == [None]
+
+
+def test_cores_are_shared_out():
+    if not hasattr(os, "sched_getaffinity"):
+        pytest.skip("this system does not tell its cores")
+    cores = sorted(os.sched_getaffinity(0))
+    assert [core for share in runs._shares_of_cores(1) for core in share] == cores
+    two = runs._shares_of_cores(2)
+    assert len(two) == 2
+    assert all(two)
+    more = runs._shares_of_cores(len(cores) + 1)
+    assert [len(share) for share in more] == [1] * (len(cores) + 1)
+
+
+@pytest.fixture
+def _one_device(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", os.environ["XLA_FLAGS"].replace("count=4", "count=1"))
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", jax.config.values["jax_compilation_cache_dir"])
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+
+
+@pytest.mark.usefixtures("_one_device")
+def test_side_by_side_gives_the_same_results_and_outlives_a_failure(tmp_path):
+    planned = [run(tmp_path, "good"), run(tmp_path, "bad", modulation__sites="stage9")]
+    good, bad = runs.train_all(planned, jobs=2)
+    assert bad.results is None
+    assert bad.error.startswith("modulation.sites = 'stage9': the model has no such site")
+    assert good.results is not None
+    assert runs.peak_memory(tmp_path / "good") > 1e7
+    assert runs.peak_memory(tmp_path / "bad") is None
+    alone = train.train_and_evaluate(planned[0].config, tmp_path / "alone")
+    np.testing.assert_allclose(good.results["last"]["test"]["nll"], alone["last"]["test"]["nll"], rtol=1e-3)
+
+
+PARENT = """
+import json, sys
+from pathlib import Path
+from mfm_jax import config, runs, train
+given = config.resolve(json.loads(sys.argv[1]))
+try:
+    runs.train_all([runs.Run(name, given, Path(sys.argv[2]) / name) for name in ("one", "two", "three")], jobs=2)
+except train.Interrupted as interrupted:
+    print(interrupted)
+    sys.exit(75)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_one_device")
+def test_sigterm_stops_and_saves_them_all(tmp_path):
+    given = json.dumps(run(tmp_path, "x", train__epochs=500).config.to_dict())
+    parent = subprocess.Popen([sys.executable, "-c", PARENT, given, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    while not all((tmp_path / name / "metrics.jsonl").exists() for name in ("one", "two")):
+        time.sleep(0.2)
+    parent.send_signal(signal.SIGTERM)
+    out, _ = parent.communicate(timeout=120)
+    assert parent.returncode == 75
+    assert "every run is saved" in out
+    for name in ("one", "two"):
+        assert list((tmp_path / name / "checkpoints").iterdir())
+        assert not (tmp_path / name / "results.json").exists()
+    assert not (tmp_path / "three").exists()
