@@ -128,7 +128,8 @@ def _fields(config: Any, method: str, seed: int) -> dict[str, dict[str, Any]]:
     fields = config_lib.resolve(config).to_dict()
     fields["method"]["name"], fields["train"]["seed"] = method, seed
     fields["data"]["train_on_meta"] &= METHODS[method].learner is None
-    fields["meta"]["lagged"] &= method != "l2rw"  # which cannot be lagged
+    if method == "l2rw":  # its weights are made for one batch and used on it
+        fields["meta"].update(lagged=False, every=1)
     return fields
 
 

@@ -51,5 +51,9 @@ def classifier(config: Optim, learning_rate: optax.ScalarOrSchedule) -> optax.Gr
 
 
 def modulator(config: Meta) -> optax.GradientTransformation:
-    """Returns the modulator's chain: Adam at `meta.learning_rate`."""
-    return optax.adam(config.learning_rate)
+    """Returns the modulator's chain: Adam at `meta.learning_rate * meta.every`.
+
+    Adam moves by about its rate a step whatever the gradient, so the product keeps the pace of phi beside that of w
+    when `meta.every` is changed.
+    """
+    return optax.adam(config.learning_rate * config.every)

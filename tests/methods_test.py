@@ -3,6 +3,7 @@
 The product of methods and real networks is in the slow tier; `train_test` runs the steps' options.
 """
 
+import contextlib
 import os
 import signal
 
@@ -18,6 +19,7 @@ from mfm_jax import augment, models, optim, parallel, train
 from mfm_jax import config as config_lib
 from mfm_jax import data as data_lib
 from mfm_jax import experiment as experiment_lib
+from mfm_jax import loop as loop_lib
 from mfm_jax.errors import UserError
 from mfm_jax.methods import METHODS
 from mfm_jax.types import Batch, no_modulation
@@ -81,12 +83,11 @@ class Watched:
 def trained(config, workdir, stop_at: int = 0):
     """Trains as `train_and_evaluate` does, without the reports; returns the run."""
     data = data_lib.build(config)
-    run = train._Run(config, workdir, data, experiment_lib.build(config, data), None)
-    run.call = Watched(run.call, stop_at)
-    try:
-        run.train("")
-    finally:
-        run.close()
+    run = train._Run(config, workdir, data, experiment_lib.build(config, data), loop_lib.to_device(data), None)
+    run.call = Watched(loop_lib.make_call(run.experiment, config), stop_at)
+    with contextlib.closing(run), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop_lib, "make_call", lambda *_: run.call)
+        train._drive([run], "")
     return run
 
 

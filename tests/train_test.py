@@ -84,7 +84,7 @@ def test_a_run_leaves_what_it_promises(finished):
 
 def test_a_finished_run_is_not_repeated(finished, monkeypatch):
     workdir, results = finished
-    monkeypatch.setattr(train._Run, "train", None)
+    monkeypatch.setattr(train, "_drive", None)
     again = train.train_and_evaluate(tiny(), workdir)
     assert again == json.loads(json.dumps(results))
 
@@ -100,8 +100,8 @@ def test_interrupted_and_resumed_is_bit_identical(finished, tmp_path, monkeypatc
     workdir, _ = finished
     call = loop_lib.make_call
 
-    def make_call(experiment, config):
-        compiled, done = call(experiment, config), []
+    def make_call(*built):
+        compiled, done = call(*built), []
 
         def stepping(*arguments):
             done.append(None)
@@ -209,8 +209,8 @@ def test_non_finite_loss_stops_and_keeps_the_last_good_checkpoint(tmp_path):
     config = tiny(train__epochs=3, optim__schedule="constant")
     call = loop_lib.make_call
 
-    def make_call(experiment, resolved):
-        compiled = call(experiment, resolved)
+    def make_call(*built):
+        compiled = call(*built)
 
         def poisoned(loop, data, *steps):
             data = data.replace(mean=jnp.where(loop.bilevel.step >= 8, jnp.nan, data.mean))

@@ -90,9 +90,20 @@ def _convolve_by_xla(x: jax.Array, kernel: jax.Array, *, window: _Window) -> jax
 
 
 def _weight_gradient_by_xla(x: jax.Array, dy: jax.Array, *, window: _Window) -> jax.Array:
-    kernel = jax.ShapeDtypeStruct((*window.kernel, x.shape[3], dy.shape[3]), x.dtype)
-    (dw,) = jax.linear_transpose(functools.partial(_convolve_by_xla, x, window=window), kernel)(dy)
-    return dw
+    """The transpose in the kernel: `x` slid over `dy`, images in the place of channels."""
+    padding = []
+    for axis, (low, _) in enumerate(window.padding):
+        covered = (dy.shape[axis + 1] - 1) * window.stride[axis] + window.kernel[axis]
+        padding.append((low, covered - ((x.shape[axis + 1] - 1) * window.dilation[axis] + 1) - low))
+    return lax.conv_general_dilated(
+        x,
+        dy,
+        (1, 1),
+        padding,
+        lhs_dilation=window.dilation,
+        rhs_dilation=window.stride,
+        dimension_numbers=("CHWN", "IHWO", "HWNC"),
+    )
 
 
 def _weight_gradient_in_slices(x: jax.Array, dy: jax.Array, *, window: _Window) -> jax.Array:
