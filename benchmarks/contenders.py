@@ -19,7 +19,7 @@ class Spec:
     """One contender: all that a worker must know to build its step."""
 
     name: str
-    step: str = "mfm"  # or plain, meta_weight_net, recipe (built from the config file), matmul
+    step: str = "mfm"  # or plain, meta_weight_net, recipe (built from the config file), input, matmul
     library: str = "jax"  # or torch
     sites: tuple[str, ...] = ("pooled",)
     every: int = 1
@@ -74,6 +74,7 @@ def main_table(common: Spec, backend: str, *, torch: bool, quick: bool) -> list[
     specs = [
         replace(common, name="matmul float32", step="matmul"),
         replace(common, name="plain", step="plain"),
+        replace(common, name="sampling and augmentation", step="input"),
         replace(common, name="default recipe", step="recipe"),
         replace(common, name="MFM, logits", sites=("logits",)),
         replace(common, name="MFM, pooled"),
@@ -160,6 +161,8 @@ def step_flops(spec: Spec) -> float:
     """
     if spec.step == "matmul":
         return 2.0 * spec.batch**3
+    if spec.step == "input":
+        return 0.0
     flops = forward_flops(spec)
     total = sum(flops.values())
     plain = 3 * spec.batch * total

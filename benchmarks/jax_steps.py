@@ -13,8 +13,9 @@ from contenders import MATMUL_SIZE, Program, Spec
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mfm_jax import bilevel, experiment, hypergrad, longtail, losses, models, modulation, optim, parallel
+from mfm_jax import augment, bilevel, experiment, hypergrad, longtail, losses, models, modulation, optim, parallel
 from mfm_jax import config as config_lib
+from mfm_jax.data import batches as batches_lib
 from mfm_jax.methods.meta import meta_weight_net
 from mfm_jax.types import Batch, BilevelState
 
@@ -23,6 +24,8 @@ def build(spec: Spec) -> Program:
     """Compiles the contender's step, and where not every step is a meta-step, the plain one between."""
     if spec.step == "matmul":
         return _matmul(spec)
+    if spec.step == "input":
+        return _input(spec)
     if spec.step == "recipe":
         state, meta_step, plain_step, decided = _recipe(spec)
     else:
@@ -145,10 +148,10 @@ def _recipe(spec: Spec) -> tuple[BilevelState, Callable | None, Callable, dict[s
     counts = longtail.class_counts(5000, spec.classes, config.data.imbalance_factor)
     # Of the data, `experiment.build` reads only shapes and counts.
     images = np.broadcast_to(np.zeros((), np.uint8), (counts.sum(), spec.image_size, spec.image_size, 3))
-    data: Any = SimpleNamespace(
+    long_tailed: Any = SimpleNamespace(
         train_images=images, train_labels=images[:, 0, 0, 0], counts=counts, num_classes=spec.classes
     )
-    built = experiment.build(config, data, _mesh(spec) if spec.devices > 1 else None)
+    built = experiment.build(config, long_tailed, _mesh(spec) if spec.devices > 1 else None)
     learns = built.meta_step is not None
     decided = {
         "sites": config.sites if learns else (),
@@ -175,6 +178,27 @@ def _config(spec: Spec) -> config_lib.Config:
     }
     config.update_from_flattened_dict(fixed | dict(spec.overrides))
     return config_lib.resolve(config)
+
+
+def _input(spec: Spec) -> Program:
+    """What the loop does before each step: gather a batch of resident images, pad, crop, flip and normalise it."""
+    settings, mean, std = config_lib.Augment(), jnp.zeros(3), jnp.ones(3)
+    images = jnp.zeros((10_000, spec.image_size, spec.image_size, 3), jnp.uint8)
+    index = jnp.arange(spec.batch, dtype=jnp.int32)
+
+    @jax.jit
+    def sample(key: jax.Array) -> jax.Array:
+        pictures = augment.augment_batch(key, batches_lib.gather(images, index), settings.pad, settings.flip)
+        return augment.normalize(pictures, mean, std)
+
+    began = time.perf_counter()
+    jax.block_until_ready(sample(jax.random.key(0)))
+    compile_seconds = time.perf_counter() - began
+
+    def run(steps: int) -> None:
+        jax.block_until_ready([sample(jax.random.key(0)) for _ in range(steps)])
+
+    return Program(run, dict, {"compile_seconds": compile_seconds, "temp_mb": None, "spec": {}, **_device()})
 
 
 def _matmul(spec: Spec) -> Program:
