@@ -158,6 +158,27 @@ def test_what_a_method_cannot_share_is_set_for_it_alone(tmp_path, monkeypatch):
     assert {name for name, run in runs.items() if not run.data.train_on_meta} == with_learner
 
 
+def test_together_a_method_is_one_program_and_a_failure_is_left_to_the_single_runs(tmp_path, monkeypatch, capsys):
+    groups = []
+
+    def pretend(configs, workdirs, *, label):
+        groups.append(
+            [
+                (c.method.name, c.train.seed, w.relative_to(tmp_path).as_posix())
+                for c, w in zip(configs, workdirs, strict=True)
+            ]
+        )
+        if configs[0].method.name == "mfm":
+            raise MemoryError("too many seeds")
+
+    monkeypatch.setattr(train, "train_together", pretend)
+    monkeypatch.setattr(train, "train_and_evaluate", lambda *_, label: {"label": label})
+    results, failed = compare.run_all(Config().to_dict(), ["ce", "mfm"], [3, 5], tmp_path, together=True)
+    assert groups == [[(name, 3, f"{name}/seed3"), (name, 5, f"{name}/seed5")] for name in ("ce", "mfm")]
+    assert (len(results["ce"]), len(results["mfm"]), failed) == (2, 2, {})
+    assert "2 runs from mfm seed 3: not together: MemoryError: too many seeds" in capsys.readouterr().err
+
+
 def test_seeds():
     assert compare._seeds(["0", "12"]) == [0, 12]
     for texts in ([], [""], ["1", "x"], ["-1"], ["1.5"], ["2", "2"]):
