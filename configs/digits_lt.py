@@ -17,6 +17,7 @@ def get_config():
     config.augment.pad = 1
     config.augment.flip = False  # a mirrored digit is another character
     config.model.name = "resnet8"
+    config.meta.every = 1  # a run of 540 steps has few to learn the modulation in
     config.train.epochs = 60
     config.train.batch_size = 32
     config.optim.learning_rate = 0.05
