@@ -281,6 +281,7 @@ def measure_curves(common: Spec, devices: int, options: argparse.Namespace, fail
     """Returns one row a point: the recipe's step beside the plain one, in a pair of processes of their own."""
     found = []
     points = [(curve, *point) for curve, all_ in curves(common, devices, quick=options.quick) for point in all_]
+    points = [point for point in points if re.search(options.only, point[0])]
     for curve, value, spec in track(points, "curves", console=Console(stderr=True)):
         pair = [recipe(spec, "ce"), recipe(spec, "mfm")]
         trouble: dict[str, str] = {}
@@ -329,7 +330,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, help="default: 9; 3 with --quick; 5 with --curves")
     parser.add_argument("--turn_seconds", type=float, help="least time of a turn; default: 0.5; 0.1 with --quick")
     parser.add_argument("--config", type=Path, default=CONFIG, help="what `default recipe` is; default: %(default)s")
-    parser.add_argument("--only", default="", help="only contenders whose name matches this regular expression")
+    parser.add_argument(
+        "--only", default="", help="only contenders, or curves, whose name matches this regular expression"
+    )
     parser.add_argument("--out", type=Path, help="also write everything here, as JSON")
     options = parser.parse_args()
     small = options.quick or options.curves
