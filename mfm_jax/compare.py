@@ -4,18 +4,20 @@
         --workdir=runs/digits
 
 Every run gets the same split (`data.seed`); a seed sets initialisation and data order. Finished runs are not repeated
-and interrupted ones go on. `--jobs=N` trains N runs side by side, each in a process with cores of its own. A method of
-which a run fails is shown as failed, with the reason; the others still finish, and the exit status is 1. With
+and interrupted ones go on. Each run is a process; `--jobs=N` has N of them side by side, each with cores of its own. A
+method of which a run fails is shown as failed, with the reason; the others still finish, and the exit status is 1. With
 `--config.data.train_on_meta=True` the methods that learn nothing from the meta set also train on its images, so that
 the others have seen no image that they have not. `--tune=N` first tunes every method on validation, N runs each over
-its own declared space (`tune`), in `workdir/METHOD/tune`; the compared runs then have the best values found.
+its own declared space (`tune`), in `workdir/METHOD/tune`; the compared runs then have the best values found. With
+`--config.eval.test=False` all numbers are of the validation split, and the test split is not read.
 
-Writes `compare.md`, `compare.csv` and the page `compare.html`: test numbers at the last epoch and at the best epoch on
-validation, mean and standard deviation over seeds, and the paired difference to the first method with its standard
-error (on the page, with its 95 % interval).
+Writes `compare.md`, `compare.csv` and the page `compare.html`: the last epoch and the best on validation, mean and
+standard deviation over seeds, the paired difference to the first method with its 95 % interval, and training time and
+peak memory as multiples of the first method's.
 """
 
 import csv
+import itertools
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -37,11 +39,13 @@ _METHODS = flags.DEFINE_list("methods", ["ce", "mfm"], "Methods, the baseline fi
 _SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Training seeds.")
 _TOGETHER = flags.DEFINE_bool("together", False, "Train all seeds of a method in one program (for small networks).")
 
-_JOBS = flags.DEFINE_integer("jobs", 1, "Runs side by side, each in a process of its own; 1 trains in this one.")
+_JOBS = flags.DEFINE_integer("jobs", 1, "Runs side by side, each with its share of the cores.")
 _TUNE = flags.DEFINE_integer("tune", 0, "Runs with which each method is tuned on validation first; 0 tunes none.")
 
 _COLUMNS = ("balanced_accuracy", "accuracy", "many", "medium", "few", "rarest_third", "macro_f1", "roc_auc", "ece")
 Results = dict[str, list[dict[str, Any]]]  # method -> results of each seed
+Tuned = Mapping[str, Mapping[str, Any]]  # method -> the values that tuning chose, by `group.field`
+_NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
 def main(argv: Sequence[str]) -> int:
@@ -55,19 +59,16 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(f"--jobs={_JOBS.value}: allowed: 1 or more")
     if _TUNE.value < 0:
         raise UserError(f"--tune={_TUNE.value}: allowed: 0 or more")
-    if _TOGETHER.value and _JOBS.value > 1:
-        raise UserError("--together: all seeds in one program, so --jobs must be 1")
-    results, failed = run_all(
+    results, failed, tuned = run_all(
         command.config(), methods, seeds, workdir, _JOBS.value, _TUNE.value, together=_TOGETHER.value
     )
     if not results:
         raise UserError(f"--methods={','.join(methods)}: every method failed; {methods[0]}: {failed[methods[0]]}")
-    rows = table(results, methods[0])
-    write(rows, seeds, workdir, failed)
-    print_table(rows, failed)
+    rows = table(results, methods[0], {name: peak_memory(workdir / name, seeds) for name in results})
+    write(rows, seeds, workdir, methods[0], failed, tuned)
+    print_table(rows, methods[0], failed)
     manifest = read_manifest(workdir / next(iter(results)) / f"seed{seeds[0]}" / "manifest.json")
-    memory = {name: peak_memory(workdir / name, seeds) for name in results}
-    page = comparison.write_page(workdir, rows, results, failed, memory, manifest, methods[0])
+    page = comparison.write_page(workdir, rows, results, failed, tuned, manifest, methods[0])
     print(f"table: {workdir}/compare.md, {workdir}/compare.csv; figures: {page}")
     print(f"report: {workdir / list(results)[-1] / f'seed{seeds[0]}' / 'report.html'}")
     return 1 if failed else 0
@@ -88,13 +89,14 @@ def run_all(
     trials: int = 0,
     *,
     together: bool = False,
-) -> tuple[Results, dict[str, str]]:
+) -> tuple[Results, dict[str, str], Tuned]:
     """Trains every (method, seed) in `workdir/method/seedN`, `jobs` at a time, after `trials` runs of tuning each.
 
     With `together` the seeds of a method are one program (`train.train_together`).
 
     Returns:
-      (the results by method, of the methods whose runs all finished; by method, why another did not).
+      (the results by method, of the methods whose runs all finished; by method, why another did not; by method, what
+      tuning chose).
     """
     given = {(method, seed): _fields(config, method, seed) for seed in seeds for method in methods}
     for fields in given.values():
@@ -111,16 +113,16 @@ def run_all(
         if method not in failed:
             resolved = config_lib.resolve(tune.with_values(fields, best[method]))
             planned.append((method, runs.Run(f"{method} seed {seed}", resolved, workdir / method / f"seed{seed}")))
-    for method in methods if together else ():
-        runs.train_together([run for name, run in planned if name == method])
-    outcomes = runs.train_all([run for _, run in planned], jobs)
+    planned.sort(key=lambda pair: methods.index(pair[0]) if together else 0)
+    groups = itertools.groupby(planned, key=lambda pair: pair[0] if together else pair[1].label)
+    outcomes = runs.train_all([[run for _, run in group] for _, group in groups], jobs)
     results: Results = {method: [] for method in methods}
     for (method, run), outcome in zip(planned, outcomes, strict=True):
         if outcome.results is None:
             failed.setdefault(method, f"{run.label}: {outcome.error}")
         else:
             results[method].append(outcome.results)
-    return {method: found for method, found in results.items() if method not in failed}, failed
+    return {method: found for method, found in results.items() if method not in failed}, failed, best
 
 
 def _fields(config: Any, method: str, seed: int) -> dict[str, dict[str, Any]]:
@@ -140,79 +142,113 @@ def peak_memory(folder: Path, seeds: Sequence[int]) -> float | None:
     return statistics.median(known) if len(known) == len(found) else None
 
 
-def table(results: Results, against: str | None = None) -> list[dict[str, Any]]:
+def table(
+    results: Results, against: str | None = None, memory: Mapping[str, float | None] = _NOTHING
+) -> list[dict[str, Any]]:
     """Returns a row for each method and selection (`last`, `best`): mean and std over seeds, as fractions.
 
     `difference` is the mean over seeds of the balanced accuracy minus that of the first method with the same seed,
     `difference_se` its standard error, `std / sqrt(seeds)`, and `difference_t95` half the width of its 95 % interval by
-    Student's t with seeds - 1 degrees of freedom; None for the first method or a single seed. `against` names
-    another baseline than the first method; without results of it there are no differences.
+    Student's t with seeds - 1 degrees of freedom; None for the first method or a single seed. `time_ratio` and
+    `memory_ratio` are multiples of the first method's median training time and peak memory. `against` names
+    another baseline than the first method; without results of it there are neither differences nor ratios.
+
+    Args:
+      results: by method, the content of `results.json` of each seed.
+      against: the baseline.
+      memory: by method, peak memory in bytes; None where it was not measured.
     """
     rows = []
     baseline = results.get(against) if against else next(iter(results.values()))
+    times = {method: statistics.median(run["train_seconds"] for run in found) for method, found in results.items()}
+    against = against or next(iter(results))
     for method, found in results.items():
         for which in ("last", "best"):
             if any(run[which] is None for run in found):
                 continue
             row: dict[str, Any] = {"method": method, "epoch": which, "seeds": len(found)}
             for name in _COLUMNS:
-                values = [run[which]["test"][name] for run in found]
+                values = [run[which][run["split"]][name] for run in found]
                 missing = any(value is None for value in values)
                 row[f"{name}_mean"] = None if missing else statistics.fmean(values)
                 row[f"{name}_std"] = None if missing or len(values) < 2 else statistics.stdev(values)
             row |= _paired_difference(found, baseline, which)
-            row["train_seconds"] = statistics.median(run["train_seconds"] for run in found)
+            row |= {"train_seconds": times[method], "time_ratio": _ratio(times, method, against)}
+            row |= {"memory_bytes": memory.get(method), "memory_ratio": _ratio(memory, method, against)}
             rows.append(row)
     return rows
+
+
+def _ratio(values: Mapping[str, float | None], method: str, against: str) -> float | None:
+    value, unit = values.get(method), values.get(against)
+    return value / unit if value and unit else None
 
 
 def _paired_difference(found: list, baseline: list | None, which: str) -> dict[str, float | None]:
     if baseline is None or found is baseline or any(run[which] is None for run in baseline):
         return dict.fromkeys(("difference", "difference_se", "difference_t95"))
     name = "balanced_accuracy"
-    gaps = [a[which]["test"][name] - b[which]["test"][name] for a, b in zip(found, baseline, strict=True)]
+    gaps = [a[which][a["split"]][name] - b[which][b["split"]][name] for a, b in zip(found, baseline, strict=True)]
     error = statistics.stdev(gaps) / len(gaps) ** 0.5 if len(gaps) > 1 else None
     half = None if error is None else float(scipy.stats.t.ppf(0.975, len(gaps) - 1)) * error
     return {"difference": statistics.fmean(gaps), "difference_se": error, "difference_t95": half}
 
 
 def write(
-    rows: list[dict[str, Any]], seeds: Sequence[int], workdir: Path, failed: Mapping[str, str] = MappingProxyType({})
+    rows: list[dict[str, Any]],
+    seeds: Sequence[int],
+    workdir: Path,
+    baseline: str,
+    failed: Mapping[str, str] = _NOTHING,
+    tuned: Tuned = _NOTHING,
 ) -> None:
-    """Writes `compare.csv` (fractions) and `compare.md` (percent, with the methods that failed below)."""
+    """Writes `compare.csv`, in fractions, and `compare.md`, in percent, with what failed and what was tuned."""
     with (workdir / "compare.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-    head = ["method", "epoch", *_COLUMNS, f"balanced - {rows[0]['method']}"]
+    head = ["method", "epoch", *_COLUMNS, f"balanced - {baseline}", "time", "memory"]
     lines = [head, ["---"] * len(head)]
     for row in rows:
         cells = [_cell(row[f"{name}_mean"], row[f"{name}_std"]) for name in _COLUMNS]
-        lines.append([row["method"], row["epoch"], *cells, _cell(row["difference"], row["difference_se"])])
+        ratios = ["–" if row[name] is None else f"{row[name]:.2f}" for name in ("time_ratio", "memory_ratio")]
+        lines.append([row["method"], row["epoch"], *cells, _interval(row), *ratios])
     text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     note = (
-        f"Test set, percent; mean ± standard deviation over seeds {', '.join(map(str, seeds))}; the last column is the"
-        " paired difference in balanced accuracy ± its standard error."
+        f"Percent; mean ± standard deviation over seeds {', '.join(map(str, seeds))}; the difference in balanced"
+        f" accuracy is paired by seed, with Student's 95 % interval; training time and peak memory are multiples of"
+        f" {baseline}'s."
     )
-    reasons = "".join(f"\nFailed: {method} ({reason}).\n" for method, reason in failed.items())
-    (workdir / "compare.md").write_text(f"{text}\n\n{note}\n{reasons}")
+    below = [f"Failed: {method} ({reason})." for method, reason in failed.items()]
+    below += [f"Tuned: {method}: {_in_words(values)}." for method, values in tuned.items() if values]
+    (workdir / "compare.md").write_text("\n\n".join([text, note, *below]) + "\n")
 
 
-def print_table(rows: list[dict[str, Any]], failed: Mapping[str, str] = MappingProxyType({})) -> None:
+def _in_words(values: Mapping[str, Any]) -> str:
+    """Returns `group.field = value, ...`."""
+    return ", ".join(f"{path} = {v:.4g}" if isinstance(v, float) else f"{path} = {v}" for path, v in values.items())
+
+
+def print_table(rows: list[dict[str, Any]], baseline: str, failed: Mapping[str, str] = _NOTHING) -> None:
     """Prints the accuracies that matter most, in percent, narrow enough for a terminal."""
-    baseline = rows[0]["method"]
     shown = Table("method", "epoch", "balanced", "many", "medium", "few", "rarest third", f"balanced - {baseline}")
     for row in rows:
         groups = [_cell(row[f"{name}_mean"], None) for name in ("many", "medium", "few", "rarest_third")]
         balanced = _cell(row["balanced_accuracy_mean"], row["balanced_accuracy_std"])
-        gap = _cell(row["difference"], row["difference_se"])
-        shown.add_row(row["method"], row["epoch"], balanced, *groups, gap)
+        shown.add_row(row["method"], row["epoch"], balanced, *groups, _interval(row))
     for method in failed:
         shown.add_row(method, "failed")
     Console().print(shown)
-    print(f"test set, %; ± standard deviation over {rows[0]['seeds']} seeds, of the paired difference standard error")
+    print(f"%; ± standard deviation over {rows[0]['seeds']} seeds; [95 % interval of the paired difference]")
     for method, reason in failed.items():
         print(f"failed: {method} ({reason})")
+
+
+def _interval(row: Mapping[str, Any]) -> str:
+    """Returns a row's difference to the baseline, in percent, and its 95 % interval."""
+    mean, half = row["difference"], row["difference_t95"]
+    text = _cell(mean, None)
+    return text if half is None else f"{text} [{100 * (mean - half):.1f}, {100 * (mean + half):.1f}]"
 
 
 def _cell(mean: float | None, spread: float | None) -> str:

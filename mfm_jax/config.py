@@ -150,10 +150,11 @@ class Train:
 
 @dataclass(frozen=True)
 class Eval:
-    """Evaluation on the validation split while training (the test split is read once, at the end)."""
+    """Evaluation on the validation split while training, and once, at the end, on the test split."""
 
     every_epochs: int = _between(1, 1)
     batch_size: int = _between(500, 1)
+    test: bool = True  # False: choices are still being made; tables and pages show validation, test stays unread
 
 
 @dataclass(frozen=True)
@@ -282,6 +283,10 @@ def _check_together(config: Config) -> None:
         )
     if config.method.name in STAGED:
         _check_stages(config)
+    if not config.eval.test and not config.data.val_images_per_class:
+        raise UserError(
+            "eval.test = False: there is nothing else to show; choose data.val_images_per_class = 1 or more"
+        )
     for name, epochs in (
         ("optim.warmup_epochs", config.optim.warmup_epochs),
         ("meta.start_epoch", config.meta.start_epoch),

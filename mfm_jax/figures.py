@@ -129,12 +129,12 @@ def percent(value: float | None) -> str:
     return "–" if value is None else f"{100 * value:.2f}"
 
 
-def draw_classes(figure: "Figure", classes: Classes, test: dict[str, Any]) -> str:
-    """Training images of each class above its test accuracy; `test` is what `metrics.evaluate` returned."""
+def draw_classes(figure: "Figure", classes: Classes, found: dict[str, Any]) -> str:
+    """Training images of each class above its accuracy; `found` is what `metrics.evaluate` returned."""
     top, bottom = figure.subplots(2, 1, sharex=True)
     place = np.arange(len(classes.counts))
     counts = classes.counts[classes.order]
-    accuracy = _as_percent(test["per_class_accuracy"])[classes.order]
+    accuracy = _as_percent(found["per_class_accuracy"])[classes.order]
     groups = np.array(classes.groups)[classes.order]
     many = len(counts) > _WIDE_CLASSES
     for name, color in _GROUP_COLORS.items():
@@ -164,9 +164,9 @@ def draw_classes(figure: "Figure", classes: Classes, test: dict[str, Any]) -> st
     if len(counts) <= LABELLED_CLASSES:
         _name_ticks(bottom, classes)
     return (
-        f"Training images per class, from {counts[0]:,} down to {counts[-1]:,}, above the test accuracy of each class"
-        f" at the last epoch: {percent(test.get('head_third'))} % over the head third,"
-        f" {percent(test.get('rarest_third'))} % over the rarest third."
+        f"Training images per class, from {counts[0]:,} down to {counts[-1]:,}, above the accuracy of each class"
+        f" at the last epoch: {percent(found.get('head_third'))} % over the head third,"
+        f" {percent(found.get('rarest_third'))} % over the rarest third."
     )
 
 
@@ -208,9 +208,9 @@ def _curve(axes: "Axes", rows: Rows, key: str, label: str, color: str, scale: fl
     axes.plot(steps, scale * values, color=color, label=label, marker="o" if len(steps) == 1 else None)
 
 
-def draw_confusion(figure: "Figure", classes: Classes, test: dict[str, Any]) -> str:
+def draw_confusion(figure: "Figure", classes: Classes, found: dict[str, Any]) -> str:
     """Confusion matrix, a row in percent of its true class."""
-    confusion = np.array(test["confusion"], np.float64)[np.ix_(classes.order, classes.order)]
+    confusion = np.array(found["confusion"], np.float64)[np.ix_(classes.order, classes.order)]
     total = confusion.sum(axis=1, keepdims=True)
     share = 100 * np.divide(confusion, total, out=np.full_like(confusion, np.nan), where=total > 0)
     axes = figure.subplots()
@@ -223,19 +223,19 @@ def draw_confusion(figure: "Figure", classes: Classes, test: dict[str, Any]) -> 
         _name_ticks(axes, classes)
         axes.set_yticks(range(len(share)), [_short(classes.names[k]) for k in classes.order])
     for (i, j), value in np.ndenumerate(share):
-        # What would print as zero is left blank; so is a class without test images (NaN).
+        # What would print as zero is left blank; so is a class without images (NaN).
         if len(share) <= CELL_CLASSES and value >= 0.5:
             color = "white" if value > 55 else "#1b2733"
             axes.text(j, i, f"{value:.0f}", ha="center", va="center", color=color)
     return (
-        "Confusion matrix of the test set at the last epoch. Each row is a true class and sums to 100 %."
+        "Confusion matrix at the last epoch. Each row is a true class and sums to 100 %."
         " Classes run from most to fewest training images; left of the diagonal, a larger class was named."
     )
 
 
-def draw_reliability(figure: "Figure", test: dict[str, Any]) -> str:
+def draw_reliability(figure: "Figure", found: dict[str, Any]) -> str:
     """Accuracy against confidence, from the bins of `metrics.reliability_bins`."""
-    bins = [one for one in test["reliability"] if one["count"]]
+    bins = [one for one in found["reliability"] if one["count"]]
     accuracy, share = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     left = 100 * np.array([one["lower"] for one in bins])
     right = 100 * np.array([one["upper"] for one in bins])
@@ -253,7 +253,7 @@ def draw_reliability(figure: "Figure", test: dict[str, Any]) -> str:
     share.set_xlabel("confidence (%)")
     share.set_xlim(0, 100)
     return (
-        f"Reliability of the test confidences at the last epoch: ECE {percent(test['ece'])} %. A bar that ends"
+        f"Reliability of the confidences at the last epoch: ECE {percent(found['ece'])} %. A bar that ends"
         " below its mean confidence is over-confident; the lower panel shows how many images each bin holds."
     )
 
@@ -320,9 +320,9 @@ def draw_cost(figure: "Figure", methods: Sequence[Compared]) -> str:
         axes.annotate(one.name, point, xytext=(5, 4 - 7 * (number % 3)), textcoords="offset points", fontsize=8)
     axes.margins(x=0.15)
     axes.set_xlabel("training time, multiple of the baseline's")
-    axes.set_ylabel("balanced test accuracy (%)")
+    axes.set_ylabel("balanced accuracy (%)")
     return (
-        "Balanced test accuracy at the last epoch against training time, the median over seeds as a multiple of"
+        "Balanced accuracy at the last epoch against training time, the median over seeds as a multiple of"
         f" {methods[0].name}'s; bars are one standard deviation over seeds."
         " Time includes compilation, which a cache may have spared; runs side by side slow each other down."
     )
@@ -348,7 +348,7 @@ def draw_class_accuracies(figure: "Figure", classes: Classes, methods: Sequence[
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.set_ylim(-4, 104)
     axes.set_xlabel("training images of the class (log scale)")
-    axes.set_ylabel("test accuracy (%)")
+    axes.set_ylabel("accuracy (%)")
     figure.legend(loc="outside right upper", fontsize=8)
     return (
         "Test accuracy of each class at the last epoch, mean over seeds, from the most training images to the fewest."
@@ -367,7 +367,7 @@ def draw_trade_off(figure: "Figure", methods: Sequence[Compared]) -> str:
     axes.set_xlabel("head third of the classes (%)")
     axes.set_ylabel("rarest third of the classes (%)")
     return (
-        "What the tail gains and the head pays: test accuracy over the rarest third of the classes against the head"
+        "What the tail gains and the head pays: accuracy over the rarest third of the classes against the head"
         " third, last epoch, mean over seeds. Up and to the right is better for both."
     )
 

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mfm_jax import command, train
+from mfm_jax.report import SPLITS
 
 _INIT_FROM = flags.DEFINE_string(
     "init_modulator_from", "", "Workdir of a run whose modulator to start from (sets modulation.init_from)."
@@ -32,10 +33,11 @@ def main(argv: Sequence[str]) -> int:
 
 
 def print_results(results: dict[str, Any]) -> None:
-    """Prints test accuracies of the last epoch and of the best on validation, in percent."""
-    table = Table("test, %", "last epoch", "best on validation")
+    """Prints the accuracies of the last epoch and of the best on validation, in percent."""
+    split = results["split"]
+    table = Table(f"{SPLITS[split]}, %", "last epoch", "best on validation")
     for name in ("balanced_accuracy", "accuracy", "many", "medium", "few", "rarest_third", "macro_f1"):
-        cells = [results[which] and results[which]["test"][name] for which in ("last", "best")]
+        cells = [results[which] and results[which][split][name] for which in ("last", "best")]
         table.add_row(name, *("–" if cell is None else f"{100 * cell:.2f}" for cell in cells))
     Console().print(table)
 

@@ -15,7 +15,7 @@ The files, all in the workdir:
 - `manifest.json`: the split, of `longtail.make_manifest`; its training counts a class are required.
 - `metrics.jsonl`: one object a line, with `kind` (`train`, `val`, `modulation`) and `step`.
 - `results.json`: `last` and `best`, each `{"step", "epoch", "test", "val"}`, the last two what
-  `metrics.evaluate` returned.
+  `metrics.evaluate` returned; `split` names the one to show.
 """
 
 import dataclasses
@@ -44,6 +44,7 @@ SUMMARY_ROWS = (
     ("ROC AUC (one-vs-rest, macro)", "roc_auc"),
     ("Expected calibration error", "ece"),
 )
+SPLITS = {"test": "test", "val": "validation"}  # as readers call them
 TABLE_CLASSES = 200  # above this many classes the per-class table is left out
 
 
@@ -58,8 +59,13 @@ class _Run:
     classes: Classes
 
     @property
-    def test(self) -> dict[str, Any]:
-        return self.results["last"]["test"]
+    def split(self) -> str:
+        return self.results["split"]
+
+    @property
+    def shown(self) -> dict[str, Any]:
+        """The evaluation that the figures show."""
+        return self.results["last"][self.split]
 
 
 def write_report(workdir: Path) -> Path:
@@ -94,22 +100,21 @@ def template(name: str) -> jinja2.Template:
 def _content(run: _Run) -> dict[str, Any]:
     """What the template shows: plain values and finished figures, no decisions left but layout."""
     best, factor = run.results.get("best"), run.manifest.get("imbalance_factor")
-    evaluations = [("Test, last epoch", run.results["last"], "test")]
-    if best:
-        evaluations.append(("Test, best on validation", best, "test"))
-    evaluations += [
-        (f"Validation, {title}", source, "val")
-        for title, source in (("last epoch", run.results["last"]), ("best", best))
-        if source and source.get("val")
+    evaluations = [
+        (f"{SPLITS[split].capitalize()}, {title}", source, split)
+        for split in ("test", "val")
+        for title, source in (("last epoch", run.results["last"]), ("best on validation", best))
+        if source and source.get(split)
     ]
     return {
         "manifest": run.manifest,
+        "split": SPLITS[run.split],
         "factor": f"{factor:g}" if isinstance(factor, int | float) else "–",
         "results": run.results,
         "best": best,
         "columns": [(title, source.get("epoch"), source[split]) for title, source, split in evaluations],
         "summary_rows": SUMMARY_ROWS,
-        "tiles": [(SUMMARY_ROWS[i][0], run.test.get(SUMMARY_ROWS[i][1])) for i in (1, 0, 7, 10)],
+        "tiles": [(SUMMARY_ROWS[i][0], run.shown.get(SUMMARY_ROWS[i][1])) for i in (1, 0, 7, 10)],
         "pictures": _pictures(run),
         "class_rows": _class_rows(run) if len(run.classes.names) <= TABLE_CLASSES else [],
         "num_classes": len(run.classes.names),
@@ -127,10 +132,10 @@ def _pictures(run: _Run) -> dict[str, Picture | None]:
     side = 7.0 if figures.CELL_CLASSES < len(classes.names) <= figures.LABELLED_CLASSES else 4.3
     tall = 0.6 + 2.4 * len(sites)
     return {
-        "classes": render(figures.draw_classes, (9.0, 4.8), classes, run.test),
+        "classes": render(figures.draw_classes, (9.0, 4.8), classes, run.shown),
         "curves": render(figures.draw_curves, (9.0, 3.4), train, val, best_step) if train or val else None,
-        "confusion": render(figures.draw_confusion, (side + 0.3, side - 0.1), classes, run.test),
-        "reliability": render(figures.draw_reliability, (4.6, 4.3), run.test),
+        "confusion": render(figures.draw_confusion, (side + 0.3, side - 0.1), classes, run.shown),
+        "reliability": render(figures.draw_reliability, (4.6, 4.3), run.shown),
         "modulation": render(figures.draw_modulation, (9.0, tall), classes, sites) if sites else None,
     }
 
@@ -141,14 +146,15 @@ def _pictures(run: _Run) -> dict[str, Picture | None]:
 def _read(workdir: Path) -> _Run:
     config = _read_object(workdir / "config.json")
     manifest = _read_object(workdir / "manifest.json", "dataset")
-    results = _read_object(workdir / "results.json", "method")
+    results = _read_object(workdir / "results.json", "method", "split")
     counts = _counts(manifest, workdir / "manifest.json")
     names = [str(name) for name in manifest.get("class_names") or range(len(counts))]
     if len(names) != len(counts):
         raise UserError(f"{workdir / 'manifest.json'}: {len(counts)} class counts but {len(names)} class names")
     for title in ("last", "best"):
         if title == "last" or results.get("best") is not None:
-            _check_evaluation(results.get(title), len(counts), f"{workdir / 'results.json'}: {title}.test")
+            where = f"{workdir / 'results.json'}: {title}.{results['split']}"
+            _check_evaluation((results.get(title) or {}).get(results["split"]), len(counts), where)
     return _Run(config, manifest, results, _read_rows(workdir / "metrics.jsonl"), Classes(names, counts))
 
 
@@ -202,15 +208,14 @@ def _counts(manifest: dict[str, Any], path: Path) -> np.ndarray:
     return np.array(counts, np.int64)
 
 
-def _check_evaluation(entry: Any, classes: int, where: str) -> None:
+def _check_evaluation(found: Any, classes: int, where: str) -> None:
     """Refuses an evaluation without the lists the figures are drawn from, or of another number of classes."""
-    test = entry.get("test") if isinstance(entry, dict) else None
-    if not isinstance(test, dict):
+    if not isinstance(found, dict):
         raise UserError(f"{where}: missing; write it with mfm_jax.metrics.evaluate")
     for key in ("per_class_accuracy", "confusion", "reliability", "ece"):
-        if key not in test:
+        if key not in found:
             raise UserError(f"{where}: no field '{key}'")
-    lengths = {len(row) for row in (test["confusion"], test["per_class_accuracy"], *test["confusion"])}
+    lengths = {len(row) for row in (found["confusion"], found["per_class_accuracy"], *found["confusion"])}
     if lengths != {classes}:
         raise UserError(f"{where}: is not of the {classes} classes of manifest.json")
 
@@ -245,7 +250,7 @@ def _number(value: float | None, digits: int = 3) -> str:
 def _class_rows(run: _Run) -> list[dict[str, Any]]:
     """One row a class, from most to fewest training images."""
     classes = run.classes
-    tested = np.sum(run.test["confusion"], axis=1)
+    tested = np.sum(run.shown["confusion"], axis=1)
     best = run.results.get("best")
     return [
         {
@@ -253,9 +258,9 @@ def _class_rows(run: _Run) -> list[dict[str, Any]]:
             "name": classes.names[k],
             "group": classes.groups[k],
             "train": int(classes.counts[k]),
-            "test": int(tested[k]),
-            "last": run.test["per_class_accuracy"][k],
-            "best": best["test"]["per_class_accuracy"][k] if best else None,
+            "images": int(tested[k]),
+            "last": run.shown["per_class_accuracy"][k],
+            "best": best[run.split]["per_class_accuracy"][k] if best else None,
         }
         for k in classes.order
     ]

@@ -1,12 +1,13 @@
-"""Trains runs one after the other, or side by side in processes of their own, and lets none stop the others.
+"""Trains runs in processes of their own, several side by side, and lets none stop the others.
 
-Side by side, each process has its share of this machine's cores to itself, its own log file, and on an accelerator
-takes memory as it needs it. A run that fails is an outcome with its reason. SIGTERM or Ctrl-C stops them all, each
-saved, and the same command goes on.
+Each process has its share of this machine's cores to itself and its own log file, and on an accelerator takes memory as
+it needs it; this one only watches. A run that fails is an outcome with its reason. SIGTERM or Ctrl-C stops them all,
+each saved, and the same command goes on.
 
-    python -m mfm_jax.runs CONFIG.json WORKDIR CORES
+    python -m mfm_jax.runs CORES WORKDIR...
 
-is the process of one run: cores as `0,1`.
+is one such process: cores as `0,1`; the config of the run in `DIR/seed0` is `DIR/seed0.json`. Several runs are trained
+in one program.
 """
 
 import contextlib
@@ -17,7 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +27,9 @@ from rich.live import Live
 from rich.table import Table
 
 from mfm_jax import command, train
+from mfm_jax import config as config_lib
 from mfm_jax.config import Config
+from mfm_jax.errors import UserError
 from mfm_jax.train import EXIT_INTERRUPTED, Interrupted
 
 _POLL_SECONDS = 0.5
@@ -48,83 +51,85 @@ class Outcome(NamedTuple):
 
 
 class AllInterrupted(Interrupted):
-    """SIGTERM or Ctrl-C arrived while runs were trained side by side; each was saved."""
+    """SIGTERM or Ctrl-C arrived while runs were trained; each was saved."""
 
     def __init__(self) -> None:
         Exception.__init__(self, "interrupted; every run is saved; run the same command to go on")
 
 
 @dataclass
-class _Place:
-    """A run on its way: waiting without a process, then running, then with an outcome."""
+class _Job:
+    """The runs of one process on their way: waiting, then with a process, then with an outcome for each."""
 
-    run: Run
+    runs: Sequence[Run]
     cores: Sequence[int] = ()
     process: subprocess.Popen | None = None
-    outcome: Outcome | None = None
-    began: float = field(default_factory=time.monotonic)
+    outcomes: list[Outcome] | None = None
+    began: float = 0.0
+    epochs_before: int = 0
+
+    @property
+    def label(self) -> str:
+        return self.runs[0].label + (f" and {len(self.runs) - 1} more" if len(self.runs) > 1 else "")
+
+    @property
+    def epochs(self) -> int:
+        return self.runs[0].config.train.epochs
+
+    @property
+    def log(self) -> Path:
+        return self.runs[0].workdir.with_suffix(".log")
+
+    @property
+    def running(self) -> bool:
+        return self.process is not None and self.outcomes is None
 
 
-def train_all(runs: Sequence[Run], jobs: int = 1) -> list[Outcome]:
-    """Trains every run and returns their outcomes in the same order.
+def train_all(groups: Sequence[Sequence[Run]], jobs: int = 1) -> list[Outcome]:
+    """Trains every run and returns their outcomes in the same order, those of a group next to each other.
+
+    A run that has finished before is not started again.
 
     Args:
-      runs: with workdirs of their own.
-      jobs: how many at a time; 1 trains in this process.
+      groups: what each process trains; several runs, that differ in their seed alone, are one program
+        (`train.train_together`). Every run has a workdir of its own.
+      jobs: processes at a time.
 
     Raises:
       Interrupted: SIGTERM or Ctrl-C; what has begun is saved.
     """
-    return [_train_here(run) for run in runs] if jobs == 1 else _train_beside(runs, jobs)
-
-
-def train_together(runs: Sequence[Run]) -> None:
-    """Trains runs that differ in their seed alone in one program; if that fails, they are left to `train_all`.
-
-    Raises:
-      Interrupted: SIGTERM or Ctrl-C; what has begun is saved.
-    """
-    try:
-        label = f"{len(runs)} runs from {runs[0].label}" if runs else ""
-        train.train_together([run.config for run in runs], [run.workdir for run in runs], label=label)
-    except Interrupted:
-        raise
-    except Exception as error:  # whatever it is, the runs may go on one by one
-        print(f"{label}: not together: {_one_line(error)}", file=sys.stderr)
-
-
-def _train_here(run: Run) -> Outcome:
-    try:
-        return Outcome(train.train_and_evaluate(run.config, run.workdir, label=run.label))
-    except Interrupted:
-        raise
-    except Exception as error:  # whatever it is, the other runs go on
-        print(f"{run.label} failed: {error}", file=sys.stderr)
-        return Outcome(None, _one_line(error))
-
-
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return text if isinstance(error, ValueError) and text else f"{type(error).__name__}: {text}"
-
-
-def _train_beside(runs: Sequence[Run], jobs: int) -> list[Outcome]:
-    places, free = [_Place(run) for run in runs], _shares_of_cores(jobs)
-    with _stopping(places) as stopped, Live(_table(places), refresh_per_second=2) as live:
-        while any(place.outcome is None for place in places):
-            for place in places:
-                if place.process and place.outcome is None and place.process.poll() is not None:
-                    place.outcome = _finished(place)
-                    free.append(place.cores)
-                if place.process is None and place.outcome is None and stopped():
-                    place.outcome = Outcome(None, "not started")
-                elif place.process is None and free and not stopped():
-                    _start(place, free.pop(0))
-            live.update(_table(places))
+    planned, free, began = [_planned(runs) for runs in groups], _shares_of_cores(jobs), time.monotonic()
+    with _stopping(planned) as stopped, Live(refresh_per_second=2) as live:
+        while any(job.outcomes is None for job in planned):
+            for job in planned:
+                if job.running and job.process.poll() is not None:  # type: ignore[union-attr]
+                    job.outcomes = _finished(job)
+                    free.append(job.cores)
+                    live.console.print(_told(job))
+                if job.process is None and job.outcomes is None and stopped():
+                    job.outcomes = [Outcome(None, "not started")] * len(job.runs)
+                elif job.process is None and job.outcomes is None and free:
+                    _start(job, free.pop(0))
+            live.update(_table(planned, began))
             time.sleep(_POLL_SECONDS)
     if stopped():
         raise AllInterrupted
-    return [place.outcome for place in places if place.outcome]
+    return [outcome for job in planned for outcome in job.outcomes or ()]
+
+
+def _planned(runs: Sequence[Run]) -> _Job:
+    """Returns the job, with its outcomes if all of its runs have finished before, or one cannot begin."""
+    try:
+        for run in runs:
+            train.claim_workdir(run.config, run.workdir)
+    except UserError as error:
+        return _Job(runs, outcomes=[Outcome(None, str(error))] * len(runs))
+    done = all((run.workdir / name).exists() for run in runs for name in ("results.json", "report.html"))
+    return _Job(runs, outcomes=[_read(run) for run in runs] if done else None)
+
+
+def _read(run: Run) -> Outcome:
+    return Outcome(json.loads((run.workdir / "results.json").read_text()))
 
 
 def _shares_of_cores(jobs: int) -> list[Sequence[int]]:
@@ -135,46 +140,43 @@ def _shares_of_cores(jobs: int) -> list[Sequence[int]]:
     return [cores[i * len(cores) // jobs : (i + 1) * len(cores) // jobs] for i in range(jobs)]
 
 
-def _start(place: _Place, cores: Sequence[int]) -> None:
-    folder = place.run.workdir
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    wanted = folder.with_suffix(".json")
-    wanted.write_text(json.dumps(place.run.config.to_dict()))
-    arguments = [sys.executable, "-m", "mfm_jax.runs", str(wanted), str(folder), ",".join(map(str, cores))]
+def _start(job: _Job, cores: Sequence[int]) -> None:
+    for run in job.runs:
+        run.workdir.with_suffix(".json").write_text(json.dumps(run.config.to_dict()))
+    folders = [str(run.workdir) for run in job.runs]
+    arguments = [sys.executable, "-m", "mfm_jax.runs", ",".join(map(str, cores)), *folders]
     environment = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", **os.environ}
-    with folder.with_suffix(".log").open("w") as log:
+    job.cores, job.began, job.epochs_before = cores, time.monotonic(), _progress(job)[0]
+    with job.log.open("w") as log:
         # A session of its own: Ctrl-C reaches it through this process alone, once.
-        place.process = subprocess.Popen(
+        job.process = subprocess.Popen(
             arguments, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
         )
-    place.cores, place.began = cores, time.monotonic()
 
 
-def _finished(place: _Place) -> Outcome:
-    assert place.process is not None
-    path = place.run.workdir / "results.json"
-    if place.process.returncode == 0 and path.exists():
-        return Outcome(json.loads(path.read_text()))
-    if place.process.returncode == EXIT_INTERRUPTED:
-        return Outcome(None, "interrupted")
-    log = place.run.workdir.with_suffix(".log")
-    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+def _finished(job: _Job) -> list[Outcome]:
+    assert job.process is not None
+    status = job.process.returncode
+    if status == 0:
+        return [_read(run) for run in job.runs]
+    if status == EXIT_INTERRUPTED:
+        return [Outcome(None, "interrupted")] * len(job.runs)
+    lines = [line for line in job.log.read_text(errors="replace").splitlines() if line.strip()]
     last = lines[-1].removeprefix("error: ") if lines else "no output"
-    status = place.process.returncode
     killed = f"killed by signal {-status}; " if status < 0 else ""
-    return Outcome(None, f"{killed}{last} ({log})")
+    return [Outcome(None, f"{killed}{last} ({job.log})")] * len(job.runs)
 
 
 @contextlib.contextmanager
-def _stopping(places: list[_Place]) -> Iterator[Any]:
+def _stopping(jobs: list[_Job]) -> Iterator[Any]:
     """Passes SIGTERM and Ctrl-C on to the processes that run; yields whether one has arrived."""
     received: list[int] = []
 
     def note(number: int, frame: Any) -> None:
         received.append(number)
-        for place in places:
-            if place.process and place.process.poll() is None:
-                place.process.terminate()
+        for job in jobs:
+            if job.process and job.process.poll() is None:
+                job.process.terminate()
 
     before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
@@ -184,23 +186,35 @@ def _stopping(places: list[_Place]) -> Iterator[Any]:
             signal.signal(number, handler)
 
 
-def _table(places: Sequence[_Place]) -> Table:
-    table = Table("run", "state", "epoch", "balanced on validation")
-    for place in places:
-        epoch, score = _progress(place.run)
-        table.add_row(place.run.label, _state(place), f"{epoch}/{place.run.config.train.epochs}", score)
+def _told(job: _Job) -> str:
+    """Returns one line on a process that has ended."""
+    assert job.outcomes
+    error = job.outcomes[0].error
+    return f"{job.label}: " + (f"failed: {error}" if error else f"done in {time.monotonic() - job.began:.0f} s")
+
+
+def _table(jobs: Sequence[_Job], began: float) -> Table:
+    """Returns what runs now, and below it when all will be done, at the pace of the epochs so far."""
+    done = sum(job.outcomes is not None for job in jobs)
+    trained = left = 0
+    table = Table("run", "epoch", "balanced on validation", "minutes", "left", caption_justify="left")
+    for job in jobs:
+        epoch, score = _progress(job) if job.process else (0, "–")
+        trained += epoch - job.epochs_before
+        left += 0 if job.outcomes else job.epochs - epoch
+        if job.running:
+            seconds, new = time.monotonic() - job.began, epoch - job.epochs_before
+            rest = f"{seconds / new * (job.epochs - epoch) / 60:.1f}" if new else "–"
+            table.add_row(job.label, f"{epoch}/{job.epochs}", score, f"{seconds / 60:.1f}", rest)
+    table.caption = f"{done} of {len(jobs)} done"
+    if trained and left:
+        table.caption += f"; about {(time.monotonic() - began) / trained * left / 60:.0f} minutes left"
     return table
 
 
-def _state(place: _Place) -> str:
-    if place.outcome:
-        return "done" if place.outcome.results else f"failed: {place.outcome.error}"
-    return f"running, {time.monotonic() - place.began:.0f} s" if place.process else "waiting"
-
-
-def _progress(run: Run) -> tuple[int, str]:
-    """Returns how many epochs a run has logged, and its last balanced accuracy on validation in percent."""
-    path = run.workdir / "metrics.jsonl"
+def _progress(job: _Job) -> tuple[int, str]:
+    """Returns how many epochs the job's first run has logged, and its last balanced accuracy on validation, percent."""
+    path = job.runs[0].workdir / "metrics.jsonl"
     lines = path.read_text().split("\n")[:-1] if path.exists() else []  # what follows the last newline is on its way
     rows = [json.loads(line) for line in lines[-4:]]
     scores = [row["balanced_accuracy"] for row in rows if row["kind"] == "val"]
@@ -225,14 +239,16 @@ def _measure() -> dict[str, Any]:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Trains one run in this process."""
-    wanted, workdir, cores = argv
+    """Trains the runs of one process."""
+    cores, *folders = argv
     if cores and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, [int(core) for core in cores.split(",")])  # before JAX counts them
-    fresh = not (Path(workdir) / "checkpoints").exists()
-    train.train_and_evaluate(json.loads(Path(wanted).read_text()), workdir)
-    if fresh:  # a run in two halves has no one peak
-        (Path(workdir) / "peak_memory.json").write_text(json.dumps(_measure()))
+    workdirs = [Path(folder) for folder in folders]
+    configs = [config_lib.resolve(json.loads(workdir.with_suffix(".json").read_text())) for workdir in workdirs]
+    fresh = not (workdirs[0] / "checkpoints").exists()
+    train.train_together(configs, workdirs)
+    if fresh and len(workdirs) == 1:  # neither a run in two halves nor one of several has a peak of its own
+        (workdirs[0] / "peak_memory.json").write_text(json.dumps(_measure()))
     return 0
 
 

@@ -76,7 +76,8 @@ def train_and_evaluate(
 
     Returns:
       The content of `results.json`: `last` and `best` (on validation; None without one), each with the metrics of
-      `metrics.evaluate` on `val` and `test`.
+      `metrics.evaluate` on `val` and `test` (None where there is no such split, or `eval.test` is False); `split` is
+      the one to show.
 
     Raises:
       UserError: a config or data mistake, before training starts; the workdir belongs to another config.
@@ -373,7 +374,7 @@ class _Run:
         return evaluate(np.concatenate(probabilities), labels, np.asarray(counts))
 
     def results(self) -> dict[str, Any]:
-        """Evaluates the last and the best-on-validation state on the test split: the one time it is read."""
+        """Evaluates the last and the best-on-validation state; the one time that the test split is read."""
         last = self._result(self.loop.bilevel, self.step)
         best_step = self.checkpoints.best_step()
         best = None
@@ -383,6 +384,7 @@ class _Run:
         return {
             "method": self.config.method.name,
             "seed": self.config.train.seed,
+            "split": "test" if self.config.eval.test else "val",
             "last": last,
             "best": best,
             "train_seconds": self.train_seconds,
@@ -394,7 +396,7 @@ class _Run:
             "step": step,
             "epoch": -(-step // self.experiment.steps_per_epoch),
             "val": self.evaluate(state, "val") if self.has_validation else None,
-            "test": self.evaluate(state, "test"),
+            "test": self.evaluate(state, "test") if self.config.eval.test else None,
         }
 
 

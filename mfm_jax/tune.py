@@ -2,8 +2,8 @@
 
 A trial is an ordinary run with one training seed; its score is the balanced accuracy on validation at the last epoch.
 Optuna's TPE proposes, `runs` trains. Finished trials stay in their workdirs, and proposals follow from the seed and the
-scores, so that tuning that was interrupted goes on with the same command. A trial writes the report that every run
-writes, test numbers included; nothing here reads them.
+scores, so that tuning that was interrupted goes on with the same command. A trial never reads the test split
+(`eval.test = False`).
 """
 
 import json
@@ -41,15 +41,18 @@ def tune(method: str, fields: Fields, trials: int, folder: Path, jobs: int = 1) 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     sampler = optuna.samplers.TPESampler(seed=fields["train"]["seed"])
     study = optuna.create_study(direction="maximize", sampler=sampler)
+    unread = with_values(fields, {"eval.test": False})
     space, error = {**COMMON, **METHODS[method].search}, ""
     while len(study.trials) < trials:
         asked = [study.ask() for _ in range(min(jobs, trials - len(study.trials)))]
         planned = [
-            runs.Run(
-                f"{method} trial {trial.number + 1}/{trials}",
-                config_lib.resolve(with_values(fields, _proposed(trial, space))),
-                folder / f"trial{trial.number}",
-            )
+            [
+                runs.Run(
+                    f"{method} trial {trial.number + 1}/{trials}",
+                    config_lib.resolve(with_values(unread, _proposed(trial, space))),
+                    folder / f"trial{trial.number}",
+                )
+            ]
             for trial in asked
         ]
         for trial, outcome in zip(asked, runs.train_all(planned, jobs), strict=True):

@@ -164,7 +164,7 @@ def test_overrides_reach_the_run_and_its_status_is_returned(run, tmp_path, monke
         seen.append((config.resolve(given), Path(workdir)))
         split = {"test": dict.fromkeys(("balanced_accuracy", "accuracy", "many", "rarest_third", "macro_f1"), 0.5)}
         split["test"] |= {"medium": 0.25, "few": None}
-        return {"last": split, "best": None}
+        return {"split": "test", "last": split, "best": None}
 
     monkeypatch.setattr(train, "train_and_evaluate", pretend)
     overrides = ["--config.train.epochs=3", "--config.optim.learning_rate=1", "--noconfig.meta.lagged"]

@@ -6,7 +6,7 @@ import pytest
 from absl import flags
 from absl.testing import flagsaver
 
-from mfm_jax import compare, train
+from mfm_jax import compare, runs
 from mfm_jax.config import Config
 from mfm_jax.errors import UserError
 from mfm_jax.methods import METHODS
@@ -16,7 +16,8 @@ def result(balanced: float, *, best: float | None = None, few: float | None = 0.
     def split(value: float) -> dict:
         return {"test": dict.fromkeys(compare._COLUMNS, 0.5) | {"balanced_accuracy": value, "few": few}}
 
-    return {"last": split(balanced), "best": None if best is None else split(best), "train_seconds": seconds}
+    last_and_best = {"last": split(balanced), "best": None if best is None else split(best)}
+    return {"split": "test", "train_seconds": seconds, **last_and_best}
 
 
 @pytest.fixture
@@ -69,8 +70,22 @@ def test_a_number_that_one_seed_lacks_is_none(rows):
     assert (rows[2]["few_mean"], rows[2]["few_std"]) == (None, None)
 
 
-def test_seconds_are_the_median(rows):
+def test_seconds_are_the_median_and_their_ratio_to_the_baselines(rows):
     assert [row["train_seconds"] for row in rows] == [1.0, 1.0, 5.0]
+    assert [row["time_ratio"] for row in rows] == [1.0, 1.0, 5.0]
+
+
+def test_memory_as_a_ratio_where_both_are_known():
+    found = {name: [result(0.5)] for name in ("ce", "ldam", "mfm")}
+    rows = compare.table(found, "ce", {"ce": 100.0, "ldam": None, "mfm": 150.0})
+    assert [row["memory_ratio"] for row in rows] == [1.0, None, 1.5]
+
+
+def test_without_the_test_split_validation_is_shown():
+    chosen = result(0.9) | {"split": "val"}
+    chosen["last"]["val"] = chosen["last"].pop("test") | {"balanced_accuracy": 0.25}
+    (row,) = compare.table({"ce": [chosen]})
+    assert row["balanced_accuracy_mean"] == 0.25
 
 
 def test_a_single_seed_has_no_spread():
@@ -87,10 +102,10 @@ def cells(text: str) -> list[list[str]]:
 
 
 def test_the_markdown_table_is_in_percent_with_a_dash_for_nothing(rows, tmp_path):
-    compare.write(rows, [0, 1, 2], tmp_path)
+    compare.write(rows, [0, 1, 2], tmp_path, "ce")
     text = (tmp_path / "compare.md").read_text()
     head, rule, ce, ce_best, mfm = cells(text)
-    assert head == ["method", "epoch", *compare._COLUMNS, "balanced - ce"]
+    assert head == ["method", "epoch", *compare._COLUMNS, "balanced - ce", "time", "memory"]
     assert set(rule) == {"---"}
     assert len(rule) == len(head)
     column = {name: i for i, name in enumerate(head)}
@@ -99,21 +114,30 @@ def test_the_markdown_table_is_in_percent_with_a_dash_for_nothing(rows, tmp_path
     assert ce[column["balanced_accuracy"]] == "30.0 ± 26.5"
     assert ce[column["few"]] == "50.0 ± 0.0"
     assert mfm[column["few"]] == "–"
-    assert ce[-1] == "–"
-    assert mfm[-1] == "20.0 ± 5.8"
+    assert ce[-3:] == ["–", "1.00", "–"]
+    # t(0.975, 2) is 4.3027; times the standard error 5.7735, half the width is 24.84.
+    assert mfm[-3:] == ["20.0 [-4.8, 44.8]", "5.00", "–"]
     assert "seeds 0, 1, 2" in text.splitlines()[-1]
 
 
+def test_what_failed_and_what_was_tuned_is_said_below(rows, tmp_path):
+    tuned = {"ce": {}, "mfm": {"meta.learning_rate": 0.0123456, "method.hidden": 3}}
+    compare.write(rows, [0], tmp_path, "ce", {"focal": "focal seed 1: loss became non-finite"}, tuned)
+    *_, failed, chosen = (tmp_path / "compare.md").read_text().strip().split("\n\n")
+    assert failed == "Failed: focal (focal seed 1: loss became non-finite)."
+    assert chosen == "Tuned: mfm: meta.learning_rate = 0.01235, method.hidden = 3."
+
+
 def test_a_single_seed_is_written_without_a_spread(tmp_path):
-    compare.write(compare.table({"ce": [result(0.5)], "mfm": [result(0.75)]}), [7], tmp_path)
+    compare.write(compare.table({"ce": [result(0.5)], "mfm": [result(0.75)]}), [7], tmp_path, "ce")
     _, _, ce, mfm = cells((tmp_path / "compare.md").read_text())
-    assert ce == ["ce", "last", *["50.0"] * len(compare._COLUMNS), "–"]
-    assert mfm[-1] == "25.0"
+    assert ce == ["ce", "last", *["50.0"] * len(compare._COLUMNS), "–", "1.00", "–"]
+    assert mfm[-3] == "25.0"
     assert "seeds 7;" in (tmp_path / "compare.md").read_text()
 
 
 def test_the_csv_holds_every_number_as_a_fraction(rows, tmp_path):
-    compare.write(rows, [0, 1, 2], tmp_path)
+    compare.write(rows, [0, 1, 2], tmp_path, "ce")
     with (tmp_path / "compare.csv").open(newline="") as file:
         read = list(csv.DictReader(file))
     assert len(read) == len(rows)
@@ -124,59 +148,51 @@ def test_the_csv_holds_every_number_as_a_fraction(rows, tmp_path):
 # --- run_all and the flags ------------------------------------------------------------------------
 
 
-def test_every_method_and_seed_gets_a_folder_and_the_same_split(tmp_path, monkeypatch):
-    runs = []
+@pytest.fixture
+def trained(monkeypatch):
+    """The groups of runs that were to be trained; each has its folder for results."""
+    groups = []
 
-    def pretend(config, workdir, *, label):
-        runs.append((config.to_dict(), workdir.relative_to(tmp_path).as_posix(), label))
-        return {"folder": runs[-1][1]}
+    def pretend(planned, jobs):
+        groups.extend(planned)
+        return [runs.Outcome({"folder": str(run.workdir)}) for group in planned for run in group]
 
-    monkeypatch.setattr(train, "train_and_evaluate", pretend)
+    monkeypatch.setattr(runs, "train_all", pretend)
+    return groups
+
+
+def test_every_method_and_seed_gets_a_folder_and_the_same_split(tmp_path, trained):
     config = Config().to_dict()
-    results, failed = compare.run_all(config, ["ce", "mfm"], [3, 5], tmp_path)
-    assert failed == {}
-    assert results == {
-        "ce": [{"folder": "ce/seed3"}, {"folder": "ce/seed5"}],
-        "mfm": [{"folder": "mfm/seed3"}, {"folder": "mfm/seed5"}],
-    }
-    for given, folder, label in runs:
+    results, failed, tuned = compare.run_all(config, ["ce", "mfm"], [3, 5], tmp_path)
+    assert (failed, tuned) == ({}, {"ce": {}, "mfm": {}})
+    assert results == {name: [{"folder": f"{tmp_path}/{name}/seed{seed}"} for seed in (3, 5)] for name in ("ce", "mfm")}
+    assert [run.label for (run,) in trained] == ["ce seed 3", "mfm seed 3", "ce seed 5", "mfm seed 5"]
+    for (run,) in trained:
+        given = run.config.to_dict()
         method, seed = given["method"]["name"], given["train"]["seed"]
-        assert (folder, label) == (f"{method}/seed{seed}", f"{method} seed {seed}")
+        assert (run.workdir, run.label) == (tmp_path / method / f"seed{seed}", f"{method} seed {seed}")
         given["method"]["name"], given["train"]["seed"] = Config().method.name, Config().train.seed
         assert given == Config().to_dict()
     assert config == Config().to_dict()
 
 
-def test_what_a_method_cannot_share_is_set_for_it_alone(tmp_path, monkeypatch):
-    runs = {}
-    monkeypatch.setattr(train, "train_and_evaluate", lambda config, *_, **__: runs.update({config.method.name: config}))
+def test_what_a_method_cannot_share_is_set_for_it_alone(tmp_path, trained):
     config = Config().to_dict()
     config["data"]["train_on_meta"] = True
     compare.run_all(config, list(METHODS), [0], tmp_path)
-    assert {name for name, run in runs.items() if not run.meta.lagged} == {"l2rw"}
+    found = {run.config.method.name: run.config for (run,) in trained}
+    assert {name for name, run in found.items() if not run.meta.lagged} == {"l2rw"}
     with_learner = {name for name, method in METHODS.items() if method.learner}
-    assert {name for name, run in runs.items() if not run.data.train_on_meta} == with_learner
+    assert {name for name, run in found.items() if not run.data.train_on_meta} == with_learner
 
 
-def test_together_a_method_is_one_program_and_a_failure_is_left_to_the_single_runs(tmp_path, monkeypatch, capsys):
-    groups = []
-
-    def pretend(configs, workdirs, *, label):
-        groups.append(
-            [
-                (c.method.name, c.train.seed, w.relative_to(tmp_path).as_posix())
-                for c, w in zip(configs, workdirs, strict=True)
-            ]
-        )
-        if configs[0].method.name == "mfm":
-            raise MemoryError("too many seeds")
-
-    monkeypatch.setattr(train, "train_together", pretend)
-    monkeypatch.setattr(train, "train_and_evaluate", lambda *_, label: {"label": label})
-    results, failed = compare.run_all(Config().to_dict(), ["ce", "mfm"], [3, 5], tmp_path, together=True)
-    assert groups == [[(name, 3, f"{name}/seed3"), (name, 5, f"{name}/seed5")] for name in ("ce", "mfm")]
-    assert (len(results["ce"]), len(results["mfm"]), failed) == (2, 2, {})
-    assert "2 runs from mfm seed 3: not together: MemoryError: too many seeds" in capsys.readouterr().err
+def test_together_a_method_is_one_program(tmp_path, trained):
+    results, failed, _ = compare.run_all(Config().to_dict(), ["ce", "mfm"], [3, 5], tmp_path, together=True)
+    assert [[run.label for run in group] for group in trained] == [
+        [f"{name} seed 3", f"{name} seed 5"] for name in ("ce", "mfm")
+    ]
+    assert results["mfm"] == [{"folder": f"{tmp_path}/mfm/seed{seed}"} for seed in (3, 5)]
+    assert failed == {}
 
 
 def test_seeds():

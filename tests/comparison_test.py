@@ -24,12 +24,12 @@ def run(seed: int, skill: float, seconds: float) -> dict:
     probs = np.full((60, 3), 0.1)
     probs[np.arange(60), np.where(hit, labels, (labels + 1) % 3)] = 0.8
     test = metrics.evaluate(probs, labels, COUNTS)
-    return {"seed": seed, "last": {"test": test}, "best": None, "train_seconds": seconds}
+    return {"seed": seed, "split": "test", "last": {"test": test}, "best": None, "train_seconds": seconds}
 
 
-def page(tmp_path, results, baseline="ce", failed=None, memory=None) -> str:
-    rows = compare.table(results, baseline)
-    path = comparison.write_page(tmp_path, rows, results, failed or {}, memory or {}, MANIFEST, baseline)
+def page(tmp_path, results, baseline="ce", failed=None, memory=None, tuned=None) -> str:
+    rows = compare.table(results, baseline, memory or {})
+    path = comparison.write_page(tmp_path, rows, results, failed or {}, tuned or {}, MANIFEST, baseline)
     assert path == tmp_path / "compare.html"
     return path.read_text()
 
@@ -56,6 +56,9 @@ def test_differences_with_their_interval_and_costs_as_ratios(tmp_path, results):
     assert found["mfm"][-3:] == ["23.33 [8.99, 37.68]", "2.50", "1.50"]
     assert found["ce"][-3:] == ["–", "1.00", "1.00"]
     assert found["ce"][1] == "40.00 ± 10.00"
+    head = ["balanced", "many", "medium", "few", "rarest third", "macro F1", "ROC AUC", "ECE"]
+    assert re.findall(r"<th>([^<]*)", page(tmp_path, results))[: len(head) + 1] == ["method", *head]
+    assert "±" in found["mfm"][6]
 
 
 def test_memory_that_was_not_measured_and_a_single_seed(tmp_path, results):
@@ -71,6 +74,12 @@ def test_it_is_one_page_with_three_figures_and_escapes_names(tmp_path, results):
     assert "<b>loss" not in html
     assert "focal: focal seed 1: &lt;b&gt;loss" in html
     assert not re.search(r"<script|https?://(?!www\.w3\.org)", html)
+
+
+def test_what_tuning_chose_is_said(tmp_path, results):
+    html = page(tmp_path, results, tuned={"ce": {}, "mfm": {"meta.learning_rate": 0.25, "method.hidden": 3}})
+    (said,) = re.findall(r"<p[^>]*>([^<]*was tuned[^<]*)</p>", html)
+    assert " ".join(said.split()) == "mfm was tuned on validation: meta.learning_rate = 0.25, method.hidden = 3."
 
 
 def test_a_failed_baseline_leaves_the_rest(tmp_path, results):

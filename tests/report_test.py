@@ -63,6 +63,7 @@ def write_workdir(
 
     results = {
         "method": "mfm",
+        "split": "test",
         "seed": 3,
         "last": {"step": 4000, "epoch": 10, "test": evaluation(2.6), "val": evaluation(2.5)},
         "best": {"step": 3200, "epoch": 8, "test": evaluation(2.7), "val": evaluation(2.8)} if best else None,

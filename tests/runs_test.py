@@ -13,7 +13,6 @@ import pytest
 
 from mfm_jax import compare, runs, train
 from mfm_jax import config as config_lib
-from mfm_jax.errors import UserError
 
 
 def run(tmp_path, name: str, **overrides) -> runs.Run:
@@ -29,44 +28,18 @@ def run(tmp_path, name: str, **overrides) -> runs.Run:
     return runs.Run(name, config_lib.resolve(config), tmp_path / name)
 
 
-def test_a_failure_in_this_process_is_an_outcome(tmp_path, monkeypatch):
-    def pretend(config, workdir, *, label):
-        if label == "bad":
-            raise UserError("data.name = 'x': no such set")
-        if label == "worse":
-            raise MemoryError("out of it")
-        return {"label": label}
-
-    monkeypatch.setattr(train, "train_and_evaluate", pretend)
-    found = runs.train_all([run(tmp_path, name) for name in ("bad", "good", "worse")])
-    assert found == [
-        runs.Outcome(None, "data.name = 'x': no such set"),
-        runs.Outcome({"label": "good"}),
-        runs.Outcome(None, "MemoryError: out of it"),
-    ]
-
-
-def test_an_interruption_is_not_a_failure(tmp_path, monkeypatch):
-    def pretend(config, workdir, *, label):
-        raise train.Interrupted(3)
-
-    monkeypatch.setattr(train, "train_and_evaluate", pretend)
-    with pytest.raises(train.Interrupted):
-        runs.train_all([run(tmp_path, "one")])
-
-
 def test_a_failed_method_is_shown_and_the_others_are_compared(tmp_path, monkeypatch, capsys):
     evaluation = {"test": dict.fromkeys(compare._COLUMNS, 0.5)}
-    good = runs.Outcome({"last": evaluation, "best": None, "train_seconds": 1.0})
+    good = runs.Outcome({"split": "test", "last": evaluation, "best": None, "train_seconds": 1.0})
     outcomes = [good, runs.Outcome(None, "loss became non-finite"), good]
     monkeypatch.setattr(runs, "train_all", lambda planned, jobs: outcomes)
-    results, failed = compare.run_all(config_lib.default(), ["ce", "focal", "mfm"], [0], tmp_path)
+    results, failed, _ = compare.run_all(config_lib.default(), ["ce", "focal", "mfm"], [0], tmp_path)
     assert list(results) == ["ce", "mfm"]
     assert failed == {"focal": "focal seed 0: loss became non-finite"}
     rows = compare.table(results, "ce")
-    compare.write(rows, [0], tmp_path, failed)
+    compare.write(rows, [0], tmp_path, "ce", failed)
     assert "Failed: focal (focal seed 0: loss became non-finite)." in (tmp_path / "compare.md").read_text()
-    compare.print_table(rows, failed)
+    compare.print_table(rows, "ce", failed)
     assert "failed: focal (focal seed 0" in capsys.readouterr().out
     lone = compare.table({"mfm": results["mfm"]}, "ce")  # the baseline is what failed
     assert [row["difference"] for row in lone] == [None]
@@ -92,16 +65,50 @@ def _one_device(monkeypatch):
 
 
 @pytest.mark.usefixtures("_one_device")
-def test_side_by_side_gives_the_same_results_and_outlives_a_failure(tmp_path):
+def test_side_by_side_gives_the_same_results_and_outlives_a_failure(tmp_path, capsys):
     planned = [run(tmp_path, "good"), run(tmp_path, "bad", modulation__sites="stage9")]
-    good, bad = runs.train_all(planned, jobs=2)
+    good, bad = runs.train_all([[one] for one in planned], jobs=2)
     assert bad.results is None
     assert bad.error.startswith("modulation.sites = 'stage9': the model has no such site")
     assert good.results is not None
     assert runs.peak_memory(tmp_path / "good") > 1e7
     assert runs.peak_memory(tmp_path / "bad") is None
+    out = capsys.readouterr().out
+    assert "good: done in" in out
+    assert "2 of 2 done" in out
     alone = train.train_and_evaluate(planned[0].config, tmp_path / "alone")
     np.testing.assert_allclose(good.results["last"]["test"]["nll"], alone["last"]["test"]["nll"], rtol=1e-3)
+
+
+@pytest.mark.usefixtures("_one_device")
+def test_a_group_is_one_program_and_what_has_finished_is_not_started_again(tmp_path, monkeypatch):
+    group = [run(tmp_path, f"seed{seed}", train__seed=seed, train__epochs=1) for seed in (0, 1)]
+    found = runs.train_all([group])
+    assert [outcome.results["seed"] for outcome in found] == [0, 1]
+    monkeypatch.setattr(subprocess, "Popen", None)
+    assert runs.train_all([group]) == found
+    other = group[0]._replace(config=run(tmp_path, "x", train__epochs=3).config)
+    (refused,) = runs.train_all([[other]])
+    assert "belongs to another config (train.epochs: 1 -> 3)" in refused.error
+
+
+def test_the_table_tells_what_runs_and_when_it_will_be_done(tmp_path, monkeypatch):
+    jobs = [runs._Job([run(tmp_path, name, train__epochs=10)]) for name in ("done", "running", "waiting")]
+    for job in jobs[:2]:
+        job.process = subprocess.Popen([sys.executable, "-c", ""])
+        job.process.wait()
+    jobs[0].outcomes = [runs.Outcome({})]
+    for name, epochs in (("done", 10), ("running", 6)):
+        (tmp_path / name).mkdir()
+        rows = [{"kind": "val", "epoch": epochs - 1, "balanced_accuracy": 0.5}]
+        (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    jobs[1].epochs_before, jobs[1].began = 2, 60.0  # went on after two epochs
+    monkeypatch.setattr(time, "monotonic", lambda: 300.0)
+    table = runs._table(jobs, began=20.0)
+    # Four epochs in 240 s, four are left.
+    assert [list(column.cells) for column in table.columns] == [["running"], ["6/10"], ["50.0"], ["4.0"], ["4.0"]]
+    # 14 epochs in 280 s: 20 s an epoch, and 4 + 10 are left.
+    assert table.caption == "1 of 3 done; about 5 minutes left"
 
 
 PARENT = """
@@ -110,7 +117,7 @@ from pathlib import Path
 from mfm_jax import config, runs, train
 given = config.resolve(json.loads(sys.argv[1]))
 try:
-    runs.train_all([runs.Run(name, given, Path(sys.argv[2]) / name) for name in ("one", "two", "three")], jobs=2)
+    runs.train_all([[runs.Run(name, given, Path(sys.argv[2]) / name)] for name in ("one", "two", "three")], jobs=2)
 except train.Interrupted as interrupted:
     print(interrupted)
     sys.exit(75)
@@ -131,4 +138,4 @@ def test_sigterm_stops_and_saves_them_all(tmp_path):
     for name in ("one", "two"):
         assert list((tmp_path / name / "checkpoints").iterdir())
         assert not (tmp_path / name / "results.json").exists()
-    assert not (tmp_path / "three").exists()
+    assert not list((tmp_path / "three").iterdir())

@@ -24,13 +24,12 @@ def trained(monkeypatch):
     done = []
 
     def train_all(planned, jobs):
-        done.extend(planned)
+        done.extend(run for (run,) in planned)
         outcomes = []
-        for run in planned:
+        for (run,) in planned:
             run.workdir.mkdir(parents=True)
             score = 1 - abs(math.log(run.config.optim.learning_rate / 0.1)) / 10 - abs(run.config.method.tau - 2) / 10
-            test = dict.fromkeys(compare._COLUMNS, 0.5)
-            outcomes.append(runs.Outcome({"last": {"val": {"balanced_accuracy": score}, "test": test}, "best": None}))
+            outcomes.append(runs.Outcome({"last": {"val": {"balanced_accuracy": score}}, "best": None}))
         return outcomes
 
     monkeypatch.setattr(runs, "train_all", train_all)
@@ -60,8 +59,9 @@ def test_the_best_of_the_trials_is_found_again_by_the_same_command(fields, train
 
 
 def test_every_method_gets_the_same_number_of_trials_and_its_own_best(fields, trained, tmp_path):
-    results, failed = compare.run_all(fields, ["ce", "logit_adjusted"], [0, 1], tmp_path, trials=3, jobs=2)
+    results, failed, tuned = compare.run_all(fields, ["ce", "logit_adjusted"], [0, 1], tmp_path, trials=3, jobs=2)
     assert failed == {}
+    assert set(tuned["logit_adjusted"]) == {"optim.learning_rate", "method.tau"}
     assert {method: len(found) for method, found in results.items()} == {"ce": 2, "logit_adjusted": 2}
     tried = [run.workdir.parts[-3] for run in trained if run.workdir.name.startswith("trial")]
     assert sorted(tried) == ["ce"] * 3 + ["logit_adjusted"] * 3
@@ -70,11 +70,13 @@ def test_every_method_gets_the_same_number_of_trials_and_its_own_best(fields, tr
         best = json.loads((tmp_path / method / "tune/best.json").read_text())["values"]
         assert run.config.optim.learning_rate == best["optim.learning_rate"]
         assert run.workdir == tmp_path / method / f"seed{run.config.train.seed}"
+    # Choosing does not read the test split, the runs that are compared do.
+    assert [run.config.eval.test for run in trained] == [False] * 6 + [True] * 4
 
 
 def test_a_trial_that_fails_is_one_of_the_trials(fields, tmp_path, monkeypatch):
     def train_all(planned, jobs):
-        (run,) = planned
+        ((run,),) = planned
         run.workdir.mkdir(parents=True)
         if run.workdir.name == "trial0":
             return [runs.Outcome(None, "loss became non-finite")]
