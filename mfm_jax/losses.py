@@ -34,7 +34,7 @@ def logit_adjusted(counts: jax.Array, tau: float = 1.0) -> LossFn:
 
     References:
       Menon et al., Long-tail learning via logit adjustment, ICLR 2021, eq. 10.
-      Ren et al., Balanced meta-softmax for long-tailed visual recognition, NeurIPS 2020, eq. 4.
+      Ren et al., Balanced meta-softmax for long-tailed visual recognition, NeurIPS 2020.
     """
     offset = tau * log_prior(counts)[None, :]
 
@@ -75,7 +75,7 @@ def ldam(counts: jax.Array, max_margin: float = 0.5, scale: float = 30.0) -> Los
       scale: what the cosines were multiplied by.
 
     References:
-      Cao et al., Learning imbalanced datasets with label-distribution-aware margin loss, NeurIPS 2019, eq. 12 and 13.
+      Cao et al., Learning imbalanced datasets with label-distribution-aware margin loss, NeurIPS 2019 (LDAM loss).
     """
     counts = jnp.asarray(counts, jnp.float32)
     offset = -scale * max_margin * (counts.min() / counts) ** 0.25
@@ -94,7 +94,7 @@ def dice(alpha: float = 0.1) -> LossFn:
     `p_y = 1 / (1 + alpha)`: a large alpha keeps a classifier from becoming sure. With `alpha = 0` it is the Dice loss.
 
     References:
-      Li et al., Dice loss for data-imbalanced NLP tasks, ACL 2020, eq. 8 (DSC), with the smoothing term 1.
+      Li et al., Dice loss for data-imbalanced NLP tasks, ACL 2020 (DSC), with the smoothing term 1.
     """
 
     def loss(logits: jax.Array, labels: jax.Array) -> jax.Array:

@@ -40,7 +40,8 @@ def tau_normalized(params: PyTree, tau: float) -> PyTree:
     `tau = 0` changes nothing. The paper leaves the bias out; here it is divided along with the weights.
 
     References:
-      Kang et al., Decoupling representation and classifier for long-tailed recognition, ICLR 2020, eq. 4.
+      Kang et al., Decoupling representation and classifier for long-tailed recognition, ICLR 2020 (tau-normalized
+      classifier).
     """
     return scaled(params, _norms(params["head"]["kernel"]) ** -tau)
 

@@ -112,7 +112,7 @@ def metasaug(num_classes: int, channels: int, strength: float = 0.5) -> MetaLear
       strength: lambda; 0 leaves the loss as it is.
 
     References:
-      Li et al., MetaSAug: meta semantic augmentation for long-tailed visual recognition, CVPR 2021, eq. 4 and 6.
+      Li et al., MetaSAug: meta semantic augmentation for long-tailed visual recognition, CVPR 2021.
       Wang et al., Implicit semantic data augmentation for deep networks, NeurIPS 2019, proposition 1.
     """
 

@@ -57,7 +57,7 @@ def square_root(config: Config, counts: np.ndarray, epoch: int) -> Draw | None:
 
     References:
       Mahajan et al., Exploring the limits of weakly supervised pretraining, ECCV 2018; Kang et al., Decoupling
-      representation and classifier for long-tailed recognition, ICLR 2020, eq. 1 with q = 1/2.
+      representation and classifier for long-tailed recognition, ICLR 2020 (square-root sampling).
     """
     return _draw(np.sqrt(counts), counts)
 
@@ -66,7 +66,7 @@ def progressive(config: Config, counts: np.ndarray, epoch: int) -> Draw | None:
     """From the long-tailed to the balanced distribution: `(1 - t/T) n_k / N + t/T / K` in epoch t of T.
 
     References:
-      Kang et al. 2020, eq. 2 (progressively-balanced sampling).
+      Kang et al. 2020 (progressively-balanced sampling).
     """
     done = epoch / config.train.epochs
     return _draw((1 - done) * counts / counts.sum() + done / len(counts), counts)
