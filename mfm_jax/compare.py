@@ -27,7 +27,7 @@ from typing import Any
 import scipy.stats
 from absl import flags
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from mfm_jax import command, comparison, runs, tune
 from mfm_jax import config as config_lib
@@ -231,11 +231,12 @@ def _in_words(values: Mapping[str, Any]) -> str:
 
 def print_table(rows: list[dict[str, Any]], baseline: str, failed: Mapping[str, str] = _NOTHING) -> None:
     """Prints the accuracies that matter most, in percent, narrow enough for a terminal."""
-    shown = Table("method", "epoch", "balanced", "many", "medium", "few", "rarest third", f"balanced - {baseline}")
+    groups = ("balanced", "many", "medium", "few", "rarest third")
+    shown = Table(Column("method", no_wrap=True), "epoch", *groups, f"balanced - {baseline}")
     for row in rows:
-        groups = [_cell(row[f"{name}_mean"], None) for name in ("many", "medium", "few", "rarest_third")]
+        cells = [_cell(row[f"{name}_mean"], None) for name in ("many", "medium", "few", "rarest_third")]
         balanced = _cell(row["balanced_accuracy_mean"], row["balanced_accuracy_std"])
-        shown.add_row(row["method"], row["epoch"], balanced, *groups, _interval(row))
+        shown.add_row(row["method"], row["epoch"], balanced, *cells, _interval(row))
     for method in failed:
         shown.add_row(method, "failed")
     Console().print(shown)

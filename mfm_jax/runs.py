@@ -99,13 +99,13 @@ def train_all(groups: Sequence[Sequence[Run]], jobs: int = 1) -> list[Outcome]:
       Interrupted: SIGTERM or Ctrl-C; what has begun is saved.
     """
     planned, free, began = [_planned(runs) for runs in groups], _shares_of_cores(jobs), time.monotonic()
-    with _stopping(planned) as stopped, Live(refresh_per_second=2) as live:
+    with _stopping(planned) as stopped, Live(refresh_per_second=2, transient=True) as live:
         while any(job.outcomes is None for job in planned):
             for job in planned:
                 if job.running and job.process.poll() is not None:  # type: ignore[union-attr]
                     job.outcomes = _finished(job)
                     free.append(job.cores)
-                    live.console.print(_told(job))
+                    live.console.print(f"{_told(job)}; {_overall(planned, began)}")
                 if job.process is None and job.outcomes is None and stopped():
                     job.outcomes = [Outcome(None, "not started")] * len(job.runs)
                 elif job.process is None and job.outcomes is None and free:
@@ -194,22 +194,27 @@ def _told(job: _Job) -> str:
 
 
 def _table(jobs: Sequence[_Job], began: float) -> Table:
-    """Returns what runs now, and below it when all will be done, at the pace of the epochs so far."""
-    done = sum(job.outcomes is not None for job in jobs)
-    trained = left = 0
+    """Returns what runs now, and below it when all will be done."""
     table = Table("run", "epoch", "balanced on validation", "minutes", "left", caption_justify="left")
     for job in jobs:
-        epoch, score = _progress(job) if job.process else (0, "–")
-        trained += epoch - job.epochs_before
-        left += 0 if job.outcomes else job.epochs - epoch
         if job.running:
+            epoch, score = _progress(job)
             seconds, new = time.monotonic() - job.began, epoch - job.epochs_before
             rest = f"{seconds / new * (job.epochs - epoch) / 60:.1f}" if new else "–"
             table.add_row(job.label, f"{epoch}/{job.epochs}", score, f"{seconds / 60:.1f}", rest)
-    table.caption = f"{done} of {len(jobs)} done"
-    if trained and left:
-        table.caption += f"; about {(time.monotonic() - began) / trained * left / 60:.0f} minutes left"
+    table.caption = _overall(jobs, began)
     return table
+
+
+def _overall(jobs: Sequence[_Job], began: float) -> str:
+    """Returns how many are done, and when all will be at the pace of the epochs so far."""
+    done = sum(job.outcomes is not None for job in jobs)
+    epochs = [_progress(job)[0] if job.process else 0 for job in jobs]
+    trained = sum(epoch - job.epochs_before for job, epoch in zip(jobs, epochs, strict=True))
+    left = sum(job.epochs - epoch for job, epoch in zip(jobs, epochs, strict=True) if job.outcomes is None)
+    pace = (time.monotonic() - began) / trained if trained else None
+    text = f"{done} of {len(jobs)} done"
+    return f"{text}, about {pace * left / 60:.0f} minutes left" if pace and left else text
 
 
 def _progress(job: _Job) -> tuple[int, str]:

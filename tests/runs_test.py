@@ -75,7 +75,7 @@ def test_side_by_side_gives_the_same_results_and_outlives_a_failure(tmp_path, ca
     assert runs.peak_memory(tmp_path / "bad") is None
     out = capsys.readouterr().out
     assert "good: done in" in out
-    assert "2 of 2 done" in out
+    assert "s; 2 of 2 done" in out
     alone = train.train_and_evaluate(planned[0].config, tmp_path / "alone")
     np.testing.assert_allclose(good.results["last"]["test"]["nll"], alone["last"]["test"]["nll"], rtol=1e-3)
 
@@ -108,7 +108,7 @@ def test_the_table_tells_what_runs_and_when_it_will_be_done(tmp_path, monkeypatc
     # Four epochs in 240 s, four are left.
     assert [list(column.cells) for column in table.columns] == [["running"], ["6/10"], ["50.0"], ["4.0"], ["4.0"]]
     # 14 epochs in 280 s: 20 s an epoch, and 4 + 10 are left.
-    assert table.caption == "1 of 3 done; about 5 minutes left"
+    assert table.caption == "1 of 3 done, about 5 minutes left"
 
 
 PARENT = """
