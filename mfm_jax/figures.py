@@ -30,6 +30,7 @@ LABELLED_CLASSES = 30  # up to this many classes a figure names each of them
 CELL_CLASSES = 12  # up to this many classes the confusion matrix prints its numbers
 _WIDE_CLASSES = 200  # above this many classes bars touch
 _LINES = 20  # up to this many channels or classes the modulation is drawn as one line each
+_NAMED_POINTS = 8  # up to so many methods have their names at their points
 _CURVE_POINTS = 400  # longer curves are averaged down to this many points
 
 # Blue is the head and orange is the tail, in every figure; both are legible on white and on near-black.
@@ -316,9 +317,10 @@ def draw_cost(figure: "Figure", methods: Sequence[Compared]) -> str:
         if one.cost is None:
             continue
         point = (one.cost, 100 * one.balanced)
-        axes.errorbar(*point, yerr=100 * one.spread, fmt="o", color=_method_color(number), markersize=5, linewidth=1)
-        axes.annotate(one.name, point, xytext=(5, 4 - 7 * (number % 3)), textcoords="offset points", fontsize=8)
+        axes.errorbar(*point, yerr=100 * one.spread, linewidth=1, **_method_style(number), label=one.name)
+        _name_point(axes, point, number, methods)
     axes.margins(x=0.15)
+    _name_points_beside(figure, methods)
     axes.set_xlabel("training time, multiple of the baseline's")
     axes.set_ylabel("balanced accuracy (%)")
     return (
@@ -334,15 +336,8 @@ def draw_class_accuracies(figure: "Figure", classes: Classes, methods: Sequence[
     counts = classes.counts[classes.order]
     for number, one in enumerate(methods):
         accuracy = _as_percent(one.per_class)[classes.order]
-        axes.plot(
-            counts,
-            accuracy,
-            color=_method_color(number),
-            linewidth=2.4 if number == 0 else 1.2,
-            marker="o" if len(counts) <= LABELLED_CLASSES else None,
-            markersize=3,
-            label=one.name,
-        )
+        style = _method_style(number) | ({"markersize": 4} if len(counts) <= LABELLED_CLASSES else {"marker": None})
+        axes.plot(counts, accuracy, linewidth=2.4 if number == 0 else 1.2, label=one.name, **style)
     axes.set_xscale("log")
     axes.invert_xaxis()
     axes.xaxis.set_major_formatter("{x:,.0f}")
@@ -350,9 +345,7 @@ def draw_class_accuracies(figure: "Figure", classes: Classes, methods: Sequence[
     axes.set_xlabel("training images of the class (log scale)")
     axes.set_ylabel("accuracy (%)")
     figure.legend(loc="outside right upper", fontsize=8)
-    return (
-        "Test accuracy of each class at the last epoch, mean over seeds, from the most training images to the fewest."
-    )
+    return "Accuracy of each class at the last epoch, mean over seeds, from the most training images to the fewest."
 
 
 def draw_trade_off(figure: "Figure", methods: Sequence[Compared]) -> str:
@@ -361,9 +354,10 @@ def draw_trade_off(figure: "Figure", methods: Sequence[Compared]) -> str:
     for number, one in enumerate(methods):
         if one.head is not None and one.rarest is not None:
             point = (100 * one.head, 100 * one.rarest)
-            axes.plot(*point, "o", color=_method_color(number), markersize=6)
-            axes.annotate(one.name, point, xytext=(5, 4 - 7 * (number % 3)), textcoords="offset points", fontsize=8)
+            axes.plot(*point, linestyle="", **_method_style(number), label=one.name)
+            _name_point(axes, point, number, methods)
     axes.margins(0.15)
+    _name_points_beside(figure, methods)
     axes.set_xlabel("head third of the classes (%)")
     axes.set_ylabel("rarest third of the classes (%)")
     return (
@@ -372,11 +366,29 @@ def draw_trade_off(figure: "Figure", methods: Sequence[Compared]) -> str:
     )
 
 
-def _method_color(number: int) -> Any:
-    """Returns the colour of a method by its place: grey for the baseline, then as many as there are."""
+def _method_style(number: int) -> dict[str, Any]:
+    """Returns the colour and marker of a method by its place: grey for the baseline, then a pair for each."""
+    if number == 0:
+        return {"color": _MUTED, "marker": "o", "markersize": 6}
     import matplotlib
 
-    return _MUTED if number == 0 else matplotlib.colormaps["tab20"]((number - 1) % 20)
+    row, column = divmod(number - 1, 9)
+    # Of the ten colours the eighth is a grey.
+    color = matplotlib.colormaps["tab10"](column + (column >= 7))
+    return {"color": color, "marker": "osD^vP"[row % 6], "markersize": 6}
+
+
+def _name_point(axes: "Axes", point: tuple[float, float], number: int, methods: Sequence[Compared]) -> None:
+    """Writes a method's name at its point, where there are few."""
+    if len(methods) <= _NAMED_POINTS:
+        name, offset = methods[number].name, (5, 4 - 7 * (number % 3))
+        axes.annotate(name, point, xytext=offset, textcoords="offset points", fontsize=8)
+
+
+def _name_points_beside(figure: "Figure", methods: Sequence[Compared]) -> None:
+    """Names the points in a legend, where names at the points would lie on top of each other."""
+    if len(methods) > _NAMED_POINTS:
+        figure.legend(loc="outside right upper", fontsize=7)
 
 
 def _class_lines(
