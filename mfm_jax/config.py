@@ -119,7 +119,7 @@ class Meta:
     bn: str = _one_of("running", "batch")  # statistics that normalise the meta pass
     loss: str = _one_of("ce", "gce")
     temperature: float = _between(1.0, 1e-3)  # divides the logits in the meta loss
-    learning_rate: float = _between(1e-2, 0.0)  # of the modulator's Adam, for each training step
+    learning_rate: float = _between(0.0, 0.0)  # of phi's Adam, for each training step; 0 = the method's own
     freeze: bool = False  # keep the modulator as it starts; the meta-step is not paid for
 
 

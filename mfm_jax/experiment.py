@@ -172,7 +172,7 @@ def _mod_tx(
         return optim.classifier(config.optim, second)
     if learner and learner.per_batch:
         return meta.positive_part(axis_name)
-    return optim.modulator(config.meta)
+    return optim.modulator(config.meta, method.meta_rate)
 
 
 def _class_weights(config: Config, objective: Method, counts: jax.Array, per_epoch: int) -> bilevel.ClassWeights | None:

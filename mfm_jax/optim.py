@@ -50,10 +50,10 @@ def classifier(config: Optim, learning_rate: optax.ScalarOrSchedule) -> optax.Gr
     return optax.chain(*steps)
 
 
-def modulator(config: Meta) -> optax.GradientTransformation:
-    """Returns the modulator's chain: Adam at `meta.learning_rate * meta.every`.
+def modulator(config: Meta, own_rate: float) -> optax.GradientTransformation:
+    """Returns the modulator's chain: Adam at `meta.learning_rate * meta.every`, where that is 0 at `own_rate` times it.
 
     Adam moves by about its rate a step whatever the gradient, so the product keeps the pace of phi beside that of w
     when `meta.every` is changed.
     """
-    return optax.adam(config.learning_rate * config.every)
+    return optax.adam((config.learning_rate or own_rate) * config.every)

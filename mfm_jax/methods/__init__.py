@@ -62,6 +62,7 @@ class Method:
     retraining: the second stage's, where it has one on a frozen classifier.
     posthoc: `(config, counts, params) -> params` that are tested; None for those that were trained.
     learner: `(config, counts, channels by site) -> MetaLearner`, what the meta set governs; None for none.
+    meta_rate: Adam's rate for it where `meta.learning_rate` is 0. A few numbers bear a higher one than a network.
     search: where the method's own fields are tuned, by `group.field` (`tune`).
     """
 
@@ -75,6 +76,7 @@ class Method:
     retraining: Retraining | None = None
     posthoc: Callable[[Config, jax.Array, PyTree], PyTree] | None = None
     learner: Callable[[Config, jax.Array, Mapping[str, int]], MetaLearner] | None = None
+    meta_rate: float = 1e-2
     search: Mapping[str, Span | Choice] = field(default_factory=dict)
 
 
@@ -203,9 +205,9 @@ METHODS = {
     "posthoc_la": Method(posthoc=_without_prior, search=_TAU),
     "tau_norm": Method(posthoc=_tau_normalized, search={"method.tau": Span(0.0, 1.5)}),
     # Governed by the meta set, on the loss `method.base`.
-    "meta_weight_net": Method(learner=_meta_weight_net, search=_META),
+    "meta_weight_net": Method(learner=_meta_weight_net, meta_rate=1e-3, search=_META),
     "l2rw": Method(learner=_l2rw),
-    "l2ac": Method(learner=_l2ac, search=_META),
+    "l2ac": Method(learner=_l2ac, meta_rate=1e-3, search=_META),
     "metasaug": Method(learner=_metasaug, search={**_META, "method.isda_strength": Span(0.1, 2.0, log=True)}),
     "mfm": Method(learner=_mfm, search=_META),
 }
