@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by the other scripts: makes .venv and installs mfm_jax there, with the extra named in $1 if there is one.
 # Nothing is installed again unless pyproject.toml changed.
 set -euo pipefail
@@ -23,7 +24,7 @@ install() {
     "$python" -m venv .venv || { rm -rf .venv; echo "error: no virtual environment; is python3-venv installed?" >&2; exit 2; }
   fi
   if [ ! -e "$stamp" ]; then
-    echo "installing mfm_jax${extra:+ with extra '$extra'} into .venv"
+    echo "installing mfm_jax${extra:+ with extra $extra} into .venv"
     .venv/bin/python -m pip install --quiet --disable-pip-version-check -e ".${extra:+[$extra]}"
     touch "$stamp"
   fi

@@ -4,6 +4,7 @@ import dataclasses
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import platformdirs
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from mfm_jax import cluster
 from mfm_jax.config import GROUPS, field_type
 from mfm_jax.errors import UserError
 from mfm_jax.train import EXIT_INTERRUPTED, Interrupted
@@ -38,7 +40,17 @@ def run(main: Callable[[Sequence[str]], int]) -> None:
 
 
 def guarded(main: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
-    """Returns the status of `main(argv)`; a `UserError` or an interruption is told in one line."""
+    """Returns the status of `main(argv)`; a `UserError`, an interruption or a lost process is told in one line."""
+    try:
+        return cluster.leave(_status(main, argv))
+    except Exception:
+        if not jax.distributed.is_initialized():
+            raise
+        traceback.print_exc()
+        return cluster.leave(1)
+
+
+def _status(main: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
     logging.set_verbosity(logging.WARNING)  # Orbax tells every step of every save at INFO
     # A program that was compiled once is not compiled again, by this run's continuation or by the next seed's.
     if not jax.config.values["jax_compilation_cache_dir"]:
@@ -51,7 +63,12 @@ def guarded(main: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except Interrupted as interrupted:
-        print(interrupted, file=sys.stderr)
+        if cluster.is_primary():
+            print(interrupted, file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except Exception as error:
+        if not cluster.told_lost(error):
+            raise
         return EXIT_INTERRUPTED
 
 

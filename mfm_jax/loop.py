@@ -184,7 +184,7 @@ def to_device(data: LongTailData) -> DeviceData:
 
 
 def evaluate_batch(eval_step: Callable, state: BilevelState, image: jax.Array, data: DeviceData) -> jax.Array:
-    """Returns the tested classifier's probabilities `[B, K]` of stored images `[B, H, W, C]`."""
+    """Returns `eval_step(state, image)`, the tested classifier's probabilities `[B, K]`, of stored images."""
     return eval_step(state, augment.normalize(image, data.mean, data.std))
 
 
@@ -196,11 +196,12 @@ def synthetic_data(
     Features are computed once, without augmentation, in batches of `batch_size` on the device; SMOTE runs on the host.
     A function of the frozen classifier and the seed, so that a run that goes on makes the same ones again.
     """
-    extract = jax.jit(lambda images: experiment.features(state, augment.normalize(images, data.mean, data.std)))
+    extract = jax.jit(functools.partial(evaluate_batch, experiment.features))
     images, labels = np.asarray(data.images), np.asarray(data.labels)
-    found = [np.asarray(extract(part))[mask] for part, _, mask in batches.eval_batches(images, labels, batch_size)]
+    parts = batches.eval_batches(images, labels, batch_size)
+    found = [np.asarray(extract(state, part, data))[mask] for part, _, mask in parts]
     features, labels = smote.oversample(np.concatenate(found), labels, neighbors, seed)
-    placed = jax.device_put((features, labels), data.images.sharding)
+    placed = parallel.place((features, labels), data.images.sharding)
     return data.replace(images=placed[0], labels=placed[1])
 
 

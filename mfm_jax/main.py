@@ -13,7 +13,7 @@ from absl import flags
 from rich.console import Console
 from rich.table import Table
 
-from mfm_jax import command, train
+from mfm_jax import cluster, command, train
 from mfm_jax.report import SPLITS
 
 _INIT_FROM = flags.DEFINE_string(
@@ -21,14 +21,23 @@ _INIT_FROM = flags.DEFINE_string(
 )
 
 
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator", "", "HOST:PORT of process 0, where this is one of several processes; auto: ask the scheduler."
+)
+_PROCESSES = flags.DEFINE_integer("processes", None, "How many processes there are; with --coordinator=HOST:PORT.")
+_PROCESS = flags.DEFINE_integer("process", None, "The number of this process, from 0; with --coordinator=HOST:PORT.")
+
+
 def main(argv: Sequence[str]) -> int:
     del argv
+    cluster.join(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
     config = command.config()
     if _INIT_FROM.value:
         config.modulation.init_from = _INIT_FROM.value
     results = train.train_and_evaluate(config, command.workdir())
-    print_results(results)
-    print(f"report: {command.workdir()}/report.html")
+    if cluster.is_primary():
+        print_results(results)
+        print(f"report: {command.workdir()}/report.html")
     return 0
 
 

@@ -9,8 +9,12 @@ norm averages its statistics over the same axis.
 from collections.abc import Callable, Sequence
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
+
+from mfm_jax.types import PyTree
 
 AXIS = "data"
 
@@ -44,3 +48,17 @@ def compiler_options() -> dict[str, str] | None:
 def replicated(mesh: Mesh) -> NamedSharding:
     """Returns the sharding of whatever every device holds in full."""
     return NamedSharding(mesh, P())
+
+
+def place(tree: PyTree, sharding: Sharding) -> PyTree:
+    """Returns `tree` under `sharding`; where that spans processes, each gives its part from a copy of its own."""
+    if sharding.is_fully_addressable:
+        return jax.device_put(tree, sharding)
+
+    def one(leaf: jax.Array) -> jax.Array:
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            return jax.random.wrap_key_data(one(jax.random.key_data(leaf)), impl=jax.random.key_impl(leaf))
+        own = np.asarray(leaf)
+        return jax.make_array_from_callback(own.shape, sharding, lambda index: own[index])
+
+    return jax.tree.map(one, tree)

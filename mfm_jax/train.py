@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import os
 import platform
 import signal
 import threading
@@ -28,17 +29,17 @@ import numpy as np
 from jax.sharding import Mesh
 from rich import progress
 
+from mfm_jax import cluster, parallel, report
 from mfm_jax import config as config_lib
 from mfm_jax import data as data_lib
 from mfm_jax import experiment as experiment_lib
 from mfm_jax import loop as loop_lib
-from mfm_jax import parallel, report
 from mfm_jax.checkpoint import Checkpointer, restore_modulator
 from mfm_jax.config import Config
 from mfm_jax.data import LongTailData, batches
 from mfm_jax.errors import UserError
 from mfm_jax.experiment import Experiment
-from mfm_jax.logs import MetricLog
+from mfm_jax.logs import MetricLog, RowList
 from mfm_jax.longtail import read_manifest, write_manifest
 from mfm_jax.loop import DeviceData, LoopState
 from mfm_jax.metrics import evaluate
@@ -47,6 +48,7 @@ from mfm_jax.types import BilevelState
 EXIT_INTERRUPTED = 75  # EX_TEMPFAIL: saved, run the same command again
 
 _SYNC_SECONDS = 0.5
+_SYNC_CALLS = 20
 
 
 class Interrupted(Exception):
@@ -123,17 +125,22 @@ def train_together(configs: Sequence[Config], workdirs: Sequence[Path], *, label
                 stack.enter_context(contextlib.closing(_start(config, workdir, data, device_data, mesh)))
                 for config, workdir in todo
             ]
-            print(_summary(configs[0], data))
+            if cluster.is_primary():
+                print(_summary(configs[0], data))
+            stack.enter_context(cluster.bound_together(EXIT_INTERRUPTED))
             # Apart: runs that were interrupted at different steps, and runs with training data of their own making.
             runs.sort(key=lambda run: run.step)
             groups = itertools.groupby(runs, key=lambda run: run.workdir if run.experiment.synthetic else run.step)
             for _, group in groups:
                 _drive(list(group), label)
             for run in runs:
-                _write(run.workdir / "results.json", json.dumps(run.results(), indent=1))
+                results = run.results()
+                if cluster.is_primary():
+                    _write(run.workdir / "results.json", json.dumps(results, indent=1))
     for workdir in workdirs:
-        if not (workdir / "report.html").exists():
+        if cluster.is_primary() and not (workdir / "report.html").exists():
             report.write_report(workdir)
+    cluster.barrier("written")
     return [json.loads((workdir / "results.json").read_text()) for workdir in workdirs]
 
 
@@ -142,9 +149,16 @@ def _start(config: Config, workdir: Path, data: LongTailData, device_data: Devic
     experiment = experiment_lib.build(config, data, mesh)
     _check_split(data, workdir)
     run = _Run(config, workdir, data, experiment, device_data, mesh)
-    if not (workdir / "config.json").exists():  # a mistake found so far leaves the workdir free for another config
+    path = workdir / "config.json"
+    if cluster.is_primary() and not path.exists():  # a mistake found so far leaves the workdir free for another config
         write_manifest(data.manifest, workdir / "manifest.json")
-        _write(workdir / "config.json", json.dumps(config.to_dict(), indent=2))
+        _write(path, json.dumps(config.to_dict(), indent=2))
+    cluster.barrier(f"{path} is written")
+    cluster.check_agreed(
+        f"{config} {data.manifest['hash']} {run.step} {path.exists()}",
+        f"--workdir={workdir}: the processes differ in config, data or checkpoints; start all with the same command,"
+        " on a file system that they share",
+    )
     return run
 
 
@@ -211,24 +225,32 @@ def _run_epoch(
     for run in runs:
         run.start_epoch(epoch)
     loop, data = loop_lib.stack([run.loop for run in runs], [run.device_data for run in runs])
-    step, looked = runs[0].step, time.perf_counter()
-    while step < end and not stopped():
+    step, calls, looked = runs[0].step, 0, time.perf_counter()
+    while step < end and not stopped(step):
         is_meta, retrain = runs[0].next_steps(step, end), step >= runs[0].experiment.retrain_from
         loop = call(loop, data, *loop_lib.steps(is_meta, retrain=retrain))
-        step += len(is_meta)
-        if time.perf_counter() - looked > _SYNC_SECONDS:
+        step, calls = step + len(is_meta), calls + 1
+        if _is_due(calls, looked):
             bar.update(task, completed=step, loss=f"loss {_look(runs, loop):.3f}")
             looked = time.perf_counter()
     bar.update(task, completed=step, loss=f"loss {_look(runs, loop):.3f}")
+    stop = stopped(step) and step < runs[0].experiment.total_steps
     for run, own in zip(runs, loop_lib.unstack(loop, len(runs)), strict=True):
         run.loop, run.step = own, step
         if step == end:
             run.end_epoch(epoch)
-        if stopped() and step < run.experiment.total_steps:
+        if stop:
             run.save(None)
             run.checkpoints.wait()
-    if stopped() and step < runs[0].experiment.total_steps:
+    if stop:
         raise Interrupted(step)
+
+
+def _is_due(calls: int, looked: float) -> bool:
+    """Whether to look at the device: by the clock, or, where processes must agree, at every so many calls."""
+    if jax.process_count() > 1:
+        return calls % _SYNC_CALLS == 0
+    return time.perf_counter() - looked > _SYNC_SECONDS
 
 
 def _look(runs: list["_Run"], loop: LoopState) -> float:
@@ -258,8 +280,8 @@ class _Run:
         self.checkpoints = Checkpointer(workdir, config.checkpoint, has_validation=self.has_validation)
         # Placed once and for all, one device included: what is not would count as another program at the second call.
         place = parallel.replicated(mesh) if mesh else jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        self.loop, self.device_data = jax.device_put((self.loop, self.device_data), place)
-        record: dict[str, Any] = {"rows": [], "seconds": 0.0}
+        self.loop, self.device_data = parallel.place((self.loop, self.device_data), place)
+        record: dict[str, Any] = {"rows": [], "seconds": 0.0, "devices": _devices()}
         latest = self.checkpoints.latest_step()
         if latest is None and experiment.modulator and config.modulation.init_from:
             state = self.loop.bilevel
@@ -267,8 +289,9 @@ class _Run:
             self.loop = self.loop.replace(bilevel=state.replace(mod_params=loaded))
         if latest is not None:
             self.loop, record = self.checkpoints.restore(latest, self.loop)
+            _tell_elastic(latest, record["devices"])
         self.step = latest or 0
-        self.log = MetricLog(workdir, record["rows"])
+        self.log = MetricLog(workdir, record["rows"]) if cluster.is_primary() else RowList(record["rows"])
         self.seconds_before, self.began = record["seconds"], time.perf_counter()
         self.train_seconds = record["seconds"]
         self.describe = jax.jit(functools.partial(loop_lib.describe, experiment))
@@ -295,7 +318,7 @@ class _Run:
         if self.experiment.synthetic and self.step >= self.experiment.retrain_from:
             self._store_features()
         sharding = self.device_data.images.sharding
-        order, table = jax.device_put((order, table), sharding)
+        order, table = parallel.place((order, table), sharding)
         self.device_data = self.device_data.replace(order=order, meta_table=table)
 
     def _store_features(self) -> None:
@@ -347,7 +370,7 @@ class _Run:
         self.log.write("modulation", step, epoch, {"sites": values})
 
     def save(self, score: float | None) -> None:
-        record = {"rows": list(self.log.rows), "seconds": self.seconds()}
+        record = {"rows": list(self.log.rows), "seconds": self.seconds(), "devices": _devices()}
         self.checkpoints.save(self.step, self.loop, self.loop.bilevel.mod_params, record, score)
 
     def check_finite(self, loop: LoopState) -> None:
@@ -401,8 +424,11 @@ class _Run:
 
 
 @contextlib.contextmanager
-def _stop_signals() -> Iterator[Callable[[], bool]]:
-    """Yields a function that tells whether SIGTERM or Ctrl-C has arrived; outside the main thread it never does."""
+def _stop_signals() -> Iterator[Callable[[int], bool]]:
+    """Yields a function of the step that tells whether SIGTERM or Ctrl-C has arrived.
+
+    Outside the main thread it never does. Of several processes, one that has got a signal stops all at one step.
+    """
     received: list[int] = []
 
     def note(number: int, frame: Any) -> None:
@@ -411,11 +437,15 @@ def _stop_signals() -> Iterator[Callable[[], bool]]:
         received.append(number)
 
     if threading.current_thread() is not threading.main_thread():
-        yield lambda: False
+        yield lambda step: False
+        return
+    if jax.process_count() > 1:
+        signal.signal(signal.SIGINT, lambda number, frame: os.kill(os.getpid(), signal.SIGTERM))
+        yield cluster.agreed_stop()
         return
     before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield lambda: bool(received)
+        yield lambda step: bool(received)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -430,7 +460,21 @@ def _progress_bar() -> progress.Progress:
         progress.TimeElapsedColumn(),
         progress.TextColumn("left"),
         progress.TimeRemainingColumn(),
+        disable=not cluster.is_primary(),
     )
+
+
+def _devices() -> str:
+    return f"{jax.device_count()} device(s) in {jax.process_count()} process(es)"
+
+
+def _tell_elastic(step: int, before: str) -> None:
+    """Says so where a run goes on with another number of devices or processes."""
+    if before != _devices() and cluster.is_primary():
+        print(
+            f"goes on from step {step} on {_devices()}, before: {before}; batches and their order stay the same,"
+            " sums are rounded differently"
+        )
 
 
 def _versions() -> dict[str, str]:

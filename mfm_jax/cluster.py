@@ -1,0 +1,156 @@
+"""Several processes that train as one: `jax.distributed` connects them, and what this program asks of it is here.
+
+Every process runs the same command on the same data and workdir, which lies on a file system that all of them share.
+Each computes its part of every batch; process 0 alone writes logs and reports, and the checkpoints are everyone's. What
+a process does must follow from the step, not from its clock: all enter the same collectives in the same order.
+
+A process that dies ends the job: the others fail in their next collective, or learn of it from the heartbeats that
+stopped, and end too. Nothing waits without a time-out.
+"""
+
+import contextlib
+import itertools
+import os
+import sys
+import zlib
+from collections.abc import Callable, Iterator
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from orbax.checkpoint import multihost
+
+from mfm_jax.errors import UserError
+
+HEARTBEAT_SECONDS = 20  # a process that is silent for so long is dead
+BARRIER_SECONDS = 300  # the longest that processes wait for each other; nothing between two barriers takes so long
+_LEAVE_SECONDS = 5
+_barriers = itertools.count()
+# What errors say that come from another process's end, not from this one's doing.
+_LOST = ("Gloo", "NCCL", "UNAVAILABLE", "DEADLINE_EXCEEDED", "heartbeat", "coordination service")
+
+
+def join(coordinator: str, processes: int | None, process: int | None) -> None:
+    """Joins the job, before anything else of JAX is used; without a coordinator this process stays alone.
+
+    Args:
+      coordinator: `HOST:PORT` of process 0, or `auto`: JAX finds the job by itself (Slurm, TPU pod, Kubernetes, MPI).
+      processes: how many there are; not with `auto`.
+      process: the number of this one; not with `auto`.
+
+    Raises:
+      UserError: arguments that do not fit, or the job cannot be found or reached.
+    """
+    _check(coordinator, processes, process)
+    if not coordinator:
+        return
+    auto = coordinator == "auto"
+    try:
+        jax.distributed.initialize(
+            coordinator_address=None if auto else coordinator,
+            num_processes=processes,
+            process_id=process,
+            cluster_detection_method=None if auto else "deactivate",
+            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+            shutdown_timeout_seconds=HEARTBEAT_SECONDS,
+        )
+    except ValueError as error:
+        raise UserError(
+            f"--coordinator=auto: no Slurm, TPU pod, Kubernetes or MPI job found ({error});"
+            " give --coordinator=HOST:PORT --processes=N --process=I"
+        ) from error
+    except RuntimeError as error:
+        raise UserError(f"--coordinator={coordinator}: cannot join the job: {' '.join(str(error).split())}") from error
+
+
+def _check(coordinator: str, processes: int | None, process: int | None) -> None:
+    numbered = processes is not None and process is not None
+    if coordinator in ("", "auto"):
+        if processes is not None or process is not None:
+            raise UserError("--processes, --process: only with --coordinator=HOST:PORT")
+    elif not coordinator.rpartition(":")[2].isdigit():
+        raise UserError(f"--coordinator={coordinator}: expected HOST:PORT or auto")
+    elif not numbered or not 0 <= process < processes:  # type: ignore[operator]
+        raise UserError(
+            f"--coordinator={coordinator}: needs --processes=N and --process=I, 0 <= I < N;"
+            f" got --processes={processes} --process={process}"
+        )
+
+
+def is_primary() -> bool:
+    """Whether this is process 0, the one that writes."""
+    return jax.process_index() == 0
+
+
+def barrier(name: str, seconds: int = BARRIER_SECONDS) -> None:
+    """Waits until every process is here.
+
+    Raises:
+      JaxRuntimeError: some are not here after `seconds`.
+    """
+    unique = f"{name} {next(_barriers)}"
+    multihost.sync_global_processes(unique, timeout=seconds, processes=set(range(jax.process_count())))
+
+
+def check_agreed(text: str, message: str) -> None:
+    """Raises `UserError(message)` in every process where `text` is not the same in all."""
+    found = np.uint32(zlib.crc32(text.encode()))
+    if len(np.unique(multihost_utils.process_allgather(found))) > 1:
+        raise UserError(message)
+
+
+def agreed_stop() -> Callable[[int], bool]:
+    """Returns `stopped(step)`, to be asked before each call of the step; it turns true at one step in all processes.
+
+    SIGTERM at any process starts it. JAX's preemption service, which listens for the signal, then names the step after
+    the last that a process has asked for; it is told every number once.
+    """
+    asked, reached = -1, False
+
+    def stopped(step: int) -> bool:
+        nonlocal asked, reached
+        while asked < step:
+            asked += 1
+            reached |= multihost_utils.reached_preemption_sync_point(asked)
+        return reached
+
+    return stopped
+
+
+def told_lost(error: Exception) -> bool:
+    """Whether `error` comes of another process's end; if so, says that in a line."""
+    lost = jax.distributed.is_initialized() and any(word in str(error) for word in _LOST)
+    if lost:
+        print(
+            f"error: another process of this job has ended or cannot be reached: {' '.join(str(error).split())}; the"
+            " same command goes on from the last checkpoint",
+            file=sys.stderr,
+            flush=True,
+        )
+    return lost
+
+
+@contextlib.contextmanager
+def bound_together(status: int) -> Iterator[None]:
+    """Ends this process at once, with `status`, where another one's end makes the body fail.
+
+    Nothing is closed then: a save that is under way would wait for the process that is gone.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not told_lost(error):
+            raise
+        os._exit(status)
+
+
+def leave(status: int) -> int:
+    """Returns the exit status, if all processes end with one; otherwise ends this one, so that none waits for it."""
+    if status and jax.distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        try:
+            barrier("leave", _LEAVE_SECONDS)
+        except Exception:  # the others cannot come
+            os._exit(status)
+    return status

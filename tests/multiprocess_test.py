@@ -1,0 +1,223 @@
+"""Several processes that train as one, as a user starts them, connected by `jax.distributed` on this machine."""
+
+import itertools
+import json
+import os
+import re
+import runpy
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import chex
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from mfm_jax import cluster, train
+from mfm_jax import config as config_lib
+from mfm_jax import loop as loop_lib
+from mfm_jax.errors import UserError
+
+ROOT = Path(__file__).parents[1]
+# ResNet-8 of width 4 on digits, 2 epochs of 6 steps.
+TINY = (
+    "--config=configs/digits_lt.py",
+    "--config.data.imbalance_factor=10",
+    "--config.data.val_images_per_class=5",
+    "--config.meta.batch_size=20",
+    "--config.meta.every=2",
+    "--config.model.width=4",
+    "--config.train.batch_size=64",
+    "--config.train.epochs=2",
+    "--config.checkpoint.every_epochs=1",
+)
+
+
+def environment(devices: int) -> dict[str, str]:
+    """Returns the environment of a process with so many devices and the `python` of these tests."""
+    flags = os.environ["XLA_FLAGS"].replace("device_count=4", f"device_count={devices}")
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return os.environ | {"XLA_FLAGS": flags, "PATH": path, "PYTHONPATH": str(ROOT)}
+
+
+def local(count: int, workdir: Path, *flags: str, devices: int = 1) -> subprocess.Popen:
+    """Starts `launch/local.sh`."""
+    command = [ROOT / "launch/local.sh", str(count), *flags, f"--workdir={workdir}"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, env=environment(devices), cwd=ROOT, **pipes)
+
+
+def finish(job: subprocess.Popen) -> str:
+    """Waits for the job and returns what it printed; it must have succeeded."""
+    printed, _ = job.communicate(timeout=1000)
+    assert job.returncode == 0, printed
+    return printed
+
+
+def wait_for_rows(workdir: Path, job: subprocess.Popen, count: int = 1) -> None:
+    """Waits until the run has logged so many rows."""
+    rows = workdir / "metrics.jsonl"
+    while job.poll() is None and not (rows.exists() and len(rows.read_text().splitlines()) >= count):
+        time.sleep(0.02)
+    assert job.poll() is None, job.communicate()[0]
+
+
+def processes_of(job: subprocess.Popen) -> list[int]:
+    """Returns the ids of the processes that `local.sh` has started, in their order."""
+    command = ["pgrep", "-P", str(job.pid), "-f", "mfm_jax.main"]
+    found = subprocess.run(command, capture_output=True, text=True, check=True)
+    return [int(number) for number in found.stdout.split()]
+
+
+def tiny() -> config_lib.Config:
+    """Returns the config that `TINY` describes."""
+    config = runpy.run_path(str(ROOT / "configs/digits_lt.py"))["get_config"]()
+    for flag in TINY[1:]:
+        path, value = flag.removeprefix("--config.").split("=")
+        group, name = path.split(".")
+        config[group][name] = type(config[group][name])(float(value))
+    return config_lib.resolve(config)
+
+
+def rows_of(workdir: Path) -> list[dict]:
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_close(found, expected, rtol: float) -> None:
+    """Compares nested results: numbers to `rtol`, all else exactly."""
+    assert type(found) is type(expected)
+    if isinstance(expected, dict):
+        assert found.keys() == expected.keys()
+        for name in expected:
+            assert_close(found[name], expected[name], rtol)
+    elif isinstance(expected, list):
+        for one, other in zip(found, expected, strict=True):
+            assert_close(one, other, rtol)
+    elif isinstance(expected, float):
+        np.testing.assert_allclose(found, expected, rtol=rtol, atol=1e-6)
+    else:
+        assert found == expected
+
+
+def test_two_processes_train_and_evaluate_like_one(tmp_path):
+    """Two processes with two devices each, and one with four: the programs are the same, and so are the numbers."""
+    printed = finish(local(2, tmp_path / "two", *TINY, devices=2))
+    assert printed.count("digits 1, protocol meta_held_out") == 1, "process 0 alone prints"
+    assert jax.device_count() == 4
+    one = train.train_and_evaluate(tiny(), tmp_path / "one")
+    two = json.loads((tmp_path / "two/results.json").read_text())
+    assert two["versions"]["devices"] == one["versions"]["devices"]
+    assert_close(rows_of(tmp_path / "two"), rows_of(tmp_path / "one"), rtol=1e-4)
+    for which in ("last", "best"):
+        assert_close(two[which], json.loads(json.dumps(one[which])), rtol=1e-4)
+    assert (tmp_path / "two/report.html").stat().st_size > 0
+
+
+def test_sigterm_at_one_stops_both_and_one_device_goes_on(tmp_path, monkeypatch, capsys):
+    job = local(2, tmp_path, *TINY, "--config.method.name=ce", "--config.train.epochs=1000")
+    wait_for_rows(tmp_path, job)
+    os.kill(processes_of(job)[1], signal.SIGTERM)
+    printed, _ = job.communicate(timeout=100)
+    assert job.returncode == train.EXIT_INTERRUPTED, printed
+    assert printed.count("saved at step") == 1, "process 0 alone tells"
+    step = int(printed.partition("saved at step ")[2].partition(";")[0])
+
+    make_call = loop_lib.make_call
+
+    def stopping_at_the_third(*arguments):
+        call, calls = make_call(*arguments), itertools.count(1)
+
+        def counted(*arguments):
+            if next(calls) == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return call(*arguments)
+
+        return counted
+
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    monkeypatch.setattr(loop_lib, "make_call", stopping_at_the_third)
+    with pytest.raises(train.Interrupted, match=f"saved at step {step + 3};"):
+        train.train_and_evaluate(json.loads((tmp_path / "config.json").read_text()), tmp_path)
+    told = (
+        f"goes on from step {step} on 1 device in 1 process, before: 2 devices in 2 processes; batches and their order"
+    )
+    assert told in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_killed_and_restarted_is_bit_identical(tmp_path, victim):
+    """SIGKILL of one process in mid-epoch ends the job within a minute; the restart ends as if nothing had happened."""
+    flags = (*TINY, "--config.train.epochs=8")
+    finish(local(2, tmp_path / "whole", *flags))
+    job = local(2, tmp_path / "cut", *flags)
+    wait_for_rows(tmp_path / "cut", job, 3)
+    os.kill(processes_of(job)[victim], signal.SIGKILL)
+    began = time.monotonic()
+    printed, _ = job.communicate(timeout=100)
+    assert time.monotonic() - began < 60
+    assert job.returncode == 128 + signal.SIGKILL
+    assert f"local.sh: process {victim} of 2 ended with status 137" in printed
+    assert "another process of this job has ended" in printed or "another task died" in printed
+    assert not (tmp_path / "cut/results.json").exists()
+    finish(local(2, tmp_path / "cut", *flags))
+    assert_same_end(tmp_path / "cut", tmp_path / "whole")
+
+
+def assert_same_end(one: Path, other: Path) -> None:
+    """The same metrics, results and, bit for bit, the same arrays in the last checkpoint."""
+    assert (one / "metrics.jsonl").read_text() == (other / "metrics.jsonl").read_text()
+    first, second = (json.loads((folder / "results.json").read_text()) for folder in (one, other))
+    assert (first["last"], first["best"]) == (second["last"], second["best"])
+    chex.assert_trees_all_equal(*(last_state(folder) for folder in (one, other)))
+
+
+def last_state(workdir: Path) -> dict:
+    """Returns the arrays of the last checkpoint on one device of this process, keys as numbers."""
+    with ocp.CheckpointManager(workdir / "checkpoints") as manager:
+        step = manager.latest_step()
+        path = workdir / "checkpoints" / str(step) / "state"
+    with ocp.StandardCheckpointer() as reader:
+        like = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), reader.metadata(path).item_metadata.tree)
+        return reader.restore(path, like)
+
+
+@pytest.mark.slow
+def test_cifar_for_an_epoch(tmp_path):
+    """`cifar10_lt_small`, one epoch: two processes equal one with two devices, also when one is killed on the way."""
+    flags = ("--config=configs/cifar10_lt_small.py", "--config.train.epochs=1")
+    finish(local(2, tmp_path / "two", *flags))
+    finish(local(1, tmp_path / "one", *flags, devices=2))
+    two, one = (json.loads((tmp_path / name / "results.json").read_text())["last"]["test"] for name in ("two", "one"))
+    assert_close(two, one, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("", 2, 0), "only with --coordinator=HOST:PORT"),
+        (("auto", 2, 0), "only with --coordinator=HOST:PORT"),
+        (("somewhere", 2, 0), "expected HOST:PORT or auto"),
+        (("localhost:1", None, 0), "needs --processes=N and --process=I"),
+        (("localhost:1", 2, 2), "0 <= I < N; got --processes=2 --process=2"),
+    ],
+)
+def test_flags_that_do_not_fit_are_refused(arguments, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        cluster.join(*arguments)
+
+
+def test_auto_without_a_scheduler_is_refused():
+    assert "no Slurm, TPU pod, Kubernetes or MPI job found" in refused("--coordinator=auto")
+
+
+def refused(*flags: str) -> str:
+    """Returns what `mfm_jax.main` says of the mistake."""
+    command = [sys.executable, "-m", "mfm_jax.main", *TINY, "--workdir=unused", *flags]
+    done = subprocess.run(command, env=environment(1), cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    return done.stderr
