@@ -50,15 +50,23 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
-def place(tree: PyTree, sharding: Sharding) -> PyTree:
-    """Returns `tree` under `sharding`; where that spans processes, each gives its part from a copy of its own."""
-    if sharding.is_fully_addressable:
-        return jax.device_put(tree, sharding)
+def split(mesh: Mesh) -> NamedSharding:
+    """Returns the sharding of a batch: each device's part along its first axis, which must divide by their number."""
+    return NamedSharding(mesh, P(AXIS))
 
-    def one(leaf: jax.Array) -> jax.Array:
+
+def place(tree: PyTree, sharding: PyTree) -> PyTree:
+    """Returns `tree` under `sharding` (one for all, or one a leaf) on the devices of all processes.
+
+    Where these are several, each has the whole of `tree` and places its own devices' part; nothing is sent.
+    """
+
+    def one(leaf: jax.Array, where: Sharding) -> jax.Array:
+        if where.is_fully_addressable:
+            return jax.device_put(leaf, where)
         if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            return jax.random.wrap_key_data(one(jax.random.key_data(leaf)), impl=jax.random.key_impl(leaf))
+            return jax.random.wrap_key_data(one(jax.random.key_data(leaf), where), impl=jax.random.key_impl(leaf))
         own = np.asarray(leaf)
-        return jax.make_array_from_callback(own.shape, sharding, lambda index: own[index])
+        return jax.make_array_from_callback(own.shape, where, lambda index: own[index])
 
-    return jax.tree.map(one, tree)
+    return jax.tree.map(one, tree, jax.tree.broadcast(sharding, tree))

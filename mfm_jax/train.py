@@ -295,7 +295,8 @@ class _Run:
         self.seconds_before, self.began = record["seconds"], time.perf_counter()
         self.train_seconds = record["seconds"]
         self.describe = jax.jit(functools.partial(loop_lib.describe, experiment))
-        self.eval_step = jax.jit(functools.partial(loop_lib.evaluate_batch, experiment.eval_step))
+        self.mesh, whole = mesh, parallel.replicated(mesh) if mesh else None
+        self.eval_step = jax.jit(functools.partial(loop_lib.evaluate_batch, experiment.eval_step), out_shardings=whole)
 
     def close(self) -> None:
         self.log.close()
@@ -388,9 +389,11 @@ class _Run:
     def evaluate(self, state: BilevelState, split: str) -> dict[str, Any]:
         """Returns `metrics.evaluate` of the plain classifier on the split `val` or `test`."""
         images, labels = getattr(self.data, f"{split}_images"), getattr(self.data, f"{split}_labels")
-        probabilities = []
-        for image, _, mask in batches.eval_batches(images, labels, self.config.eval.batch_size):
-            out = self.eval_step(state, image, self.device_data)
+        probabilities, devices = [], self.mesh.shape[parallel.AXIS] if self.mesh else 1
+        size = -(-self.config.eval.batch_size // devices) * devices
+        for image, _, mask in batches.eval_batches(images, labels, size):
+            part = parallel.place(image, parallel.split(self.mesh)) if self.mesh else image
+            out = self.eval_step(state, part, self.device_data)
             probabilities.append(np.asarray(out)[mask])
         # Shot groups by the training split, so that they are the same with and without `train_on_meta`.
         counts = self.data.manifest["splits"]["train"]["class_counts"]

@@ -1,5 +1,6 @@
 """Several processes that train as one, as a user starts them, connected by `jax.distributed` on this machine."""
 
+import functools
 import itertools
 import json
 import os
@@ -117,35 +118,37 @@ def test_two_processes_train_and_evaluate_like_one(tmp_path):
     assert (tmp_path / "two/report.html").stat().st_size > 0
 
 
-def test_sigterm_at_one_stops_both_and_one_device_goes_on(tmp_path, monkeypatch, capsys):
+def test_sigterm_at_one_stops_both_and_other_devices_go_on(tmp_path, monkeypatch, capsys):
+    """Stopped in two processes; goes on in one with one device, and then with four."""
     job = local(2, tmp_path, *TINY, "--config.method.name=ce", "--config.train.epochs=1000")
     wait_for_rows(tmp_path, job)
     os.kill(processes_of(job)[1], signal.SIGTERM)
-    printed, _ = job.communicate(timeout=100)
+    printed, _ = job.communicate(timeout=200)
     assert job.returncode == train.EXIT_INTERRUPTED, printed
     assert printed.count("saved at step") == 1, "process 0 alone tells"
     step = int(printed.partition("saved at step ")[2].partition(";")[0])
+    config = json.loads((tmp_path / "config.json").read_text())
+    monkeypatch.setattr(loop_lib, "make_call", functools.partial(terminated_at_the_third, loop_lib.make_call))
+    before = "2 device(s) in 2 process(es)"
+    for devices in (1, 4):
+        monkeypatch.setattr(jax, "device_count", lambda devices=devices: devices)
+        with pytest.raises(train.Interrupted, match=f"saved at step {step + 3};"):
+            train.train_and_evaluate(config, tmp_path)
+        now = f"{devices} device(s) in 1 process(es)"
+        assert f"goes on from step {step} on {now}, before: {before}; batches and their" in capsys.readouterr().out
+        step, before = step + 3, now
 
-    make_call = loop_lib.make_call
 
-    def stopping_at_the_third(*arguments):
-        call, calls = make_call(*arguments), itertools.count(1)
+def terminated_at_the_third(make_call, *arguments):
+    """A `make_call` whose third call of the step is preceded by SIGTERM."""
+    call, calls = make_call(*arguments), itertools.count(1)
 
-        def counted(*arguments):
-            if next(calls) == 3:
-                os.kill(os.getpid(), signal.SIGTERM)
-            return call(*arguments)
+    def counted(*arguments):
+        if next(calls) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return call(*arguments)
 
-        return counted
-
-    monkeypatch.setattr(jax, "device_count", lambda: 1)
-    monkeypatch.setattr(loop_lib, "make_call", stopping_at_the_third)
-    with pytest.raises(train.Interrupted, match=f"saved at step {step + 3};"):
-        train.train_and_evaluate(json.loads((tmp_path / "config.json").read_text()), tmp_path)
-    told = (
-        f"goes on from step {step} on 1 device in 1 process, before: 2 devices in 2 processes; batches and their order"
-    )
-    assert told in capsys.readouterr().out
+    return counted
 
 
 @pytest.mark.slow
