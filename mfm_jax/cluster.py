@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
+from absl import flags
 from jax.experimental import multihost_utils
 from orbax.checkpoint import multihost
 
@@ -25,6 +26,7 @@ from mfm_jax.errors import UserError
 HEARTBEAT_SECONDS = 20  # a process that is silent for so long is dead
 BARRIER_SECONDS = 300  # the longest that processes wait for each other; nothing between two barriers takes so long
 _LEAVE_SECONDS = 5
+_ORBAX_BARRIERS = "experimental_orbax_use_distributed_barrier"  # those with time-outs, also of 300 s
 _barriers = itertools.count()
 # What errors say that come from another process's end, not from this one's doing.
 _LOST = ("Gloo", "NCCL", "UNAVAILABLE", "DEADLINE_EXCEEDED", "heartbeat", "coordination service")
@@ -45,6 +47,7 @@ def join(coordinator: str, processes: int | None, process: int | None) -> None:
     if not coordinator:
         return
     auto = coordinator == "auto"
+    flags.FLAGS[_ORBAX_BARRIERS].value = True
     try:
         jax.distributed.initialize(
             coordinator_address=None if auto else coordinator,

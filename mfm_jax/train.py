@@ -120,6 +120,7 @@ def train_together(configs: Sequence[Config], workdirs: Sequence[Path], *, label
         data = data_lib.build(configs[0])
         mesh = parallel.data_mesh() if jax.device_count() > 1 else None
         device_data = loop_lib.to_device(data)
+        cluster.barrier("all have read the data")
         with contextlib.ExitStack() as stack:
             runs = [
                 stack.enter_context(contextlib.closing(_start(config, workdir, data, device_data, mesh)))
