@@ -131,17 +131,19 @@ def make_step(
     forward = _forward(apply_fn, axis_name)
     gradient_step = _gradient_step(forward, loss_fn, tx, learner, axis_name, class_weights)
     plain_statistics = _plain_statistics(forward)
+    outer = optax.with_extra_args_support(mod_tx)
 
     def step(state: BilevelState, batch: Batch, meta_batch: Batch) -> tuple[BilevelState, Metrics]:
         def meta_loss(params: PyTree) -> tuple[jax.Array, None]:
-            logits, _ = forward(state, params, meta_batch.image, no_modulation, train=bn == "batch")
-            return _mean(meta_loss_fn(logits, meta_batch.label), axis_name), None
+            logits, _ = forward(state, params, meta_batch, no_modulation, train=bn == "batch")
+            return _mean(meta_loss_fn(logits, meta_batch.label), meta_batch, axis_name), None
 
         train_loss, update = gradient_step(state, batch)
         active = _active(state.params, virtual_groups)
         before = learner.per_batch(batch.label) if learner.per_batch else state.mod_params
         found = hypergrad(train_loss, meta_loss, update, state.params, before, active)
-        changes, mod_opt_state = mod_tx.update(found.grad, state.mod_opt_state, before)
+        mean = functools.partial(_mean, batch=batch, axis_name=axis_name)
+        changes, mod_opt_state = outer.update(found.grad, state.mod_opt_state, before, mean=mean)
         mod_params = optax.apply_updates(before, changes)
 
         (loss, aux), inner_grad, updated = found.train, found.inner_grad, found.updated
@@ -222,8 +224,8 @@ def make_retrain_step(
 
     def step(state: BilevelState, batch: Batch) -> tuple[BilevelState, Metrics]:
         def train_loss(trained: PyTree) -> tuple[jax.Array, jax.Array]:
-            logits, _ = forward(state, attach(state.params, trained), batch.image, no_modulation, train=False)
-            return _mean(_example_losses(loss_fn, logits, batch), axis_name), _accuracy(logits, batch, axis_name)
+            logits, _ = forward(state, attach(state.params, trained), batch, no_modulation, train=False)
+            return _mean(_example_losses(loss_fn, logits, batch), batch, axis_name), _accuracy(logits, batch, axis_name)
 
         (loss, accuracy), grad = jax.value_and_grad(train_loss, has_aux=True)(state.mod_params)
         changes, mod_opt_state = tx.update(grad, state.mod_opt_state, state.mod_params)
@@ -245,22 +247,24 @@ def make_eval_step(apply_fn: ApplyFn) -> Callable[[PyTree, PyTree, jax.Array], j
 
 
 def _forward(apply_fn: ApplyFn, axis_name: str | None = None) -> Callable[..., tuple[jax.Array, PyTree]]:
-    """Returns `(state, params, image, modulate, train) -> (logits, new batch statistics)`."""
+    """Returns `(state, params, batch, modulate, train) -> (logits, new batch statistics)`."""
     takes_train = _takes_train(apply_fn)
 
     def forward(
-        state: BilevelState, params: PyTree, image: jax.Array, modulate: Modulate, *, train: bool
+        state: BilevelState, params: PyTree, batch: Batch, modulate: Modulate, *, train: bool
     ) -> tuple[jax.Array, PyTree]:
         variables = {"params": params, "batch_stats": state.batch_stats}
         options: dict[str, Any] = {"modulate": modulate}
         if takes_train:
             options["train"] = train
         if not train:
-            return apply_fn(variables, image, **options), state.batch_stats
+            return apply_fn(variables, batch.image, **options), state.batch_stats
+        if batch.weight is not None:
+            options["weight"] = batch.weight
         key = jax.random.fold_in(state.key, state.step)
         if axis_name:
             key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
-        logits, written = apply_fn(variables, image, mutable=["batch_stats"], rngs={"dropout": key}, **options)
+        logits, written = apply_fn(variables, batch.image, mutable=["batch_stats"], rngs={"dropout": key}, **options)
         return logits, written.get("batch_stats", {})
 
     return forward
@@ -285,11 +289,11 @@ def _gradient_step(
     def build(state: BilevelState, batch: Batch) -> tuple[Callable, Callable]:
         chex.assert_equal_shape_prefix(jax.tree.leaves(batch), 1)
         weights = class_weights(state.step) if class_weights else None
-        mean = functools.partial(_mean, axis_name=axis_name)
+        mean = functools.partial(_mean, batch=batch, axis_name=axis_name)
 
         def train_loss(params: PyTree, mod_params: PyTree) -> tuple[jax.Array, tuple[jax.Array, PyTree]]:
             film = learner.modulate(mod_params, params, batch.label)
-            logits, statistics = forward(state, params, batch.image, film, train=True)
+            logits, statistics = forward(state, params, batch, film, train=True)
             values = learner.weigh(mod_params, _example_losses(loss_fn, logits, batch, weights), mean)
             return mean(values), (_accuracy(logits, batch, axis_name), statistics)
 
@@ -319,7 +323,7 @@ def _example_losses(
 
 
 def _accuracy(logits: jax.Array, batch: Batch, axis_name: str | None) -> jax.Array:
-    return _mean((jnp.argmax(logits, axis=-1) == batch.label).astype(logits.dtype), axis_name)
+    return _mean((jnp.argmax(logits, axis=-1) == batch.label).astype(logits.dtype), batch, axis_name)
 
 
 def _plain_statistics(forward: Callable) -> Callable[[BilevelState, PyTree, Batch, Callable, PyTree], PyTree]:
@@ -334,7 +338,7 @@ def _plain_statistics(forward: Callable) -> Callable[[BilevelState, PyTree, Batc
     ) -> PyTree:
         if not _depends(lambda phi: train_loss(state.params, phi)[1][1], mod_params):
             return written
-        return forward(state, state.params, batch.image, no_modulation, train=True)[1]
+        return forward(state, state.params, batch, no_modulation, train=True)[1]
 
     return statistics
 
@@ -358,8 +362,9 @@ def _advance(state: BilevelState, updated: tuple[PyTree, PyTree], batch_stats: P
     return state.replace(step=state.step + 1, params=params, opt_state=opt_state, batch_stats=batch_stats)
 
 
-def _mean(values: jax.Array, axis_name: str | None) -> jax.Array:
-    mean = values.mean()
+def _mean(values: jax.Array, batch: Batch, axis_name: str | None) -> jax.Array:
+    """Returns the mean of `values [B]` over the whole batch, on however many devices it is; by its weights if any."""
+    mean = (values if batch.weight is None else values * batch.weight.astype(values.dtype)).mean()
     return jax.lax.pmean(mean, axis_name) if axis_name else mean
 
 

@@ -134,6 +134,7 @@ class Optim:
     clip_norm: float = _between(0.0, 0.0)  # clip the gradient's global norm to this; 0 = off
     schedule: str = _one_of("cosine", "step", "constant")
     warmup_epochs: int = _between(0, 0)
+    reference_batch_size: int = _between(0, 0)  # learning_rate is for this batch, and scaled to train's; 0 = as it is
 
 
 @dataclass(frozen=True)
@@ -141,11 +142,19 @@ class Train:
     """The training run."""
 
     epochs: int = _between(200, 1)
-    batch_size: int = _between(100, 1)
+    batch_size: int = _between(100, 1)  # over all devices together, as meta.batch_size is
     seed: int = _between(0, 0, 2**31 - 1)
     max_steps: int = _between(0, 0)  # stop after this many steps; 0 = after `epochs`
     steps_per_call: int = _between(0, 0)  # steps in one compiled call; 0 = 1 on CPU, 10 elsewhere
     dtype: str = _one_of("float32", "bfloat16")  # of the computation; parameters stay float32
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """How a step is spread over several devices (see `parallel`). On one device neither field changes anything."""
+
+    batch_norm: str = _one_of("sync", "local")  # statistics of the whole batch, or of each device's part
+    fsdp: int = _between(1, 1)  # divide parameters and optimizer state over this many devices; 1 = off
 
 
 @dataclass(frozen=True)
@@ -177,6 +186,7 @@ class Config:
     meta: Meta = Meta()
     optim: Optim = Optim()
     train: Train = Train()
+    parallel: Parallel = Parallel()
     eval: Eval = Eval()
     checkpoint: Checkpoint = Checkpoint()
 

@@ -63,18 +63,15 @@ def build(config: Config, data: LongTailData, mesh: Mesh | None = None) -> Exper
     """Returns the experiment that `config` describes on `data`, its steps spread over `mesh` if given.
 
     Raises:
-      UserError: a site that the model does not have; padding as wide as the images; a batch that does not divide by
-        the devices.
+      UserError: a site that the model does not have; padding as wide as the images; local batch norm on a batch that
+        does not divide by the devices.
     """
     method, objective, counts = METHODS[config.method.name], methods.objective(config), jnp.asarray(data.counts)
     _check_images(config, min(data.train_images.shape[1:3]))
     axis_name = parallel.AXIS if mesh else None
     if mesh:
         _check_divisible(config, mesh.size)
-    module = models.create(
-        config.model.name, data.num_classes, config.model.width, jnp.dtype(config.train.dtype), axis_name
-    )
-    local = module.clone(axis_name=None)
+    local = models.create(config.model.name, data.num_classes, config.model.width, jnp.dtype(config.train.dtype))
     image = jnp.zeros((1, *data.train_images.shape[1:]), jnp.float32)
     channels = _channels(config, local, image)  # checks the sites for every method
     learner = method.learner(config, counts, channels) if method.learner else None
@@ -82,12 +79,13 @@ def build(config: Config, data: LongTailData, mesh: Mesh | None = None) -> Exper
     per_epoch = batches.steps_per_epoch(len(data.train_labels), config.train.batch_size)
     first, second, learning_rate = _schedules(config, method, per_epoch)
     tx = optim.classifier(config.optim, first)
-    mod_tx = _mod_tx(config, method, learner, second, axis_name)
+    mod_tx = _mod_tx(config, method, learner, second)
     loss_fn = objective.loss(config, counts)
     if config.method.label_smoothing:
         loss_fn = losses.smoothed(loss_fn, config.method.label_smoothing)
     class_weights = _class_weights(config, objective, counts, per_epoch)
-    apply, test_apply = _apply(config, objective, module), _apply(config, objective, local)
+    test_apply = _apply(config, objective, local)
+    apply = _train_apply(config, objective, local, mesh) if mesh else test_apply
 
     @jax.jit  # hundreds of small operations otherwise, each compiled by itself
     def init() -> BilevelState:
@@ -147,31 +145,41 @@ def _apply(config: Config, objective: Method, module: nn.Module) -> ApplyFn:
     return heads.cosine(module.apply, config.method.ldam_scale) if objective.cosine_head else module.apply
 
 
+def _train_apply(config: Config, objective: Method, module: nn.Module, mesh: Mesh) -> ApplyFn:
+    """Returns the classifier inside `shard_map`."""
+    if config.parallel.batch_norm == "sync":
+        apply = _apply(config, objective, module.clone(axis_name=parallel.AXIS))
+    else:
+        apply = parallel.averaged_statistics(_apply(config, objective, module))
+    return parallel.gathered(apply) if parallel.MODEL_AXIS in mesh.axis_names else apply
+
+
 def _schedules(config: Config, method: Method, per_epoch: int) -> tuple[optax.Schedule, optax.Schedule, optax.Schedule]:
     """Returns the learning rates of the classifier's optimizer and of the second stage's, and the one to report."""
+    settings = optim.scaled(config.optim, config.train.batch_size)
     if not (method.retraining or method.fine_tune):
-        whole = optim.schedule(config.optim, config.train.epochs, per_epoch)
+        whole = optim.schedule(settings, config.train.epochs, per_epoch)
         return whole, whole, whole
     part = config.second_stage
     again = dataclasses.replace(
-        config.optim,
+        settings,
         warmup_epochs=0,
-        learning_rate=config.optim.learning_rate * (0.1 if method.fine_tune else 1),
+        learning_rate=settings.learning_rate * (0.1 if method.fine_tune else 1),
     )
-    first = optim.schedule(config.optim, part, per_epoch)
+    first = optim.schedule(settings, part, per_epoch)
     second = optim.schedule(again, config.train.epochs - part, per_epoch)
     joined = optax.join_schedules([first, second], [part * per_epoch])
     return (joined, joined, joined) if method.fine_tune else (first, second, joined)
 
 
 def _mod_tx(
-    config: Config, method: Method, learner: MetaLearner | None, second: optax.Schedule, axis_name: str | None
+    config: Config, method: Method, learner: MetaLearner | None, second: optax.Schedule
 ) -> optax.GradientTransformation:
     """Returns the optimizer of what is not the classifier: a second stage's, or the meta learner's."""
     if method.retraining:
         return optim.classifier(config.optim, second)
     if learner and learner.per_batch:
-        return meta.positive_part(axis_name)
+        return meta.positive_part()
     return optim.modulator(config.meta, method.meta_rate)
 
 
@@ -245,6 +253,13 @@ def _check_images(config: Config, side: int) -> None:
 
 
 def _check_divisible(config: Config, devices: int) -> None:
-    for field, size in (("train.batch_size", config.train.batch_size), ("meta.batch_size", config.meta.batch_size)):
-        if size % devices:
-            raise UserError(f"{field} = {size}: does not divide by {devices} devices; use a multiple of {devices}")
+    """Refuses what cannot be padded: a device with no examples has no statistics of its own."""
+    sizes = {"train.batch_size": config.train.batch_size}
+    if config.meta.bn == "batch":
+        sizes["meta.batch_size"] = config.meta.batch_size
+    for field, size in sizes.items():
+        if config.parallel.batch_norm == "local" and size % devices:
+            raise UserError(
+                f"parallel.batch_norm = 'local': {field} = {size} does not divide by {devices} devices; use a multiple"
+                f" of {devices}, or parallel.batch_norm = 'sync', which pads"
+            )

@@ -5,11 +5,27 @@ schedule included. Adam needs `eps_root > 0` for that, since the derivative of `
 and a gradient that is exactly zero would turn the meta-gradient into NaN.
 """
 
+import dataclasses
+
 import optax
 
 from mfm_jax.config import Meta, Optim
 
 EPS_ROOT = 1e-8
+
+
+def scaled(config: Optim, batch_size: int) -> Optim:
+    """Returns `config` with its rate for a batch of `batch_size` in all: `rate * batch_size / reference_batch_size`.
+
+    As it is where `reference_batch_size` is 0. The rule is one of SGD and small enough rates; a batch many times larger
+    wants `warmup_epochs` too.
+
+    References:
+      Goyal et al., Accurate, large minibatch SGD: training ImageNet in 1 hour, arXiv:1706.02677, 2017, section 2.1.
+    """
+    if not config.reference_batch_size:
+        return config
+    return dataclasses.replace(config, learning_rate=config.learning_rate * batch_size / config.reference_batch_size)
 
 
 def schedule(config: Optim, epochs: int, steps_per_epoch: int) -> optax.Schedule:

@@ -1,9 +1,44 @@
-"""Data parallelism: one mesh axis `data`, and the step under `shard_map`.
+"""Data parallelism: the step under `shard_map` over the mesh axis `data`, and state sharded over the axis `model`.
 
-State is replicated, batches are split. The losses average over the axis before they are differentiated
-(`bilevel.make_step(axis_name=AXIS)`), so with `check_vma=True` every gradient, the virtual step's pulled-back vector
-and the meta-gradient come out as the global ones, equal on all devices, and nothing else needs a collective. Batch
-norm averages its statistics over the same axis.
+State is the same on all devices of `data`, batches are split over it. Let device d of D hold the part B_d of the
+batch B, |B_d| = |B| / D. What the step computes, and where the devices have to talk:
+
+    L_train = mean_B l_i = mean_d mean_{B_d} l_i          averaged: the scalar
+    g       = grad_w L_train = sum_d grad_w (1/D) mean_{B_d} l_i        summed: |w| numbers
+    w_hat   = U(w, g)                                     no collective: U of what is equal everywhere
+    L_meta  = mean over the meta batch at w_hat           averaged: the scalar
+    u       = grad L_meta(w_hat)                          summed: |w| numbers that move in the virtual step
+    v       = (dU/dg)^T u                                 no collective, since U and u are equal everywhere
+    dL_meta/dphi = d/deps grad_phi L_train(w + eps v)     summed: |phi| numbers
+
+The losses are averaged over the axis before they are differentiated. With `check_vma=True` JAX knows which values are
+equal on all devices; where such a value (w, phi, v) meets a device's examples, the transpose of that meeting is a sum
+over the axis, so g, u and the meta-gradient come out as the global ones, each summed once. `w_hat`, `v`, the
+optimizers' states and phi' are functions of global values and need nothing. A tangent needs no collective of its
+own but where its primal does.
+
+Batch norm is the one operation that couples examples. Its statistics are means over the batch (one collective a
+layer: mean and mean square together), their transposes are sums over the batch (one a layer in every pass that is
+differentiated back to there), and their tangents are means again (one a layer in a tangent pass). The meta pass runs
+by running averages, which are equal everywhere already: none. With `parallel.batch_norm = local` each device
+normalises by its own part of the batch, and only the running averages are averaged. Three more collectives are
+scalars that a method needs over the whole batch: the accuracy; the sum of Meta-Weight-Net's or L2RW's weights; the norm
+of a meta-gradient that belongs to the examples.
+
+The lowered program has a collective for each array; XLA merges those that do not wait for one another. What is left is
+the chain of dependences: a plain step of a network with n batch norms has 2 n + 1. `tests/golden/collectives.json`
+has the counts and bytes of every method.
+
+**A batch that does not divide** is padded with blank examples of weight 0, the others' weight raised so that the mean
+is 1. Every mean over the batch is then `mean(weight * value)`, device by device and without another collective:
+the losses, the accuracy, batch norm's moments, the weights' sums. A local batch norm has no such mean: refused.
+
+**The axis `model`** (`parallel.fsdp` devices along it; absent by default) divides the state too: every array of two or
+more axes is split along its longest axis that divides. It is an automatic axis inside `shard_map`: XLA's partitioner
+divides each device's part of the batch over it, and the optimizers work on their part of the state. Every pass begins
+by gathering the parameters it uses (`gathered`): w in the training pass, v in the tangent pass, w_hat in the meta pass,
+phi where it acts. Gradients are summed over the axis and cut down to each device's part. At rest a device has 1/fsdp of
+the state; within a step it has the whole parameters of one pass at a time, and never the whole optimizer state.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,15 +49,24 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 
-from mfm_jax.types import PyTree
+from mfm_jax.errors import UserError
+from mfm_jax.types import ApplyFn, Batch, PyTree
 
 AXIS = "data"
+MODEL_AXIS = "model"
 
 
-def data_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Returns a mesh of all `devices` (default: every device) along the axis `data`."""
+def data_mesh(devices: Sequence[jax.Device] | None = None, fsdp: int = 1) -> Mesh:
+    """Returns a mesh of all `devices` (default: every device) along `data`; with `fsdp > 1`, that many along `model`.
+
+    Raises:
+      UserError: the devices do not divide by `fsdp`.
+    """
     devices = jax.devices() if devices is None else devices
-    return jax.make_mesh((len(devices),), (AXIS,), devices=devices, axis_types=(AxisType.Auto,))
+    if len(devices) % fsdp:
+        raise UserError(f"parallel.fsdp = {fsdp}: does not divide the {len(devices)} devices; use a divisor or 1")
+    shape, names = ((len(devices) // fsdp, fsdp), (AXIS, MODEL_AXIS)) if fsdp > 1 else ((len(devices),), (AXIS,))
+    return jax.make_mesh(shape, names, devices=devices, axis_types=(AxisType.Auto,) * len(names))
 
 
 def shard_step(step: Callable, mesh: Mesh, batches: int) -> Callable:
@@ -30,10 +74,78 @@ def shard_step(step: Callable, mesh: Mesh, batches: int) -> Callable:
 
     Args:
       step: from `bilevel`, made with `axis_name=AXIS`.
-      mesh: from `data_mesh`.
-      batches: how many batches the step takes; the leading axis of each must divide by the number of devices.
+      mesh: from `data_mesh`; with an axis `model`, the step's `apply_fn` is to be `gathered`.
+      batches: how many batches the step takes. One that does not divide by the devices is padded (`padded`); the
+        module's `__call__` must then take `weight`, if it takes batch statistics.
     """
-    return jax.shard_map(step, mesh=mesh, in_specs=(P(), *[P(AXIS)] * batches), out_specs=P())
+
+    def part(state: PyTree, *given: Batch) -> tuple[PyTree, PyTree]:
+        if MODEL_AXIS in mesh.axis_names:
+            along_model = NamedSharding(jax.sharding.get_abstract_mesh(), P(MODEL_AXIS))
+            given = jax.lax.with_sharding_constraint(given, along_model)
+        return step(state, *given)
+
+    spread = jax.shard_map(part, mesh=mesh, in_specs=(P(), *[P(AXIS)] * batches), out_specs=P(), axis_names={AXIS})
+
+    def sharded(state: PyTree, *given: Batch) -> tuple[PyTree, PyTree]:
+        state, metrics = spread(state, *(padded(batch, mesh.size) for batch in given))
+        if MODEL_AXIS in mesh.axis_names:
+            state = jax.lax.with_sharding_constraint(state, state_sharding(state, mesh))
+        return state, metrics
+
+    return sharded
+
+
+def padded(batch: Batch, devices: int) -> Batch:
+    """Returns `batch` with blank examples of weight 0 until it divides by `devices`; the mean weight stays 1."""
+    size = len(batch.label)
+    blank = -size % devices
+    if not blank:
+        return batch
+    weight = jnp.ones(size, jnp.result_type(float)) if batch.weight is None else batch.weight
+    batch = batch._replace(weight=weight * ((size + blank) / size))
+    return jax.tree.map(lambda leaf: jnp.pad(leaf, [(0, blank)] + [(0, 0)] * (leaf.ndim - 1)), batch)
+
+
+def averaged_statistics(apply_fn: ApplyFn) -> ApplyFn:
+    """Returns `apply_fn`, of a module with local batch norm, with the running averages averaged over the devices."""
+
+    def apply(variables: PyTree, image: jax.Array, **options) -> PyTree:
+        found = apply_fn(variables, image, **options)
+        if not options.get("mutable"):
+            return found
+        logits, written = found
+        return logits, jax.lax.pmean(written, AXIS)
+
+    return apply
+
+
+def gathered(apply_fn: ApplyFn) -> ApplyFn:
+    """Returns `apply_fn` that begins by gathering the parameters over the axis `model`."""
+
+    def apply(variables: PyTree, image: jax.Array, **options) -> PyTree:
+        whole = NamedSharding(jax.sharding.get_abstract_mesh(), P())
+        params = jax.lax.with_sharding_constraint(variables["params"], whole)
+        return apply_fn({**variables, "params": params}, image, **options)
+
+    return apply
+
+
+def state_sharding(state: PyTree, mesh: Mesh) -> PyTree:
+    """Returns where each array of `state` lives: whole on every device, or split over the axis `model` if there is one.
+
+    Split are arrays of two or more axes, along the longest axis that divides (the last of equally long ones).
+    """
+    parts = mesh.shape.get(MODEL_AXIS, 1)
+
+    def place(leaf: jax.Array) -> NamedSharding:
+        axes = [axis for axis, size in enumerate(leaf.shape) if size % parts == 0]
+        if parts == 1 or leaf.ndim < 2 or not axes:
+            return replicated(mesh)
+        longest = max(axes, key=lambda axis: (leaf.shape[axis], axis))
+        return NamedSharding(mesh, P(*[None] * longest, MODEL_AXIS))
+
+    return jax.tree.map(place, state)
 
 
 def compiler_options() -> dict[str, str] | None:

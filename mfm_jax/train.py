@@ -118,7 +118,8 @@ def train_together(configs: Sequence[Config], workdirs: Sequence[Path], *, label
     todo = [pair for pair in zip(configs, workdirs, strict=True) if not (pair[1] / "results.json").exists()]
     if todo:
         data = data_lib.build(configs[0])
-        mesh = parallel.data_mesh() if jax.device_count() > 1 else None
+        fsdp = configs[0].parallel.fsdp
+        mesh = parallel.data_mesh(fsdp=fsdp) if jax.device_count() > 1 or fsdp > 1 else None
         device_data = loop_lib.to_device(data)
         cluster.barrier("all have read the data")
         with contextlib.ExitStack() as stack:
@@ -281,7 +282,9 @@ class _Run:
         self.checkpoints = Checkpointer(workdir, config.checkpoint, has_validation=self.has_validation)
         # Placed once and for all, one device included: what is not would count as another program at the second call.
         place = parallel.replicated(mesh) if mesh else jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        self.loop, self.device_data = parallel.place((self.loop, self.device_data), place)
+        self.device_data = parallel.place(self.device_data, place)
+        places = parallel.state_sharding(self.loop, mesh) if mesh else jax.tree.map(lambda _: place, self.loop)
+        self.loop = jax.tree.map(parallel.place, self.loop, places)
         record: dict[str, Any] = {"rows": [], "seconds": 0.0, "devices": _devices()}
         latest = self.checkpoints.latest_step()
         if latest is None and experiment.modulator and config.modulation.init_from:

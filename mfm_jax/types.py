@@ -22,8 +22,8 @@ LossFn = Callable[[jax.Array, jax.Array], jax.Array]
 Metrics = dict[str, jax.Array]
 
 
-# A Flax module's `apply`: `(variables, images, train=, modulate=, mutable=, rngs=) -> logits [B, K]`; `train` is passed
-# only to modules whose `__call__` takes it.
+# A Flax module's `apply`: `(variables, images, train=, modulate=, weight=, mutable=, rngs=) -> logits [B, K]`. `train`
+# is passed only to modules whose `__call__` takes it, `weight` in training passes over batches that have one.
 ApplyFn = Callable[..., Any]
 
 
@@ -34,12 +34,16 @@ def no_modulation(site: str, features: jax.Array) -> jax.Array:
 
 
 class Batch(NamedTuple):
-    """Examples as the classifier sees them. The last two fields are there where examples were mixed in pairs."""
+    """Examples as the classifier sees them.
+
+    `partner` and `share` are there where examples were mixed in pairs, `weight` where the batch was padded.
+    """
 
     image: jax.Array  # [B, H, W, C] floating point, normalised (any shape that the module takes)
     label: jax.Array  # [B] int32, 0 <= label < K
     partner: jax.Array | None = None  # [B] int32, label of the image that was mixed in
     share: jax.Array | None = None  # [B], what `label` has of the mixture, 1/2 to 1; `partner` has the rest
+    weight: jax.Array | None = None  # [B], of mean 1: what an example counts in every mean over the batch
 
 
 class Modulator(NamedTuple):

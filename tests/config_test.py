@@ -88,8 +88,8 @@ def test_an_integer_is_welcome_where_a_float_is_due():
 
 def test_unknown_fields():
     assert refusal({"optimizer": {}}) == (
-        "optimizer: no such field; allowed: data, augment, model, method, modulation, meta, optim, train, eval,"
-        " checkpoint"
+        "optimizer: no such field; allowed: data, augment, model, method, modulation, meta, optim, train, parallel,"
+        " eval, checkpoint"
     )
     assert refusal({"model": {"depth": 3}}) == "model.depth: no such field; allowed: model.name, model.width"
     assert refusal({"model": "resnet32"}) == "model = 'resnet32': expected a group of fields"

@@ -1,10 +1,10 @@
-"""Four fake CPU devices, quick compilation, strict rank promotion, and a cache folder of the test run's own."""
+"""Eight fake CPU devices, quick compilation, strict rank promotion, and a cache folder of the test run's own."""
 
 import os
 
 # Little is gained from optimizing programs that run once; compiling them plainly makes the tests several times faster.
 FLAGS = (
-    "--xla_force_host_platform_device_count=4",
+    "--xla_force_host_platform_device_count=8",
     "--xla_backend_optimization_level=0",
     "--xla_llvm_disable_expensive_passes=true",
 )

@@ -32,13 +32,13 @@ class Tiny(nn.Module):
 
     num_classes: int
     dtype: jnp.dtype
-    axis_name: str | None
+    axis_name: str | None = None
 
     @nn.compact
-    def __call__(self, image, *, train: bool = False, modulate=no_modulation):
+    def __call__(self, image, *, train: bool = False, modulate=no_modulation, weight=None):
         x = image.reshape(len(image), -1).astype(self.dtype)
         x = nn.Dense(8, dtype=self.dtype, name="stage3")(x)
-        x = nn.BatchNorm(not train, momentum=0.9, axis_name=self.axis_name, dtype=self.dtype)(x)
+        x = models.BatchNorm(not train, axis_name=self.axis_name, dtype=self.dtype)(x, weight)
         x = modulate("pooled", modulate("stage3", nn.relu(x)))
         logits = nn.Dense(self.num_classes, dtype=self.dtype, name="head")(x)
         return modulate("logits", logits.astype(jnp.promote_types(logits.dtype, jnp.float32)))
@@ -46,7 +46,7 @@ class Tiny(nn.Module):
 
 @pytest.fixture(autouse=True)
 def _tiny(monkeypatch):
-    monkeypatch.setattr(models, "create", lambda name, classes, width, dtype, axis: Tiny(classes, dtype, axis))
+    monkeypatch.setattr(models, "create", lambda name, classes, width, dtype: Tiny(classes, dtype))
     monkeypatch.setattr(jax, "device_count", lambda: 1)
 
 

@@ -5,6 +5,7 @@ All of them are learned by the same meta-gradient, through the same optimizer st
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -48,7 +49,7 @@ def l2rw() -> MetaLearner:
 
     def start(labels: jax.Array) -> jax.Array:
         # A multiple of the labels, so that under `shard_map` it is split over the devices as they are.
-        return 0.0 * labels.astype(jnp.float32)
+        return 0.0 * labels.astype(jnp.result_type(float))
 
     def weigh(phi: PyTree, losses: jax.Array, mean: Callable[[jax.Array], jax.Array]) -> jax.Array:
         return phi.astype(losses.dtype) * losses
@@ -56,23 +57,24 @@ def l2rw() -> MetaLearner:
     return MetaLearner(lambda key: {}, weigh=weigh, per_batch=start)
 
 
-def positive_part(axis_name: str | None = None) -> optax.GradientTransformation:
+def positive_part() -> optax.GradientTransformationExtraArgs:
     """Returns the change from zero to `max(-gradient, 0)`, scaled to the mean 1 over the batch; zero if all are zero.
 
-    Args:
-      axis_name: mesh axis over which the batch is split.
+    Its `update` takes `mean`, which averages `[B]` over the whole batch, on however many devices it is.
 
     References:
       Ren et al. 2018, eq. 13 and 14.
     """
 
-    def weights(gradient: jax.Array, phi: PyTree) -> jax.Array:
-        del phi
+    def update(
+        gradient: jax.Array, state: optax.EmptyState, phi: PyTree = None, *, mean: Callable = jnp.mean, **others: Any
+    ) -> tuple[jax.Array, optax.EmptyState]:
+        del phi, others
         wanted = jnp.maximum(-gradient, 0)
-        mean = jax.lax.pmean(wanted.mean(), axis_name) if axis_name else wanted.mean()
-        return jnp.where(mean > 0, wanted / jnp.where(mean > 0, mean, 1), 0)
+        average = mean(wanted)
+        return jnp.where(average > 0, wanted / jnp.where(average > 0, average, 1), 0), state
 
-    return optax.stateless(weights)
+    return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
 
 
 def l2ac(num_classes: int, hidden: int = 100) -> MetaLearner:

@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from mfm_jax.models.normalization import BatchNorm as BatchNorm
 from mfm_jax.models.resnet import CifarResNet
 
 # 6 n + 2 layers: n blocks in each of three stages.
@@ -12,8 +13,6 @@ _BLOCKS = {"resnet8": 1, "resnet20": 3, "resnet32": 5, "resnet44": 7, "resnet56"
 VIRTUAL_GROUPS: dict[str, tuple[str, ...]] = {"head": ("head",), "last_stage": ("stage3", "head")}
 
 
-def create(
-    name: str, num_classes: int, width: int, dtype: DTypeLike = jnp.float32, axis_name: str | None = None
-) -> CifarResNet:
-    """Returns the classifier called `name`; batch norm averages over the mesh axis `axis_name` if given."""
-    return CifarResNet(_BLOCKS[name], num_classes, width, dtype, axis_name)
+def create(name: str, num_classes: int, width: int, dtype: DTypeLike = jnp.float32) -> CifarResNet:
+    """Returns the classifier called `name`."""
+    return CifarResNet(_BLOCKS[name], num_classes, width, dtype)

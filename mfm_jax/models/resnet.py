@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from mfm_jax.models.convolution import convolution
+from mfm_jax.models.normalization import BatchNorm
 from mfm_jax.types import Modulate, no_modulation
 
 _kaiming = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
@@ -36,11 +37,11 @@ class BasicBlock(nn.Module):
     axis_name: str | None
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+    def __call__(self, x: jax.Array, train: bool, weight: jax.Array | None) -> jax.Array:
         conv = functools.partial(_Conv3x3, self.channels, dtype=self.dtype)
-        norm = functools.partial(nn.BatchNorm, not train, momentum=0.9, axis_name=self.axis_name, dtype=self.dtype)
-        y = nn.relu(norm()(conv(strides=self.stride)(x)))
-        y = norm()(conv()(y))
+        norm = functools.partial(BatchNorm, not train, axis_name=self.axis_name, dtype=self.dtype)
+        y = nn.relu(norm()(conv(strides=self.stride)(x), weight))
+        y = norm()(conv()(y), weight)
         return nn.relu(y + _shortcut(x, self.channels, self.stride))
 
 
@@ -54,9 +55,9 @@ class Stage(nn.Module):
     axis_name: str | None
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+    def __call__(self, x: jax.Array, train: bool, weight: jax.Array | None) -> jax.Array:
         for i in range(self.blocks):
-            x = BasicBlock(self.channels, self.stride if i == 0 else 1, self.dtype, self.axis_name)(x, train)
+            x = BasicBlock(self.channels, self.stride if i == 0 else 1, self.dtype, self.axis_name)(x, train, weight)
         return x
 
 
@@ -81,21 +82,29 @@ class CifarResNet(nn.Module):
     axis_name: str | None = None
 
     @nn.compact
-    def __call__(self, image: jax.Array, *, train: bool = False, modulate: Modulate = no_modulation) -> jax.Array:
+    def __call__(
+        self,
+        image: jax.Array,
+        *,
+        train: bool = False,
+        modulate: Modulate = no_modulation,
+        weight: jax.Array | None = None,
+    ) -> jax.Array:
         """Returns logits `[B, K]`.
 
         Args:
           image: `[B, H, W, C]`, normalised.
           train: normalise with batch statistics and update the running ones.
           modulate: called at each site.
+          weight: `[B]`, what each example counts in batch statistics; None where all count the same.
         """
         x = _Conv3x3(self.width, dtype=self.dtype, name="stem")(image.astype(self.dtype))
-        x = nn.BatchNorm(not train, momentum=0.9, axis_name=self.axis_name, dtype=self.dtype, name="stem_norm")(x)
+        x = BatchNorm(not train, axis_name=self.axis_name, dtype=self.dtype, name="stem_norm")(x, weight)
         x = modulate("stem", nn.relu(x))
         for i in range(3):
             site = f"stage{i + 1}"
             stage = Stage(self.blocks, self.width * 2**i, 2 if i else 1, self.dtype, self.axis_name, name=site)
-            x = modulate(site, stage(x, train))
+            x = modulate(site, stage(x, train, weight))
         x = modulate("pooled", x.mean(axis=(1, 2)))
         logits = nn.Dense(self.num_classes, kernel_init=_kaiming, dtype=self.dtype, name="head")(x)
         return modulate("logits", logits.astype(jnp.promote_types(logits.dtype, jnp.float32)))

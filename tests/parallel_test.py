@@ -1,0 +1,264 @@
+"""A run on several devices is the run on one, padded batches included; what the devices say to each other."""
+
+import functools
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from methods_test import ALL, Tiny, arrays, configured
+
+from mfm_jax import config as config_lib
+from mfm_jax import data as data_lib
+from mfm_jax import experiment as experiment_lib
+from mfm_jax import loop as loop_lib
+from mfm_jax import losses, models, optim, parallel
+from mfm_jax.checkpoint import Checkpointer
+from mfm_jax.errors import UserError
+from mfm_jax.types import Batch
+
+STEPS = 20
+GOLDEN = Path(__file__).parent / "golden" / "collectives.json"
+_compiled: list[str] = []
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _listener():
+    """Notes every compilation."""
+
+    def note(event: str, seconds: float, **facts) -> None:
+        if "backend_compile" in event:
+            _compiled.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(note)
+    yield
+    jax.monitoring.unregister_event_duration_listener(note)
+
+
+@pytest.fixture
+def wide(monkeypatch):
+    """The two-layer network in float64."""
+    monkeypatch.setattr(models, "create", lambda name, classes, width, dtype: Tiny(classes, jnp.float64))
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    monkeypatch.setattr(models, "create", lambda name, classes, width, dtype: Tiny(classes, dtype))
+
+
+def several_epochs(name: str, batch: int, **overrides):
+    """A run of 20 steps, augmented, of which the second stage has the last half; meta batches do not divide.
+
+    MFM has what composes with every method, too: mixed and smoothed labels, class weights, a site before batch norm.
+    """
+    settings = {"data__imbalance_factor": 10.0, "train__epochs": 5, "train__batch_size": batch, "meta__batch_size": 50}
+    if name == "mfm":
+        settings |= {"modulation__sites": "stage3,pooled", "modulation__form": "network", "augment__mixup": 0.5}
+        settings |= {"method__base": "class_balanced", "method__label_smoothing": 0.1}
+    return configured(name, **settings | overrides)
+
+
+def to_double(tree):
+    return jax.tree.map(lambda x: x.astype(jnp.float64) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
+
+
+@functools.cache
+def data_of(config):
+    return data_lib.build(config)
+
+
+def trajectory(config, mesh, steps: int = STEPS):
+    """Takes `steps` steps of the compiled loop in float64.
+
+    Each kind of step compiles once, gives its old state away, and moves nothing between host and device.
+    """
+    data = data_of(config)
+    experiment = experiment_lib.build(config, data, mesh)
+    loop, on_device = to_double(loop_lib.initial(experiment)), loop_lib.to_device(data)
+    loop = loop.replace(sums=jax.tree.map(lambda x: x.astype(jnp.float32), loop.sums))
+    place = parallel.replicated(mesh) if mesh else jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    loop = jax.device_put(loop, parallel.state_sharding(loop, mesh) if mesh else place)
+    call, seen = loop_lib.make_call(experiment, config), set()
+    for step in range(steps):
+        epoch, at = divmod(step, experiment.steps_per_epoch)
+        if at == 0:
+            order = experiment.order(jax.random.key(1), epoch)
+            on_device = on_device.replace(order=order, meta_table=jnp.asarray(data.meta_table(epoch), jnp.int32))
+        retrain = step >= experiment.retrain_from
+        if retrain and experiment.synthetic and on_device.images.ndim > 2:
+            on_device = loop_lib.synthetic_data(experiment, on_device, loop.bilevel, 5, 0, 500)
+        on_device = jax.device_put(on_device, place)
+        is_meta = experiment.meta_step is not None and step % config.meta.every == 0
+        arguments, before, compiled = loop_lib.steps((is_meta,), retrain=retrain), loop, len(_compiled)
+        guard = "disallow" if arguments[1] in seen else "allow"
+        with jax.transfer_guard_device_to_host(guard), jax.transfer_guard_host_to_device(guard):
+            loop = call(loop, on_device, *arguments)
+        assert arguments[1] not in seen or len(_compiled) == compiled
+        assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before))
+        seen.add(arguments[1])
+    return loop
+
+
+def assert_same(found, expected, tolerance: float):
+    """Each array to `tolerance` of its largest entry."""
+    pairs = zip(jax.tree.leaves_with_path(arrays(expected)), jax.tree.leaves(arrays(found)), strict=True)
+    for (path, one), other in pairs:
+        error, size = np.abs(one.astype(float) - other).max(initial=0), np.abs(one.astype(float)).max(initial=0)
+        assert error <= tolerance * max(size, 1e-6), f"{jax.tree_util.keystr(path)}: {error:.1e} of {size:.1e}"
+
+
+_on_one: dict = {}
+
+
+def check_trajectory(name, batch, devices, fsdp=1):
+    config = several_epochs(name, batch)
+    if config not in _on_one:
+        _on_one[config] = trajectory(config, None).bilevel
+    loop = trajectory(config, parallel.data_mesh(jax.devices()[:devices], fsdp))
+    assert_same(loop.bilevel, _on_one[config], 1e-8)
+    return loop
+
+
+def test_a_padded_run_on_eight_devices_is_the_run_on_one(wide):
+    """The method whose phi belongs to the batch's examples; MFM is among the tests of the axis `model`."""
+    check_trajectory("l2rw", 91, 8)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("devices", [8, 4, 2, 1])
+@pytest.mark.parametrize("batch", [91, 96])
+def test_every_method_takes_the_same_twenty_steps(name, batch, devices, wide):
+    check_trajectory(name, batch, devices)
+
+
+def one_step(experiment, config, data, kind):
+    """Takes one step of a kind from the initial state on the first images."""
+
+    def batch(images, labels, size):
+        return Batch(jnp.asarray(images[:size], jnp.float32) / 16, jnp.asarray(labels[:size]))
+
+    given = [batch(data.train_images, data.train_labels, config.train.batch_size)]
+    if kind == "meta":
+        given.append(batch(data.meta_images, data.meta_labels, config.meta.batch_size))
+    if kind == "retrain" and experiment.synthetic:
+        given = [given[0]._replace(image=jnp.ones((config.train.batch_size, 8)).at[0].set(0.5))]
+    return jax.jit(getattr(experiment, f"{kind}_step"))(experiment.init(), *given)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("devices", "batch"), [(2, 96), (4, 96), (8, 96), (8, 91)])
+@pytest.mark.parametrize("name", ALL)
+def test_every_method_takes_the_same_step_in_float32(name, devices, batch, tiny, monkeypatch):
+    # SGD, since the first step of Adam blows the rounding of a gradient near zero up to the size of a whole step.
+    monkeypatch.setattr(optim, "modulator", lambda config: optax.sgd(0.1))
+    config = several_epochs(name, batch)
+    data, mesh = data_of(config), parallel.data_mesh(jax.devices()[:devices])
+    one, many = (experiment_lib.build(config, data, where) for where in (None, mesh))
+    for kind in kinds(one):
+        assert_same(one_step(many, config, data, kind), one_step(one, config, data, kind), 1e-5)
+
+
+def kinds(experiment):
+    return [kind for kind in ("plain", "meta", "retrain") if getattr(experiment, f"{kind}_step")]
+
+
+def test_padding_keeps_every_mean():
+    batch = Batch(jnp.ones((5, 2)), jnp.arange(5), weight=jnp.array([0.5, 1.5, 1.0, 1.0, 1.0]))
+    for given in (batch, batch._replace(weight=None)):
+        padded, values = parallel.padded(given, 4), jnp.arange(5.0)
+        assert len(padded.image) == len(padded.label) == 8
+        weight = jnp.ones(5) if given.weight is None else given.weight
+        assert padded.weight.mean() == pytest.approx(1)
+        assert (padded.weight[:5] * values).sum() / 8 == pytest.approx(float((weight * values).mean()))
+        assert not padded.weight[5:].any()
+    assert parallel.padded(batch, 5) is batch
+
+
+# --- local batch norm -----------------------------------------------------------------------------
+
+
+def test_local_batch_norm_normalises_each_part_and_averages_the_running_averages(tiny):
+    config = several_epochs("ce", 96, parallel__batch_norm="local")
+    data, mesh = data_of(config), parallel.data_mesh(jax.devices()[:4])
+    experiment = experiment_lib.build(config, data, mesh)
+    state, metrics = one_step(experiment, config, data, "plain")
+    start, images = experiment.init(), jnp.asarray(data.train_images[:96], jnp.float32) / 16
+    variables = {"params": start.params, "batch_stats": start.batch_stats}
+    parts = [
+        Tiny(10, jnp.float32).apply(variables, part, train=True, mutable=["batch_stats"])
+        for part in jnp.split(images, 4)
+    ]
+    logits = jnp.concatenate([part[0] for part in parts])
+    loss = losses.cross_entropy(logits, jnp.asarray(data.train_labels[:96])).mean()
+    statistics = jax.tree.map(lambda *leaves: sum(leaves) / 4, *(part[1]["batch_stats"] for part in parts))
+    np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-5)
+    chex.assert_trees_all_close(arrays(state.batch_stats), statistics, rtol=1e-5)
+    whole = Tiny(10, jnp.float32).apply(variables, images, train=True, mutable=["batch_stats"])[1]["batch_stats"]
+    assert max(jax.tree.leaves(jax.tree.map(lambda a, b: np.abs(a - b).max(), arrays(state.batch_stats), whole))) > 1e-4
+
+
+def test_local_batch_norm_cannot_be_padded(tiny):
+    for batch, meta_bn, field in ((91, "running", "train.batch_size = 91"), (96, "batch", "meta.batch_size = 50")):
+        config = several_epochs("mfm", batch, parallel__batch_norm="local", meta__bn=meta_bn)
+        with pytest.raises(UserError, match=f"batch_norm = 'local': {field} does not divide by 4 devices; use a multi"):
+            experiment_lib.build(config, data_of(config), parallel.data_mesh(jax.devices()[:4]))
+
+
+# --- the axis `model` -----------------------------------------------------------------------------
+
+
+def test_divided_state_takes_the_same_steps_and_is_restored(wide, tmp_path):
+    loop = check_trajectory("mfm", 91, 8, fsdp=2)
+    state = loop.bilevel
+    for leaf in jax.tree.leaves((state.params, state.opt_state)):
+        held = leaf.addressable_shards[0].data.nbytes
+        assert held == (leaf.nbytes // 2 if leaf.ndim > 1 else leaf.nbytes)
+    checkpoints = Checkpointer(tmp_path, config_lib.Checkpoint(), has_validation=False)
+    checkpoints.save(STEPS, loop, state.mod_params, {}, None)
+    checkpoints.wait()
+    again, _ = checkpoints.restore(STEPS, loop)
+    checkpoints.close()
+    chex.assert_trees_all_equal(arrays(again), arrays(loop))
+    chex.assert_trees_all_equal(*(jax.tree.map(lambda x: x.sharding, tree) for tree in (again, loop)))
+
+
+def test_devices_that_do_not_divide_are_refused():
+    with pytest.raises(UserError, match=r"parallel.fsdp = 3: does not divide the 8 devices"):
+        parallel.data_mesh(fsdp=3)
+
+
+# --- what the devices say to each other -----------------------------------------------------------
+
+
+@functools.cache
+def scaling():
+    folder = str(Path(__file__).parents[1] / "benchmarks")
+    sys.path.insert(0, folder)
+    try:
+        return importlib.import_module("scaling")
+    finally:
+        sys.path.remove(folder)
+
+
+def check_collectives(name):
+    assert scaling().collectives_of(name) == json.loads(GOLDEN.read_text())[name]
+
+
+@pytest.mark.parametrize("name", ["mfm"])
+def test_collectives(name):
+    check_collectives(name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in ALL if name != "mfm"])
+def test_collectives_of_every_method(name):
+    check_collectives(name)
