@@ -32,6 +32,7 @@ from mfm_jax.methods import METHODS
 from mfm_jax.types import Batch
 
 _BYTES = {"f64": 8, "f32": 4, "bf16": 2, "i32": 4, "ui32": 4}
+_QUICKLY = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 EVERY = config_lib.Meta().every
 
 
@@ -49,14 +50,14 @@ class Network:
 
 @dataclass(frozen=True)
 class Chip:
-    """An accelerator as its maker specifies it. Rates are a second and a chip; links are counted one way."""
+    """An accelerator as its maker specifies it, rates a second."""
 
     name: str
     operations: float  # bfloat16, dense
     memory: float  # bytes
-    near: float  # bytes to the chips of its own domain
-    far: float  # bytes to all others
-    domain: int  # chips in a domain
+    near: float  # bytes that a ring passes on from chip to chip, one way, among `domain` chips
+    far: float  # the same, among more
+    domain: int
 
 
 # He et al. 2016 and Dosovitskiy et al. 2021, as torchvision counts them: 4.09 and 17.56 G multiply-adds.
@@ -65,10 +66,11 @@ NETWORKS = (
     Network("ViT-B/16", 2 * 17.56e9, 86.57e6, 0, 0, 2),
 )
 # cloud.google.com/tpu/docs/v4: 275 TFLOP/s, 32 GiB; all-reduce 1.1 PB/s for a pod of 4096.
-# NVIDIA's datasheets of H100 and DGX H100: 989 TFLOP/s dense, 80 GB; NVLink 900 GB/s both ways; 400 Gb/s outwards.
+# NVIDIA's datasheets of H100 and DGX H100: 989 TFLOP/s dense, 80 GB; NVLink 900 GB/s both ways together; eight adapters
+# of 400 Gb/s a machine, which a ring through machines uses side by side.
 CHIPS = (
     Chip("TPU v4", 275e12, 32 * 2**30, 1.1e15 / 4096, 1.1e15 / 4096, 4096),
-    Chip("H100 SXM", 989e12, 80e9, 450e9, 50e9, 8),
+    Chip("H100 SXM", 989e12, 80e9, 450e9, 8 * 50e9, 8),
 )
 UTILIZATION = 0.4  # of the peak, assumed
 LATENCY = 20e-6  # seconds of a collective beside its bytes, assumed
@@ -82,7 +84,8 @@ def collectives_of(method: str) -> dict[str, dict[str, int]]:
     found = {}
     for kind, lowered in programs(Spec("", model="resnet8", width=2, image_size=8, batch=96, meta_batch=96), method, 8):
         sizes = reduced_bytes(lowered)
-        merged = len(re.findall(r" all-reduce(?:-start)?\(", lowered.compile().as_text()))
+        compiled = lowered.compile(compiler_options=_QUICKLY).as_text()
+        merged = len(re.findall(r" all-reduce(?:-start)?\(", compiled))
         found[kind] = {"arrays": len(sizes), "bytes": sum(sizes), "collectives": merged}
     return found
 
@@ -186,8 +189,8 @@ def _network_bytes(spec: Spec, kind: str) -> float:
 
 def scaling_table(chip: Chip, decoded: float) -> Table:
     """Returns where a step's time goes on 8, 64 and 512 chips, without overlap, meta-step every `EVERY` steps."""
-    columns = "network", "chips", "batch a chip", "compute", "bytes", "latency", "images/s", "cores", "state"
-    title = f"{chip.name}: milliseconds a step; images a second; cores that decode them; GB of state in a meta-step"
+    columns = "network", "chips", "batch a chip", "compute", "bytes", "latency", "share", "images/s", "cores a chip"
+    title = f"{chip.name}: milliseconds of a step; the collectives' share; images read, cores to decode them"
     table = Table(*columns, title=title)
     for network in NETWORKS:
         for chips in (8, 64, 512):
@@ -204,10 +207,22 @@ def _row(network: Network, chip: Chip, chips: int, part: int, decoded: float) ->
     waits = 2 * network.norms + 1 + (network.norms + 2) / EVERY
     latency = waits * LATENCY
     images = (1 + 1 / EVERY) * part * chips / (compute + moved + latency)
-    # At rest parameters and slots; in a meta-step their successors, g, u and v too.
-    state = 4 * network.parameters * (2 * (1 + network.slots) + 3)
+    share = (moved + latency) / (compute + moved + latency)
     times = [f"{1e3 * x:.2f}" for x in (compute, moved, latency)]
-    return [*times, f"{images:,.0f}", f"{images / decoded:,.0f}", f"{state / 1e9:.2f}"]
+    return [*times, f"{share:.0%}", f"{images:,.0f}", f"{images / decoded / chips:.1f}"]
+
+
+def memory_table() -> Table:
+    """Returns the bytes of parameters and optimizer state: at rest, divided by eight, and beside g, u and v."""
+    table = Table(
+        "network", "at rest", "fsdp = 8", "in a meta-step", title="GB of parameters and optimizer state a chip"
+    )
+    for network in NETWORKS:
+        rest = 4 * network.parameters * (1 + network.slots)
+        # The old state and the new, and three trees like the parameters.
+        meta = 2 * rest + 3 * 4 * network.parameters
+        table.add_row(network.name, *(f"{size / 1e9:.2f}" for size in (rest, rest / 8, meta)))
+    return table
 
 
 def decoded_a_second(images: int = 100) -> float:
@@ -240,6 +255,7 @@ def main() -> None:
     print(f"a core decodes {decoded:.0f} images a second")
     for chip in CHIPS:
         console.print(scaling_table(chip, decoded))
+    console.print(memory_table())
 
 
 if __name__ == "__main__":

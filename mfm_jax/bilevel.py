@@ -259,7 +259,7 @@ def _forward(apply_fn: ApplyFn, axis_name: str | None = None) -> Callable[..., t
             options["train"] = train
         if not train:
             return apply_fn(variables, batch.image, **options), state.batch_stats
-        if batch.weight is not None:
+        if batch.weight is not None and state.batch_stats:
             options["weight"] = batch.weight
         key = jax.random.fold_in(state.key, state.step)
         if axis_name:

@@ -75,8 +75,8 @@ def shard_step(step: Callable, mesh: Mesh, batches: int) -> Callable:
     Args:
       step: from `bilevel`, made with `axis_name=AXIS`.
       mesh: from `data_mesh`; with an axis `model`, the step's `apply_fn` is to be `gathered`.
-      batches: how many batches the step takes. One that does not divide by the devices is padded (`padded`); the
-        module's `__call__` must then take `weight`, if it takes batch statistics.
+      batches: how many batches the step takes. One that does not divide by the devices is padded (`padded`); a module
+        with batch norm must then take `weight`, as `models` do.
     """
 
     def part(state: PyTree, *given: Batch) -> tuple[PyTree, PyTree]:

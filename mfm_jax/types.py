@@ -23,7 +23,8 @@ Metrics = dict[str, jax.Array]
 
 
 # A Flax module's `apply`: `(variables, images, train=, modulate=, weight=, mutable=, rngs=) -> logits [B, K]`. `train`
-# is passed only to modules whose `__call__` takes it, `weight` in training passes over batches that have one.
+# is passed only to modules whose `__call__` takes it, `weight` in training passes over batches that have one, where
+# there are batch statistics.
 ApplyFn = Callable[..., Any]
 
 

@@ -202,3 +202,27 @@ def test_initial_kernels_have_kaiming_variance(variables):
     assert float(convolution.std()) == pytest.approx((2 / (9 * 32)) ** 0.5, rel=0.03)
     assert float(head.std()) == pytest.approx((2 / 32) ** 0.5, rel=0.25)  # 96 numbers
     chex.assert_trees_all_equal(params["head"]["bias"], jnp.zeros(3))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("running", [True, False])
+def test_batch_norm_is_that_of_flax(running, dtype):
+    """Bit for bit: result, statistics, and the names and shapes of what it keeps."""
+    x = (1 + 3 * jax.random.normal(jax.random.key(0), (16, 5, 5, 7))).astype(dtype)
+    theirs, ours = nn.BatchNorm(running, momentum=0.9, dtype=dtype), models.BatchNorm(running, dtype=dtype)
+    start = theirs.init(jax.random.key(1), x)
+    chex.assert_trees_all_equal(ours.init(jax.random.key(1), x), start)
+    start = jax.tree.map(lambda leaf: leaf + jax.random.uniform(jax.random.key(2), leaf.shape), start)
+    found, expected = (jax.jit(lambda m=m: m.apply(start, x, mutable=["batch_stats"]))() for m in (ours, theirs))
+    chex.assert_trees_all_equal(found, expected)
+
+
+def test_batch_norm_leaves_out_examples_of_weight_zero():
+    x = 1 + 3 * jax.random.normal(jax.random.key(0), (6, 2, 2, 3))
+    module = models.BatchNorm(False)
+    start = module.init(jax.random.key(1), x)
+    weight = jnp.array([1.5, 1.5, 0.0, 1.5, 1.5, 0.0])
+    kept = jnp.array([0, 1, 3, 4])
+    y, found = module.apply(start, x, weight, mutable=["batch_stats"])
+    expected, statistics = module.apply(start, x[kept], mutable=["batch_stats"])
+    chex.assert_trees_all_close((y[kept], found), (expected, statistics), rtol=1e-5, atol=1e-6)

@@ -44,6 +44,12 @@ def test_step_divides_by_a_hundred_twice():
     assert found == pytest.approx([0.1, 0.1, 1e-3, 1e-3, 1e-5, 1e-5], rel=1e-5)
 
 
+@pytest.mark.parametrize(("reference", "rate"), [(0, 0.4), (64, 0.8), (256, 0.2)])
+def test_the_rate_is_scaled_to_the_whole_batch(reference, rate):
+    config = optim.scaled(Optim(learning_rate=0.4, reference_batch_size=reference, schedule="constant"), 128)
+    assert rates(config, 1, 2, [0, 1]) == pytest.approx([rate, rate])
+
+
 def test_constant():
     assert rates(Optim(learning_rate=0.3, schedule="constant"), 4, 3, [0, 5, 11]) == pytest.approx([0.3] * 3)
 
