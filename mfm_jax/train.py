@@ -283,8 +283,7 @@ class _Run:
         # Placed once and for all, one device included: what is not would count as another program at the second call.
         place = parallel.replicated(mesh) if mesh else jax.sharding.SingleDeviceSharding(jax.devices()[0])
         self.device_data = parallel.place(self.device_data, place)
-        places = parallel.state_sharding(self.loop, mesh) if mesh else jax.tree.map(lambda _: place, self.loop)
-        self.loop = jax.tree.map(parallel.place, self.loop, places)
+        self.loop = parallel.place(self.loop, parallel.state_sharding(self.loop, mesh) if mesh else place)
         record: dict[str, Any] = {"rows": [], "seconds": 0.0, "devices": _devices()}
         latest = self.checkpoints.latest_step()
         if latest is None and experiment.modulator and config.modulation.init_from:
