@@ -147,11 +147,11 @@ def step_bytes(parameters: float, channels: float, meta: bool, phi: float = 0) -
     """Returns the bytes that a step sums over the devices, by the derivation in `parallel`.
 
     Gradients of the parameters; of batch norm, for each channel, two moments forward and their two transposes
-    backward, of which one stands for the gradient of its scale; loss and accuracy. A meta-step adds the meta-gradient's
-    u, two moments' tangents, grad_phi and its tangent, and the meta loss.
+    backward, of which one stands for the gradient of its scale; loss and accuracy. A meta-step adds u, two moments'
+    tangents, the meta-gradient and the meta loss.
     """
     plain = parameters + 3 * channels + 2
-    return 4 * (plain + meta * (parameters + 2 * channels + 2 * phi + 1))
+    return 4 * (plain + meta * (parameters + 2 * channels + phi + 1))
 
 
 def programs_table(quick: bool) -> Table:

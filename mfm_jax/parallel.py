@@ -26,8 +26,8 @@ scalars that a method needs over the whole batch: the accuracy; the sum of Meta-
 of a meta-gradient that belongs to the examples.
 
 The lowered program has a collective for each array; XLA merges those that do not wait for one another. What is left is
-the chain of dependences: a plain step of a network with n batch norms has 2 n + 1. `tests/golden/collectives.json`
-has the counts and bytes of every method.
+the chain of dependences: with n batch norms 2 n + 1 in a plain step, 3 n + 3 in a meta-step (lagged, at a late site).
+`tests/golden/collectives.json` has the counts and bytes of every method.
 
 **A batch that does not divide** is padded with blank examples of weight 0, the others' weight raised so that the mean
 is 1. Every mean over the batch is then `mean(weight * value)`, device by device and without another collective:
