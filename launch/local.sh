@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # launch/local.sh N [flags of mfm_jax.main]: one run in N processes on this machine, with the python of PATH; each has
 # one GPU where there are N, and otherwise runs on the CPU. SIGTERM and Ctrl-C reach all of them. If one fails, that is
-# told, the others get ten seconds to end by themselves, and its exit status is this script's.
+# told, the others get forty seconds to end by themselves, and its exit status is this script's.
 set -euo pipefail
 
 count=${1:-}
@@ -43,8 +43,8 @@ while ((left > 0)); do
       unset "pids[i]"
       left=$((left - 1))
       if ((status != 0 && result == 0)); then
-        result=$status deadline=$((SECONDS + 10))
-        echo "local.sh: process $i of $count ended with status $status; the others have ten seconds to end" >&3
+        result=$status deadline=$((SECONDS + 40))
+        echo "local.sh: process $i of $count ended with status $status; the others have forty seconds to end" >&3
       fi
     fi
   done

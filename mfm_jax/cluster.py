@@ -12,6 +12,7 @@ import contextlib
 import itertools
 import os
 import sys
+import traceback
 import zlib
 from collections.abc import Callable, Iterator
 
@@ -128,22 +129,31 @@ def told_lost(error: Exception) -> bool:
             f"error: another process of this job has ended or cannot be reached: {' '.join(str(error).split())}; the"
             " same command goes on from the last checkpoint",
             file=sys.stderr,
-            flush=True,
         )
     return lost
 
 
 @contextlib.contextmanager
-def bound_together(status: int) -> Iterator[None]:
-    """Ends this process at once, with `status`, where another one's end makes the body fail.
+def bound_together(status: int, *alike: type[Exception]) -> Iterator[None]:
+    """Ends this process at once where the body fails in it alone, or because another process has ended.
 
-    Nothing is closed then: a save that is under way would wait for the process that is gone.
+    Nothing is closed then: a save that is under way would wait for the others, or they for this one.
+
+    Args:
+      status: what to exit with if another process has ended; this one's own failure is status 1.
+      alike: the errors that all processes meet at the same step, and that are raised.
     """
     try:
         yield
+    except alike:
+        raise
     except Exception as error:
-        if not told_lost(error):
+        if not jax.distributed.is_initialized():
             raise
+        if not told_lost(error):
+            traceback.print_exc()
+            status = 1
+        sys.stderr.flush()
         os._exit(status)
 
 

@@ -129,7 +129,7 @@ def train_together(configs: Sequence[Config], workdirs: Sequence[Path], *, label
             ]
             if cluster.is_primary():
                 print(_summary(configs[0], data))
-            stack.enter_context(cluster.bound_together(EXIT_INTERRUPTED))
+            stack.enter_context(cluster.bound_together(EXIT_INTERRUPTED, UserError, Interrupted))
             # Apart: runs that were interrupted at different steps, and runs with training data of their own making.
             runs.sort(key=lambda run: run.step)
             groups = itertools.groupby(runs, key=lambda run: run.workdir if run.experiment.synthetic else run.step)
