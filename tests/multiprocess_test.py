@@ -40,7 +40,7 @@ TINY = (
 
 def environment(devices: int) -> dict[str, str]:
     """Returns the environment of a process with so many devices and the `python` of these tests."""
-    flags = os.environ["XLA_FLAGS"].replace("device_count=4", f"device_count={devices}")
+    flags = re.sub(r"device_count=\d+", f"device_count={devices}", os.environ["XLA_FLAGS"])
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     return os.environ | {"XLA_FLAGS": flags, "PATH": path, "PYTHONPATH": str(ROOT)}
 
@@ -105,10 +105,10 @@ def assert_close(found, expected, rtol: float) -> None:
 
 
 def test_two_processes_train_and_evaluate_like_one(tmp_path):
-    """Two processes with two devices each, and one with four: the programs are the same, and so are the numbers."""
-    printed = finish(local(2, tmp_path / "two", *TINY, devices=2))
+    """Two processes with four devices each, and one with eight: the programs are the same, and so are the numbers."""
+    printed = finish(local(2, tmp_path / "two", *TINY, devices=4))
     assert printed.count("digits 1, protocol meta_held_out") == 1, "process 0 alone prints"
-    assert jax.device_count() == 4
+    assert jax.device_count() == 8
     one = train.train_and_evaluate(tiny(), tmp_path / "one")
     two = json.loads((tmp_path / "two/results.json").read_text())
     assert two["versions"]["devices"] == one["versions"]["devices"]
@@ -119,7 +119,7 @@ def test_two_processes_train_and_evaluate_like_one(tmp_path):
 
 
 def test_sigterm_at_one_stops_both_and_other_devices_go_on(tmp_path, monkeypatch, capsys):
-    """Stopped in two processes; goes on in one with one device, and then with four."""
+    """Stopped in two processes; goes on in one with one device, and then with eight."""
     job = local(2, tmp_path, *TINY, "--config.method.name=ce", "--config.train.epochs=1000")
     wait_for_rows(tmp_path, job)
     os.kill(processes_of(job)[1], signal.SIGTERM)
@@ -130,7 +130,7 @@ def test_sigterm_at_one_stops_both_and_other_devices_go_on(tmp_path, monkeypatch
     config = json.loads((tmp_path / "config.json").read_text())
     monkeypatch.setattr(loop_lib, "make_call", functools.partial(terminated_at_the_third, loop_lib.make_call))
     before = "2 device(s) in 2 process(es)"
-    for devices in (1, 4):
+    for devices in (1, 8):
         monkeypatch.setattr(jax, "device_count", lambda devices=devices: devices)
         with pytest.raises(train.Interrupted, match=f"saved at step {step + 3};"):
             train.train_and_evaluate(config, tmp_path)
