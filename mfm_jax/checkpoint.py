@@ -2,8 +2,17 @@
 
 A checkpoint holds the whole loop state, the metric rows so far, and the modulator once more by itself, so that
 another run can start from it without knowing the classifier it was learned with. Saving is asynchronous and atomic.
+
+Every checkpoint is sealed with digests of its files (`integrity`). One that is damaged is set aside when the folder is
+opened, and the one before it counts as the latest. A save that fails, on a full disk say, is told, leaves the earlier
+checkpoints as they are, and the next save tries again.
 """
 
+import contextlib
+import os
+import re
+import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +21,7 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
+from mfm_jax import cluster, integrity
 from mfm_jax.config import Checkpoint
 from mfm_jax.errors import UserError
 from mfm_jax.types import PyTree
@@ -25,25 +35,37 @@ class Checkpointer:
     Keeps the last `config.keep` and, where there is a validation split, the best on it.
     """
 
-    def __init__(self, workdir: Path, config: Checkpoint, *, has_validation: bool):
+    def __init__(self, workdir: Path, config: Checkpoint, *, has_validation: bool, read_only: bool = False):
+        """Opens the folder; with `read_only`, as a reader beside the run that owns it: nothing there is touched."""
         policies: list[preservation_policy.PreservationPolicy] = [preservation_policy.LatestN(config.keep)]
         if has_validation:
             policies.append(preservation_policy.BestN(get_metric_fn=_metric, n=1))
         self._has_validation = has_validation
-        self._manager = ocp.CheckpointManager(
-            _folder(workdir),
-            options=ocp.CheckpointManagerOptions(
-                preservation_policy=preservation_policy.AnyPreservationPolicy(policies),
-                best_fn=_metric if has_validation else None,
-            ),
+        self._folder, self._saving = _folder(workdir), -1
+        self._options = ocp.CheckpointManagerOptions(
+            preservation_policy=preservation_policy.AnyPreservationPolicy(policies),
+            best_fn=_metric if has_validation else None,
+            read_only=read_only,
+            cleanup_tmp_directories=not read_only,  # of saves that were killed or failed
+            async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
         )
+        if cluster.is_primary() and not read_only:
+            _set_aside_damaged(self._folder)
+        cluster.barrier("damaged checkpoints are set aside")
+        self._manager = ocp.CheckpointManager(self._folder, options=self._options)
+
+    def _seal(self) -> None:
+        """Seals the checkpoint that is about to get its final name; Orbax calls this, on process 0."""
+        for unnamed in self._folder.glob(f"{self._saving}.*"):
+            integrity.seal(unnamed)
 
     def save(self, step: int, state: PyTree, mod_params: PyTree, record: dict, metric: float | None) -> None:
-        """Starts saving; returns once the state may be overwritten.
+        """Starts saving; returns once the state may be overwritten. A save that cannot be made is told, not raised.
 
         `record` is kept as JSON beside the arrays: the metric rows and the seconds so far.
         `metric` is the validation's balanced accuracy, None where this step was not validated.
         """
+        self.wait()
         if self._manager.latest_step() == step:
             return
         items = {"state": ocp.args.StandardSave(state), "record": ocp.args.JsonSave(record)}
@@ -51,26 +73,75 @@ class Checkpointer:
             items["modulator"] = ocp.args.StandardSave(mod_params)
         # A step that was not validated (an interrupted epoch's) ranks below every one that was.
         metrics = {_METRIC: -1.0 if metric is None else metric} if self._has_validation else None
-        self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics)
+        self._saving = step
+        try:
+            self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics)
+        except (OSError, ValueError) as error:  # TensorStore's own errors are ValueErrors
+            self._tell_failure(error)
 
     def latest_step(self) -> int | None:
         return self._manager.latest_step()
 
-    def best_step(self) -> int | None:
-        """The kept step with the highest validation metric; None without a validation split."""
-        return self._manager.best_step() if self._has_validation else None
+    def best_step(self, highest: float) -> int | None:
+        """The kept step whose validation metric is `highest`, the run's best.
+
+        None without a validation split, or where that checkpoint was lost, which is told.
+        """
+        if not self._has_validation:
+            return None
+        step = self._manager.best_step()
+        if step is None or self._manager.metrics(step) != {_METRIC: highest} or self._damage(step):
+            print("warning: the checkpoint that was best on validation is lost; no `best` is reported", file=sys.stderr)
+            return None
+        return step
+
+    def _damage(self, step: int) -> str:
+        return integrity.damage(self._folder / str(step))
 
     def restore(self, step: int, like: PyTree) -> tuple[PyTree, dict]:
-        """Returns (state, record) of `step`, placed like the arrays of `like`."""
+        """Returns (state, record) of `step`, placed like the arrays of `like`.
+
+        Raises:
+          UserError: the checkpoint was damaged since the folder was opened.
+        """
+        if reason := self._damage(step):
+            raise UserError(f"{self._folder / str(step)}: damaged: {reason}")
         args = ocp.args.Composite(state=ocp.args.StandardRestore(like), record=ocp.args.JsonRestore())
         restored = self._manager.restore(step, args=args)
         return restored["state"], restored["record"]
 
     def wait(self) -> None:
-        """Blocks until what was saved is on disk."""
-        self._manager.wait_until_finished()
+        """Blocks until what was saved is on disk, or has failed, which is told."""
+        try:
+            self._manager.wait_until_finished()
+        except (OSError, ValueError) as error:
+            self._tell_failure(error)
+
+    def _tell_failure(self, error: Exception) -> None:
+        """Says that the save failed and why, and forgets it.
+
+        Raises:
+          UserError: there are several processes; the job ends, and the same command goes on from the last checkpoint.
+        """
+        if jax.process_count() > 1:  # they would disagree on which checkpoints there are
+            raise UserError(f"the checkpoint of step {self._saving} could not be saved: {_reason(error)}") from error
+        last = self._reopened().latest_step()
+        kept = "there is none before it" if last is None else f"the one of step {last} is kept"
+        print(
+            f"warning: the checkpoint of step {self._saving} could not be saved: {_reason(error)}; {kept};"
+            " training goes on, and the next save tries again",
+            file=sys.stderr,
+        )
+
+    def _reopened(self) -> ocp.CheckpointManager:
+        """Returns the manager made anew, which reads from disk what there is and removes what is unfinished."""
+        with contextlib.suppress(OSError, ValueError):  # the failure once more
+            self._manager.close()
+        self._manager = ocp.CheckpointManager(self._folder, options=self._options)
+        return self._manager
 
     def close(self) -> None:
+        self.wait()
         self._manager.close()
 
 
@@ -88,6 +159,8 @@ def restore_modulator(workdir: Path, like: PyTree) -> PyTree:
         raise UserError(f"modulation.init_from = {str(workdir)!r}: no checkpoints there; give a run's workdir")
     with ocp.CheckpointManager(_folder(workdir)) as manager:
         step = manager.latest_step()
+        if step is not None and (reason := integrity.damage(_folder(workdir) / str(step))):
+            raise UserError(f"modulation.init_from = {str(workdir)!r}: its checkpoint {step} is damaged: {reason}")
         if step is None or not (_folder(workdir) / str(step) / "modulator").is_dir():
             raise UserError(f"modulation.init_from = {str(workdir)!r}: that run has no modulator; use an mfm run")
         found = manager.restore(step, args=ocp.args.Composite(modulator=ocp.args.StandardRestore()))
@@ -99,6 +172,31 @@ def restore_modulator(workdir: Path, like: PyTree) -> PyTree:
                 f" needs {ours.get(name, 'none')}; match modulation.sites, modulation.form and model.width"
             )
     return jax.tree.map(lambda leaf, new: jax.device_put(new, leaf.sharding), like, found["modulator"])
+
+
+def _set_aside_damaged(folder: Path) -> None:
+    """Moves damaged checkpoints to `damaged-checkpoints` beside the folder, and names them.
+
+    Raises:
+      UserError: all are damaged; they stay where they are.
+    """
+    steps = [path for path in folder.glob("*") if path.name.isdecimal()]
+    damaged = {path: reason for path in steps if (reason := integrity.damage(path))}
+    named = "; ".join(f"{path.name}: {reason}" for path, reason in damaged.items())
+    if steps and len(damaged) == len(steps):
+        raise UserError(f"{folder}: every checkpoint is damaged ({named}); remove the workdir to start anew")
+    for path, reason in damaged.items():
+        aside = folder.with_name("damaged-checkpoints") / path.name
+        aside.parent.mkdir(exist_ok=True)
+        shutil.rmtree(aside, ignore_errors=True)
+        path.rename(aside)
+        print(f"warning: checkpoint {path} is damaged ({reason}); moved to {aside}", file=sys.stderr)
+
+
+def _reason(error: Exception) -> str:
+    """Returns an error's text in one line; of TensorStore's long account, what the operating system said."""
+    number = re.search(r"os_error_code='(\d+)'", str(error))
+    return os.strerror(int(number[1])) if number else " ".join(str(error).split())
 
 
 def _folder(workdir: Path) -> Path:

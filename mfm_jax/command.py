@@ -17,10 +17,16 @@ from ml_collections import config_flags
 from mfm_jax import cluster
 from mfm_jax.config import GROUPS, field_type
 from mfm_jax.errors import UserError
-from mfm_jax.train import EXIT_INTERRUPTED, Interrupted
+from mfm_jax.train import EXIT_INTERRUPTED, NOTICE, Interrupted
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="Path of a config file.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder for everything that is written.")
+_NOTICE = flags.DEFINE_string(
+    "preemption_notice",
+    "",
+    f"File that appears when the machine is to be taken away: the run saves and exits with status {EXIT_INTERRUPTED}.",
+)
+_NO_CONFIG = "--config: missing; give a config file, e.g. --config=configs/digits_lt.py"
 _BOOLEANS = ("true", "false", "t", "f", "1", "0")
 
 
@@ -51,7 +57,7 @@ def guarded(main: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
 
 
 def _status(main: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
-    logging.set_verbosity(logging.WARNING)  # Orbax tells every step of every save at INFO
+    logging.set_verbosity(logging.FATAL)  # Orbax tells every step of every save, and of a failed one its tracebacks
     # A program that was compiled once is not compiled again, by this run's continuation or by the next seed's.
     if not jax.config.values["jax_compilation_cache_dir"]:
         cache = os.environ.get("MFM_JAX_CACHE") or platformdirs.user_cache_dir("mfm_jax")
@@ -60,6 +66,9 @@ def _status(main: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
     try:
         return main(argv)
     except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:  # a full disk, a folder without permission
         print(f"error: {error}", file=sys.stderr)
         return 2
     except Interrupted as interrupted:
@@ -80,7 +89,7 @@ def _parse(argv: Sequence[str]) -> Sequence[str]:
         if len(rest) > 1:
             raise UserError(f"{rest[1]!r}: not understood; every argument starts with --")
         if not flags.FLAGS["config"].present:
-            raise UserError("--config: missing; give a config file, e.g. --config=configs/digits_lt.py")
+            raise UserError(_NO_CONFIG)
         if not isinstance(_CONFIG.value, ml_collections.ConfigDict):
             path = config_flags.get_config_filename(flags.FLAGS["config"])
             raise UserError(f"--config={path}: no such file, or its get_config() does not return a ConfigDict")
@@ -89,6 +98,8 @@ def _parse(argv: Sequence[str]) -> Sequence[str]:
     except (UserError, flags.Error) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
+    if _NOTICE.value:
+        os.environ[NOTICE] = _NOTICE.value  # there for the processes that this one starts, too
     return rest
 
 
@@ -100,7 +111,11 @@ def _load(argv: Sequence[str]) -> Sequence[str]:
     """
     try:
         return flags.FLAGS(argv)
-    except (AttributeError, ImportError, KeyError, SyntaxError, TypeError, ValueError) as error:
+    except flags.UnrecognizedFlagError as error:
+        if error.flagname.startswith("config."):  # fields are flags only where there is a config
+            raise UserError(_NO_CONFIG) from error
+        raise
+    except (AttributeError, ImportError, KeyError, OSError, SyntaxError, TypeError, ValueError) as error:
         raise UserError(f"--config: the config file or an override cannot be used: {error}") from error
 
 

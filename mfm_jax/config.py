@@ -147,6 +147,8 @@ class Train:
     max_steps: int = _between(0, 0)  # stop after this many steps; 0 = after `epochs`
     steps_per_call: int = _between(0, 0)  # steps in one compiled call; 0 = 1 on CPU, 10 elsewhere
     dtype: str = _one_of("float32", "bfloat16")  # of the computation; parameters stay float32
+    on_nonfinite: str = _one_of("stop", "skip")  # a loss or gradient that is not finite ends the run, or is left out
+    spike_factor: float = _between(0.0, 0.0)  # a grad_norm above this times its running mean counts as such; 0 = off
 
 
 @dataclass(frozen=True)
@@ -291,6 +293,8 @@ def _check_together(config: Config) -> None:
             "meta.lagged = True: l2rw's weights belong to one batch, so the next step cannot use them;"
             " set meta.lagged = False"
         )
+    if 0 < config.train.spike_factor <= 1:
+        raise UserError(f"train.spike_factor = {config.train.spike_factor}: allowed: more than 1, or 0 for none")
     if config.method.name in STAGED:
         _check_stages(config)
     if not config.eval.test and not config.data.val_images_per_class:

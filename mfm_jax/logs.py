@@ -1,16 +1,34 @@
 """Metric rows: kept in memory, written to `metrics.jsonl` and to TensorBoard as they come.
 
 Rows hold no wall-clock time, so two equal runs write equal files. They are saved with each checkpoint, and a resumed
-run starts from the checkpoint's rows: the file never shows a step twice.
+run starts from the checkpoint's rows: the file never shows a step twice. A write that fails (a full disk) is told once
+and stops nothing: the rows are in memory and in the checkpoints, and the next write starts with what is missing.
 """
 
+import contextlib
 import json
+import os
+import sys
+import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from tensorboardX import SummaryWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.record_writer import RecordWriter
+from tensorboardX.summary import scalar
 
 Row = dict[str, Any]
+
+
+class _Sink(Protocol):
+    """Where rows go. `write` appends rows, all or, where it raises OSError, none."""
+
+    name: str
+
+    def write(self, rows: Sequence[Row]) -> None: ...
+
+    def close(self) -> None: ...
 
 
 class MetricLog:
@@ -19,25 +37,35 @@ class MetricLog:
     def __init__(self, workdir: Path, rows: list[Row]):
         """Starts from `rows`, replacing what an interrupted run wrote after its last checkpoint."""
         self.rows = list(rows)
-        self._file = (workdir / "metrics.jsonl").open("w")
-        self._file.writelines(json.dumps(row) + "\n" for row in rows)
-        self._file.flush()
         purge = rows[-1]["step"] + 1 if rows else None
-        self._tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=purge)
+        self._sinks: tuple[_Sink, ...] = (_Lines(workdir / "metrics.jsonl"), _Events(workdir / "tensorboard", purge))
+        self._written = [0, len(rows)]  # rows that each sink holds; TensorBoard has kept those from before
+        self._told: set[str] = set()
+        self._write()
 
     def write(self, kind: str, step: int, epoch: int, values: dict[str, Any]) -> None:
         """Appends a row `{"kind", "step", "epoch", **values}`; its scalars go to TensorBoard as `kind/name`."""
-        row = {"kind": kind, "step": step, "epoch": epoch, **values}
-        self.rows.append(row)
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
-        for name, value in values.items():
-            if isinstance(value, float):
-                self._tensorboard.add_scalar(f"{kind}/{name}", value, step)
+        self.rows.append({"kind": kind, "step": step, "epoch": epoch, **values})
+        self._write()
+
+    def _write(self) -> None:
+        """Writes what each sink has not got yet."""
+        for i, sink in enumerate(self._sinks):
+            try:
+                sink.write(self.rows[self._written[i] :])
+                self._written[i] = len(self.rows)
+            except OSError as error:
+                if sink.name not in self._told:
+                    print(
+                        f"warning: {sink.name} cannot be written: {error}; training goes on, and its rows are written"
+                        " when that is possible again",
+                        file=sys.stderr,
+                    )
+                self._told.add(sink.name)
 
     def close(self) -> None:
-        self._file.close()
-        self._tensorboard.close()
+        for sink in self._sinks:
+            sink.close()
 
 
 class RowList(MetricLog):
@@ -46,8 +74,72 @@ class RowList(MetricLog):
     def __init__(self, rows: list[Row]):
         self.rows = list(rows)
 
-    def write(self, kind: str, step: int, epoch: int, values: dict[str, Any]) -> None:
-        self.rows.append({"kind": kind, "step": step, "epoch": epoch, **values})
+    def _write(self) -> None:
+        pass
 
     def close(self) -> None:
         pass
+
+
+class _Lines:
+    """`metrics.jsonl`: a row a line."""
+
+    def __init__(self, path: Path):
+        self.name, self._path, self._size = path.name, path, 0
+
+    def write(self, rows: Sequence[Row]) -> None:
+        text = "".join(json.dumps(row) + "\n" for row in rows).encode()
+        file = os.open(self._path, os.O_WRONLY | os.O_CREAT, 0o666)
+        try:
+            os.truncate(file, self._size)  # the part of a line that a failed write has left
+            os.lseek(file, self._size, os.SEEK_SET)
+            while text:  # a disk that is nearly full takes a part, and refuses the rest
+                text = text[os.write(file, text) :]
+            self._size = os.lseek(file, 0, os.SEEK_CUR)
+        finally:
+            os.close(file)
+
+    def close(self) -> None:
+        pass
+
+
+class _Events:
+    """TensorBoard's files: one, and another after each failure."""
+
+    name = "tensorboard"
+
+    def __init__(self, folder: Path, purge_step: int | None):
+        self._folder, self._purge, self._files = folder, purge_step, 0
+        self._writer: RecordWriter | None = None
+
+    def write(self, rows: Sequence[Row]) -> None:
+        try:
+            writer = self._writer or self._open()
+            for row in rows:
+                for name, value in row.items():
+                    if isinstance(value, float):
+                        _put(writer, step=row["step"], summary=scalar(f"{row['kind']}/{name}", value))
+            writer.flush()
+        except OSError:
+            self.close()
+            raise
+
+    def _open(self) -> RecordWriter:
+        self._folder.mkdir(exist_ok=True)
+        self._files += 1
+        name = f"events.out.tfevents.{time.time():.0f}.{os.getpid()}.{self._files}"
+        self._writer = RecordWriter(str(self._folder / name))
+        _put(self._writer, file_version="brain.Event:2")
+        if self._purge is not None:
+            _put(self._writer, step=self._purge, session_log=SessionLog(status=SessionLog.START))
+        return self._writer
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            if self._writer:
+                self._writer.close()
+        self._writer = None
+
+
+def _put(writer: RecordWriter, **fields: Any) -> None:
+    writer.write(Event(wall_time=time.time(), **fields).SerializeToString())

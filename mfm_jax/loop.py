@@ -15,13 +15,19 @@ import numpy as np
 from flax import struct
 
 from mfm_jax import augment, parallel
-from mfm_jax.config import Config
+from mfm_jax.config import Config, Train
 from mfm_jax.data import LongTailData, batches
 from mfm_jax.experiment import Experiment
 from mfm_jax.methods import smote
 from mfm_jax.types import Batch, BilevelState, Metrics
 
 WATCHED = ("loss", "grad_norm", "meta_loss", "hypergrad_norm")  # must stay finite
+ANOMALIES = (
+    *(f"{name} became non-finite" for name in WATCHED),
+    "grad_norm rose above train.spike_factor times its running mean",
+)
+_NOTED = 32  # skipped steps of an epoch that are noted one by one; the others are counted
+_NORM_DECAY, _NORM_WARMUP = 0.99, 10  # of the running mean of grad_norm: decay a step, steps before it is trusted
 
 
 class LoopState(struct.PyTreeNode):
@@ -29,12 +35,15 @@ class LoopState(struct.PyTreeNode):
 
     bilevel: the training state.
     sums: running sums of the epoch's metrics; `steps` and `meta_steps` are their divisors.
-    bad: [2] int32, the first step with a non-finite value and that value's index in `WATCHED`; -1 for none.
+    bad: [m, 2] int32, the first m steps (of the epoch, where such steps are skipped) with an anomaly, and its index in
+      `ANOMALIES`; -1 where there were fewer.
+    norms: [2] float32, sum and weight of the running mean of grad_norm; zero without `train.spike_factor`.
     """
 
     bilevel: BilevelState
     sums: Metrics
     bad: jax.Array
+    norms: jax.Array
 
 
 class DeviceData(struct.PyTreeNode):
@@ -95,7 +104,7 @@ def make_call(experiment: Experiment, config: Config, seeds: int = 1) -> Callabl
             new_state, metrics = experiment.meta_step(state, batch, meta_batch)
         else:
             new_state, metrics = experiment.plain_step(state, batch)
-        return _accumulate(loop.replace(bilevel=new_state), metrics, state.step, is_meta)
+        return _accumulate(loop, new_state, metrics, is_meta, config.train)
 
     def step(loop: LoopState, data: DeviceData, kind: str) -> LoopState:
         each = functools.partial(one, kind=kind)
@@ -142,28 +151,60 @@ def steps(is_meta: Sequence[bool], *, retrain: bool = False) -> tuple[jax.Array,
     return jax.device_put(np.asarray(is_meta)), kind
 
 
-def _accumulate(loop: LoopState, metrics: Metrics, step: jax.Array, is_meta: bool) -> LoopState:
-    """Adds one step's metrics to the sums and notes the first non-finite value."""
+def _accumulate(loop: LoopState, state: BilevelState, metrics: Metrics, is_meta: bool, train: Train) -> LoopState:
+    """Returns the loop after a step that gave `state`, its metrics added to the sums and an anomaly noted.
+
+    Where `train.on_nonfinite` is "skip", a step with an anomaly changes nothing but the step count: the state is
+    what it was, and the sums leave the step out.
+    """
     counts = {"steps": jnp.float32(1), "meta_steps": jnp.float32(is_meta)}
     values = {name: value.astype(jnp.float32) for name, value in metrics.items()}
-    sums = {name: total + (values | counts).get(name, 0.0) for name, total in loop.sums.items()}
-    bad = loop.bad
-    for index, name in enumerate(WATCHED):
-        if name in values:
-            first = (bad[0] < 0) & ~jnp.isfinite(values[name])
-            bad = jnp.where(first, jnp.stack([step, jnp.int32(index)]), bad)
-    return loop.replace(sums=sums, bad=bad)
+    found = {index: ~jnp.isfinite(values[name]) for index, name in enumerate(WATCHED) if name in values}
+    norms = loop.norms
+    if train.spike_factor:
+        norms, found[len(WATCHED)] = _watch_norm(norms, values["grad_norm"], train.spike_factor)
+    anomaly = jnp.int32(-1)
+    for index in reversed(found):
+        anomaly = jnp.where(found[index], index, anomaly)
+    is_bad = anomaly >= 0
+    free = jnp.cumsum(loop.bad[:, 0] < 0) == 1  # the first free row
+    bad = jnp.where((is_bad & free)[:, None], jnp.stack([loop.bilevel.step, anomaly])[None], loop.bad)
+    added = values | counts
+    if train.on_nonfinite == "skip":
+        before = loop.bilevel.replace(step=state.step)
+        state = jax.tree.map(lambda old, new: jnp.where(is_bad, old, new), before, state)
+        added = {name: jnp.where(is_bad, 0.0, value) for name, value in added.items()}
+        added["skipped"] = is_bad.astype(jnp.float32)
+    sums = {name: total + added.get(name, 0.0) for name, total in loop.sums.items()}
+    return LoopState(state, sums, bad, norms)
 
 
-def initial(experiment: Experiment) -> LoopState:
+def _watch_norm(norms: jax.Array, norm: jax.Array, factor: float) -> tuple[jax.Array, jax.Array]:
+    """Returns the running mean's new sum and weight, and whether `norm` is a spike: above `factor` times the mean.
+
+    The mean is exponential. A spike enters it as `factor` times the mean, so that a lasting rise is caught up with.
+    """
+    warm, bound = norms[1] > _NORM_WARMUP, factor * norms[0] / jnp.maximum(norms[1], 1.0)
+    seen = jnp.stack([jnp.where(warm, jnp.minimum(norm, bound), norm), jnp.float32(1)])
+    return _NORM_DECAY * norms + jnp.where(jnp.isfinite(norm), seen, 0.0), warm & (norm > bound)
+
+
+def initial(experiment: Experiment, train: Train = Train()) -> LoopState:  # noqa: B008 (frozen)
     """Returns the loop state before the first step."""
-    return LoopState(experiment.init(), _zero_sums(experiment), jnp.full((2,), -1, jnp.int32))
+    return LoopState(experiment.init(), _zero_sums(experiment, train), no_anomalies(train), jnp.zeros(2, jnp.float32))
 
 
-def _zero_sums(experiment: Experiment) -> Metrics:
+def no_anomalies(train: Train) -> jax.Array:
+    """Returns `LoopState.bad` of a loop that has met none."""
+    return jnp.full((_NOTED if train.on_nonfinite == "skip" else 1, 2), -1, jnp.int32)
+
+
+def _zero_sums(experiment: Experiment, train: Train) -> Metrics:
     names = ["loss", "accuracy", "grad_norm", "steps"]
     if experiment.meta_step is not None:
         names += ["meta_loss", "hypergrad_norm", "meta_steps"]
+    if train.on_nonfinite == "skip":
+        names += ["skipped"]
     return {name: jnp.zeros((), jnp.float32) for name in names}
 
 

@@ -3,7 +3,7 @@
     python -m mfm_jax.main --config=configs/cifar10_lt.py --workdir=runs/cifar10
 
 Any field is set with `--config.group.field=value`. Exit status: 0 done; 2 a mistake in the command, the config or the
-data, told in one line; 75 interrupted by SIGTERM or Ctrl-C and saved (the same command goes on).
+data, told in one line; 75 saved on SIGTERM, Ctrl-C or a notice of pre-emption (the same command goes on).
 """
 
 from collections.abc import Sequence

@@ -43,12 +43,12 @@ def load(workdir: str | Path) -> Classifier:
     config = config_lib.resolve(json.loads((workdir / "config.json").read_text()))
     data = data_lib.build(config)
     experiment = experiment_lib.build(config, data)
-    checkpoints = Checkpointer(workdir, config.checkpoint, has_validation=len(data.val_labels) > 0)
+    checkpoints = Checkpointer(workdir, config.checkpoint, has_validation=len(data.val_labels) > 0, read_only=True)
     try:
         step = checkpoints.latest_step()
         if step is None:
             raise UserError(f"{workdir}: the run there has no checkpoint yet")
-        state = checkpoints.restore(step, loop.initial(experiment))[0].bilevel
+        state = checkpoints.restore(step, loop.initial(experiment, config.train))[0].bilevel
     finally:
         checkpoints.close()
     mean, std = jnp.asarray(data.mean), jnp.asarray(data.std)

@@ -15,6 +15,7 @@ import json
 import os
 import platform
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -43,16 +44,18 @@ from mfm_jax.logs import MetricLog, RowList
 from mfm_jax.longtail import read_manifest, write_manifest
 from mfm_jax.loop import DeviceData, LoopState
 from mfm_jax.metrics import evaluate
+from mfm_jax.ownership import owned
 from mfm_jax.types import BilevelState
 
 EXIT_INTERRUPTED = 75  # EX_TEMPFAIL: saved, run the same command again
+NOTICE = "MFM_JAX_PREEMPTION_NOTICE"  # environment variable: a file that appears when the machine is to be taken away
 
 _SYNC_SECONDS = 0.5
 _SYNC_CALLS = 20
 
 
 class Interrupted(Exception):
-    """SIGTERM or Ctrl-C arrived; the run was saved at `step`."""
+    """SIGTERM, Ctrl-C or a notice of pre-emption arrived; the run's last checkpoint is that of `step`."""
 
     def __init__(self, step: int):
         super().__init__(f"interrupted; saved at step {step}; run the same command to go on")
@@ -117,12 +120,14 @@ def train_together(configs: Sequence[Config], workdirs: Sequence[Path], *, label
             raise UserError(f"runs trained together may differ in train.seed alone, not in {'; '.join(changed)}")
     todo = [pair for pair in zip(configs, workdirs, strict=True) if not (pair[1] / "results.json").exists()]
     if todo:
-        data = data_lib.build(configs[0])
-        fsdp = configs[0].parallel.fsdp
-        mesh = parallel.data_mesh(fsdp=fsdp) if jax.device_count() > 1 or fsdp > 1 else None
-        device_data = loop_lib.to_device(data)
-        cluster.barrier("all have read the data")
         with contextlib.ExitStack() as stack:
+            for _, workdir in todo if cluster.is_primary() else ():
+                stack.enter_context(owned(workdir))
+            data = data_lib.build(configs[0])
+            fsdp = configs[0].parallel.fsdp
+            mesh = parallel.data_mesh(fsdp=fsdp) if jax.device_count() > 1 or fsdp > 1 else None
+            device_data = loop_lib.to_device(data)
+            cluster.barrier("all have read the data")
             runs = [
                 stack.enter_context(contextlib.closing(_start(config, workdir, data, device_data, mesh)))
                 for config, workdir in todo
@@ -143,7 +148,7 @@ def train_together(configs: Sequence[Config], workdirs: Sequence[Path], *, label
         if cluster.is_primary() and not (workdir / "report.html").exists():
             report.write_report(workdir)
     cluster.barrier("written")
-    return [json.loads((workdir / "results.json").read_text()) for workdir in workdirs]
+    return [_read(workdir / "results.json") for workdir in workdirs]
 
 
 def _start(config: Config, workdir: Path, data: LongTailData, device_data: DeviceData, mesh: Mesh | None) -> "_Run":
@@ -171,6 +176,19 @@ def _write(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
+def _read(path: Path) -> dict[str, Any]:
+    """Returns the JSON object in a file of a workdir.
+
+    Raises:
+      UserError: the file is damaged.
+    """
+    with contextlib.suppress(ValueError):  # not JSON, not text
+        if isinstance(content := json.loads(path.read_text()), dict):
+            return content
+    way_out = "remove it, and it is written again" if path.name == "results.json" else "choose a new --workdir"
+    raise UserError(f"{path}: damaged, not a JSON object; {way_out}")
+
+
 def _check_split(data: LongTailData, workdir: Path) -> None:
     """Checks that an interrupted run goes on with the images that it began with."""
     path = workdir / "manifest.json"
@@ -190,7 +208,7 @@ def claim_workdir(config: Config, workdir: Path) -> None:
         raise UserError(f"--workdir={workdir}: cannot be made: {error.strerror}") from error
     path = workdir / "config.json"
     if path.exists():
-        changed = list(config_lib.differences(json.loads(path.read_text()), config.to_dict()))
+        changed = list(config_lib.differences(_read(path), config.to_dict()))
         if changed:
             raise UserError(f"--workdir={workdir} belongs to another config ({'; '.join(changed)}); choose a new one")
 
@@ -245,7 +263,7 @@ def _run_epoch(
             run.save(None)
             run.checkpoints.wait()
     if stop:
-        raise Interrupted(step)
+        raise Interrupted(min(run.checkpoints.latest_step() or 0 for run in runs))
 
 
 def _is_due(calls: int, looked: float) -> bool:
@@ -259,7 +277,7 @@ def _look(runs: list["_Run"], loop: LoopState) -> float:
     """Waits for the device, checks that all is finite, and returns the mean loss of the epoch so far."""
     losses = []
     for run, own in zip(runs, loop_lib.unstack(loop, len(runs)), strict=True):
-        run.check_finite(own)
+        run.check_sound(own)
         losses.append(float(own.sums["loss"] / own.sums["steps"]))
     return sum(losses) / len(losses)
 
@@ -278,7 +296,7 @@ class _Run:
     ):
         self.config, self.workdir, self.data, self.experiment = config, workdir, data, experiment
         self.has_validation = len(data.val_labels) > 0
-        self.loop, self.device_data = loop_lib.initial(experiment), device_data
+        self.loop, self.device_data = loop_lib.initial(experiment, config.train), device_data
         self.checkpoints = Checkpointer(workdir, config.checkpoint, has_validation=self.has_validation)
         # Placed once and for all, one device included: what is not would count as another program at the second call.
         place = parallel.replicated(mesh) if mesh else jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -297,6 +315,7 @@ class _Run:
         self.log = MetricLog(workdir, record["rows"]) if cluster.is_primary() else RowList(record["rows"])
         self.seconds_before, self.began = record["seconds"], time.perf_counter()
         self.train_seconds = record["seconds"]
+        self.told_step = -1  # the last skipped step that was told
         self.describe = jax.jit(functools.partial(loop_lib.describe, experiment))
         self.mesh, whole = mesh, parallel.replicated(mesh) if mesh else None
         self.eval_step = jax.jit(functools.partial(loop_lib.evaluate_batch, experiment.eval_step), out_shardings=whole)
@@ -306,8 +325,17 @@ class _Run:
         self.checkpoints.close()
 
     def finish(self) -> None:
-        """Waits for the last checkpoint and stops the clock."""
+        """Waits for the last checkpoint and stops the clock.
+
+        Raises:
+          UserError: it could not be saved.
+        """
         self.checkpoints.wait()
+        if self.checkpoints.latest_step() != self.step:
+            raise UserError(
+                f"--workdir={self.workdir}: the last checkpoint could not be saved; make room, and run the same command"
+                " to go on"
+            )
         self.train_seconds = self.seconds()
 
     def seconds(self) -> float:
@@ -348,6 +376,11 @@ class _Run:
         sums = {name: float(value) for name, value in jax.device_get(self.loop.sums).items()}
         steps, meta_steps = sums.pop("steps"), sums.pop("meta_steps", 0.0)
         row = {"learning_rate": float(self.experiment.learning_rate(step - 1))}
+        if "skipped" in sums:
+            self._log_skipped(epoch)
+            row["skipped"] = sums.pop("skipped")
+            if not steps:
+                raise NonFiniteError(f"every step of epoch {epoch} was skipped; {self._way_out()}")
         for name, value in sums.items():
             divisor = meta_steps if name in ("meta_loss", "hypergrad_norm") else steps
             if divisor:
@@ -377,17 +410,32 @@ class _Run:
         record = {"rows": list(self.log.rows), "seconds": self.seconds(), "devices": _devices()}
         self.checkpoints.save(self.step, self.loop, self.loop.bilevel.mod_params, record, score)
 
-    def check_finite(self, loop: LoopState) -> None:
-        """Raises NonFiniteError where the loop has met a non-finite value."""
-        step, quantity = (int(value) for value in jax.device_get(loop.bad))
-        if step >= 0:
-            last = self.checkpoints.latest_step()
-            self.checkpoints.wait()
-            kept = "no checkpoint was written before" if last is None else f"the checkpoint of step {last} is kept"
-            raise NonFiniteError(
-                f"{loop_lib.WATCHED[quantity]} became non-finite at step {step}; {kept};"
-                " lower optim.learning_rate or meta.learning_rate, or set optim.clip_norm"
-            )
+    def check_sound(self, loop: LoopState) -> None:
+        """Tells the steps that were skipped since the last look.
+
+        Raises:
+          NonFiniteError: the loop has met an anomaly, and is not to skip it.
+        """
+        for step, anomaly in jax.device_get(loop.bad).tolist():
+            if self.config.train.on_nonfinite == "stop" and step >= 0:
+                raise NonFiniteError(f"{loop_lib.ANOMALIES[anomaly]} at step {step}; {self._way_out()}")
+            if step > self.told_step:
+                print(f"warning: {loop_lib.ANOMALIES[anomaly]} at step {step}; skipped", file=sys.stderr)
+                self.told_step = step
+
+    def _way_out(self) -> str:
+        self.checkpoints.wait()
+        last = self.checkpoints.latest_step()
+        kept = "no checkpoint was written before" if last is None else f"the checkpoint of step {last} is kept"
+        return f"{kept}; lower optim.learning_rate or meta.learning_rate, or set optim.clip_norm"
+
+    def _log_skipped(self, epoch: int) -> None:
+        """Logs each step that the epoch has skipped, and forgets it."""
+        for step, anomaly in jax.device_get(self.loop.bad).tolist():
+            if step >= 0:
+                self.log.write("skipped", step, epoch, {"because": loop_lib.ANOMALIES[anomaly]})
+        bad = jax.device_put(loop_lib.no_anomalies(self.config.train), self.loop.bad.sharding)
+        self.loop = self.loop.replace(bad=bad)
 
     def evaluate(self, state: BilevelState, split: str) -> dict[str, Any]:
         """Returns `metrics.evaluate` of the plain classifier on the split `val` or `test`."""
@@ -405,7 +453,8 @@ class _Run:
     def results(self) -> dict[str, Any]:
         """Evaluates the last and the best-on-validation state; the one time that the test split is read."""
         last = self._result(self.loop.bilevel, self.step)
-        best_step = self.checkpoints.best_step()
+        scores = [row["balanced_accuracy"] for row in self.log.rows if row["kind"] == "val"]
+        best_step = self.checkpoints.best_step(max(scores, default=0.0))
         best = None
         if best_step is not None:
             same = best_step == self.step
@@ -431,11 +480,13 @@ class _Run:
 
 @contextlib.contextmanager
 def _stop_signals() -> Iterator[Callable[[int], bool]]:
-    """Yields a function of the step that tells whether SIGTERM or Ctrl-C has arrived.
+    """Yields a function of the step that tells whether SIGTERM, Ctrl-C or a notice of pre-emption has arrived.
 
-    Outside the main thread it never does. Of several processes, one that has got a signal stops all at one step.
+    Outside the main thread a process gets no signals. Of several processes, one that has got a signal stops all at
+    one step.
     """
     received: list[int] = []
+    notice = _Notice(os.environ.get(NOTICE, ""))
 
     def note(number: int, frame: Any) -> None:
         if received and number == signal.SIGINT:  # asked twice: do not wait for the save
@@ -443,18 +494,47 @@ def _stop_signals() -> Iterator[Callable[[int], bool]]:
         received.append(number)
 
     if threading.current_thread() is not threading.main_thread():
-        yield lambda step: False
+        yield lambda step: notice.arrived()
         return
     if jax.process_count() > 1:
         signal.signal(signal.SIGINT, lambda number, frame: os.kill(os.getpid(), signal.SIGTERM))
-        yield cluster.agreed_stop()
+        agreed = cluster.agreed_stop()
+        yield lambda step: notice.passed_on() or agreed(step)
         return
     before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield lambda step: bool(received)
+        yield lambda step: bool(received) or notice.arrived()
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+class _Notice:
+    """A file that appears, or is touched, when the machine is to be taken away; one left from before does not count."""
+
+    def __init__(self, path: str):
+        self._path, self._before = path, self._written(path)
+        self._seen, self._looked = False, time.monotonic()
+
+    def arrived(self) -> bool:
+        """Looks twice a second."""
+        if self._path and not self._seen and time.monotonic() - self._looked > _SYNC_SECONDS:
+            self._looked = time.monotonic()
+            self._seen = self._written(self._path) not in (None, self._before)
+        return self._seen
+
+    def passed_on(self) -> bool:
+        """Tells the other processes as well, by the signal that they agree on; returns False."""
+        if not self._seen and self.arrived():
+            os.kill(os.getpid(), signal.SIGTERM)
+        return False
+
+    @staticmethod
+    def _written(path: str) -> int | None:
+        try:
+            return os.stat(path).st_mtime_ns
+        except OSError:
+            return None
 
 
 def _progress_bar() -> progress.Progress:
