@@ -163,15 +163,16 @@ def restore_modulator(workdir: Path, like: PyTree) -> PyTree:
             raise UserError(f"modulation.init_from = {str(workdir)!r}: its checkpoint {step} is damaged: {reason}")
         if step is None or not (_folder(workdir) / str(step) / "modulator").is_dir():
             raise UserError(f"modulation.init_from = {str(workdir)!r}: that run has no modulator; use an mfm run")
-        found = manager.restore(step, args=ocp.args.Composite(modulator=ocp.args.StandardRestore()))
-    theirs, ours = _shapes(found["modulator"]), _shapes(like)
-    for name in sorted(theirs.keys() | ours.keys()):
-        if theirs.get(name) != ours.get(name):
-            raise UserError(
-                f"modulation.init_from = {str(workdir)!r}: its {name} is {theirs.get(name, 'absent')}, this run"
-                f" needs {ours.get(name, 'none')}; match modulation.sites, modulation.form and model.width"
-            )
-    return jax.tree.map(lambda leaf, new: jax.device_put(new, leaf.sharding), like, found["modulator"])
+    with ocp.StandardCheckpointer() as reader:
+        path = _folder(workdir) / str(step) / "modulator"
+        theirs, ours = _shapes(reader.metadata(path).item_metadata.tree), _shapes(like)
+        for name in sorted(theirs.keys() | ours.keys()):
+            if theirs.get(name) != ours.get(name):
+                raise UserError(
+                    f"modulation.init_from = {str(workdir)!r}: its {name} is {theirs.get(name, 'absent')}, this run"
+                    f" needs {ours.get(name, 'none')}; match modulation.sites, modulation.form and model.width"
+                )
+        return reader.restore(path, like)  # on the devices of this run, whatever those of the other were
 
 
 def _set_aside_damaged(folder: Path) -> None:

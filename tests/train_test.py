@@ -15,12 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mfm_jax import compare, train
+from mfm_jax import compare, parallel, train
 from mfm_jax import config as config_lib
 from mfm_jax import data as data_lib
 from mfm_jax import experiment as experiment_lib
 from mfm_jax import loop as loop_lib
-from mfm_jax.checkpoint import Checkpointer
+from mfm_jax.checkpoint import Checkpointer, restore_modulator
 from mfm_jax.errors import UserError
 from mfm_jax.longtail import manifest_hash, write_manifest
 
@@ -316,3 +316,15 @@ def test_compare_checks_every_run_before_the_first(tmp_path):
 def test_a_site_is_checked_for_every_method(tmp_path):
     with pytest.raises(UserError, match=r"modulation.sites = 'stage9'"):
         train.train_and_evaluate(tiny(method__name="ce", modulation__sites="stage9"), tmp_path)
+
+
+def test_a_modulator_learned_on_many_devices_goes_to_one(tmp_path):
+    learned = {"logits": {"a": jnp.arange(3.0), "b": jnp.float32(7)}}
+    everywhere = parallel.place(learned, parallel.replicated(parallel.data_mesh()))
+    checkpoints = Checkpointer(tmp_path, config_lib.Checkpoint(), has_validation=False)
+    checkpoints.save(5, {"step": jnp.int32(5)}, everywhere, {}, None)
+    checkpoints.close()
+    like = jax.device_put(jax.tree.map(jnp.zeros_like, learned), jax.devices()[1])
+    found = restore_modulator(tmp_path, like)
+    chex.assert_trees_all_equal(found, learned)
+    assert found["logits"]["a"].devices() == {jax.devices()[1]}
