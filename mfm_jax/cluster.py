@@ -15,6 +15,7 @@ import sys
 import traceback
 import zlib
 from collections.abc import Callable, Iterator
+from typing import NoReturn
 
 import jax
 import numpy as np
@@ -134,36 +135,46 @@ def told_lost(error: Exception) -> bool:
 
 
 @contextlib.contextmanager
-def bound_together(status: int, *alike: type[Exception]) -> Iterator[None]:
+def bound_together(status_if_lost: int) -> Iterator[None]:
     """Ends this process at once where the body fails in it alone, or because another process has ended.
 
-    Nothing is closed then: a save that is under way would wait for the others, or they for this one.
-
-    Args:
-      status: what to exit with if another process has ended; this one's own failure is status 1.
-      alike: the errors that all processes meet at the same step, and that are raised.
+    Nothing is closed then: a save that is under way would wait for the others, or they for this one. What all
+    processes meet alike, a mistake or an interruption, is raised.
     """
     try:
         yield
-    except alike:
-        raise
     except Exception as error:
         if not jax.distributed.is_initialized():
             raise
-        if not told_lost(error):
-            traceback.print_exc()
-            status = 1
-        sys.stderr.flush()
-        os._exit(status)
+        if told_lost(error):
+            _end(status_if_lost)
+        if _all_come():
+            raise
+        if isinstance(error, UserError):
+            print(f"error: {error}", file=sys.stderr)
+            _end(2)
+        traceback.print_exc()
+        _end(1)
 
 
 def leave(status: int) -> int:
     """Returns the exit status, if all processes end with one; otherwise ends this one, so that none waits for it."""
-    if status and jax.distributed.is_initialized():
-        sys.stdout.flush()
-        sys.stderr.flush()
-        try:
-            barrier("leave", _LEAVE_SECONDS)
-        except Exception:  # the others cannot come
-            os._exit(status)
+    if status and jax.distributed.is_initialized() and not _all_come():
+        _end(status)
     return status
+
+
+def _all_come() -> bool:
+    """Waits a little for all processes to come here, and tells whether they have."""
+    try:
+        barrier("all come", _LEAVE_SECONDS)
+    except jax.errors.JaxRuntimeError:
+        return False
+    return True
+
+
+def _end(status: int) -> NoReturn:
+    """Ends this process without a word to the others."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)

@@ -134,7 +134,7 @@ def train_together(configs: Sequence[Config], workdirs: Sequence[Path], *, label
             ]
             if cluster.is_primary():
                 print(_summary(configs[0], data))
-            stack.enter_context(cluster.bound_together(EXIT_INTERRUPTED, UserError, Interrupted))
+            stack.enter_context(cluster.bound_together(EXIT_INTERRUPTED))
             # Apart: runs that were interrupted at different steps, and runs with training data of their own making.
             runs.sort(key=lambda run: run.step)
             groups = itertools.groupby(runs, key=lambda run: run.workdir if run.experiment.synthetic else run.step)
@@ -434,7 +434,7 @@ class _Run:
         for step, anomaly in jax.device_get(self.loop.bad).tolist():
             if step >= 0:
                 self.log.write("skipped", step, epoch, {"because": loop_lib.ANOMALIES[anomaly]})
-        bad = jax.device_put(loop_lib.no_anomalies(self.config.train), self.loop.bad.sharding)
+        bad = parallel.place(loop_lib.no_anomalies(self.config.train), self.loop.bad.sharding)
         self.loop = self.loop.replace(bad=bad)
 
     def evaluate(self, state: BilevelState, split: str) -> dict[str, Any]:

@@ -118,6 +118,7 @@ def test_two_processes_train_and_evaluate_like_one(tmp_path):
     assert (tmp_path / "two/report.html").stat().st_size > 0
 
 
+@pytest.mark.slow
 def test_sigterm_at_one_stops_both_and_other_devices_go_on(tmp_path, monkeypatch, capsys):
     """Stopped in two processes; goes on in one with one device, and then with eight."""
     job = local(2, tmp_path, *TINY, "--config.method.name=ce", "--config.train.epochs=1000")
@@ -154,11 +155,18 @@ def terminated_at_the_third(make_call, *arguments):
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 def test_killed_and_restarted_is_bit_identical(tmp_path, victim):
-    """SIGKILL of one process in mid-epoch ends the job within a minute; the restart ends as if nothing had happened."""
     flags = (*TINY, "--config.train.epochs=8")
     finish(local(2, tmp_path / "whole", *flags))
-    job = local(2, tmp_path / "cut", *flags)
-    wait_for_rows(tmp_path / "cut", job, 3)
+    kill_and_restart(tmp_path / "cut", flags, victim)
+    assert_same_end(tmp_path / "cut", tmp_path / "whole")
+
+
+def kill_and_restart(workdir: Path, flags: tuple[str, ...], victim: int) -> None:
+    """SIGKILL of one of two processes after the first checkpoint ends the job within a minute; then it is restarted."""
+    job = local(2, workdir, *flags)
+    while job.poll() is None and not any(path.name.isdecimal() for path in (workdir / "checkpoints").glob("*")):
+        time.sleep(0.02)
+    assert job.poll() is None, job.communicate()[0]
     os.kill(processes_of(job)[victim], signal.SIGKILL)
     began = time.monotonic()
     printed, _ = job.communicate(timeout=100)
@@ -166,9 +174,8 @@ def test_killed_and_restarted_is_bit_identical(tmp_path, victim):
     assert job.returncode == 128 + signal.SIGKILL
     assert f"local.sh: process {victim} of 2 ended with status 137" in printed
     assert "another process of this job has ended" in printed or "another task died" in printed
-    assert not (tmp_path / "cut/results.json").exists()
-    finish(local(2, tmp_path / "cut", *flags))
-    assert_same_end(tmp_path / "cut", tmp_path / "whole")
+    assert not (workdir / "results.json").exists()
+    finish(local(2, workdir, *flags))
 
 
 def assert_same_end(one: Path, other: Path) -> None:
@@ -190,10 +197,12 @@ def last_state(workdir: Path) -> dict:
 
 
 @pytest.mark.slow
-def test_cifar_for_an_epoch(tmp_path):
-    """`cifar10_lt_small`, one epoch: two processes equal one with two devices, also when one is killed on the way."""
-    flags = ("--config=configs/cifar10_lt_small.py", "--config.train.epochs=1")
+def test_cifar_in_two_processes(tmp_path):
+    """Two epochs of `cifar10_lt_small`: two processes equal one with two devices, also if one is killed on the way."""
+    flags = ("--config=configs/cifar10_lt_small.py", "--config.train.epochs=2", "--config.checkpoint.every_epochs=1")
     finish(local(2, tmp_path / "two", *flags))
+    kill_and_restart(tmp_path / "cut", flags, victim=1)
+    assert_same_end(tmp_path / "cut", tmp_path / "two")
     finish(local(1, tmp_path / "one", *flags, devices=2))
     two, one = (json.loads((tmp_path / name / "results.json").read_text())["last"]["test"] for name in ("two", "one"))
     assert_close(two, one, rtol=1e-4)
