@@ -40,6 +40,7 @@ class Experiment:
     learning_rate: schedule, by step.
     steps_per_epoch: batches in an epoch.
     total_steps: steps in the run.
+    mesh: the devices that the steps are spread over; None for one.
     """
 
     init: Callable[[], BilevelState]
@@ -57,6 +58,7 @@ class Experiment:
     learning_rate: optax.Schedule
     steps_per_epoch: int
     total_steps: int
+    mesh: Mesh | None
 
 
 def build(config: Config, data: LongTailData, mesh: Mesh | None = None) -> Experiment:
@@ -129,6 +131,7 @@ def build(config: Config, data: LongTailData, mesh: Mesh | None = None) -> Exper
         learning_rate=learning_rate,
         steps_per_epoch=per_epoch,
         total_steps=total,
+        mesh=mesh,
     )
 
 

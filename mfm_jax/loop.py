@@ -100,6 +100,8 @@ def make_call(experiment: Experiment, config: Config, seeds: int = 1) -> Callabl
             new_state, metrics = experiment.retrain_step(state, batch)
         elif is_meta and experiment.meta_step is not None:
             index = batches.meta_indices(keys[1], state.step, data.meta_table, config.meta.batch_size)
+            # Drawn by each device for itself: divided, the sorting would cost more in messages than it saves.
+            index = parallel.whole(index, experiment.mesh)
             meta_batch = sample(keys[2], data.meta_images, data.meta_labels, index, data)
             new_state, metrics = experiment.meta_step(state, batch, meta_batch)
         else:

@@ -167,6 +167,11 @@ def split(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P(AXIS))
 
 
+def whole(tree: PyTree, mesh: Mesh | None) -> PyTree:
+    """Returns `tree`, of which a compiled program is to have every device compute the whole."""
+    return jax.lax.with_sharding_constraint(tree, replicated(mesh)) if mesh else tree
+
+
 def place(tree: PyTree, sharding: PyTree) -> PyTree:
     """Returns `tree` under `sharding` (one for all, or one a leaf) on the devices of all processes.
 

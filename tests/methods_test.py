@@ -195,7 +195,7 @@ def stepped(config, data, mesh=None, *, absent: bool = False, mixed: bool = Fals
 @pytest.mark.parametrize("name", ALL)
 def test_four_devices_equal_one(name, finished, monkeypatch):
     # SGD, since the first step of Adam blows the rounding of a gradient near zero up to the size of a whole step.
-    monkeypatch.setattr(optim, "modulator", lambda config: optax.sgd(0.1))
+    monkeypatch.setattr(optim, "modulator", lambda *_: optax.sgd(0.1))
     config = configured(name)
     one = arrays(stepped(config, finished.data))
     four = arrays(stepped(config, finished.data, parallel.data_mesh(jax.devices()[:4])))

@@ -3,6 +3,7 @@
 import functools
 import importlib
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -107,12 +108,15 @@ def trajectory(config, mesh, steps: int = STEPS):
     return loop
 
 
-def assert_same(found, expected, tolerance: float):
-    """Each array to `tolerance` of its largest entry."""
+def assert_same(found, expected, tolerance: float, floor: float = 1e-6):
+    """Each array to `tolerance` of its largest entry, or of `floor` where all are smaller.
+
+    The bias before a batch norm has no gradient: what it holds is rounding.
+    """
     pairs = zip(jax.tree.leaves_with_path(arrays(expected)), jax.tree.leaves(arrays(found)), strict=True)
     for (path, one), other in pairs:
         error, size = np.abs(one.astype(float) - other).max(initial=0), np.abs(one.astype(float)).max(initial=0)
-        assert error <= tolerance * max(size, 1e-6), f"{jax.tree_util.keystr(path)}: {error:.1e} of {size:.1e}"
+        assert error <= tolerance * max(size, floor), f"{jax.tree_util.keystr(path)}: {error:.1e} of {size:.1e}"
 
 
 _on_one: dict = {}
@@ -159,12 +163,12 @@ def one_step(experiment, config, data, kind):
 @pytest.mark.parametrize("name", ALL)
 def test_every_method_takes_the_same_step_in_float32(name, devices, batch, tiny, monkeypatch):
     # SGD, since the first step of Adam blows the rounding of a gradient near zero up to the size of a whole step.
-    monkeypatch.setattr(optim, "modulator", lambda config: optax.sgd(0.1))
+    monkeypatch.setattr(optim, "modulator", lambda *_: optax.sgd(0.1))
     config = several_epochs(name, batch)
     data, mesh = data_of(config), parallel.data_mesh(jax.devices()[:devices])
     one, many = (experiment_lib.build(config, data, where) for where in (None, mesh))
     for kind in kinds(one):
-        assert_same(one_step(many, config, data, kind), one_step(one, config, data, kind), 1e-5)
+        assert_same(one_step(many, config, data, kind), one_step(one, config, data, kind), 1e-5, floor=1e-2)
 
 
 def kinds(experiment):
@@ -273,3 +277,19 @@ def test_the_golden_counts_are_those_of_the_derivation():
     assert golden["ce"]["plain"]["bytes"] == scaling().step_bytes(1356, 30, meta=False)
     # At `logits` the modulation meets the examples as gamma and beta of 10 classes.
     assert golden["mfm"]["meta"]["bytes"] == scaling().step_bytes(1356, 30, meta=True, phi=20)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "collectives"), [("ce", 3), ("meta_weight_net", 8)])
+def test_sampling_and_padding_add_no_collective(name, collectives, tiny):
+    """The compiled call: 2 + 1 and 3 + 3 for one batch norm, and the sum of the weights with its tangent."""
+    config = several_epochs(name, 91)
+    data, mesh = data_of(config), parallel.data_mesh()
+    experiment = experiment_lib.build(config, data, mesh)
+    order, table = experiment.order(jax.random.key(1), 0), jnp.asarray(data.meta_table(0), jnp.int32)
+    on_device = loop_lib.to_device(data).replace(order=order, meta_table=table)
+    given = jax.device_put((loop_lib.initial(experiment), on_device), parallel.replicated(mesh))
+    call = loop_lib.make_call(experiment, config)
+    text = call.lower(*given, *loop_lib.steps((name != "ce",))).compile().as_text()
+    found = re.findall(r" (all-reduce|all-gather|reduce-scatter|collective-permute|all-to-all)(?:-start)?\(", text)
+    assert found == ["all-reduce"] * collectives
