@@ -419,7 +419,7 @@ class _Run:
         for step, anomaly in jax.device_get(loop.bad).tolist():
             if self.config.train.on_nonfinite == "stop" and step >= 0:
                 raise NonFiniteError(f"{loop_lib.ANOMALIES[anomaly]} at step {step}; {self._way_out()}")
-            if step > self.told_step:
+            if step > self.told_step and cluster.is_primary():
                 print(f"warning: {loop_lib.ANOMALIES[anomaly]} at step {step}; skipped", file=sys.stderr)
                 self.told_step = step
 
