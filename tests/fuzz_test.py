@@ -216,11 +216,11 @@ def outcome(nested: dict) -> tuple[int | None, str, str]:
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             train.train_and_evaluate(nested, Path("run"))
+        return 0, "", ""
     except UserError as error:
         return 2, "", f"error: {error}\n"
     except Started:
-        pass
-    return None, "", ""
+        return None, "", ""
 
 
 def fuzz(examples: int):
@@ -249,13 +249,13 @@ def test_configs(overrides):
 
 @pytest.mark.slow
 @fuzz(300)
-@given(command_lines(), st.integers(0, 29))
+@given(command_lines(), st.integers(0, 9))
 def test_many_command_lines(arguments, chance):
-    try_command_line(arguments, to_the_end=chance == 29)
+    try_command_line(arguments, to_the_end=chance == 0)
 
 
 @pytest.mark.slow
 @fuzz(200)
-@given(OVERRIDES, st.integers(0, 29))
+@given(OVERRIDES, st.integers(0, 9))
 def test_many_configs(overrides, chance):
-    try_config(overrides, to_the_end=chance == 29)
+    try_config(overrides, to_the_end=chance == 0)
