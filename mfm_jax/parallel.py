@@ -134,13 +134,13 @@ def gathered(apply_fn: ApplyFn) -> ApplyFn:
 def state_sharding(state: PyTree, mesh: Mesh) -> PyTree:
     """Returns where each array of `state` lives: whole on every device, or split over the axis `model` if there is one.
 
-    Split are arrays of two or more axes, along the longest axis that divides (the last of equally long ones).
+    Split are floating-point arrays of two or more axes, along the longest axis that divides (the last of equally long ones).
     """
     parts = mesh.shape.get(MODEL_AXIS, 1)
 
     def place(leaf: jax.Array) -> NamedSharding:
         axes = [axis for axis, size in enumerate(leaf.shape) if size % parts == 0]
-        if parts == 1 or leaf.ndim < 2 or not axes:
+        if parts == 1 or leaf.ndim < 2 or not axes or not jnp.issubdtype(leaf.dtype, jnp.floating):
             return replicated(mesh)
         longest = max(axes, key=lambda axis: (leaf.shape[axis], axis))
         return NamedSharding(mesh, P(*[None] * longest, MODEL_AXIS))
