@@ -134,7 +134,7 @@ def gathered(apply_fn: ApplyFn) -> ApplyFn:
 def state_sharding(state: PyTree, mesh: Mesh) -> PyTree:
     """Returns where each array of `state` lives: whole on every device, or split over the axis `model` if there is one.
 
-    Split are floating-point arrays of two or more axes, along the longest axis that divides (the last of equally long ones).
+    Split are floating-point arrays of two or more axes, along the longest axis that divides (of equal ones the last).
     """
     parts = mesh.shape.get(MODEL_AXIS, 1)
 
