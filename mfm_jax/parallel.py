@@ -33,12 +33,13 @@ the chain of dependences: with n batch norms 2 n + 1 in a plain step, 3 n + 3 in
 is 1. Every mean over the batch is then `mean(weight * value)`, device by device and without another collective:
 the losses, the accuracy, batch norm's moments, the weights' sums. A local batch norm has no such mean: refused.
 
-**The axis `model`** (`parallel.fsdp` devices along it; absent by default) divides the state too: every array of two or
-more axes is split along its longest axis that divides. It is an automatic axis inside `shard_map`: XLA's partitioner
-divides each device's part of the batch over it, and the optimizers work on their part of the state. Every pass begins
-by gathering the parameters it uses (`gathered`): w in the training pass, v in the tangent pass, w_hat in the meta pass,
-phi where it acts. Gradients are summed over the axis and cut down to each device's part. At rest a device has 1/fsdp of
-the state; within a step it has the whole parameters of one pass at a time, and never the whole optimizer state.
+**The axis `model`** (`parallel.fsdp` devices along it; absent by default) divides the state too: every kernel, matrix
+and what an optimizer keeps of it is split along its longest axis that divides. It is an automatic axis inside
+`shard_map`: XLA's partitioner divides each device's part of the batch over it, and the optimizers work on their part of
+the state. Each pass begins by gathering the parameters that it uses (`gathered`): w in the training pass, v in the
+tangent pass, w_hat in the meta pass. Gradients are summed over the axis and cut down to each device's part. At rest a
+device has 1/fsdp of the divided arrays; within a step it has the gathered parameters too, whole, for as long as a
+backward pass still needs them, and its part alone of the optimizer's state.
 """
 
 from collections.abc import Callable, Sequence

@@ -242,6 +242,22 @@ def test_divided_state_takes_the_same_steps_and_is_restored(wide, tmp_path):
     chex.assert_trees_all_equal(*(jax.tree.map(lambda x: x.sharding, tree) for tree in (again, loop)))
 
 
+@pytest.mark.slow
+def test_each_divided_kernel_is_gathered_once_and_nothing_else_is(tiny):
+    """Of a plain step: momentum has the kernels' shapes, and would show."""
+    config = several_epochs("ce", 96)
+    data, mesh = data_of(config), parallel.data_mesh(jax.devices()[:4], 2)
+    experiment = experiment_lib.build(config, data, mesh)
+    state = experiment.init()
+    state = jax.device_put(state, parallel.state_sharding(state, mesh))
+    batch = Batch(jnp.zeros((96, *data.train_images.shape[1:])), jnp.zeros(96, jnp.int32))
+    text = jax.jit(experiment.plain_step).lower(state, batch).compile().as_text()
+    gathered = re.findall(r"= f32\[(\S+?)\]\S* all-gather\(", text)
+    kernels = [leaf.shape for leaf in jax.tree.leaves(state.params) if leaf.ndim > 1]
+    assert sorted(gathered) == sorted(",".join(map(str, shape)) for shape in kernels)
+    assert not re.search(r" (reduce-scatter|collective-permute|all-to-all)\(", text)
+
+
 def test_devices_that_do_not_divide_are_refused():
     with pytest.raises(UserError, match=r"parallel.fsdp = 3: does not divide the 8 devices"):
         parallel.data_mesh(fsdp=3)
