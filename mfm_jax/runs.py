@@ -2,7 +2,7 @@
 
 Each process has its share of this machine's cores to itself and its own log file, and on an accelerator takes memory as
 it needs it; this one only watches. A run that fails is an outcome with its reason. SIGTERM or Ctrl-C stops them all,
-each saved, and the same command goes on.
+each saved, and the same command goes on; so does the end of one that was interrupted, by a notice of pre-emption say.
 
     python -m mfm_jax.runs CORES WORKDIR...
 
@@ -99,11 +99,13 @@ def train_all(groups: Sequence[Sequence[Run]], jobs: int = 1) -> list[Outcome]:
       Interrupted: SIGTERM or Ctrl-C; what has begun is saved.
     """
     planned, free, began = [_planned(runs) for runs in groups], _shares_of_cores(jobs), time.monotonic()
-    with _stopping(planned) as stopped, Live(refresh_per_second=2, transient=True) as live:
+    with _stopping(planned) as (stopped, stop), Live(refresh_per_second=2, transient=True) as live:
         while any(job.outcomes is None for job in planned):
             for job in planned:
                 if job.running and job.process.poll() is not None:  # type: ignore[union-attr]
                     job.outcomes = _finished(job)
+                    if job.process.returncode == EXIT_INTERRUPTED:  # type: ignore[union-attr]
+                        stop()
                     free.append(job.cores)
                     live.console.print(f"{_told(job)}; {_overall(planned, began)}")
                 if job.process is None and job.outcomes is None and stopped():
@@ -122,14 +124,14 @@ def _planned(runs: Sequence[Run]) -> _Job:
     try:
         for run in runs:
             train.claim_workdir(run.config, run.workdir)
+        done = all((run.workdir / name).exists() for run in runs for name in ("results.json", "report.html"))
+        return _Job(runs, outcomes=[_read(run) for run in runs] if done else None)
     except UserError as error:
         return _Job(runs, outcomes=[Outcome(None, str(error))] * len(runs))
-    done = all((run.workdir / name).exists() for run in runs for name in ("results.json", "report.html"))
-    return _Job(runs, outcomes=[_read(run) for run in runs] if done else None)
 
 
 def _read(run: Run) -> Outcome:
-    return Outcome(json.loads((run.workdir / "results.json").read_text()))
+    return Outcome(train.read_object(run.workdir / "results.json"))
 
 
 def _shares_of_cores(jobs: int) -> list[Sequence[int]]:
@@ -169,10 +171,10 @@ def _finished(job: _Job) -> list[Outcome]:
 
 @contextlib.contextmanager
 def _stopping(jobs: list[_Job]) -> Iterator[Any]:
-    """Passes SIGTERM and Ctrl-C on to the processes that run; yields whether one has arrived."""
+    """Passes SIGTERM and Ctrl-C on to the processes that run; yields whether one has arrived, and what acts so."""
     received: list[int] = []
 
-    def note(number: int, frame: Any) -> None:
+    def note(number: int = signal.SIGTERM, frame: Any = None) -> None:
         received.append(number)
         for job in jobs:
             if job.process and job.process.poll() is None:
@@ -180,7 +182,7 @@ def _stopping(jobs: list[_Job]) -> Iterator[Any]:
 
     before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield lambda: bool(received)
+        yield lambda: bool(received), note
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

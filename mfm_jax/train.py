@@ -148,7 +148,7 @@ def train_together(configs: Sequence[Config], workdirs: Sequence[Path], *, label
         if cluster.is_primary() and not (workdir / "report.html").exists():
             report.write_report(workdir)
     cluster.barrier("written")
-    return [_read(workdir / "results.json") for workdir in workdirs]
+    return [read_object(workdir / "results.json") for workdir in workdirs]
 
 
 def _start(config: Config, workdir: Path, data: LongTailData, device_data: DeviceData, mesh: Mesh | None) -> "_Run":
@@ -176,7 +176,7 @@ def _write(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
     """Returns the JSON object in a file of a workdir.
 
     Raises:
@@ -208,7 +208,7 @@ def claim_workdir(config: Config, workdir: Path) -> None:
         raise UserError(f"--workdir={workdir}: cannot be made: {error.strerror}") from error
     path = workdir / "config.json"
     if path.exists():
-        changed = list(config_lib.differences(_read(path), config.to_dict()))
+        changed = list(config_lib.differences(read_object(path), config.to_dict()))
         if changed:
             raise UserError(f"--workdir={workdir} belongs to another config ({'; '.join(changed)}); choose a new one")
 

@@ -111,6 +111,19 @@ def test_the_table_tells_what_runs_and_when_it_will_be_done(tmp_path, monkeypatc
     assert table.caption == "1 of 3 done, about 5 minutes left"
 
 
+def test_the_end_of_an_interrupted_run_stops_the_rest(tmp_path, monkeypatch):
+    """As when a notice of pre-emption has reached a run, and not this process."""
+
+    def start(job, cores):
+        code = "import sys; sys.exit(75)" if job.label == "one" else "import time; time.sleep(600)"
+        job.log.touch()
+        job.cores, job.process = cores, subprocess.Popen([sys.executable, "-c", code])
+
+    monkeypatch.setattr(runs, "_start", start)
+    with pytest.raises(train.Interrupted, match="every run is saved"):
+        runs.train_all([[run(tmp_path, name)] for name in ("one", "two", "three")], jobs=2)
+
+
 PARENT = """
 import json, sys
 from pathlib import Path
