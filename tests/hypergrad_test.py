@@ -89,7 +89,7 @@ def problem(form: str, sites: tuple[str, ...], optimizer: str, dtype: str):
     train_loss, update = build(state, Batch(image, LABELS))
 
     def meta_loss(params):
-        logits, _ = forward(state, params, meta_image, no_modulation, train=False)
+        logits, _ = forward(state, params, Batch(meta_image, LABELS), no_modulation, train=False)
         return losses.generalized_cross_entropy(logits, LABELS).mean(), None
 
     return train_loss, meta_loss, update, state.params, phi
