@@ -1,11 +1,13 @@
 """What the commands share: the `--config` flag, its overrides, and errors told in one line."""
 
+import contextlib
 import dataclasses
 import os
 import re
+import signal
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -64,21 +66,36 @@ def _status(main: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
         jax.config.update("jax_compilation_cache_dir", os.path.join(cache, "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # the many small programs of a start too
     try:
-        return main(argv)
+        with _terminable():
+            return main(argv)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:  # a full disk, a folder without permission
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except Interrupted as interrupted:
+    except (Interrupted, KeyboardInterrupt) as error:
         if cluster.is_primary():
-            print(interrupted, file=sys.stderr)
+            print(error if isinstance(error, Interrupted) else Interrupted(), file=sys.stderr)
         return EXIT_INTERRUPTED
     except Exception as error:
         if not cluster.told_lost(error):
             raise
         return EXIT_INTERRUPTED
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """Has SIGTERM end the body as an interruption, wherever it is but in training, which listens itself and saves."""
+
+    def interrupt(number: int, frame: object) -> None:
+        raise Interrupted
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _parse(argv: Sequence[str]) -> Sequence[str]:

@@ -55,10 +55,11 @@ _SYNC_CALLS = 20
 
 
 class Interrupted(Exception):
-    """SIGTERM, Ctrl-C or a notice of pre-emption arrived; the run's last checkpoint is that of `step`."""
+    """SIGTERM, Ctrl-C or a notice of pre-emption arrived; in training, the last checkpoint is now that of `step`."""
 
-    def __init__(self, step: int):
-        super().__init__(f"interrupted; saved at step {step}; run the same command to go on")
+    def __init__(self, step: int | None = None):
+        saved = "" if step is None else f" saved at step {step};"
+        super().__init__(f"interrupted;{saved} run the same command to go on")
 
 
 class NonFiniteError(UserError):

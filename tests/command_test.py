@@ -1,7 +1,10 @@
 """The command line: what it accepts, and every mistake told in one line that leaves nothing behind."""
 
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -193,6 +196,19 @@ def test_an_interrupted_run_says_so_and_has_its_own_status(run, tmp_path, monkey
     status, out, err = run(DIGITS, f"--workdir={tmp_path}")
     assert (status, out) == (75, "")
     assert err == "interrupted; saved at step 12; run the same command to go on\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_before_or_after_training_is_an_interruption_too(number, capsys):
+    before = signal.getsignal(signal.SIGTERM)
+
+    def body(argv):
+        os.kill(os.getpid(), number)
+        time.sleep(60)
+
+    assert command.guarded(body, []) == 75
+    assert capsys.readouterr().err == "interrupted; run the same command to go on\n"
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_another_mistake_is_a_developers_and_keeps_its_traceback(run, tmp_path, monkeypatch):
