@@ -1,13 +1,11 @@
 """What the commands share: the `--config` flag, its overrides, and errors told in one line."""
 
-import contextlib
 import dataclasses
 import os
 import re
-import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
@@ -19,7 +17,7 @@ from ml_collections import config_flags
 from mfm_jax import cluster
 from mfm_jax.config import GROUPS, field_type
 from mfm_jax.errors import UserError
-from mfm_jax.train import EXIT_INTERRUPTED, NOTICE, Interrupted
+from mfm_jax.interruption import EXIT_INTERRUPTED, NOTICE, Interrupted, terminable
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="Path of a config file.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder for everything that is written.")
@@ -66,7 +64,7 @@ def _status(main: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
         jax.config.update("jax_compilation_cache_dir", os.path.join(cache, "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # the many small programs of a start too
     try:
-        with _terminable():
+        with terminable():
             return main(argv)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -82,20 +80,6 @@ def _status(main: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
         if not cluster.told_lost(error):
             raise
         return EXIT_INTERRUPTED
-
-
-@contextlib.contextmanager
-def _terminable() -> Iterator[None]:
-    """Has SIGTERM end the body as an interruption, wherever it is but in training, which listens itself and saves."""
-
-    def interrupt(number: int, frame: object) -> None:
-        raise Interrupted
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _parse(argv: Sequence[str]) -> Sequence[str]:

@@ -30,7 +30,7 @@ from mfm_jax import command, train
 from mfm_jax import config as config_lib
 from mfm_jax.config import Config
 from mfm_jax.errors import UserError
-from mfm_jax.train import EXIT_INTERRUPTED, Interrupted
+from mfm_jax.interruption import EXIT_INTERRUPTED, Interrupted
 
 _POLL_SECONDS = 0.5
 

@@ -12,13 +12,10 @@ import dataclasses
 import functools
 import itertools
 import json
-import os
 import platform
-import signal
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -40,6 +37,7 @@ from mfm_jax.config import Config
 from mfm_jax.data import LongTailData, batches
 from mfm_jax.errors import UserError
 from mfm_jax.experiment import Experiment
+from mfm_jax.interruption import EXIT_INTERRUPTED, Interrupted, listening
 from mfm_jax.logs import MetricLog, RowList
 from mfm_jax.longtail import read_manifest, write_manifest
 from mfm_jax.loop import DeviceData, LoopState
@@ -47,19 +45,8 @@ from mfm_jax.metrics import evaluate
 from mfm_jax.ownership import owned
 from mfm_jax.types import BilevelState
 
-EXIT_INTERRUPTED = 75  # EX_TEMPFAIL: saved, run the same command again
-NOTICE = "MFM_JAX_PREEMPTION_NOTICE"  # environment variable: a file that appears when the machine is to be taken away
-
 _SYNC_SECONDS = 0.5
 _SYNC_CALLS = 20
-
-
-class Interrupted(Exception):
-    """SIGTERM, Ctrl-C or a notice of pre-emption arrived; in training, the last checkpoint is now that of `step`."""
-
-    def __init__(self, step: int | None = None):
-        saved = "" if step is None else f" saved at step {step};"
-        super().__init__(f"interrupted;{saved} run the same command to go on")
 
 
 class NonFiniteError(UserError):
@@ -230,7 +217,7 @@ def _drive(runs: list["_Run"], label: str) -> None:
     first = runs[0]
     total, per_epoch = first.experiment.total_steps, first.experiment.steps_per_epoch
     call = loop_lib.make_call(first.experiment, first.config, len(runs))
-    with _stop_signals() as stopped, _progress_bar() as bar:
+    with listening() as stopped, _progress_bar() as bar:
         task = bar.add_task(label or first.config.method.name, total=total, completed=first.step, loss="")
         while first.step < total:
             epoch = first.step // per_epoch
@@ -477,65 +464,6 @@ class _Run:
             "val": self.evaluate(state, "val") if self.has_validation else None,
             "test": self.evaluate(state, "test") if self.config.eval.test else None,
         }
-
-
-@contextlib.contextmanager
-def _stop_signals() -> Iterator[Callable[[int], bool]]:
-    """Yields a function of the step that tells whether SIGTERM, Ctrl-C or a notice of pre-emption has arrived.
-
-    Outside the main thread a process gets no signals. Of several processes, one that has got a signal stops all at
-    one step.
-    """
-    received: list[int] = []
-    notice = _Notice(os.environ.get(NOTICE, ""))
-
-    def note(number: int, frame: Any) -> None:
-        if received and number == signal.SIGINT:  # asked twice: do not wait for the save
-            raise KeyboardInterrupt
-        received.append(number)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda step: notice.arrived()
-        return
-    if jax.process_count() > 1:
-        signal.signal(signal.SIGINT, lambda number, frame: os.kill(os.getpid(), signal.SIGTERM))
-        agreed = cluster.agreed_stop()
-        yield lambda step: notice.passed_on() or agreed(step)
-        return
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield lambda step: bool(received) or notice.arrived()
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-class _Notice:
-    """A file that appears, or is touched, when the machine is to be taken away; one left from before does not count."""
-
-    def __init__(self, path: str):
-        self._path, self._before = path, self._written(path)
-        self._seen, self._looked = False, time.monotonic()
-
-    def arrived(self) -> bool:
-        """Looks twice a second."""
-        if self._path and not self._seen and time.monotonic() - self._looked > _SYNC_SECONDS:
-            self._looked = time.monotonic()
-            self._seen = self._written(self._path) not in (None, self._before)
-        return self._seen
-
-    def passed_on(self) -> bool:
-        """Tells the other processes as well, by the signal that they agree on; returns False."""
-        if not self._seen and self.arrived():
-            os.kill(os.getpid(), signal.SIGTERM)
-        return False
-
-    @staticmethod
-    def _written(path: str) -> int | None:
-        try:
-            return os.stat(path).st_mtime_ns
-        except OSError:
-            return None
 
 
 def _progress_bar() -> progress.Progress:

@@ -12,7 +12,7 @@ import pytest
 from absl import logging
 from absl.testing import flagsaver
 
-from mfm_jax import command, config, main, train
+from mfm_jax import command, config, interruption, main, train
 from mfm_jax.errors import UserError
 
 REPOSITORY = Path(__file__).parents[1]
@@ -190,7 +190,7 @@ def test_overrides_reach_the_run_and_its_status_is_returned(run, tmp_path, monke
 
 def test_an_interrupted_run_says_so_and_has_its_own_status(run, tmp_path, monkeypatch):
     def interrupted(given, workdir):
-        raise train.Interrupted(12)
+        raise interruption.Interrupted(12)
 
     monkeypatch.setattr(train, "train_and_evaluate", interrupted)
     status, out, err = run(DIGITS, f"--workdir={tmp_path}")

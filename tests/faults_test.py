@@ -25,7 +25,7 @@ from tensorboardX.proto import event_pb2
 from mfm_jax import config as config_lib
 from mfm_jax import data as data_lib
 from mfm_jax import experiment as experiment_lib
-from mfm_jax import integrity, train
+from mfm_jax import integrity, interruption, train
 from mfm_jax import loop as loop_lib
 from mfm_jax.checkpoint import Checkpointer, restore_modulator
 from mfm_jax.config import Checkpoint, Train
@@ -275,8 +275,8 @@ def stepping(monkeypatch):
 
 def test_a_notice_of_preemption_stops_the_run_and_one_left_from_before_does_not(stepping, tmp_path, monkeypatch):
     notice = tmp_path / "notice"
-    monkeypatch.setenv(train.NOTICE, str(notice))
-    monkeypatch.setattr(train, "_SYNC_SECONDS", 0.0)
+    monkeypatch.setenv(interruption.NOTICE, str(notice))
+    monkeypatch.setattr(interruption, "_LOOK_SECONDS", 0.0)
 
     def act(step, data):
         if step == 3 and not notice.exists():
@@ -284,7 +284,7 @@ def test_a_notice_of_preemption_stops_the_run_and_one_left_from_before_does_not(
         return data
 
     stepping(act)
-    with pytest.raises(train.Interrupted, match="saved at step 4"):
+    with pytest.raises(interruption.Interrupted, match="saved at step 4"):
         train.train_and_evaluate(tiny(), tmp_path / "run")
     for name in ("load", "loads", "Unpickler"):  # a file that somebody else made runs no code
         monkeypatch.setattr(pickle, name, None)

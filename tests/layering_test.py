@@ -27,7 +27,7 @@ ORDER = (
     ("metrics",),
     ("checkpoint",),
     ("experiment",),
-    ("loop", "logs"),
+    ("loop", "logs", "interruption"),
     ("figures",),
     ("report",),
     ("comparison",),

@@ -15,7 +15,7 @@ import numpy as np
 import optax
 import pytest
 
-from mfm_jax import augment, models, optim, parallel, train
+from mfm_jax import augment, interruption, models, optim, parallel, train
 from mfm_jax import config as config_lib
 from mfm_jax import data as data_lib
 from mfm_jax import experiment as experiment_lib
@@ -136,7 +136,7 @@ def test_each_kind_of_step_compiles_once_and_nothing_leaves_the_device(name, fin
 def test_interrupted_and_resumed_is_bit_identical(name, finished, tmp_path):
     """A second process would do the same: everything is built anew. So it is deterministic by seed, too."""
     config = configured(name)
-    with pytest.raises(train.Interrupted, match="saved at step 3"):
+    with pytest.raises(interruption.Interrupted, match="saved at step 3"):
         trained(config, tmp_path, stop_at=3)
     again = trained(config, tmp_path)
     assert len(again.call.kinds) == 1

@@ -18,7 +18,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from mfm_jax import cluster, train
+from mfm_jax import cluster, interruption, train
 from mfm_jax import config as config_lib
 from mfm_jax import loop as loop_lib
 from mfm_jax.errors import UserError
@@ -124,7 +124,7 @@ def test_sigterm_at_one_stops_both_and_other_devices_go_on(tmp_path, monkeypatch
     wait_for_rows(tmp_path, job)
     os.kill(processes_of(job)[1], signal.SIGTERM)
     printed, _ = job.communicate(timeout=200)
-    assert job.returncode == train.EXIT_INTERRUPTED, printed
+    assert job.returncode == interruption.EXIT_INTERRUPTED, printed
     assert printed.count("saved at step") == 1, "process 0 alone tells"
     step = int(printed.partition("saved at step ")[2].partition(";")[0])
     config = json.loads((tmp_path / "config.json").read_text())
@@ -132,7 +132,7 @@ def test_sigterm_at_one_stops_both_and_other_devices_go_on(tmp_path, monkeypatch
     before = "2 device(s) in 2 process(es)"
     for devices in (1, 8):
         monkeypatch.setattr(jax, "device_count", lambda devices=devices: devices)
-        with pytest.raises(train.Interrupted, match=f"saved at step {step + 3};"):
+        with pytest.raises(interruption.Interrupted, match=f"saved at step {step + 3};"):
             train.train_and_evaluate(config, tmp_path)
         now = f"{devices} device(s) in 1 process(es)"
         assert f"goes on from step {step} on {now}, before: {before}; batches and their" in capsys.readouterr().out

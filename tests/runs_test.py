@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from mfm_jax import compare, runs, train
+from mfm_jax import compare, interruption, runs, train
 from mfm_jax import config as config_lib
 
 
@@ -120,18 +120,18 @@ def test_the_end_of_an_interrupted_run_stops_the_rest(tmp_path, monkeypatch):
         job.cores, job.process = cores, subprocess.Popen([sys.executable, "-c", code])
 
     monkeypatch.setattr(runs, "_start", start)
-    with pytest.raises(train.Interrupted, match="every run is saved"):
+    with pytest.raises(interruption.Interrupted, match="every run is saved"):
         runs.train_all([[run(tmp_path, name)] for name in ("one", "two", "three")], jobs=2)
 
 
 PARENT = """
 import json, sys
 from pathlib import Path
-from mfm_jax import config, runs, train
+from mfm_jax import config, interruption, runs
 given = config.resolve(json.loads(sys.argv[1]))
 try:
     runs.train_all([[runs.Run(name, given, Path(sys.argv[2]) / name)] for name in ("one", "two", "three")], jobs=2)
-except train.Interrupted as interrupted:
+except interruption.Interrupted as interrupted:
     print(interrupted)
     sys.exit(75)
 """

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mfm_jax import compare, parallel, train
+from mfm_jax import compare, interruption, parallel, train
 from mfm_jax import config as config_lib
 from mfm_jax import data as data_lib
 from mfm_jax import experiment as experiment_lib
@@ -111,7 +111,7 @@ def test_interrupted_and_resumed_is_bit_identical(finished, tmp_path, monkeypatc
 
         return stepping
 
-    with monkeypatch.context() as patch, pytest.raises(train.Interrupted, match=f"saved at step {stop_at}"):
+    with monkeypatch.context() as patch, pytest.raises(interruption.Interrupted, match=f"saved at step {stop_at}"):
         patch.setattr(loop_lib, "make_call", make_call)
         train.train_and_evaluate(tiny(), tmp_path)
     train.train_and_evaluate(tiny(), tmp_path)
