@@ -69,13 +69,12 @@ def join(coordinator: str, processes: int | None, process: int | None) -> None:
 
 
 def _check(coordinator: str, processes: int | None, process: int | None) -> None:
-    numbered = processes is not None and process is not None
     if coordinator in ("", "auto"):
         if processes is not None or process is not None:
             raise UserError("--processes, --process: only with --coordinator=HOST:PORT")
     elif not coordinator.rpartition(":")[2].isdigit():
         raise UserError(f"--coordinator={coordinator}: expected HOST:PORT or auto")
-    elif not numbered or not 0 <= process < processes:  # type: ignore[operator]
+    elif processes is None or process is None or not 0 <= process < processes:
         raise UserError(
             f"--coordinator={coordinator}: needs --processes=N and --process=I, 0 <= I < N;"
             f" got --processes={processes} --process={process}"

@@ -66,10 +66,7 @@ def _status(main: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
     try:
         with terminable():
             return main(argv)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:  # a full disk, a folder without permission
+    except (UserError, OSError) as error:  # OSError: a full disk, a folder without permission
         print(f"error: {error}", file=sys.stderr)
         return 2
     except (Interrupted, KeyboardInterrupt) as error:

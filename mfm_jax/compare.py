@@ -159,9 +159,9 @@ def table(
       memory: by method, peak memory in bytes; None where it was not measured.
     """
     rows = []
-    baseline = results.get(against) if against else next(iter(results.values()))
-    times = {method: statistics.median(run["train_seconds"] for run in found) for method, found in results.items()}
     against = against or next(iter(results))
+    baseline = results.get(against)
+    times = {method: statistics.median(run["train_seconds"] for run in found) for method, found in results.items()}
     for method, found in results.items():
         for which in ("last", "best"):
             if any(run[which] is None for run in found):

@@ -23,11 +23,10 @@ _LOOK_SECONDS = 0.5
 
 
 class Interrupted(Exception):
-    """SIGTERM, Ctrl-C or a notice of pre-emption arrived; in training, the last checkpoint is now that of `step`."""
+    """SIGTERM, Ctrl-C or a notice of pre-emption arrived; `saved` tells what was saved, where that was needed."""
 
-    def __init__(self, step: int | None = None):
-        saved = "" if step is None else f" saved at step {step};"
-        super().__init__(f"interrupted;{saved} run the same command to go on")
+    def __init__(self, saved: str = ""):
+        super().__init__("; ".join(filter(None, ("interrupted", saved, "run the same command to go on"))))
 
 
 @contextlib.contextmanager

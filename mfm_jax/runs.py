@@ -50,13 +50,6 @@ class Outcome(NamedTuple):
     error: str = ""
 
 
-class AllInterrupted(Interrupted):
-    """SIGTERM or Ctrl-C arrived while runs were trained; each was saved."""
-
-    def __init__(self) -> None:
-        Exception.__init__(self, "interrupted; every run is saved; run the same command to go on")
-
-
 @dataclass
 class _Job:
     """The runs of one process on their way: waiting, then with a process, then with an outcome for each."""
@@ -66,7 +59,9 @@ class _Job:
     process: subprocess.Popen | None = None
     outcomes: list[Outcome] | None = None
     began: float = 0.0
+    epoch: int = 0  # how many are trained, those before this process included
     epochs_before: int = 0
+    score: str = "–"  # the last balanced accuracy on validation, percent
 
     @property
     def label(self) -> str:
@@ -83,6 +78,12 @@ class _Job:
     @property
     def running(self) -> bool:
         return self.process is not None and self.outcomes is None
+
+    def look(self) -> int | None:
+        """Reads how far the first run is, and returns the exit status if the process has ended."""
+        status = self.process.poll() if self.process else None
+        self.epoch, self.score = _progress(self.runs[0].workdir)
+        return status
 
 
 def train_all(groups: Sequence[Sequence[Run]], jobs: int = 1) -> list[Outcome]:
@@ -102,9 +103,9 @@ def train_all(groups: Sequence[Sequence[Run]], jobs: int = 1) -> list[Outcome]:
     with _stopping(planned) as (stopped, stop), Live(refresh_per_second=2, transient=True) as live:
         while any(job.outcomes is None for job in planned):
             for job in planned:
-                if job.running and job.process.poll() is not None:  # type: ignore[union-attr]
-                    job.outcomes = _finished(job)
-                    if job.process.returncode == EXIT_INTERRUPTED:  # type: ignore[union-attr]
+                if job.running and (status := job.look()) is not None:
+                    job.outcomes = _finished(job, status)
+                    if status == EXIT_INTERRUPTED:
                         stop()
                     free.append(job.cores)
                     live.console.print(f"{_told(job)}; {_overall(planned, began)}")
@@ -115,7 +116,7 @@ def train_all(groups: Sequence[Sequence[Run]], jobs: int = 1) -> list[Outcome]:
             live.update(_table(planned, began))
             time.sleep(_POLL_SECONDS)
     if stopped():
-        raise AllInterrupted
+        raise Interrupted("every run is saved")
     return [outcome for job in planned for outcome in job.outcomes or ()]
 
 
@@ -148,7 +149,8 @@ def _start(job: _Job, cores: Sequence[int]) -> None:
     folders = [str(run.workdir) for run in job.runs]
     arguments = [sys.executable, "-m", "mfm_jax.runs", ",".join(map(str, cores)), *folders]
     environment = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", **os.environ}
-    job.cores, job.began, job.epochs_before = cores, time.monotonic(), _progress(job)[0]
+    job.cores, job.began, job.epochs_before = cores, time.monotonic(), _progress(job.runs[0].workdir)[0]
+    job.epoch = job.epochs_before
     with job.log.open("w") as log:
         # A session of its own: Ctrl-C reaches it through this process alone, once.
         job.process = subprocess.Popen(
@@ -156,9 +158,7 @@ def _start(job: _Job, cores: Sequence[int]) -> None:
         )
 
 
-def _finished(job: _Job) -> list[Outcome]:
-    assert job.process is not None
-    status = job.process.returncode
+def _finished(job: _Job, status: int) -> list[Outcome]:
     if status == 0:
         return [_read(run) for run in job.runs]
     if status == EXIT_INTERRUPTED:
@@ -200,10 +200,9 @@ def _table(jobs: Sequence[_Job], began: float) -> Table:
     table = Table("run", "epoch", "balanced on validation", "minutes", "left", caption_justify="left")
     for job in jobs:
         if job.running:
-            epoch, score = _progress(job)
-            seconds, new = time.monotonic() - job.began, epoch - job.epochs_before
-            rest = f"{seconds / new * (job.epochs - epoch) / 60:.1f}" if new else "–"
-            table.add_row(job.label, f"{epoch}/{job.epochs}", score, f"{seconds / 60:.1f}", rest)
+            seconds, new = time.monotonic() - job.began, job.epoch - job.epochs_before
+            rest = f"{seconds / new * (job.epochs - job.epoch) / 60:.1f}" if new else "–"
+            table.add_row(job.label, f"{job.epoch}/{job.epochs}", job.score, f"{seconds / 60:.1f}", rest)
     table.caption = _overall(jobs, began)
     return table
 
@@ -211,17 +210,16 @@ def _table(jobs: Sequence[_Job], began: float) -> Table:
 def _overall(jobs: Sequence[_Job], began: float) -> str:
     """Returns how many are done, and when all will be at the pace of the epochs so far."""
     done = sum(job.outcomes is not None for job in jobs)
-    epochs = [_progress(job)[0] if job.process else 0 for job in jobs]
-    trained = sum(epoch - job.epochs_before for job, epoch in zip(jobs, epochs, strict=True))
-    left = sum(job.epochs - epoch for job, epoch in zip(jobs, epochs, strict=True) if job.outcomes is None)
+    trained = sum(job.epoch - job.epochs_before for job in jobs)
+    left = sum(job.epochs - job.epoch for job in jobs if job.outcomes is None)
     pace = (time.monotonic() - began) / trained if trained else None
     text = f"{done} of {len(jobs)} done"
     return f"{text}, about {pace * left / 60:.0f} minutes left" if pace and left else text
 
 
-def _progress(job: _Job) -> tuple[int, str]:
-    """Returns how many epochs the job's first run has logged, and its last balanced accuracy on validation, percent."""
-    path = job.runs[0].workdir / "metrics.jsonl"
+def _progress(workdir: Path) -> tuple[int, str]:
+    """Returns how many epochs the run there has logged, and its last balanced accuracy on validation, percent."""
+    path = workdir / "metrics.jsonl"
     lines = path.read_text().split("\n")[:-1] if path.exists() else []  # what follows the last newline is on its way
     rows = [json.loads(line) for line in lines[-4:]]
     scores = [row["balanced_accuracy"] for row in rows if row["kind"] == "val"]

@@ -54,7 +54,7 @@ class NonFiniteError(UserError):
 
 
 def train_and_evaluate(
-    config: ml_collections.ConfigDict | Mapping[str, Any] | Config, workdir: str | Path, *, label: str = ""
+    config: ml_collections.ConfigDict | Mapping[str, Any] | Config, workdir: str | Path
 ) -> dict[str, Any]:
     """Trains as `config` says, in `workdir`, and returns the results.
 
@@ -65,7 +65,6 @@ def train_and_evaluate(
     Args:
       config: from a config file, or a dict of the same form.
       workdir: the run's folder; made if absent.
-      label: text beside the progress bar.
 
     Returns:
       The content of `results.json`: `last` and `best` (on validation; None without one), each with the metrics of
@@ -78,10 +77,10 @@ def train_and_evaluate(
       Interrupted: SIGTERM or Ctrl-C; everything is saved.
     """
     config = config if isinstance(config, Config) else config_lib.resolve(config)
-    return train_together([config], [Path(workdir)], label=label)[0]
+    return train_together([config], [Path(workdir)])[0]
 
 
-def train_together(configs: Sequence[Config], workdirs: Sequence[Path], *, label: str = "") -> list[dict[str, Any]]:
+def train_together(configs: Sequence[Config], workdirs: Sequence[Path]) -> list[dict[str, Any]]:
     """Trains runs that differ in `train.seed` alone, in one program: the step is mapped over them with `vmap`.
 
     Each run has its own workdir, checkpoints and results, as if it had been trained by `train_and_evaluate`, and the
@@ -91,7 +90,6 @@ def train_together(configs: Sequence[Config], workdirs: Sequence[Path], *, label
     Args:
       configs: one a run.
       workdirs: one a run.
-      label: text beside the progress bar.
 
     Returns:
       The results of each run.
@@ -127,7 +125,7 @@ def train_together(configs: Sequence[Config], workdirs: Sequence[Path], *, label
             runs.sort(key=lambda run: run.step)
             groups = itertools.groupby(runs, key=lambda run: run.workdir if run.experiment.synthetic else run.step)
             for _, group in groups:
-                _drive(list(group), label)
+                _drive(list(group))
             for run in runs:
                 results = run.results()
                 if cluster.is_primary():
@@ -212,13 +210,13 @@ def _summary(config: Config, data: LongTailData) -> str:
     )
 
 
-def _drive(runs: list["_Run"], label: str) -> None:
+def _drive(runs: list["_Run"]) -> None:
     """Trains runs that stand at the same step to their last step, in one program."""
     first = runs[0]
     total, per_epoch = first.experiment.total_steps, first.experiment.steps_per_epoch
     call = loop_lib.make_call(first.experiment, first.config, len(runs))
     with listening() as stopped, _progress_bar() as bar:
-        task = bar.add_task(label or first.config.method.name, total=total, completed=first.step, loss="")
+        task = bar.add_task(first.config.method.name, total=total, completed=first.step, loss="")
         while first.step < total:
             epoch = first.step // per_epoch
             _run_epoch(runs, call, epoch, min(total, (epoch + 1) * per_epoch), bar, task, stopped)
@@ -251,7 +249,7 @@ def _run_epoch(
             run.save(None)
             run.checkpoints.wait()
     if stop:
-        raise Interrupted(min(run.checkpoints.latest_step() or 0 for run in runs))
+        raise Interrupted(f"saved at step {min(run.checkpoints.latest_step() or 0 for run in runs)}")
 
 
 def _is_due(calls: int, looked: float) -> bool:

@@ -190,7 +190,7 @@ def test_overrides_reach_the_run_and_its_status_is_returned(run, tmp_path, monke
 
 def test_an_interrupted_run_says_so_and_has_its_own_status(run, tmp_path, monkeypatch):
     def interrupted(given, workdir):
-        raise interruption.Interrupted(12)
+        raise interruption.Interrupted("saved at step 12")
 
     monkeypatch.setattr(train, "train_and_evaluate", interrupted)
     status, out, err = run(DIGITS, f"--workdir={tmp_path}")

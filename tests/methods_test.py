@@ -87,7 +87,7 @@ def trained(config, workdir, stop_at: int = 0):
     run.call = Watched(loop_lib.make_call(run.experiment, config), stop_at)
     with contextlib.closing(run), pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop_lib, "make_call", lambda *_: run.call)
-        train._drive([run], "")
+        train._drive([run])
     return run
 
 

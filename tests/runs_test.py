@@ -97,12 +97,13 @@ def test_the_table_tells_what_runs_and_when_it_will_be_done(tmp_path, monkeypatc
     for job in jobs[:2]:
         job.process = subprocess.Popen([sys.executable, "-c", ""])
         job.process.wait()
+        job.runs[0].workdir.mkdir()
     jobs[0].outcomes = [runs.Outcome({})]
     for name, epochs in (("done", 10), ("running", 6)):
-        (tmp_path / name).mkdir()
         rows = [{"kind": "val", "epoch": epochs - 1, "balanced_accuracy": 0.5}]
         (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     jobs[1].epochs_before, jobs[1].began = 2, 60.0  # went on after two epochs
+    assert [job.look() for job in jobs[:2]] == [0, 0]
     monkeypatch.setattr(time, "monotonic", lambda: 300.0)
     table = runs._table(jobs, began=20.0)
     # Four epochs in 240 s, four are left.
