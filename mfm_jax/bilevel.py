@@ -160,6 +160,7 @@ def make_step(
             "grad_norm": optax.tree.norm(inner_grad),
             "meta_loss": found.meta[0],
             "hypergrad_norm": _norm(found.grad, axis_name if learner.per_batch else None),
+            "hypergrad_agreement": _agreement(found.grad, state.mod_opt_state),
         }
         return new_state, metrics
 
@@ -304,6 +305,18 @@ def _gradient_step(
         return train_loss, update
 
     return build
+
+
+def _agreement(grad: PyTree, opt_state: PyTree) -> jax.Array:
+    """Returns the cosine of the angle between the meta-gradient and Adam's running mean of those before it.
+
+    0 where there is no such mean: at the first meta-step, and under an optimizer that keeps none.
+    """
+    mean = optax.tree.get(opt_state, "mu")
+    if mean is None:
+        return jnp.zeros((), jnp.float32)
+    length = optax.tree.norm(grad) * optax.tree.norm(mean)
+    return jnp.where(length > 0, optax.tree.vdot(grad, mean) / jnp.where(length > 0, length, 1), 0)
 
 
 def _example_losses(

@@ -85,7 +85,11 @@ class Method:
     ldam_margin: float = _between(0.5, 0.0)  # ldam, ldam_drw: margin of the rarest class, in cosines
     ldam_scale: float = _between(30.0, 1.0)  # ldam, ldam_drw: what cosines are multiplied by
     dice_alpha: float = _between(0.1, 0.0)  # dice
-    first_stage: float = _between(0.8, 0.01, 0.99)  # ldam_drw, two_phase, crt, lws, smote: its part of the epochs
+    # How often classes are drawn, for any method; "own" as the method says.
+    sampling: str = _one_of(
+        "own", *("natural", "square_root", "square_root_later", "balanced", "balanced_later", "progressive")
+    )
+    first_stage: float = _between(0.8, 0.01, 0.99)  # ldam_drw, two_phase, crt, lws, smote, *_later: its part of epochs
     pretrain: str = _one_of("oversample", "undersample")  # two_phase: the first phase's sampling
     smote_neighbors: int = _between(5, 1)  # smote: nearest neighbours to interpolate to
     hidden: int = _between(100, 1)  # meta_weight_net, l2ac: hidden units

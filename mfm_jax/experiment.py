@@ -17,7 +17,7 @@ from mfm_jax import bilevel, losses, methods, models, modulation, optim, paralle
 from mfm_jax.config import Config
 from mfm_jax.data import LongTailData, batches
 from mfm_jax.errors import UserError
-from mfm_jax.methods import METHODS, Method, heads, meta
+from mfm_jax.methods import METHODS, Method, heads, meta, sampling
 from mfm_jax.types import ApplyFn, BilevelState, LossFn, MetaLearner, Modulator, PyTree
 
 
@@ -237,9 +237,10 @@ def _tested(config: Config, method: Method, counts: jax.Array, retrain_from: int
 def _order(config: Config, method: Method, data: LongTailData) -> Callable[[jax.Array, int], jax.Array]:
     size, labels = config.train.batch_size, jnp.asarray(data.train_labels)
     steps = batches.steps_per_epoch(len(labels), size)
+    sampler = sampling.SAMPLERS.get(config.method.sampling, method.sampler)
 
     def order(key: jax.Array, epoch: int) -> jax.Array:
-        draw = method.sampler(config, data.counts, epoch)
+        draw = sampler(config, data.counts, epoch)
         if draw is not None:
             share, keep = jnp.asarray(draw.share), jnp.asarray(draw.keep)
             return batches.sampled_order(key, jnp.int32(epoch), labels, share, keep, size)

@@ -291,6 +291,25 @@ def draw_modulation(figure: "Figure", classes: Classes, sites: dict[str, dict[st
     )
 
 
+def draw_meta_gradient(figure: "Figure", train: Rows) -> str:
+    """Norm of the meta-gradient over steps, and its agreement with its own past; rows of kind `train`."""
+    norm, agreement = figure.subplots(1, 2)
+    _curve(norm, train, "hypergrad_norm", "norm", _ORANGE)
+    norm.set_yscale("log")
+    norm.set_title("Norm of the meta-gradient (log scale)")
+    _curve(agreement, train, "hypergrad_agreement", "cosine", _BLUE)
+    agreement.axhline(0, color=_MUTED, linewidth=0.8)
+    agreement.set_ylim(-1, 1)
+    agreement.set_title("Cosine with its running mean")
+    for axes in (norm, agreement):
+        axes.set_xlabel("step")
+        axes.xaxis.set_major_formatter("{x:,.0f}")
+    return (
+        "The meta-gradient, means over each epoch: its norm, and the cosine between each meta-step's and Adam's running"
+        " mean of those before it. Near 1 they pull one way; around 0 they are noise, and Adam turns noise into drift."
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class Compared:
     """One method's numbers in a comparison, as fractions, means over seeds.

@@ -19,7 +19,7 @@ from mfm_jax.config import Config, Train
 from mfm_jax.data import LongTailData, batches
 from mfm_jax.experiment import Experiment
 from mfm_jax.methods import smote
-from mfm_jax.types import Batch, BilevelState, Metrics
+from mfm_jax.types import META_METRICS, Batch, BilevelState, Metrics
 
 WATCHED = ("loss", "grad_norm", "meta_loss", "hypergrad_norm")  # must stay finite
 ANOMALIES = (
@@ -204,7 +204,7 @@ def no_anomalies(train: Train) -> jax.Array:
 def _zero_sums(experiment: Experiment, train: Train) -> Metrics:
     names = ["loss", "accuracy", "grad_norm", "steps"]
     if experiment.meta_step is not None:
-        names += ["meta_loss", "hypergrad_norm", "meta_steps"]
+        names += [*META_METRICS, "meta_steps"]
     if train.on_nonfinite == "skip":
         names += ["skipped"]
     return {name: jnp.zeros((), jnp.float32) for name in names}

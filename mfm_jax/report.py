@@ -131,12 +131,14 @@ def _pictures(run: _Run) -> dict[str, Picture | None]:
     # The names of the classes, where they are written out, take room.
     side = 7.0 if figures.CELL_CLASSES < len(classes.names) <= figures.LABELLED_CLASSES else 4.3
     tall = 0.6 + 2.4 * len(sites)
+    learned = [row for row in train if row.get("hypergrad_norm")]
     return {
         "classes": render(figures.draw_classes, (9.0, 4.8), classes, run.shown),
         "curves": render(figures.draw_curves, (9.0, 3.4), train, val, best_step) if train or val else None,
         "confusion": render(figures.draw_confusion, (side + 0.3, side - 0.1), classes, run.shown),
         "reliability": render(figures.draw_reliability, (4.6, 4.3), run.shown),
         "modulation": render(figures.draw_modulation, (9.0, tall), classes, sites) if sites else None,
+        "meta_gradient": render(figures.draw_meta_gradient, (9.0, 3.0), learned) if learned else None,
     }
 
 

@@ -43,7 +43,7 @@ from mfm_jax.longtail import read_manifest, write_manifest
 from mfm_jax.loop import DeviceData, LoopState
 from mfm_jax.metrics import evaluate
 from mfm_jax.ownership import owned
-from mfm_jax.types import BilevelState
+from mfm_jax.types import META_METRICS, BilevelState
 
 _SYNC_SECONDS = 0.5
 _SYNC_CALLS = 20
@@ -368,7 +368,7 @@ class _Run:
             if not steps:
                 raise NonFiniteError(f"every step of epoch {epoch} was skipped; {self._way_out()}")
         for name, value in sums.items():
-            divisor = meta_steps if name in ("meta_loss", "hypergrad_norm") else steps
+            divisor = meta_steps if name in META_METRICS else steps
             if divisor:
                 row[name] = value / divisor
         self.log.write("train", step, epoch, row)

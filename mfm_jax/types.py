@@ -18,8 +18,9 @@ Modulate = Callable[[str, jax.Array], jax.Array]
 # (logits [B, K], labels int32 [B]) -> loss of each example, [B], in nats for the cross-entropy family.
 LossFn = Callable[[jax.Array, jax.Array], jax.Array]
 
-# Scalars of one step, by name: `loss`, `accuracy`, `grad_norm`; `meta_loss`, `hypergrad_norm` of a meta-step.
+# Scalars of one step, by name: `loss`, `accuracy`, `grad_norm`, and of a meta-step those below.
 Metrics = dict[str, jax.Array]
+META_METRICS = ("meta_loss", "hypergrad_norm", "hypergrad_agreement")
 
 
 # A Flax module's `apply`: `(variables, images, train=, modulate=, weight=, mutable=, rngs=) -> logits [B, K]`. `train`

@@ -209,5 +209,5 @@ METHODS = {
     "l2rw": Method(learner=_l2rw),
     "l2ac": Method(learner=_l2ac, meta_rate=1e-3, search=_META),
     "metasaug": Method(learner=_metasaug, search={**_META, "method.isda_strength": Span(0.1, 2.0, log=True)}),
-    "mfm": Method(learner=_mfm, search=_META),
+    "mfm": Method(learner=_mfm, sampler=sampling.square_root, search=_META),
 }

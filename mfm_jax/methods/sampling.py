@@ -80,8 +80,29 @@ def pretrained(config: Config, counts: np.ndarray, epoch: int) -> Draw | None:
 
 
 def balanced_later(config: Config, counts: np.ndarray, epoch: int) -> Draw | None:
-    """The long-tailed distribution in the first stage, balanced in the second."""
+    """The long-tailed distribution in the first stage, balanced in the second.
+
+    References:
+      Cao et al., Learning imbalanced datasets with label-distribution-aware margin loss, NeurIPS 2019 (deferred
+      re-sampling).
+    """
     return balanced(config, counts, epoch) if epoch >= config.second_stage else None
+
+
+def square_root_later(config: Config, counts: np.ndarray, epoch: int) -> Draw | None:
+    """The long-tailed distribution in the first stage, class k in proportion to `sqrt(n_k)` in the second."""
+    return square_root(config, counts, epoch) if epoch >= config.second_stage else None
+
+
+# By the names of `method.sampling`.
+SAMPLERS: dict[str, Sampler] = {
+    "natural": natural,
+    "square_root": square_root,
+    "square_root_later": square_root_later,
+    "balanced": balanced,
+    "balanced_later": balanced_later,
+    "progressive": progressive,
+}
 
 
 def _draw(weights: np.ndarray, keep: np.ndarray) -> Draw:
