@@ -115,7 +115,7 @@ def _explicit(spec: Spec) -> tuple[BilevelState, Callable | None, Callable]:
     module = models.create(spec.model, spec.classes, spec.width, jnp.dtype(spec.dtype))
     image = jnp.zeros((1, spec.image_size, spec.image_size, 3))
     defaults = config_lib.Config()
-    tx, mod_tx = optim.classifier(defaults.optim, defaults.optim.learning_rate), optim.modulator(defaults.meta)
+    tx, mod_tx = optim.classifier(defaults.optim, defaults.optim.learning_rate), optim.modulator(defaults.meta, 1e-2)
     key, learner = jax.random.key(0), None
     if spec.step == "mfm":
         channels = modulation.site_channels(lambda film: module.init(key, image, modulate=film), spec.sites)

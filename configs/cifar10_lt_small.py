@@ -18,6 +18,6 @@ def get_config():
     config.train.epochs = 30
     config.train.batch_size = 25  # so few steps in all that at 100 the head classes are not even fitted
     config.meta.every = 24
-    config.meta.learning_rate = 2.5e-3  # as many meta-steps, each as far, as every = 6 and 1e-2 at batch 100
+    config.meta.learning_rate = 1.25e-3
     config.checkpoint.every_epochs = 5
     return config

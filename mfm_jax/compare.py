@@ -98,7 +98,7 @@ def run_all(
       (the results by method, of the methods whose runs all finished; by method, why another did not; by method, what
       tuning chose).
     """
-    given = {(method, seed): _fields(config, method, seed) for seed in seeds for method in methods}
+    given = {(method, seed): run_fields(config, method, seed) for seed in seeds for method in methods}
     for fields in given.values():
         config_lib.resolve(fields)  # all of them, before the first is trained
     failed: dict[str, str] = {}
@@ -125,7 +125,7 @@ def run_all(
     return {method: found for method, found in results.items() if method not in failed}, failed, best
 
 
-def _fields(config: Any, method: str, seed: int) -> dict[str, dict[str, Any]]:
+def run_fields(config: Any, method: str, seed: int) -> dict[str, dict[str, Any]]:
     """Returns the config's fields for one run: what a method cannot share with the others is set for it alone."""
     fields = config_lib.resolve(config).to_dict()
     fields["method"]["name"], fields["train"]["seed"] = method, seed
@@ -210,9 +210,9 @@ def write(
     head = ["method", "epoch", *_COLUMNS, f"balanced - {baseline}", "time", "memory"]
     lines = [head, ["---"] * len(head)]
     for row in rows:
-        cells = [_cell(row[f"{name}_mean"], row[f"{name}_std"]) for name in _COLUMNS]
+        cells = [cell(row[f"{name}_mean"], row[f"{name}_std"]) for name in _COLUMNS]
         ratios = ["–" if row[name] is None else f"{row[name]:.2f}" for name in ("time_ratio", "memory_ratio")]
-        lines.append([row["method"], row["epoch"], *cells, _interval(row), *ratios])
+        lines.append([row["method"], row["epoch"], *cells, interval(row), *ratios])
     text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     note = (
         f"Percent; mean ± standard deviation over seeds {', '.join(map(str, seeds))}; the difference in balanced"
@@ -234,9 +234,9 @@ def print_table(rows: list[dict[str, Any]], baseline: str, failed: Mapping[str, 
     groups = ("balanced", "many", "medium", "few", "rarest third")
     shown = Table(Column("method", no_wrap=True), "epoch", *groups, f"balanced - {baseline}")
     for row in rows:
-        cells = [_cell(row[f"{name}_mean"], None) for name in ("many", "medium", "few", "rarest_third")]
-        balanced = _cell(row["balanced_accuracy_mean"], row["balanced_accuracy_std"])
-        shown.add_row(row["method"], row["epoch"], balanced, *cells, _interval(row))
+        cells = [cell(row[f"{name}_mean"], None) for name in ("many", "medium", "few", "rarest_third")]
+        balanced = cell(row["balanced_accuracy_mean"], row["balanced_accuracy_std"])
+        shown.add_row(row["method"], row["epoch"], balanced, *cells, interval(row))
     for method in failed:
         shown.add_row(method, "failed")
     Console().print(shown)
@@ -245,14 +245,14 @@ def print_table(rows: list[dict[str, Any]], baseline: str, failed: Mapping[str, 
         print(f"failed: {method} ({reason})")
 
 
-def _interval(row: Mapping[str, Any]) -> str:
+def interval(row: Mapping[str, Any]) -> str:
     """Returns a row's difference to the baseline, in percent, and its 95 % interval."""
     mean, half = row["difference"], row["difference_t95"]
-    text = _cell(mean, None)
+    text = cell(mean, None)
     return text if half is None else f"{text} [{100 * (mean - half):.1f}, {100 * (mean + half):.1f}]"
 
 
-def _cell(mean: float | None, spread: float | None) -> str:
+def cell(mean: float | None, spread: float | None) -> str:
     if mean is None:
         return "–"
     return f"{100 * mean:.1f}" + ("" if spread is None else f" ± {100 * spread:.1f}")

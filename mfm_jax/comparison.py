@@ -39,7 +39,7 @@ def write_page(
     classes = Classes(list(manifest["class_names"]), np.asarray(train["class_counts"]))
     costs = {row["method"]: row["time_ratio"] for row in rows}
     order = [name for name in results if name == baseline] + [name for name in results if name != baseline]
-    compared = [_compared(name, results[name], costs[name]) for name in order]
+    compared = [compared(name, results[name], costs[name]) for name in order]
     content = {
         "manifest": manifest,
         "factor": f"{manifest['imbalance_factor']:g}",
@@ -60,7 +60,8 @@ def write_page(
     return path
 
 
-def _compared(name: str, runs: Sequence[dict[str, Any]], cost: float | None) -> Compared:
+def compared(name: str, runs: Sequence[dict[str, Any]], cost: float | None) -> Compared:
+    """Returns a method's numbers: means over `runs`, the content of `results.json` of each seed."""
     found = [run["last"][run["split"]] for run in runs]
     balanced = [one["balanced_accuracy"] for one in found]
     return Compared(

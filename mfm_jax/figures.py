@@ -34,12 +34,12 @@ _NAMED_POINTS = 8  # up to so many methods have their names at their points
 _CURVE_POINTS = 400  # longer curves are averaged down to this many points
 
 # Blue is the head and orange is the tail, in every figure; both are legible on white and on near-black.
-_GROUP_COLORS = {"many": "#3b7dd8", "medium": "#9a6bc9", "few": "#e8743b"}
-_BLUE, _PURPLE, _ORANGE = _GROUP_COLORS.values()
+GROUP_COLORS = {"many": "#3b7dd8", "medium": "#9a6bc9", "few": "#e8743b"}
+_BLUE, _PURPLE, _ORANGE = GROUP_COLORS.values()
 _MUTED = "#8a94a3"
 # Drawn in this colour and written out as `currentColor`; black would also match what matplotlib leaves unset.
 INK = "#010203"
-_STYLE: dict[Any, Any] = {
+STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text
     "text.parse_math": False,
     "font.size": 9,
@@ -81,7 +81,7 @@ class Classes:
     def groups(self) -> list[str]:
         """The shot group of each class."""
         members = longtail.shot_groups(self.counts)
-        name_of = {int(k): name for name in _GROUP_COLORS for k in members[name]}
+        name_of = {int(k): name for name in GROUP_COLORS for k in members[name]}
         return [name_of[k] for k in range(len(self.counts))]
 
 
@@ -104,7 +104,7 @@ def render(draw: Callable[..., str], inches: tuple[float, float], *what: Any) ->
 
     buffer = io.StringIO()
     # The salt makes the ids inside the SVG the same on every run, and different from figure to figure.
-    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": draw.__name__}), warnings.catch_warnings():
+    with matplotlib.rc_context({**STYLE, "svg.hashsalt": draw.__name__}), warnings.catch_warnings():
         # The browser brings the glyphs that matplotlib's own font lacks.
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         figure = Figure(figsize=inches, layout="constrained")
@@ -138,7 +138,7 @@ def draw_classes(figure: "Figure", classes: Classes, found: dict[str, Any]) -> s
     accuracy = _as_percent(found["per_class_accuracy"])[classes.order]
     groups = np.array(classes.groups)[classes.order]
     many = len(counts) > _WIDE_CLASSES
-    for name, color in _GROUP_COLORS.items():
+    for name, color in GROUP_COLORS.items():
         here = groups == name
         if here.any():
             label = f"{name}-shot ({here.sum()} {'class' if here.sum() == 1 else 'classes'})"
@@ -443,7 +443,7 @@ def _channels(axes: "Axes", steps: np.ndarray, values: np.ndarray) -> None:
 
 def _blend(rarity: float) -> tuple[float, ...]:
     """Returns the colour from blue (0) over purple to orange (1)."""
-    stops = np.array([[int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)] for color in _GROUP_COLORS.values()])
+    stops = np.array([[int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)] for color in GROUP_COLORS.values()])
     return tuple(float(np.interp(rarity, (0, 0.5, 1), channel)) for channel in stops.T)
 
 

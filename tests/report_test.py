@@ -41,7 +41,8 @@ def write_workdir(
     for step in range(100, 4001, 100) if trained else ():
         loss = 2.3 * np.exp(-step / 1500) + 0.05 * rng.random()
         train = {"loss": loss, "accuracy": 1 - loss / 3, "learning_rate": 0.1, "meta_loss": loss + 0.3}
-        rows.append({"kind": "train", "step": step, "epoch": step // 400, **train, "hypergrad_norm": 0.01})
+        learned = {"hypergrad_norm": 0.01, "hypergrad_agreement": 0.3}
+        rows.append({"kind": "train", "step": step, "epoch": step // 400, **train, **learned})
         if step % 400 == 0:
             value = 0.6 - loss / 5
             scores = {"balanced_accuracy": value, "accuracy": value, "nll": loss + 0.5}
@@ -165,7 +166,7 @@ def test_references_inside_figures_resolve(full):
 def test_every_figure_is_there_with_its_alternative_text(full):
     page, _ = full
     figures = page.figures()
-    assert len(figures) == 5
+    assert len(figures) == 6
     for figure in figures:
         assert figure["role"] == "img"
         assert len(figure["aria-label"] or "") > 60
@@ -252,7 +253,7 @@ def test_many_classes(tmp_path):
     page = Page(report.write_report(tmp_path))
     assert len(page.tables) == 1
     assert "too many for a table" in page.text["per-class"]
-    assert len(page.figures()) == 5
+    assert len(page.figures()) == 6
     assert len(page.source) < 1_500_000
 
 
@@ -262,7 +263,7 @@ def test_odd_counts_are_drawn(tmp_path, counts):
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     manifest["splits"]["train"]["class_counts"] = counts
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
-    assert len(Page(report.write_report(tmp_path)).figures()) == 5
+    assert len(Page(report.write_report(tmp_path)).figures()) == 6
 
 
 def test_counts_at_the_top_and_no_class_names(tmp_path):

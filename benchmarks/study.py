@@ -1,0 +1,182 @@
+"""The accuracy study: every run behind a table of docs/results, in tiers, each run once.
+
+    TFDS_DATA_DIR=... python benchmarks/study.py --config=configs/cifar10_lt_small.py --workdir=runs/study --jobs=2
+
+Started again with the same folder it goes on where it was. Tiers (`--tiers=main,factors,...`), in their order:
+
+  main      factor 100, 5 seeds: CE, logit adjustment, LDAM-DRW, Meta-Weight-Net and MFM, each as validation chose
+  factors   factors 200 and 50, 5 seeds: CE, logit adjustment, MFM
+  given     factor 100, 5 seeds: logit adjustment as published, and with MFM's meta images to train on
+  transfer  factors 200 and 50, 3 seeds: MFM with the modulator of main's seed 0, frozen, and fine-tuned
+  borrowed  the config's factor, 5 seeds: CE, MFM, and MFM with the modulator of the run `--source`, frozen, fine-tuned
+  others    factor 100, 1 seed: every other method at its defaults
+
+`--max_seeds=1 --config.train.epochs=2` makes a trial of it; `--jobs=N` has N runs side by side. After each tier the rows
+that are there are written to WORKDIR/study.md, with differences paired by seed, and to `--out` as CSV.
+"""
+
+import csv
+import shlex
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+from absl import flags
+from ml_collections import config_flags
+
+from mfm_jax import command, compare, runs, tune
+from mfm_jax import config as config_lib
+from mfm_jax.methods import METHODS
+
+_TIERS = flags.DEFINE_list("tiers", ["main", "factors", "given", "transfer"], "What to run.")
+_MAX_SEEDS = flags.DEFINE_integer("max_seeds", 5, "No row gets more seeds than this.")
+_SOURCE = flags.DEFINE_string("source", "", "Workdir of the run whose modulator is taken over; default: main's seed 0.")
+_OUT = flags.DEFINE_string("out", "", "CSV file of the rows, e.g. docs/results/cifar10_lt_small.csv.")
+
+Values = Mapping[str, Any]
+Results = list[dict[str, Any]]  # the content of `results.json` of each seed
+COLUMNS = (
+    *("method", "imbalance_factor", "seeds", "balanced_accuracy_mean", "balanced_accuracy_std"),
+    *("head_third", "middle_third", "tail_third", "command"),
+)
+THIRDS = {"head": "head third", "middle": "middle third", "rarest": "rarest third"}
+# What validation chose for a method, each from the same number of trials (docs/results/study.md).
+CHOSEN: dict[str, Values] = {
+    "logit_adjusted": {"method.sampling": "square_root", "method.tau": 0.75},
+}
+
+
+class Row(NamedTuple):
+    """One row of a table: a method, what is set for it, how many seeds; `name` tells it from others of the method."""
+
+    name: str
+    method: str
+    factor: float
+    seeds: int
+    values: Values = MappingProxyType({})
+
+
+Finished = list[tuple[Row, Results]]
+
+
+def tiers(own_factor: float, source: str) -> dict[str, list[Row]]:
+    """Returns the rows of every tier; `source` is the run whose modulator is taken over."""
+    main = ("ce", "logit_adjusted", "ldam_drw", "meta_weight_net", "mfm")
+    known = {"modulation.init_from": source}
+    taken: dict[str, Values] = {"mfm_frozen": {**known, "meta.freeze": True}, "mfm_fine_tuned": known}
+
+    def chosen(names: Sequence[str], factor: float) -> list[Row]:
+        return [Row(name, name, factor, 5, CHOSEN.get(name, {})) for name in names]
+
+    def transferred(factor: float, seeds: int) -> list[Row]:
+        return [Row(name, "mfm", factor, seeds, values) for name, values in taken.items()]
+
+    return {
+        "main": chosen(main, 100.0),
+        "factors": [row for factor in (200.0, 50.0) for row in chosen(("ce", "logit_adjusted", "mfm"), factor)],
+        "given": [
+            Row("logit_adjusted_natural", "logit_adjusted", 100.0, 5),
+            Row(
+                "logit_adjusted_meta",
+                "logit_adjusted",
+                100.0,
+                5,
+                {**CHOSEN["logit_adjusted"], "data.train_on_meta": True},
+            ),
+        ],
+        "transfer": [row for factor in (200.0, 50.0) for row in transferred(factor, 3)],
+        "borrowed": chosen(("ce", "mfm"), own_factor) + transferred(own_factor, 5),
+        "others": [Row(name, name, 100.0, 1) for name in METHODS if name not in main],
+    }
+
+
+def main(argv: Sequence[str]) -> int:
+    del argv
+    workdir, config = command.workdir(), command.config()
+    planned = tiers(config.data.imbalance_factor, _SOURCE.value or str(workdir / "factor100" / "mfm" / "seed0"))
+    finished: Finished = []
+    failed: list[str] = []
+    for tier in _TIERS.value:
+        rows = [row._replace(seeds=min(_MAX_SEEDS.value, row.seeds)) for row in planned[tier]]
+        todo = [runs_of(row, config, workdir) for row in rows]
+        outcomes = iter(runs.train_all([[run] for group in todo for run in group], flags.FLAGS.jobs))
+        for row in rows:
+            found = [next(outcomes) for _ in range(row.seeds)]
+            failed += [f"{row.name}, seed {seed}: {one.error}" for seed, one in enumerate(found) if one.error]
+            finished.append((row, [one.results for one in found if one.results]))
+        finished = [(row, results) for row, results in finished if len(results) == row.seeds]
+        (workdir / "study.md").write_text(markdown(finished))
+        if _OUT.value:
+            write_csv(finished, Path(_OUT.value))
+    print((workdir / "study.md").read_text(), *(f"failed: {line}" for line in failed), sep="\n")
+    return 1 if failed else 0
+
+
+def runs_of(row: Row, config: Any, workdir: Path) -> list[runs.Run]:
+    """Returns the runs of a row, one for each seed."""
+    planned = []
+    for seed in range(row.seeds):
+        values = {"data.imbalance_factor": row.factor, **row.values}
+        fields = tune.with_values(compare.run_fields(config, row.method, seed), values)
+        folder = workdir / f"factor{row.factor:g}" / row.name / f"seed{seed}"
+        planned.append(runs.Run(f"{row.name}, factor {row.factor:g}, seed {seed}", config_lib.resolve(fields), folder))
+    return planned
+
+
+def summary(results: Results) -> dict[str, float]:
+    """Returns mean and standard deviation (0 of one seed) of the last epoch's balanced accuracy, and its thirds, %."""
+    last = [one["last"][one["split"]] for one in results]
+    balanced = [100 * one["balanced_accuracy"] for one in last]
+    found = {"mean": statistics.fmean(balanced), "std": statistics.stdev(balanced) if len(balanced) > 1 else 0.0}
+    return found | {name: 100 * statistics.fmean(one[f"{name}_third"] for one in last) for name in THIRDS}
+
+
+def difference(results: Results, baseline: Results) -> str:
+    """Returns the difference in balanced accuracy, paired by seed, with its 95 % interval, in words."""
+    rows = compare.table({"baseline": baseline[: len(results)], "row": results})
+    return compare.interval(next(row for row in rows if (row["method"], row["epoch"]) == ("row", "last")))
+
+
+def markdown(finished: Finished) -> str:
+    """Returns the tables, one for each imbalance factor."""
+    lines = []
+    for factor in dict.fromkeys(row.factor for row, _ in finished):
+        here = [(row, results) for row, results in finished if row.factor == factor]
+        known = {row.name: results for row, results in here}
+        lines += [f"Imbalance factor {factor:g}", ""]
+        against = [name for name in ("ce", "logit_adjusted") if name in known]
+        head = ["method", "balanced accuracy", *(f"minus `{name}`" for name in against), *THIRDS.values(), "seeds"]
+        lines += [" | ".join(["", *head, ""]).strip(), "|" + " --- |" * len(head)]
+        for row, results in sorted(here, key=lambda pair: -summary(pair[1])["mean"]):
+            found = summary(results)
+            cells = [f"`{row.name}`", f"{found['mean']:.1f} ± {found['std']:.1f}"]
+            cells += ["–" if row.name == name else difference(results, known[name]) for name in against]
+            cells += [f"{found[name]:.1f}" for name in THIRDS] + [str(row.seeds)]
+            lines.append(" | ".join(["", *cells, ""]).strip())
+        lines.append("")
+    return "\n".join(lines)
+
+
+def write_csv(finished: Finished, path: Path) -> None:
+    """Writes a line for each row, accuracies in percent."""
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(COLUMNS)
+        for row, results in finished:
+            found = summary(results)
+            writer.writerow([row.name, f"{row.factor:g}", row.seeds, *(f"{found[n]:.2f}" for n in found), shell(row)])
+
+
+def shell(row: Row) -> str:
+    """Returns the command that trains the row by itself."""
+    values = {"data.imbalance_factor": row.factor, **row.values}
+    source = config_flags.get_config_filename(flags.FLAGS["config"])
+    words = [f"--config={source}", f"--methods={row.method}", f"--seeds={','.join(map(str, range(row.seeds)))}"]
+    words += [f"--config.{path}={value}" for path, value in values.items()]
+    return shlex.join(["python", "-m", "mfm_jax.compare", *words, "--workdir=WORKDIR"])
+
+
+if __name__ == "__main__":
+    command.run(main)
