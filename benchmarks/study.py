@@ -11,8 +11,8 @@ Started again with the same folder it goes on where it was. Tiers (`--tiers=main
   borrowed  the config's factor, 5 seeds: CE, MFM, and MFM with the modulator of the run `--source`, frozen, fine-tuned
   others    factor 100, 1 seed: every other method at its defaults
 
-`--max_seeds=1 --config.train.epochs=2` makes a trial of it; `--jobs=N` has N runs side by side. After each tier the rows
-that are there are written to WORKDIR/study.md, with differences paired by seed, and to `--out` as CSV.
+`--max_seeds=1 --config.train.epochs=2` makes a trial of it; `--jobs=N` has N runs side by side. After each tier the
+rows that are there are written to WORKDIR/study.md, with differences paired by seed, and to `--out` as CSV.
 """
 
 import csv

@@ -33,6 +33,15 @@ def test_arithmetic_is_that_of_the_network(contenders):
     assert sum(contenders.forward_flops(spec).values()) == sum(map(_products, jaxpr.eqns))
 
 
+def test_every_kind_of_step_can_be_built_and_run(contenders):
+    steps = _load("jax_steps")
+    for kind in ("plain", "mfm", "meta_weight_net"):
+        spec = contenders.Spec("", step=kind, model="resnet8", image_size=8, width=2, batch=8, meta_batch=10)
+        program = steps.build(spec)
+        program.run(2)
+        program.finish()
+
+
 def _products(equation) -> float:
     """Returns twice the multiplications of a convolution or a matrix product, edges counted as inside."""
     output = equation.outvars[0].aval.size

@@ -186,6 +186,26 @@ def test_restricted_virtual_step_moves_all_parameters_and_changes_the_meta_gradi
     assert abs(full[1]["hypergrad_norm"] / head[1]["hypergrad_norm"] - 1) > 1e-2
 
 
+def test_agreement_is_the_cosine_with_the_meta_gradients_before():
+    """Adam's running mean after one step points as the first meta-gradient does, which SGD at rate 1 leaves behind."""
+    state, tx, modulator, adam = setup(noise=0.1)
+    gradients = []
+    for _ in range(2):
+        sgd = optax.sgd(1.0)
+        bare = bilevel.make_step(MODULE.apply, losses.cross_entropy, tx, modulator, sgd)
+        after, metrics = bare(state.replace(mod_opt_state=sgd.init(state.mod_params)), batch(0), batch(1))
+        assert metrics["hypergrad_agreement"] == 0  # SGD keeps no mean
+        gradients.append(jax.tree.map(lambda old, new: old - new, state.mod_params, after.mod_params))
+        step = bilevel.make_step(MODULE.apply, losses.cross_entropy, tx, modulator, adam)
+        state, metrics = step(state, batch(0), batch(1))
+        if len(gradients) == 1:
+            assert metrics["hypergrad_agreement"] == 0  # nothing before
+    first, second = gradients
+    cosine = optax.tree.vdot(first, second) / (optax.tree.norm(first) * optax.tree.norm(second))
+    assert -1 < cosine < 1
+    chex.assert_trees_all_close(metrics["hypergrad_agreement"], cosine, rtol=1e-3)
+
+
 def test_no_modulation_returns_its_input():
     x = jnp.ones((2, 3))
     assert no_modulation("anywhere", x) is x

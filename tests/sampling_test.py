@@ -30,6 +30,7 @@ def order(draw: sampling.Draw, epoch: int, size: int = 8, seed: int = 0) -> np.n
         (sampling.progressive, 5, (COUNTS / 85 + 0.25) / 2),
         (sampling.pretrained, 7, [0.25] * 4),
         (sampling.balanced_later, 8, [0.25] * 4),
+        (sampling.square_root_later, 8, [8 / 15, 4 / 15, 2 / 15, 1 / 15]),
     ],
 )
 def test_shares_by_hand(sampler, epoch, share):
@@ -42,6 +43,7 @@ def test_the_long_tailed_distribution_needs_no_draw():
     assert sampling.natural(CONFIG, COUNTS, 0) is None
     assert sampling.pretrained(CONFIG, COUNTS, 8) is None
     assert sampling.balanced_later(CONFIG, COUNTS, 7) is None
+    assert sampling.square_root_later(CONFIG, COUNTS, 7) is None
 
 
 def test_pretraining_may_undersample():

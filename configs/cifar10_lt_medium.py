@@ -1,0 +1,16 @@
+"""CIFAR-10-LT, imbalance factor 100, between small and full size: 32x32 images, ResNet-20, 20 epochs.
+
+python -m mfm_jax.main --config=configs/cifar10_lt_medium.py --workdir=runs/cifar10_medium
+"""
+
+from mfm_jax import config as config_lib
+
+
+def get_config():
+    config = config_lib.default()
+    config.model.name = "resnet20"
+    config.train.epochs = 20
+    config.train.batch_size = 50
+    config.meta.every = 12
+    config.meta.learning_rate = 2.5e-3
+    return config

@@ -1,0 +1,65 @@
+"""The accuracy study: its rows are runs that can be trained, and its tables say what the results say."""
+
+import csv
+import importlib
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+
+from mfm_jax import config as config_lib
+from mfm_jax.methods import METHODS
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def study():
+    sys.path.insert(0, str(REPOSITORY / "benchmarks"))
+    try:
+        yield importlib.import_module("study")
+    finally:
+        sys.path.remove(str(REPOSITORY / "benchmarks"))
+
+
+def results(balanced: float, tail: float, split: str = "test") -> dict:
+    found = {"balanced_accuracy": balanced, "head_third": 0.8, "middle_third": 0.5, "rarest_third": tail}
+    others = ("accuracy", "many", "medium", "few", "macro_f1", "roc_auc", "ece")
+    found |= dict.fromkeys(others, 0.5)
+    return {"last": {split: found}, "best": None, "split": split, "train_seconds": 1.0}
+
+
+def test_every_row_is_a_run_of_its_own(study, tmp_path):
+    rows = [row for tier in study.tiers(100.0, "runs/source").values() for row in tier]
+    planned = [run for row in rows for run in study.runs_of(row, config_lib.default(), tmp_path)]
+    assert len({run.label for run in planned}) == len(planned) - 10  # `borrowed` at 100 has ce's and mfm's of `main`
+    frozen = next(run.config for run in planned if run.label == "mfm_frozen, factor 200, seed 2")
+    assert frozen.meta.freeze
+    assert frozen.modulation.init_from == "runs/source"
+    assert (frozen.data.imbalance_factor, frozen.train.seed) == (200.0, 2)
+    assert {row.method for row in rows} == set(METHODS)
+
+
+def test_tables_by_hand(study, tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "shell", lambda row: shlex.join(["train", row.name]))
+    ce = study.Row("ce", "ce", 100.0, 3), [results(0.50, 0.1), results(0.52, 0.2), results(0.54, 0.3)]
+    mfm = study.Row("mfm", "mfm", 100.0, 2), [results(0.60, 0.5), results(0.64, 0.5)]
+    lines = study.markdown([ce, mfm]).splitlines()
+    assert lines[0] == "Imbalance factor 100"
+    # Pairs 10 and 12: mean 11, standard error 1, Student's 97.5 % quantile at one degree of freedom 12.7.
+    assert lines[4] == "| `mfm` | 62.0 ± 2.8 | 11.0 [-1.7, 23.7] | 80.0 | 50.0 | 50.0 | 2 |"
+    assert lines[5] == "| `ce` | 52.0 ± 2.0 | – | 80.0 | 50.0 | 20.0 | 3 |"
+    study.write_csv([ce, mfm], tmp_path / "table.csv")
+    rows = list(csv.DictReader((tmp_path / "table.csv").read_text().splitlines()))
+    assert rows[1] == {
+        "method": "mfm",
+        "imbalance_factor": "100",
+        "seeds": "2",
+        "balanced_accuracy_mean": "62.00",
+        "balanced_accuracy_std": "2.83",
+        "head_third": "80.00",
+        "middle_third": "50.00",
+        "tail_third": "50.00",
+        "command": "train mfm",
+    }
