@@ -76,6 +76,7 @@ def main_table(common: Spec, backend: str, *, torch: bool, quick: bool) -> list[
         replace(common, name="plain", step="plain"),
         replace(common, name="sampling and augmentation", step="input"),
         replace(common, name="default recipe", step="recipe"),
+        replace(common, name="default recipe, frozen", step="recipe", overrides=(("meta.freeze", True),)),
         replace(common, name="MFM, logits", sites=("logits",)),
         replace(common, name="MFM, pooled"),
         replace(four, name="MFM, four sites"),

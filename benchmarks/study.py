@@ -4,10 +4,10 @@
 
 Started again with the same folder it goes on where it was. Tiers (`--tiers=main,factors,...`), in their order:
 
-  main      factor 100, 5 seeds: CE, logit adjustment, LDAM-DRW, Meta-Weight-Net and MFM, each as validation chose
-  factors   factors 200 and 50, 5 seeds: CE, logit adjustment, MFM
-  given     factor 100, 5 seeds: logit adjustment as published, and with MFM's meta images to train on
-  transfer  factors 200 and 50, 3 seeds: MFM with the modulator of main's seed 0, frozen, and fine-tuned
+  main      factor 100, 5 seeds: CE, logit adjustment and MFM, each as validation chose
+  factors   factors 200 and 50, 3 seeds: the same
+  peers     factor 100, 3 seeds: LDAM-DRW and Meta-Weight-Net as validation chose, and logit adjustment as published
+  transfer  factors 200 and 50, 2 seeds: MFM with the modulator of main's seed 0, frozen, and fine-tuned
   borrowed  the config's factor, 5 seeds: CE, MFM, and MFM with the modulator of the run `--source`, frozen, fine-tuned
   others    factor 100, 1 seed: every other method at its defaults
 
@@ -30,7 +30,7 @@ from mfm_jax import command, compare, runs, tune
 from mfm_jax import config as config_lib
 from mfm_jax.methods import METHODS
 
-_TIERS = flags.DEFINE_list("tiers", ["main", "factors", "given", "transfer"], "What to run.")
+_TIERS = flags.DEFINE_list("tiers", ["main", "factors", "peers", "transfer"], "What to run.")
 _MAX_SEEDS = flags.DEFINE_integer("max_seeds", 5, "No row gets more seeds than this.")
 _SOURCE = flags.DEFINE_string("source", "", "Workdir of the run whose modulator is taken over; default: main's seed 0.")
 _OUT = flags.DEFINE_string("out", "", "CSV file of the rows, e.g. docs/results/cifar10_lt_small.csv.")
@@ -42,10 +42,14 @@ COLUMNS = (
     *("head_third", "middle_third", "tail_third", "command"),
 )
 THIRDS = {"head": "head third", "middle": "middle third", "rarest": "rarest third"}
-# What validation chose for a method, each from the same number of trials (docs/results/study.md).
+# What validation chose for a method, sampling included (docs/results/study.md); MFM's is in its config.
 CHOSEN: dict[str, Values] = {
-    "logit_adjusted": {"method.sampling": "square_root", "method.tau": 0.75},
+    "logit_adjusted": {"method.sampling": "square_root_later", "method.first_stage": 0.5, "method.tau": 0.75},
+    "ldam_drw": {"method.sampling": "square_root"},
+    "meta_weight_net": {"method.sampling": "square_root", "meta.learning_rate": 2.5e-4},
 }
+MAIN = ("ce", "logit_adjusted", "mfm")
+PEERS = ("ldam_drw", "meta_weight_net")
 
 
 class Row(NamedTuple):
@@ -63,32 +67,22 @@ Finished = list[tuple[Row, Results]]
 
 def tiers(own_factor: float, source: str) -> dict[str, list[Row]]:
     """Returns the rows of every tier; `source` is the run whose modulator is taken over."""
-    main = ("ce", "logit_adjusted", "ldam_drw", "meta_weight_net", "mfm")
     known = {"modulation.init_from": source}
     taken: dict[str, Values] = {"mfm_frozen": {**known, "meta.freeze": True}, "mfm_fine_tuned": known}
 
-    def chosen(names: Sequence[str], factor: float) -> list[Row]:
-        return [Row(name, name, factor, 5, CHOSEN.get(name, {})) for name in names]
+    def chosen(names: Sequence[str], factor: float, seeds: int) -> list[Row]:
+        return [Row(name, name, factor, seeds, CHOSEN.get(name, {})) for name in names]
 
     def transferred(factor: float, seeds: int) -> list[Row]:
         return [Row(name, "mfm", factor, seeds, values) for name, values in taken.items()]
 
     return {
-        "main": chosen(main, 100.0),
-        "factors": [row for factor in (200.0, 50.0) for row in chosen(("ce", "logit_adjusted", "mfm"), factor)],
-        "given": [
-            Row("logit_adjusted_natural", "logit_adjusted", 100.0, 5),
-            Row(
-                "logit_adjusted_meta",
-                "logit_adjusted",
-                100.0,
-                5,
-                {**CHOSEN["logit_adjusted"], "data.train_on_meta": True},
-            ),
-        ],
-        "transfer": [row for factor in (200.0, 50.0) for row in transferred(factor, 3)],
-        "borrowed": chosen(("ce", "mfm"), own_factor) + transferred(own_factor, 5),
-        "others": [Row(name, name, 100.0, 1) for name in METHODS if name not in main],
+        "main": chosen(MAIN, 100.0, 5),
+        "factors": [row for factor in (200.0, 50.0) for row in chosen(MAIN, factor, 3)],
+        "peers": [*chosen(PEERS, 100.0, 3), Row("logit_adjusted_natural", "logit_adjusted", 100.0, 3)],
+        "transfer": [row for factor in (200.0, 50.0) for row in transferred(factor, 2)],
+        "borrowed": chosen(("ce", "mfm"), own_factor, 5) + transferred(own_factor, 5),
+        "others": [Row(name, name, 100.0, 1) for name in METHODS if name not in MAIN + PEERS],
     }
 
 

@@ -34,10 +34,10 @@ def test_every_row_is_a_run_of_its_own(study, tmp_path):
     rows = [row for tier in study.tiers(100.0, "runs/source").values() for row in tier]
     planned = [run for row in rows for run in study.runs_of(row, config_lib.default(), tmp_path)]
     assert len({run.label for run in planned}) == len(planned) - 10  # `borrowed` at 100 has ce's and mfm's of `main`
-    frozen = next(run.config for run in planned if run.label == "mfm_frozen, factor 200, seed 2")
+    frozen = next(run.config for run in planned if run.label == "mfm_frozen, factor 200, seed 1")
     assert frozen.meta.freeze
     assert frozen.modulation.init_from == "runs/source"
-    assert (frozen.data.imbalance_factor, frozen.train.seed) == (200.0, 2)
+    assert (frozen.data.imbalance_factor, frozen.train.seed) == (200.0, 1)
     assert {row.method for row in rows} == set(METHODS)
 
 
