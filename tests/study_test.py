@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from mfm_jax import config as config_lib
+from mfm_jax import train
 from mfm_jax.methods import METHODS
 
 REPOSITORY = Path(__file__).parents[1]
@@ -21,6 +22,11 @@ def study():
         yield importlib.import_module("study")
     finally:
         sys.path.remove(str(REPOSITORY / "benchmarks"))
+
+
+@pytest.fixture(scope="module")
+def pictures(study):
+    return importlib.import_module("pictures")
 
 
 def results(balanced: float, tail: float, split: str = "test") -> dict:
@@ -63,3 +69,18 @@ def test_tables_by_hand(study, tmp_path, monkeypatch):
         "tail_third": "50.00",
         "command": "train mfm",
     }
+
+
+def test_pictures_of_finished_runs(pictures, study, tmp_path, monkeypatch):
+    config = config_lib.default()
+    config.data.update(source="digits", name="digits", imbalance_factor=20.0)
+    config.augment.update(pad=1, flip=False)
+    config.model.update(name="resnet8", width=2)
+    config.train.update(epochs=1, batch_size=64, max_steps=2)
+    for method in pictures.METHODS:
+        for run in study.runs_of(study.Row(method, method, 20.0, 1), config, tmp_path):
+            train.train_and_evaluate(run.config, run.workdir)
+    monkeypatch.setattr(sys, "argv", ["pictures", f"--runs={tmp_path / 'factor20'}", f"--out={tmp_path}"])
+    pictures.main()
+    assert "log odds of 9 against 1" in (tmp_path / "boundary.svg").read_text()
+    assert "training images of the class" in (tmp_path / "classes.svg").read_text()
