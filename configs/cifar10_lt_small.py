@@ -5,7 +5,7 @@
 Takes about 3 minutes on one CPU core. Balanced test accuracy, mean and standard deviation of 5 seeds: MFM 67.4 ± 0.8 %,
 CE 50.9 ± 0.8, logit adjustment with tuned sampling and tau 67.7 ± 0.2 (docs/results/study.md).
 
-The rate of phi is MFM's. The meta learners whose phi is a network want a fifth of it: --config.meta.learning_rate=2.5e-4.
+The rate of phi is MFM's. Meta-Weight-Net and L2AC, whose phi is a network, want --config.meta.learning_rate=2.5e-4.
 """
 
 from mfm_jax import config as config_lib
