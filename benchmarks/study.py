@@ -16,6 +16,7 @@ rows that are there are written to WORKDIR/study.md, with differences paired by 
 """
 
 import csv
+import math
 import shlex
 import statistics
 from collections.abc import Mapping, Sequence
@@ -120,10 +121,10 @@ def runs_of(row: Row, config: Any, workdir: Path) -> list[runs.Run]:
 
 
 def summary(results: Results) -> dict[str, float]:
-    """Returns mean and standard deviation (0 of one seed) of the last epoch's balanced accuracy, and its thirds, %."""
+    """Returns mean and standard deviation (NaN of one seed) of the last epoch's balanced accuracy, its thirds; in %."""
     last = [one["last"][one["split"]] for one in results]
     balanced = [100 * one["balanced_accuracy"] for one in last]
-    found = {"mean": statistics.fmean(balanced), "std": statistics.stdev(balanced) if len(balanced) > 1 else 0.0}
+    found = {"mean": statistics.fmean(balanced), "std": statistics.stdev(balanced) if len(balanced) > 1 else math.nan}
     return found | {name: 100 * statistics.fmean(one[f"{name}_third"] for one in last) for name in THIRDS}
 
 
@@ -145,7 +146,7 @@ def markdown(finished: Finished) -> str:
         lines += [" | ".join(["", *head, ""]).strip(), "|" + " --- |" * len(head)]
         for row, results in sorted(here, key=lambda pair: -summary(pair[1])["mean"]):
             found = summary(results)
-            cells = [f"`{row.name}`", f"{found['mean']:.1f} ± {found['std']:.1f}"]
+            cells = [f"`{row.name}`", f"{found['mean']:.1f} ± {found['std']:.1f}".removesuffix(" ± nan")]
             cells += ["–" if row.name == name else difference(results, known[name]) for name in against]
             cells += [f"{found[name]:.1f}" for name in THIRDS] + [str(row.seeds)]
             lines.append(" | ".join(["", *cells, ""]).strip())

@@ -56,6 +56,7 @@ def test_tables_by_hand(study, tmp_path, monkeypatch):
     # Pairs 10 and 12: mean 11, standard error 1, Student's 97.5 % quantile at one degree of freedom 12.7.
     assert lines[4] == "| `mfm` | 62.0 ± 2.8 | 11.0 [-1.7, 23.7] | 80.0 | 50.0 | 50.0 | 2 |"
     assert lines[5] == "| `ce` | 52.0 ± 2.0 | – | 80.0 | 50.0 | 20.0 | 3 |"
+    assert study.markdown([(mfm[0], mfm[1][:1])]).splitlines()[4] == "| `mfm` | 60.0 | 80.0 | 50.0 | 50.0 | 2 |"
     study.write_csv([ce, mfm], tmp_path / "table.csv")
     rows = list(csv.DictReader((tmp_path / "table.csv").read_text().splitlines()))
     assert rows[1] == {
