@@ -39,7 +39,7 @@ def write_page(
     classes = Classes(list(manifest["class_names"]), np.asarray(train["class_counts"]))
     costs = {row["method"]: row["time_ratio"] for row in rows}
     order = [name for name in results if name == baseline] + [name for name in results if name != baseline]
-    compared = [compared(name, results[name], costs[name]) for name in order]
+    methods = [compared(name, results[name], costs[name]) for name in order]
     content = {
         "manifest": manifest,
         "factor": f"{manifest['imbalance_factor']:g}",
@@ -50,9 +50,9 @@ def write_page(
         "failed": failed,
         "tuned": {name: values for name, values in tuned.items() if values},
         "pictures": {
-            "classes": figures.render(figures.draw_class_accuracies, (9.0, 4.6), classes, compared),
-            "trade_off": figures.render(figures.draw_trade_off, (5.4, 4.6), compared),
-            "cost": figures.render(figures.draw_cost, (5.4, 4.6), compared) if costs[order[0]] else None,
+            "classes": figures.render(figures.draw_class_accuracies, (9.0, 4.6), classes, methods),
+            "trade_off": figures.render(figures.draw_trade_off, (5.4, 4.6), methods),
+            "cost": figures.render(figures.draw_cost, (5.4, 4.6), methods) if costs[order[0]] else None,
         },
     }
     path = workdir / "compare.html"
