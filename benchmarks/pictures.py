@@ -14,13 +14,13 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from study import MAIN
 
 from mfm_jax import config as config_lib
 from mfm_jax import data as data_lib
 from mfm_jax import figures, predict
 from mfm_jax.comparison import compared
 
-METHODS = ("ce", "logit_adjusted", "mfm")
 HEAD, TAIL = 1, 9  # of CIFAR-10: automobile and truck, which are alike
 
 
@@ -41,7 +41,7 @@ def draw_classes(figure: Figure, runs: Path) -> None:
     classes = figures.Classes(manifest["class_names"], np.asarray(manifest["splits"]["train"]["class_counts"]))
     results = {
         name: [json.loads(path.read_text()) for path in sorted((runs / name).glob("seed*/results.json"))]
-        for name in METHODS
+        for name in MAIN
     }
     figures.draw_class_accuracies(figure, classes, [compared(name, found, None) for name, found in results.items()])
 

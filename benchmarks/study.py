@@ -93,6 +93,7 @@ def main(argv: Sequence[str]) -> int:
     planned = tiers(config.data.imbalance_factor, _SOURCE.value or str(workdir / "factor100" / "mfm" / "seed0"))
     finished: Finished = []
     failed: list[str] = []
+    tables = ""
     for tier in _TIERS.value:
         rows = [row._replace(seeds=min(_MAX_SEEDS.value, row.seeds)) for row in planned[tier]]
         todo = [runs_of(row, config, workdir) for row in rows]
@@ -102,10 +103,11 @@ def main(argv: Sequence[str]) -> int:
             failed += [f"{row.name}, seed {seed}: {one.error}" for seed, one in enumerate(found) if one.error]
             finished.append((row, [one.results for one in found if one.results]))
         finished = [(row, results) for row, results in finished if len(results) == row.seeds]
-        (workdir / "study.md").write_text(markdown(finished))
+        tables = markdown(finished)
+        (workdir / "study.md").write_text(tables)
         if _OUT.value:
             write_csv(finished, Path(_OUT.value))
-    print((workdir / "study.md").read_text(), *(f"failed: {line}" for line in failed), sep="\n")
+    print(tables, *(f"failed: {line}" for line in failed), sep="\n")
     return 1 if failed else 0
 
 

@@ -237,7 +237,8 @@ def _tested(config: Config, method: Method, counts: jax.Array, retrain_from: int
 def _order(config: Config, method: Method, data: LongTailData) -> Callable[[jax.Array, int], jax.Array]:
     size, labels = config.train.batch_size, jnp.asarray(data.train_labels)
     steps = batches.steps_per_epoch(len(labels), size)
-    sampler = sampling.SAMPLERS.get(config.method.sampling, method.sampler)
+    chosen = config.method.sampling
+    sampler = method.sampler if chosen == "own" else sampling.SAMPLERS[chosen]
 
     def order(key: jax.Array, epoch: int) -> jax.Array:
         draw = sampler(config, data.counts, epoch)

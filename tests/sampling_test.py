@@ -1,5 +1,7 @@
 """How often each class is drawn: the distributions by hand, and what the order table makes of them."""
 
+import dataclasses
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -37,6 +39,11 @@ def test_shares_by_hand(sampler, epoch, share):
     draw = sampler(CONFIG, COUNTS, epoch)
     chex.assert_trees_all_close(draw.share, np.asarray(share, np.float32), rtol=1e-6)
     assert draw.keep.tolist() == ([1] * 4 if sampler is sampling.undersampled else COUNTS.tolist())
+
+
+def test_every_sampling_that_a_config_may_choose_is_there():
+    field = next(field for field in dataclasses.fields(config_lib.Method) if field.name == "sampling")
+    assert set(field.metadata["choices"]) == {"own", *sampling.SAMPLERS}
 
 
 def test_the_long_tailed_distribution_needs_no_draw():

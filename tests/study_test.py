@@ -78,7 +78,7 @@ def test_pictures_of_finished_runs(pictures, study, tmp_path, monkeypatch):
     config.augment.update(pad=1, flip=False)
     config.model.update(name="resnet8", width=2)
     config.train.update(epochs=1, batch_size=64, max_steps=2)
-    for method in pictures.METHODS:
+    for method in study.MAIN:
         for run in study.runs_of(study.Row(method, method, 20.0, 1), config, tmp_path):
             train.train_and_evaluate(run.config, run.workdir)
     monkeypatch.setattr(sys, "argv", ["pictures", f"--runs={tmp_path / 'factor20'}", f"--out={tmp_path}"])
