@@ -32,22 +32,40 @@ def _between(default: float, low: float, high: float = math.inf) -> Any:
 class Data:
     """Which images, and how they are made long-tailed (see `longtail`)."""
 
-    source: str = _one_of("tfds", "digits")
-    name: str = "cifar10"  # the TFDS name; not read for `digits`
-    root: str = ""  # folder of prepared TFDS data; "" = $TFDS_DATA_DIR, else TFDS's own default
-    imbalance_factor: float = _between(100.0, 1.0)  # largest class count / smallest
-    protocol: str = _one_of("meta_held_out", "full")
-    val_images_per_class: int = _between(0, 0)
+    source: str = _one_of("tfds", "digits", "folder", "list")
+    name: str = "cifar10"  # tfds: its name there
+    root: str = ""  # tfds: prepared data ("" = $TFDS_DATA_DIR, else TFDS's default); folder, list: where the images are
+    train_list: str = ""  # list: file of `path label` lines, or CSV with the columns path, label (and group)
+    val_list: str = ""  # list: likewise; a split without a list is made, meta apart
+    meta_list: str = ""
+    test_list: str = ""
+    imbalance_factor: float = _between(100.0, 1.0)  # largest class count / smallest; `natural`: 1 = as it is
+    protocol: str = _one_of("meta_held_out", "full", "natural")
+    val_images_per_class: int = _between(0, 0)  # meta_held_out, full
+    val_fraction: float = _between(0.1, 0.0, 0.9)  # natural: of each class, where the data has no validation split
+    test_fraction: float = _between(0.2, 0.0, 0.9)  # folder, list: of each class, where the data has no test split
+    group: str = ""  # folder, list: regular expression; files whose paths match it with equal groups stay in one split
+    on_bad_image: str = _one_of(
+        "error", "skip"
+    )  # folder, list: an image that cannot be used ends the run, or is left out
     seed: int = _between(0, 0, 2**31 - 1)  # picks the images of each split; not the training randomness
     train_on_meta: bool = False  # also train on the meta images: a baseline then sees what MFM sees
-    image_size: int = _between(0, 0)  # average images to this many pixels a side; 0 = as stored
+    image_size: int = _between(0, 0)  # pixels a side; 0 = as stored
+    fit: str = _one_of("crop", "pad", "squeeze")  # folder, list: how a picture of another shape becomes square
+    channels: int = _between(0, 0, 3)  # folder, list: 1 grey, 3 colour; 0 = grey where every image is
+    normalize: str = _one_of("own", "imagenet", "half")  # mean and std: of the set, ImageNet's, or 0.5 (ViT)
+    resident_mb: int = _between(4096, 0)  # decoded images up to this many MB stay on the device; more are streamed
+    workers: int = _between(2, 0)  # streaming: processes that decode; 0 = in the main process
     manifest: str = ""  # re-use this split manifest instead of drawing one
 
 
 @dataclass(frozen=True)
 class Augment:
-    """Training-time augmentation, done on the device."""
+    """Training-time augmentation: on the device, but for `crop = "resized"`, which needs the whole picture."""
 
+    crop: str = _one_of("shift", "resized")  # shift by up to `pad`; resized: streamed files, RandomResizedCrop
+    min_area: float = _between(0.08, 0.01, 1.0)  # crop resized: least part of the picture that is seen
+    color_jitter: float = _between(0.0, 0.0, 1.0)  # brightness, contrast, saturation vary by up to this factor; 0 = off
     pad: int = _between(4, 0)  # reflect-pad this many pixels, then crop at random; 0 = off
     flip: bool = True  # mirror left-right with probability 1/2
     mixup: float = _between(0.0, 0.0)  # mix images in pairs, shares from Beta(mixup, mixup); 0 = off
@@ -57,8 +75,15 @@ class Augment:
 class Model:
     """The classifier (see `models`)."""
 
-    name: str = _one_of("resnet32", "resnet8", "resnet20", "resnet44", "resnet56")
-    width: int = _between(16, 1)  # channels of the stem and stage1; doubled by each later stage
+    name: str = _one_of(
+        *("resnet32", "resnet8", "resnet20", "resnet44", "resnet56"),  # for 16 to 64 pixels a side
+        *("resnet10", "resnet18", "resnet50", "resnet101", "resnet152", "resnext50", "vit_b16"),  # for 224
+    )
+    width: int = _between(0, 0)  # ResNets: channels of the stem, doubled by stages; 0 = 16 for small images, 64 for 224
+    pretrained: str = ""  # weights to start from: .safetensors, .npz, or a PyTorch state dict; the head may differ
+    tune: str = _one_of("all", "head", "adapters")  # what is trained; adapters: ViT, beside each MLP, and the head
+    adapter_size: int = _between(64, 1)  # tune adapters: hidden units of each
+    remat: bool = False  # compute activations again in the backward pass: less memory, a third more time
 
 
 # The methods that go on in a second stage, which gets the last part of the epochs and its own learning-rate schedule.
@@ -147,6 +172,7 @@ class Train:
 
     epochs: int = _between(200, 1)
     batch_size: int = _between(100, 1)  # over all devices together, as meta.batch_size is
+    accumulate: int = _between(1, 1)  # compute a batch in this many parts, one after the other: less memory
     seed: int = _between(0, 0, 2**31 - 1)
     max_steps: int = _between(0, 0)  # stop after this many steps; 0 = after `epochs`
     steps_per_call: int = _between(0, 0)  # steps in one compiled call; 0 = 1 on CPU, 10 elsewhere

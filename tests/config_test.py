@@ -41,8 +41,8 @@ def test_defaults_go_round():
 
 def test_a_field_that_a_config_file_invents_is_refused_with_those_that_exist():
     config = config_lib.default()
-    config.model.depth = 3
-    assert refusal(config) == "model.depth: no such field; allowed: model.name, model.width"
+    config.parallel.depth = 3
+    assert refusal(config) == "parallel.depth: no such field; allowed: parallel.batch_norm, parallel.fsdp"
 
 
 def test_the_default_config_keeps_its_types():
@@ -91,7 +91,9 @@ def test_unknown_fields():
         "optimizer: no such field; allowed: data, augment, model, method, modulation, meta, optim, train, parallel,"
         " eval, checkpoint"
     )
-    assert refusal({"model": {"depth": 3}}) == "model.depth: no such field; allowed: model.name, model.width"
+    assert refusal({"parallel": {"depth": 3}}) == (
+        "parallel.depth: no such field; allowed: parallel.batch_norm, parallel.fsdp"
+    )
     assert refusal({"model": "resnet32"}) == "model = 'resnet32': expected a group of fields"
 
 

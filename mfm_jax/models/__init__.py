@@ -15,4 +15,4 @@ VIRTUAL_GROUPS: dict[str, tuple[str, ...]] = {"head": ("head",), "last_stage": (
 
 def create(name: str, num_classes: int, width: int, dtype: DTypeLike = jnp.float32) -> CifarResNet:
     """Returns the classifier called `name`."""
-    return CifarResNet(_BLOCKS[name], num_classes, width, dtype)
+    return CifarResNet(_BLOCKS[name], num_classes, width or 16, dtype)
