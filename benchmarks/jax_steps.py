@@ -188,7 +188,7 @@ def _input(spec: Spec) -> Program:
 
     @jax.jit
     def sample(key: jax.Array) -> jax.Array:
-        pictures = augment.augment_batch(key, batches_lib.gather(images, index), settings.pad, settings.flip)
+        pictures = augment.augment_batch(key, batches_lib.gather(images, index), settings)
         return augment.normalize(pictures, mean, std)
 
     began = time.perf_counter()

@@ -7,6 +7,8 @@ spread over devices.
 import jax
 import jax.numpy as jnp
 
+from mfm_jax.config import Augment
+
 
 def crop_flip(key: jax.Array, image: jax.Array, pad: int, flip: bool) -> jax.Array:
     """Shifts one image by up to `pad` pixels each way (reflecting at the edges) and mirrors it half the time.
@@ -37,12 +39,50 @@ def _reflect(index: jax.Array, size: int) -> jax.Array:
     return (size - 1) - jnp.abs((size - 1) - jnp.abs(index))
 
 
-def augment_batch(key: jax.Array, images: jax.Array, pad: int, flip: bool) -> jax.Array:
-    """Applies `crop_flip` to each of `images` `[B, H, W, C]` with a key of its own."""
-    if not (pad or flip):
+def color_jitter(key: jax.Array, image: jax.Array, strength: float) -> jax.Array:
+    """Varies brightness, contrast and saturation of one image, each by a factor from 1 - strength to 1 + strength.
+
+    Brightness multiplies the pixels, contrast their distance from the mean luminance, saturation each pixel's distance
+    from its own luminance (Rec. 601: 0.299 R + 0.587 G + 0.114 B), one after the other, cut off at 0 and 255.
+
+    Args:
+      key: this example's PRNG key.
+      image: `[H, W, C]`, 0..255, C = 1 or 3.
+      strength: 0 to 1.
+
+    Returns:
+      `[H, W, C]` float32, 0..255.
+    """
+    brightness, contrast, saturation = jax.random.uniform(key, (3,), jnp.float32, 1 - strength, 1 + strength)
+    image = jnp.clip(image.astype(jnp.float32) * brightness, 0, 255)
+    image = _away_from(luminance(image).mean(), image, contrast)
+    return _away_from(luminance(image), image, saturation)
+
+
+def luminance(image: jax.Array) -> jax.Array:
+    """Returns the luminance `[H, W, 1]` of `[H, W, C]` (Rec. 601); a grey image is its own."""
+    if image.shape[-1] == 1:
+        return image
+    return (image * jnp.array([0.299, 0.587, 0.114], image.dtype).reshape(1, 1, 3)).sum(-1, keepdims=True)
+
+
+def _away_from(origin: jax.Array, image: jax.Array, factor: jax.Array) -> jax.Array:
+    return jnp.clip(origin + factor * (image - origin), 0, 255)
+
+
+def augment_batch(key: jax.Array, images: jax.Array, settings: Augment) -> jax.Array:
+    """Applies `crop_flip` and `color_jitter`, as set, to each of `images` `[B, H, W, C]` with a key of its own."""
+    pad = settings.pad if settings.crop == "shift" else 0
+
+    def one(key: jax.Array, image: jax.Array) -> jax.Array:
+        image = crop_flip(key, image, pad, settings.flip)
+        if not settings.color_jitter:
+            return image
+        return color_jitter(jax.random.fold_in(key, 1), image, settings.color_jitter)
+
+    if not (pad or settings.flip or settings.color_jitter):
         return images
-    keys = jax.random.split(key, images.shape[0])
-    return jax.vmap(lambda k, image: crop_flip(k, image, pad, flip))(keys, images)
+    return jax.vmap(one)(jax.random.split(key, images.shape[0]), images)
 
 
 def mixup(key: jax.Array, images: jax.Array, labels: jax.Array, alpha: float) -> tuple[jax.Array, ...]:

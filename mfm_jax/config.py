@@ -323,13 +323,20 @@ def _check_together(config: Config) -> None:
             "meta.lagged = True: l2rw's weights belong to one batch, so the next step cannot use them;"
             " set meta.lagged = False"
         )
+    if config.augment.crop == "resized" and config.data.source not in ("folder", "list"):
+        raise UserError(
+            f"augment.crop = 'resized': needs whole pictures, which only data.source = 'folder' or 'list' has, not"
+            f" {config.data.source!r}; use 'shift'"
+        )
     if 0 < config.train.spike_factor <= 1:
         raise UserError(f"train.spike_factor = {config.train.spike_factor}: allowed: more than 1, or 0 for none")
     if config.method.name in STAGED:
         _check_stages(config)
-    if not config.eval.test and not config.data.val_images_per_class:
+    has_val = config.data.val_fraction if config.data.protocol == "natural" else config.data.val_images_per_class
+    if not config.eval.test and not has_val:
         raise UserError(
-            "eval.test = False: there is nothing else to show; choose data.val_images_per_class = 1 or more"
+            "eval.test = False: there is nothing else to show; choose data.val_images_per_class, or under protocol"
+            " natural data.val_fraction, above 0"
         )
     for name, epochs in (
         ("optim.warmup_epochs", config.optim.warmup_epochs),

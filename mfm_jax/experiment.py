@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from mfm_jax import bilevel, losses, methods, models, modulation, optim, parallel
 from mfm_jax.config import Config
 from mfm_jax.data import LongTailData, batches
+from mfm_jax.data.streaming import Files
 from mfm_jax.errors import UserError
 from mfm_jax.methods import METHODS, Method, heads, meta, sampling
 from mfm_jax.types import ApplyFn, BilevelState, LossFn, MetaLearner, Modulator, PyTree
@@ -69,10 +70,11 @@ def build(config: Config, data: LongTailData, mesh: Mesh | None = None) -> Exper
         does not divide by the devices.
     """
     method, objective, counts = METHODS[config.method.name], methods.objective(config), jnp.asarray(data.counts)
-    _check_images(config, min(data.train_images.shape[1:3]))
+    _check_images(config, method, data)
     axis_name = parallel.AXIS if mesh else None
-    if mesh:
-        _check_divisible(config, mesh.size)
+    devices = mesh.size if mesh else 1
+    _check_divisible(config, devices)
+    _check_parts(config, devices, has_meta_step=method.learner is not None)
     local = models.create(config.model.name, data.num_classes, config.model.width, jnp.dtype(config.train.dtype))
     image = jnp.zeros((1, *data.train_images.shape[1:]), jnp.float32)
     channels = _channels(config, local, image)  # checks the sites for every method
@@ -102,7 +104,7 @@ def build(config: Config, data: LongTailData, mesh: Mesh | None = None) -> Exper
         return bilevel.init_state(state_key, variables, tx, trained, mod_tx if learns or method.retraining else None)
 
     plain_step: Callable = bilevel.make_plain_step(
-        apply, loss_fn, tx, learner, class_weights=class_weights, axis_name=axis_name
+        apply, loss_fn, tx, learner, class_weights=class_weights, parts=config.train.accumulate, axis_name=axis_name
     )
     meta_step = _meta_step(config, apply, loss_fn, tx, learner, mod_tx, class_weights, axis_name) if learns else None
     retrain_step = _retrain_step(method, apply, image.shape[1:], loss_fn, mod_tx, axis_name)
@@ -206,6 +208,7 @@ def _meta_step(config, apply, loss_fn, tx, learner, mod_tx, class_weights, axis_
         lagged=config.meta.lagged,
         virtual_groups=models.VIRTUAL_GROUPS.get(config.meta.virtual),
         bn=config.meta.bn,
+        parts=config.train.accumulate,
         axis_name=axis_name,
     )
 
@@ -252,9 +255,12 @@ def _order(config: Config, method: Method, data: LongTailData) -> Callable[[jax.
     return order
 
 
-def _check_images(config: Config, side: int) -> None:
-    if config.augment.pad >= side:
+def _check_images(config: Config, method: Method, data: LongTailData) -> None:
+    side, streamed = min(data.train_images.shape[1:3]), isinstance(data.train_images, Files)
+    if config.augment.crop == "shift" and config.augment.pad >= side:
         raise UserError(f"augment.pad = {config.augment.pad}: images are {side} pixels wide; choose at most {side - 1}")
+    if streamed and method.retraining and method.retraining.synthetic:
+        raise UserError(f"method.name = {config.method.name!r}: needs all images at once; raise data.resident_mb")
 
 
 def _check_divisible(config: Config, devices: int) -> None:
@@ -267,4 +273,15 @@ def _check_divisible(config: Config, devices: int) -> None:
             raise UserError(
                 f"parallel.batch_norm = 'local': {field} = {size} does not divide by {devices} devices; use a multiple"
                 f" of {devices}, or parallel.batch_norm = 'sync', which pads"
+            )
+
+
+def _check_parts(config: Config, devices: int, *, has_meta_step: bool) -> None:
+    """Refuses batches that do not divide into `train.accumulate` equal parts on every device."""
+    parts = config.train.accumulate
+    for field, size in (("train.batch_size", config.train.batch_size), ("meta.batch_size", config.meta.batch_size)):
+        if parts > 1 and size % (parts * devices) and (has_meta_step or field == "train.batch_size"):
+            raise UserError(
+                f"train.accumulate = {parts}: {field} = {size} does not divide into so many parts on {devices} devices;"
+                f" use a multiple of {parts * devices}"
             )

@@ -12,6 +12,7 @@ import functools
 import io
 import math
 import re
+import textwrap
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -20,6 +21,7 @@ import markupsafe
 import numpy as np
 
 from mfm_jax import longtail
+from mfm_jax.gallery import Gallery
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -31,6 +33,7 @@ CELL_CLASSES = 12  # up to this many classes the confusion matrix prints its num
 _WIDE_CLASSES = 200  # above this many classes bars touch
 _LINES = 20  # up to this many channels or classes the modulation is drawn as one line each
 _NAMED_POINTS = 8  # up to so many methods have their names at their points
+_GALLERY_COLUMNS = 8
 _CURVE_POINTS = 400  # longer curves are averaged down to this many points
 
 # Blue is the head and orange is the tail, in every figure; both are legible on white and on near-black.
@@ -308,6 +311,40 @@ def draw_meta_gradient(figure: "Figure", train: Rows) -> str:
         "The meta-gradient, means over each epoch: its norm, and the cosine between each meta-step's and Adam's running"
         " mean of those before it. Near 1 they pull one way; around 0 they are noise, and Adam turns noise into drift."
     )
+
+
+def draw_gallery(figure: "Figure", classes: Classes, gallery: Gallery) -> str:
+    """Pictures of rare classes with their right answers above, their wrong ones below."""
+    right = gallery.answers == gallery.labels
+    rows = [np.flatnonzero(right), np.flatnonzero(~right)]
+    lines = [-(-len(row) // _GALLERY_COLUMNS) for row in rows]
+    grid = figure.subplots(max(sum(lines), 1), _GALLERY_COLUMNS, squeeze=False)
+    for axes in grid.flat:
+        axes.set_axis_off()
+    for first, row in zip((0, lines[0]), rows, strict=True):
+        for axes, i in zip(grid[first:].flat, row, strict=False):
+            image, answer = gallery.images[i], classes.names[gallery.answers[i]]
+            axes.imshow(image[..., 0] if image.shape[-1] == 1 else image, cmap="gray", vmin=0, vmax=255)
+            title = [_wrapped(classes.names[gallery.labels[i]])]
+            if not right[i]:
+                title.append(f"→ {_wrapped(answer)}")
+            axes.set_title("\n".join([*title, f"{100 * gallery.confidence[i]:.0f} %"]), fontsize=5.5, loc="center")
+    return (
+        "Pictures of the classes with the fewest training images, most confident first, at most two of a class:"
+        f" {len(rows[0])} that were right, then {len(rows[1])} that were wrong, with what was answered (→)."
+    )
+
+
+def gallery_inches(gallery: Gallery) -> tuple[float, float]:
+    """Returns the size to draw a gallery at."""
+    right = int((gallery.answers == gallery.labels).sum())
+    lines = [-(-count // _GALLERY_COLUMNS) for count in (right, len(gallery.labels) - right)]
+    return 9.0, 1.55 * lines[0] + 1.7 * lines[1]
+
+
+def _wrapped(name: str, width: int = 20) -> str:
+    """Returns a class name in lines of at most `width` letters."""
+    return "\n".join(textwrap.wrap(name.replace("_", " "), width)) or name
 
 
 @dataclasses.dataclass(frozen=True)

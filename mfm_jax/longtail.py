@@ -11,6 +11,10 @@ Which images were kept matters as much as how many, so a split is written as a m
 every split, the recipe that chose them and a hash over all of it. A manifest can be shared and re-used, and
 `check_leakage` proves from it alone that no test image was trained on.
 
+Data that is long-tailed by nature is taken as it is (`natural`): parts that it does not bring are held out of every
+class in proportion, whole groups at a time where records belong together, and the meta set is redrawn from the training
+set as under `full` unless the data has one.
+
 Picks come from one permutation a class, seeded by (seed, class): validation images are its first entries,
 then meta, then training. Training sets of one seed are therefore nested: factor 100 keeps a subset of factor
 50.
@@ -37,7 +41,7 @@ Ints = npt.NDArray[np.int64]
 MANIFEST_FORMAT = 1
 
 # First entries of the seed of each random stream, so that no two of them are ever the same stream.
-_PICK, _REDRAW = 0, 1
+_PICK, _REDRAW, _HOLD_OUT = 0, 1, 2
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -45,9 +49,9 @@ class Split:
     """Positions in the labels that were split: int64, sorted, without repeats."""
 
     train: Ints  # [N], long-tailed
-    meta: Ints  # [K * m], balanced; under `full` a part of `train`, as drawn for epoch 0
-    val: Ints  # [K * v], balanced
-    protocol: str  # "meta_held_out" or "full"
+    meta: Ints  # [K * m], balanced; where it is redrawn, a part of `train`, as drawn for epoch 0
+    val: Ints  # [K * v], balanced; under `natural` as long-tailed as `train`
+    redrawn: bool  # whether the meta set is redrawn from `train` every epoch
 
 
 class Records(NamedTuple):
@@ -118,7 +122,97 @@ def make_split(
         meta = train[redraw_meta(labels[train], num_classes, meta_images_per_class, seed, 0)].ravel()
     else:
         meta = np.concatenate([pick[val_images_per_class:first] for pick in picks])
-    return Split(train=train, meta=np.sort(meta), val=np.sort(np.concatenate(val)), protocol=protocol)
+    return Split(train=train, meta=np.sort(meta), val=np.sort(np.concatenate(val)), redrawn=protocol == "full")
+
+
+def natural_split(
+    labels: npt.NDArray[np.integer],
+    num_classes: int,
+    *,
+    given: npt.NDArray[np.str_],
+    groups: Sequence[str],
+    imbalance_factor: float,
+    meta_images_per_class: int,
+    val_fraction: float,
+    seed: int,
+) -> Split:
+    """Splits `labels` (integers [N]), long-tailed by nature, into training, meta and validation set.
+
+    Args:
+      labels: the classes of the records.
+      num_classes: K.
+      given: the split of each record: "train", or "val" or "meta" where the data says so itself.
+      groups: the group of each record, "" for none: records of a group are never divided.
+      imbalance_factor: 1 keeps the training set as it is. A larger factor f keeps of the class with the r-th most
+        images at most `int(n_max * f ** (-r / (K - 1)))`.
+      meta_images_per_class: the meta set is so many images a class of the training set, or as many as its smallest
+        class has; not read where the data has a meta set.
+      val_fraction: part of each class that is held out (`hold_out`); not read where the data has a validation set.
+      seed: of the draws.
+
+    Raises:
+      UserError: a class has no training image, or none in the meta set that the data brings.
+    """
+    train, val, meta = (np.flatnonzero(given == name).astype(np.int64) for name in ("train", "val", "meta"))
+    if not len(val) and val_fraction:
+        held = hold_out(labels[train], num_classes, [groups[int(i)] for i in train], val_fraction, seed)
+        train, val = train[~held], train[held]
+    train = _longer(train, labels, num_classes, imbalance_factor, seed)
+    for name, part in (("training", train), ("meta", meta)):
+        missing = np.flatnonzero(np.bincount(labels[part], minlength=num_classes) == 0)
+        if len(part) and len(missing):
+            raise UserError(f"data: class {missing[0]} has no {name} image; every class needs at least one")
+    redrawn = not len(meta)
+    if redrawn:
+        meta = np.sort(train[redraw_meta(labels[train], num_classes, meta_images_per_class, seed, 0)].ravel())
+    return Split(train=train, meta=meta, val=val, redrawn=redrawn)
+
+
+def _longer(train: Ints, labels: npt.NDArray[np.integer], num_classes: int, factor: float, seed: int) -> Ints:
+    """Returns what a larger imbalance factor leaves of the positions `train`."""
+    if factor == 1:
+        return train
+    counts = np.bincount(labels[train], minlength=num_classes)
+    by_count = np.lexsort((np.arange(num_classes), -counts))
+    limit = np.empty(num_classes, np.int64)
+    limit[by_count] = class_counts(int(counts.max()), num_classes, factor)
+    kept = [
+        np.random.default_rng([_PICK, seed, c]).permutation(train[labels[train] == c])[: limit[c]]
+        for c in range(num_classes)
+    ]
+    return np.sort(np.concatenate(kept))
+
+
+def hold_out(
+    labels: npt.NDArray[np.integer], num_classes: int, groups: Sequence[str], fraction: float, seed: int
+) -> npt.NDArray[np.bool_]:
+    """Returns which of the records (labels [N], groups of length N) are held out, bool [N].
+
+    Of a class with n records `round(fraction * n)` are, at least one where it has two or more and never all. Records of
+    one group (other than "") go together: groups are taken at random, for the rarest class first, until a class has
+    its share; one that would leave a class without a record is passed over. So a class may get more than its share,
+    or, where all its records are of one group, none.
+    """
+    counts = np.bincount(labels, minlength=num_classes)
+    wanted = np.where(counts > 1, np.maximum(np.rint(fraction * counts), 1), 0).astype(np.int64)
+    wanted = np.minimum(wanted, np.maximum(counts - 1, 0)) if fraction else np.zeros_like(wanted)
+    held, left = np.zeros(len(labels), bool), counts
+    members: dict[str, list[int]] = {}
+    for i, group in enumerate(groups):
+        if group:
+            members.setdefault(group, []).append(i)
+    taken = np.zeros(num_classes, np.int64)
+    for c in np.argsort(counts, kind="stable"):
+        for i in np.random.default_rng([_HOLD_OUT, seed, c]).permutation(np.flatnonzero(labels == c)):
+            if taken[c] >= wanted[c]:
+                break
+            together = members.get(groups[i], [i])
+            change = np.bincount(labels[together], minlength=num_classes)
+            if held[i] or ((change > 0) & (change >= left)).any():
+                continue
+            held[together] = True
+            taken, left = taken + change, left - change
+    return held
 
 
 def _left_over(sizes: Sequence[int], val: int, meta: int) -> int:

@@ -17,6 +17,8 @@ from flax import struct
 from mfm_jax import augment, parallel
 from mfm_jax.config import Config, Train
 from mfm_jax.data import LongTailData, batches
+from mfm_jax.data.sources import Images, Labels
+from mfm_jax.data.streaming import Files
 from mfm_jax.experiment import Experiment
 from mfm_jax.methods import smote
 from mfm_jax.types import META_METRICS, Batch, BilevelState, Metrics
@@ -47,11 +49,12 @@ class LoopState(struct.PyTreeNode):
 
 
 class DeviceData(struct.PyTreeNode):
-    """The resident data and one epoch's order.
+    """The resident data and one epoch's order; or, where images are streamed, a step's batches.
 
     images: uint8 [N, H, W, C], or a second stage's features float32 [N, C]; labels: int32 [N].
     meta_images, meta_labels: the pool that the meta table indexes.
-    order: int32 [steps, B]; meta_table: int32 [K, m].
+    order: int32 [steps, B], None where `images` are the batch itself.
+    meta_table: int32 [K, m], None where `meta_images` are the meta batch.
     mean, std: float32 [C].
     """
 
@@ -59,8 +62,8 @@ class DeviceData(struct.PyTreeNode):
     labels: jax.Array
     meta_images: jax.Array
     meta_labels: jax.Array
-    order: jax.Array
-    meta_table: jax.Array
+    order: jax.Array | None
+    meta_table: jax.Array | None
     mean: jax.Array
     std: jax.Array
 
@@ -75,14 +78,17 @@ def make_call(experiment: Experiment, config: Config, seeds: int = 1) -> Callabl
     runs convolutions inside a loop many times slower than outside); several are a `lax.scan`. The loop state is
     donated.
     """
-    pad, flip = config.augment.pad, config.augment.flip
 
-    def sample(key: jax.Array, images: jax.Array, labels: jax.Array, index: jax.Array, data: DeviceData) -> Batch:
-        pictures = augment.augment_batch(key, batches.gather(images, index), pad, flip)
-        return Batch(augment.normalize(pictures, data.mean, data.std), batches.gather(labels, index))
+    def sample(
+        key: jax.Array, images: jax.Array, labels: jax.Array, index: jax.Array | None, data: DeviceData
+    ) -> Batch:
+        if index is not None:
+            images, labels = batches.gather(images, index), batches.gather(labels, index)
+        pictures = augment.augment_batch(key, images, config.augment)
+        return Batch(augment.normalize(pictures, data.mean, data.std), labels)
 
-    def training_batch(keys: jax.Array, index: jax.Array, data: DeviceData, kind: str) -> Batch:
-        if kind == "retrain" and experiment.synthetic:
+    def training_batch(keys: jax.Array, index: jax.Array | None, data: DeviceData, kind: str) -> Batch:
+        if kind == "retrain" and experiment.synthetic and index is not None:
             return Batch(batches.gather(data.images, index), batches.gather(data.labels, index))
         batch = sample(keys[0], data.images, data.labels, index, data)
         if config.augment.mixup:
@@ -92,16 +98,18 @@ def make_call(experiment: Experiment, config: Config, seeds: int = 1) -> Callabl
 
     def one(loop: LoopState, data: DeviceData, kind: str) -> LoopState:
         state = loop.bilevel
-        keys = jax.random.split(jax.random.fold_in(state.key, state.step), 4)
-        index = data.order[state.step % experiment.steps_per_epoch]
+        keys = _keys(state.key, state.step)
+        index = None if data.order is None else data.order[state.step % experiment.steps_per_epoch]
         batch = training_batch(keys, index, data, kind)
         is_meta = kind == "meta"
         if kind == "retrain" and experiment.retrain_step is not None:
             new_state, metrics = experiment.retrain_step(state, batch)
         elif is_meta and experiment.meta_step is not None:
-            index = batches.meta_indices(keys[1], state.step, data.meta_table, config.meta.batch_size)
-            # Drawn by each device for itself: divided, the sorting would cost more in messages than it saves.
-            index = parallel.whole(index, experiment.mesh)
+            index = None
+            if data.meta_table is not None:
+                index = meta_index(state.key, state.step, data.meta_table, config.meta.batch_size)
+                # Drawn by each device for itself: divided, the sorting would cost more in messages than it saves.
+                index = parallel.whole(index, experiment.mesh)
             meta_batch = sample(keys[2], data.meta_images, data.meta_labels, index, data)
             new_state, metrics = experiment.meta_step(state, batch, meta_batch)
         else:
@@ -122,6 +130,16 @@ def make_call(experiment: Experiment, config: Config, seeds: int = 1) -> Callabl
         return jax.lax.scan(lambda c, _: (step(c, data, kind), None), loop, length=len(is_meta))[0]
 
     return call
+
+
+def _keys(key: jax.Array, step: jax.Array) -> jax.Array:
+    """Returns a step's keys: of the augmentation, the meta batch, its augmentation, and mixup."""
+    return jax.random.split(jax.random.fold_in(key, step), 4)
+
+
+def meta_index(key: jax.Array, step: jax.Array, table: jax.Array, batch_size: int) -> jax.Array:
+    """Returns the meta batch of a step, int32 [batch_size], out of `table` [K, m]; `key` is `BilevelState.key`."""
+    return batches.meta_indices(_keys(key, step)[1], step, table, batch_size)
 
 
 def _seed_axes() -> Any:
@@ -211,16 +229,24 @@ def _zero_sums(experiment: Experiment, train: Train) -> Metrics:
 
 
 def to_device(data: LongTailData) -> DeviceData:
-    """Returns the training data on the device, with the order of no epoch yet."""
-    train, labels = jnp.asarray(data.train_images), jnp.asarray(data.train_labels)
+    """Returns the training data on the device, with the order of no epoch yet; of streamed data, empty batches."""
+    streamed = isinstance(data.train_images, Files)
     held_out = data.meta_images is not data.train_images
+
+    def put(images: Images, labels: Labels) -> tuple[jax.Array, jax.Array]:
+        if isinstance(images, Files):
+            return jnp.zeros((0, *images.shape[1:]), jnp.uint8), jnp.zeros(0, jnp.int32)
+        return jnp.asarray(images), jnp.asarray(labels)
+
+    train = put(data.train_images, data.train_labels)
+    meta = put(data.meta_images, data.meta_labels) if held_out else train
     return DeviceData(
-        images=train,
-        labels=labels,
-        meta_images=jnp.asarray(data.meta_images) if held_out else train,
-        meta_labels=jnp.asarray(data.meta_labels) if held_out else labels,
-        order=jnp.zeros((0, 0), jnp.int32),
-        meta_table=jnp.zeros((0, 0), jnp.int32),
+        images=train[0],
+        labels=train[1],
+        meta_images=meta[0],
+        meta_labels=meta[1],
+        order=None if streamed else jnp.zeros((0, 0), jnp.int32),
+        meta_table=None if streamed else jnp.zeros((0, 0), jnp.int32),
         mean=jnp.asarray(data.mean, jnp.float32),
         std=jnp.asarray(data.std, jnp.float32),
     )
@@ -241,8 +267,8 @@ def synthetic_data(
     """
     extract = jax.jit(functools.partial(evaluate_batch, experiment.features))
     images, labels = np.asarray(data.images), np.asarray(data.labels)
-    parts = batches.eval_batches(images, labels, batch_size)
-    found = [np.asarray(extract(state, part, data))[mask] for part, _, mask in parts]
+    parts = batches.eval_batches(images, batch_size)
+    found = [np.asarray(extract(state, part, data))[mask] for part, mask in parts]
     features, labels = smote.oversample(np.concatenate(found), labels, neighbors, seed)
     placed = parallel.place((features, labels), data.images.sharding)
     return data.replace(images=placed[0], labels=placed[1])
@@ -252,8 +278,8 @@ def describe(experiment: Experiment, state: BilevelState, data: DeviceData) -> d
     """Returns gamma and beta `[C]` by site, averaged over the epoch's first batch, without augmentation."""
     modulator = experiment.modulator
     assert modulator is not None
-    index = data.order[0]
-    image, label = augment.normalize(data.images[index], data.mean, data.std), data.labels[index]
+    first = slice(None) if data.order is None else data.order[0]
+    image, label = augment.normalize(data.images[first], data.mean, data.std), data.labels[first]
     seen: dict[str, Metrics] = {}
 
     def record(site: str, features: jax.Array) -> jax.Array:

@@ -16,6 +16,7 @@ The files, all in the workdir:
 - `metrics.jsonl`: one object a line, with `kind` (`train`, `val`, `modulation`) and `step`.
 - `results.json`: `last` and `best`, each `{"step", "epoch", "test", "val"}`, the last two what
   `metrics.evaluate` returned; `split` names the one to show.
+- `gallery.npz`: pictures of rare classes with the answers, of `gallery.write`; need not be there.
 """
 
 import dataclasses
@@ -26,9 +27,10 @@ from typing import Any
 import jinja2
 import numpy as np
 
-from mfm_jax import figures
+from mfm_jax import figures, gallery
 from mfm_jax.errors import UserError
 from mfm_jax.figures import Classes, Picture
+from mfm_jax.gallery import Gallery
 
 # The summary's rows: label, key of `metrics.evaluate`.
 SUMMARY_ROWS = (
@@ -45,6 +47,7 @@ SUMMARY_ROWS = (
     ("Expected calibration error", "ece"),
 )
 SPLITS = {"test": "test", "val": "validation"}  # as readers call them
+GALLERY = "gallery.npz"  # in the workdir; there need not be one
 TABLE_CLASSES = 200  # above this many classes the per-class table is left out
 
 
@@ -57,6 +60,7 @@ class _Run:
     results: dict[str, Any]
     rows: dict[str, list[dict[str, Any]]]
     classes: Classes
+    gallery: Gallery | None
 
     @property
     def split(self) -> str:
@@ -138,8 +142,15 @@ def _pictures(run: _Run) -> dict[str, Picture | None]:
         "confusion": render(figures.draw_confusion, (side + 0.3, side - 0.1), classes, run.shown),
         "reliability": render(figures.draw_reliability, (4.6, 4.3), run.shown),
         "modulation": render(figures.draw_modulation, (9.0, tall), classes, sites) if sites else None,
+        "gallery": _gallery(run),
         "meta_gradient": render(figures.draw_meta_gradient, (9.0, 3.0), learned) if learned else None,
     }
+
+
+def _gallery(run: _Run) -> Picture | None:
+    if run.gallery is None or not len(run.gallery.labels):
+        return None
+    return figures.render(figures.draw_gallery, figures.gallery_inches(run.gallery), run.classes, run.gallery)
 
 
 # --- reading ------------------------------------------------------------------------------------------------
@@ -157,7 +168,8 @@ def _read(workdir: Path) -> _Run:
         if title == "last" or results.get("best") is not None:
             where = f"{workdir / 'results.json'}: {title}.{results['split']}"
             _check_evaluation((results.get(title) or {}).get(results["split"]), len(counts), where)
-    return _Run(config, manifest, results, _read_rows(workdir / "metrics.jsonl"), Classes(names, counts))
+    rows, shown = _read_rows(workdir / "metrics.jsonl"), gallery.read(workdir / GALLERY)
+    return _Run(config, manifest, results, rows, Classes(names, counts), shown)
 
 
 def _read_text(path: Path) -> str:

@@ -27,7 +27,7 @@ import numpy as np
 from jax.sharding import Mesh
 from rich import progress
 
-from mfm_jax import cluster, parallel, report
+from mfm_jax import cluster, gallery, parallel, report
 from mfm_jax import config as config_lib
 from mfm_jax import data as data_lib
 from mfm_jax import experiment as experiment_lib
@@ -35,8 +35,10 @@ from mfm_jax import loop as loop_lib
 from mfm_jax.checkpoint import Checkpointer, restore_modulator
 from mfm_jax.config import Config
 from mfm_jax.data import LongTailData, batches
+from mfm_jax.data.streaming import Files
 from mfm_jax.errors import UserError
 from mfm_jax.experiment import Experiment
+from mfm_jax.feed import Feed
 from mfm_jax.interruption import EXIT_INTERRUPTED, Interrupted, listening
 from mfm_jax.logs import MetricLog, RowList
 from mfm_jax.longtail import read_manifest, write_manifest
@@ -123,7 +125,7 @@ def train_together(configs: Sequence[Config], workdirs: Sequence[Path]) -> list[
             stack.enter_context(cluster.bound_together(EXIT_INTERRUPTED))
             # Apart: runs that were interrupted at different steps, and runs with training data of their own making.
             runs.sort(key=lambda run: run.step)
-            groups = itertools.groupby(runs, key=lambda run: run.workdir if run.experiment.synthetic else run.step)
+            groups = itertools.groupby(runs, key=lambda run: run.workdir if run.has_own_data else run.step)
             for _, group in groups:
                 _drive(list(group))
             for run in runs:
@@ -234,6 +236,8 @@ def _run_epoch(
     step, calls, looked = runs[0].step, 0, time.perf_counter()
     while step < end and not stopped(step):
         is_meta, retrain = runs[0].next_steps(step, end), step >= runs[0].experiment.retrain_from
+        if runs[0].feed:
+            data = runs[0].device_data = runs[0].feed.next(data, is_meta[0])
         loop = call(loop, data, *loop_lib.steps(is_meta, retrain=retrain))
         step, calls = step + len(is_meta), calls + 1
         if _is_due(calls, looked):
@@ -298,6 +302,8 @@ class _Run:
             self.loop, record = self.checkpoints.restore(latest, self.loop)
             _tell_elastic(latest, record["devices"])
         self.step = latest or 0
+        self.feed = Feed(data, config, self.loop.bilevel.key, mesh) if isinstance(data.train_images, Files) else None
+        self.has_own_data = experiment.synthetic or self.feed is not None  # not shared by runs that differ in the seed
         self.log = MetricLog(workdir, record["rows"]) if cluster.is_primary() else RowList(record["rows"])
         self.seconds_before, self.began = record["seconds"], time.perf_counter()
         self.train_seconds = record["seconds"]
@@ -307,6 +313,8 @@ class _Run:
         self.eval_step = jax.jit(functools.partial(loop_lib.evaluate_batch, experiment.eval_step), out_shardings=whole)
 
     def close(self) -> None:
+        if self.feed:
+            self.feed.close()
         self.log.close()
         self.checkpoints.close()
 
@@ -333,6 +341,12 @@ class _Run:
         key = jax.random.fold_in(jax.random.key(self.config.train.seed), 1)
         order = self.experiment.order(key, epoch)
         table = jnp.asarray(self.data.meta_table(epoch), jnp.int32)
+        if self.feed:
+            start = epoch * len(order)
+            order = np.asarray(order)[: self.experiment.total_steps - start]
+            is_meta = np.array([self.is_meta(step) for step in range(start, start + len(order))])
+            self.feed.start_epoch(epoch, start, order, np.asarray(table), self.step - start, is_meta)
+            return
         if self.experiment.synthetic and self.step >= self.experiment.retrain_from:
             self._store_features()
         sharding = self.device_data.images.sharding
@@ -349,13 +363,12 @@ class _Run:
 
     def next_steps(self, step: int, end: int) -> tuple[bool, ...]:
         """Returns, for each step of the next call, whether it is a meta-step."""
-        meta = self.config.meta
         count = self.config.train.steps_per_call or (1 if jax.default_backend() == "cpu" else 10)
-        first = meta.start_epoch * self.experiment.steps_per_epoch
-        return tuple(
-            self.experiment.meta_step is not None and step >= first and step % meta.every == 0
-            for step in range(step, min(step + count, end))
-        )
+        return tuple(self.is_meta(step) for step in range(step, min(step + (1 if self.feed else count), end)))
+
+    def is_meta(self, step: int) -> bool:
+        meta, first = self.config.meta, self.config.meta.start_epoch * self.experiment.steps_per_epoch
+        return self.experiment.meta_step is not None and step >= first and step % meta.every == 0
 
     def end_epoch(self, epoch: int) -> None:
         step, config, final = self.step, self.config, self.step == self.experiment.total_steps
@@ -371,6 +384,8 @@ class _Run:
             divisor = meta_steps if name in META_METRICS else steps
             if divisor:
                 row[name] = value / divisor
+        if self.feed:
+            row["input_wait"] = self.feed.waited()
         self.log.write("train", step, epoch, row)
         self._log_modulation(step, epoch)
         self.loop = self.loop.replace(sums=jax.tree.map(jnp.zeros_like, self.loop.sums))
@@ -423,22 +438,32 @@ class _Run:
         bad = parallel.place(loop_lib.no_anomalies(self.config.train), self.loop.bad.sharding)
         self.loop = self.loop.replace(bad=bad)
 
-    def evaluate(self, state: BilevelState, split: str) -> dict[str, Any]:
-        """Returns `metrics.evaluate` of the plain classifier on the split `val` or `test`."""
-        images, labels = getattr(self.data, f"{split}_images"), getattr(self.data, f"{split}_labels")
+    def probabilities(self, state: BilevelState, split: str) -> np.ndarray:
+        """Returns the plain classifier's probabilities `[N, K]` on the split `val` or `test`."""
+        images = getattr(self.data, f"{split}_images")
         probabilities, devices = [], self.mesh.shape[parallel.AXIS] if self.mesh else 1
         size = -(-self.config.eval.batch_size // devices) * devices
-        for image, _, mask in batches.eval_batches(images, labels, size):
+        for image, mask in batches.eval_batches(images, size, self.config.data.workers):
             part = parallel.place(image, parallel.split(self.mesh)) if self.mesh else image
             out = self.eval_step(state, part, self.device_data)
             probabilities.append(np.asarray(out)[mask])
+        return np.concatenate(probabilities)
+
+    def evaluate(self, state: BilevelState, split: str, *, show: bool = False) -> dict[str, Any]:
+        """Returns `metrics.evaluate` on a split; with `show`, leaves some of its pictures for the report."""
+        labels, found = getattr(self.data, f"{split}_labels"), self.probabilities(state, split)
         # Shot groups by the training split, so that they are the same with and without `train_on_meta`.
-        counts = self.data.manifest["splits"]["train"]["class_counts"]
-        return evaluate(np.concatenate(probabilities), labels, np.asarray(counts))
+        counts = np.asarray(self.data.manifest["splits"]["train"]["class_counts"])
+        chosen = gallery.choose(found, labels, counts) if show else ()
+        if len(chosen) and cluster.is_primary():
+            images = np.stack([getattr(self.data, f"{split}_images")[i] for i in chosen])
+            shown = gallery.Gallery(images, labels[chosen], found[chosen].argmax(1), found[chosen].max(1))
+            gallery.write(self.workdir / report.GALLERY, shown)
+        return evaluate(found, labels, counts)
 
     def results(self) -> dict[str, Any]:
         """Evaluates the last and the best-on-validation state; the one time that the test split is read."""
-        last = self._result(self.loop.bilevel, self.step)
+        last = self._result(self.loop.bilevel, self.step, show=True)
         scores = [row["balanced_accuracy"] for row in self.log.rows if row["kind"] == "val"]
         best_step = self.checkpoints.best_step(max(scores, default=0.0))
         best = None
@@ -455,12 +480,13 @@ class _Run:
             "versions": _versions(),
         }
 
-    def _result(self, state: BilevelState, step: int) -> dict[str, Any]:
+    def _result(self, state: BilevelState, step: int, *, show: bool = False) -> dict[str, Any]:
+        test = self.config.eval.test
         return {
             "step": step,
             "epoch": -(-step // self.experiment.steps_per_epoch),
-            "val": self.evaluate(state, "val") if self.has_validation else None,
-            "test": self.evaluate(state, "test") if self.config.eval.test else None,
+            "val": self.evaluate(state, "val", show=show and not test) if self.has_validation else None,
+            "test": self.evaluate(state, "test", show=show) if test else None,
         }
 
 

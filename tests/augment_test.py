@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mfm_jax import augment
+from mfm_jax.config import Augment
 
 PAD = 3
 # No two pixels are equal, and the sides differ: a swapped axis or a wrong edge shows.
@@ -17,7 +18,7 @@ KEYS = jax.random.split(jax.random.key(0), 64)
 
 crop_only = jax.jit(lambda key, image: augment.crop_flip(key, image, PAD, False))
 crop_and_flip = jax.jit(lambda key, image: augment.crop_flip(key, image, PAD, True))
-batch = jax.jit(augment.augment_batch, static_argnums=(2, 3))
+batch = jax.jit(augment.augment_batch, static_argnums=2)
 
 
 def crops(image: np.ndarray, pad: int) -> dict[tuple[int, int], np.ndarray]:
@@ -46,7 +47,7 @@ class CropFlip(chex.TestCase):
     def test_without_padding_and_flip_it_is_the_identity(self):
         images = np.stack([IMAGE, IMAGE[::-1]])
         chex.assert_trees_all_equal(self.variant(lambda k, x: augment.crop_flip(k, x, 0, False))(KEYS[0], IMAGE), IMAGE)
-        out = self.variant(lambda k, x: augment.augment_batch(k, x, 0, False))(KEYS[0], images)
+        out = self.variant(lambda k, x: augment.augment_batch(k, x, Augment(pad=0, flip=False)))(KEYS[0], images)
         chex.assert_trees_all_equal(out, images)
 
 
@@ -65,7 +66,7 @@ def test_every_shift_occurs_and_about_half_are_mirrored():
 
 
 def test_flip_alone_only_mirrors():
-    out = np.asarray(batch(jax.random.key(1), np.stack([IMAGE] * 16), 0, True))
+    out = np.asarray(batch(jax.random.key(1), np.stack([IMAGE] * 16), Augment(pad=0)))
     mirrored = [np.array_equal(image, IMAGE[:, ::-1]) for image in out]
     assert any(mirrored)
     assert not all(mirrored)
@@ -75,8 +76,34 @@ def test_flip_alone_only_mirrors():
 
 @pytest.mark.parametrize("dtype", [jnp.uint8, jnp.float32, jnp.bfloat16])
 def test_dtype_and_shape_stay(dtype):
-    out = jax.eval_shape(lambda k, x: augment.augment_batch(k, x, 1, True), KEYS[0], jnp.zeros((3, 5, 7, 2), dtype))
+    out = jax.eval_shape(
+        lambda k, x: augment.augment_batch(k, x, Augment(pad=1)), KEYS[0], jnp.zeros((3, 5, 7, 2), dtype)
+    )
     assert (out.shape, out.dtype) == ((3, 5, 7, 2), dtype)
+
+
+# --- colours --------------------------------------------------------------------------------------
+
+
+def test_color_jitter_by_hand():
+    image = np.array([[[100.0, 50.0, 0.0], [200.0, 200.0, 200.0]]], np.float32)
+    key = jax.random.key(3)
+    brightness, contrast, saturation = np.asarray(jax.random.uniform(key, (3,), jnp.float32, 0.6, 1.4))
+    luminance = np.array([0.299, 0.587, 0.114], np.float32)
+    expected = np.clip(image * brightness, 0, 255)
+    mean = (expected @ luminance).mean()
+    expected = np.clip(mean + contrast * (expected - mean), 0, 255)
+    own = (expected @ luminance)[..., None]
+    expected = np.clip(own + saturation * (expected - own), 0, 255)
+    chex.assert_trees_all_close(augment.color_jitter(key, image, 0.4), expected, atol=1e-3)
+
+
+def test_color_jitter_leaves_grey_pictures_grey_and_those_without_strength_alone():
+    grey = np.arange(12, dtype=np.uint8).reshape(3, 4, 1)
+    rgb = np.repeat(grey, 3, axis=-1)
+    jittered = augment.color_jitter(KEYS[0], rgb, 0.4)
+    chex.assert_trees_all_close(jittered, jnp.repeat(augment.color_jitter(KEYS[0], grey, 0.4), 3, axis=-1), atol=1e-3)
+    chex.assert_trees_all_close(augment.color_jitter(KEYS[0], IMAGE[..., :1], 0.0), IMAGE[..., :1].astype(np.float32))
 
 
 # --- keys -----------------------------------------------------------------------------------------
@@ -86,9 +113,9 @@ def test_dtype_and_shape_stay(dtype):
 @given(st.integers(0, 2**32 - 1))
 def test_a_key_always_gives_the_same_images_and_another_key_others(seed):
     images = np.stack([IMAGE] * 8)
-    first = batch(jax.random.key(seed), images, PAD, True)
-    chex.assert_trees_all_equal(first, batch(jax.random.key(seed), images, PAD, True))
-    other = batch(jax.random.fold_in(jax.random.key(seed), 1), images, PAD, True)
+    first = batch(jax.random.key(seed), images, Augment(pad=PAD))
+    chex.assert_trees_all_equal(first, batch(jax.random.key(seed), images, Augment(pad=PAD)))
+    other = batch(jax.random.fold_in(jax.random.key(seed), 1), images, Augment(pad=PAD))
     assert (np.asarray(first) != np.asarray(other)).any()
 
 
@@ -96,7 +123,7 @@ def test_an_example_does_not_depend_on_the_images_around_it():
     images = np.random.default_rng(0).integers(0, 256, (6, 5, 7, 2), np.uint8)
     others = np.random.default_rng(1).integers(0, 256, (6, 5, 7, 2), np.uint8)
     others[2] = images[2]
-    whole, changed = (batch(KEYS[0], x, PAD, True) for x in (images, others))
+    whole, changed = (batch(KEYS[0], x, Augment(pad=PAD)) for x in (images, others))
     chex.assert_trees_all_equal(whole[2], changed[2])
     keys = jax.random.split(KEYS[0], 6)  # so the example's own key is all that it takes
     chex.assert_trees_all_equal(whole, jnp.stack([crop_and_flip(k, x) for k, x in zip(keys, images, strict=True)]))

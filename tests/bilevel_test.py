@@ -1,8 +1,10 @@
 """The steps: identities, the batch-norm policy, the plain meta and test passes, and four devices against one."""
 
+import functools
 import re
 
 import chex
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -209,3 +211,53 @@ def test_agreement_is_the_cosine_with_the_meta_gradients_before():
 def test_no_modulation_returns_its_input():
     x = jnp.ones((2, 3))
     assert no_modulation("anywhere", x) is x
+
+
+# --- a batch in parts -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lagged", [True, False])
+def test_parts_give_the_whole_batch_s_step(lagged):
+    """Where no batch norm couples the examples."""
+    module = Unnormalized()
+    image = jax.random.normal(jax.random.key(0), (BATCH, 6))
+    data = Batch(image, jnp.arange(BATCH, dtype=jnp.int32) % CLASSES)
+    meta = Batch(-image, data.label)
+    modulator = modulation.direct({"pooled": 5})
+    tx, mod_tx = optax.sgd(0.1, 0.9), optax.adam(1e-2)
+    state = bilevel.init_state(jax.random.key(2), module.init(jax.random.key(1), image), tx, modulator, mod_tx)
+    make = functools.partial(
+        bilevel.make_step, module.apply, losses.cross_entropy, tx, modulator, mod_tx, lagged=lagged
+    )
+    (whole, metrics), (parts, found) = (jax.jit(make(parts=n))(state, data, meta) for n in (1, 4))
+    chex.assert_trees_all_close((whole.params, whole.mod_params), (parts.params, parts.mod_params), atol=1e-6)
+    chex.assert_trees_all_close(metrics, found, rtol=1e-5, atol=1e-6)
+
+
+def test_parts_of_a_batch_norm_are_normalised_by_themselves():
+    state, tx, _, _ = setup()
+    step = jax.jit(bilevel.make_plain_step(MODULE.apply, losses.cross_entropy, tx, parts=2))
+    data = batch(0)
+    halves = [jax.tree.map(lambda leaf, i=i: leaf[i * 8 : i * 8 + 8], data) for i in range(2)]
+    expected = jax.tree.map(lambda a, b: (a + b) / 2, *(plain_statistics(state, half) for half in halves))
+    chex.assert_trees_all_close(step(state, data)[0].batch_stats, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_parts_need_less_memory():
+    state, tx, _, _ = setup()
+    data = Batch(jnp.zeros((64, 16, 16, 3)), jnp.zeros(64, jnp.int32))
+
+    def temporary(parts: int) -> int:
+        step = bilevel.make_plain_step(MODULE.apply, losses.cross_entropy, tx, parts=parts)
+        return jax.jit(step).lower(state, data).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporary(8) < temporary(1) / 3
+
+
+class Unnormalized(nn.Module):
+    """Two layers without batch norm."""
+
+    @nn.compact
+    def __call__(self, image, *, train=False, modulate=no_modulation):
+        del train
+        return nn.Dense(CLASSES)(modulate("pooled", jnp.tanh(nn.Dense(5)(image))))

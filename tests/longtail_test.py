@@ -292,3 +292,78 @@ def test_leaks_are_found(splits, overlaps, line):
 def test_a_declared_overlap_is_no_leak():
     splits = {"meta": records("train", [1, 2])}
     longtail.check_leakage(manifest_of(splits=splits, overlaps={("meta", "train"): "redrawn"}))
+
+
+# --- long-tailed by nature ------------------------------------------------------------------------
+
+
+def natural(labels, given=None, groups=None, **fields):
+    labels = np.asarray(labels)
+    settings_ = {"imbalance_factor": 1.0, "meta_images_per_class": 2, "val_fraction": 0.25, "seed": 0, **fields}
+    given = np.full(len(labels), "train") if given is None else np.asarray(given)
+    groups = groups or ("",) * len(labels)
+    return longtail.natural_split(labels, int(labels.max()) + 1, given=given, groups=groups, **settings_)
+
+
+def test_natural_data_is_taken_as_it_is():
+    labels = np.repeat([0, 1, 2], [16, 5, 2])
+    split = natural(labels)
+    assert np.bincount(labels[split.val]).tolist() == [4, 1, 1]  # rint(4), rint(1.25), at least one of two
+    assert np.bincount(labels[split.train]).tolist() == [12, 4, 1]
+    assert sorted([*split.train, *split.val]) == list(range(23))
+    assert split.redrawn
+    assert np.bincount(labels[split.meta]).tolist() == [1, 1, 1]  # the smallest class has one
+    assert set(split.meta) <= set(split.train)
+
+
+def test_splits_that_the_data_brings_are_kept():
+    labels = np.array([0, 0, 0, 1, 1, 1, 0, 1, 0, 1])
+    given = ["train"] * 6 + ["val", "val", "meta", "meta"]
+    split = natural(labels, given)
+    assert (split.train.tolist(), split.val.tolist(), split.meta.tolist()) == ([*range(6)], [6, 7], [8, 9])
+    assert not split.redrawn
+
+
+def test_a_larger_imbalance_factor_makes_it_longer():
+    labels = np.repeat([0, 1, 2, 3], [8, 100, 90, 30])
+    split = natural(labels, val_fraction=0.0, imbalance_factor=8.0)
+    # Most images first: 1, 2, 3, 0 may have 100, 100 / 2, 100 / 4, 100 / 8 of them.
+    assert np.bincount(labels[split.train]).tolist() == [8, 100, 50, 25]
+
+
+def test_a_class_without_an_image_is_refused():
+    with pytest.raises(UserError, match="class 1 has no training image"):
+        natural([0, 0, 1], ["train", "train", "val"])
+    with pytest.raises(UserError, match="class 0 has no meta image"):
+        natural([0, 0, 1, 1], ["train", "train", "train", "meta"])
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    st.lists(st.tuples(st.integers(0, 4), st.sampled_from(["", "a", "b", "c", "d"])), min_size=1, max_size=60),
+    st.floats(0.01, 0.9),
+    st.integers(0, 9),
+)
+def test_hold_out_keeps_groups_together_and_a_record_of_every_class(records, fraction, seed):
+    labels = np.array([label for label, _ in records])
+    groups = [group for _, group in records]
+    held = longtail.hold_out(labels, 5, groups, fraction, seed)
+    chex.assert_trees_all_equal(held, longtail.hold_out(labels, 5, groups, fraction, seed))
+    for group in set(groups) - {""}:
+        assert len({bool(held[i]) for i, g in enumerate(groups) if g == group}) == 1
+    assert set(labels[~held]) == set(labels)
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.lists(st.integers(0, 4), min_size=1, max_size=60), st.floats(0.01, 0.9), st.integers(0, 9))
+def test_without_groups_every_class_gives_its_share(labels, fraction, seed):
+    labels = np.array(labels)
+    counts, held = np.bincount(labels, minlength=5), longtail.hold_out(labels, 5, [""] * len(labels), fraction, seed)
+    share = np.minimum(np.maximum(np.rint(fraction * counts), 1), counts - 1)
+    assert np.bincount(labels[held], minlength=5).tolist() == np.maximum(share, 0).tolist()
+
+
+def test_a_class_whose_records_are_one_group_is_not_held_out():
+    held = longtail.hold_out(np.array([0, 0, 0, 1, 1]), 2, ["x", "x", "x", "", ""], 0.5, 0)
+    assert not held[:3].any()
+    assert held[3:].sum() == 1

@@ -17,25 +17,34 @@ from mfm_jax import longtail
 from mfm_jax.config import Config
 from mfm_jax.data import sources
 from mfm_jax.data.sources import Images, Labels, Source
+from mfm_jax.data.streaming import Files
 from mfm_jax.errors import UserError
 from mfm_jax.longtail import Records, Split
 
-# Published constants of the CIFAR long-tail literature, in units of 0..255.
-_CIFAR_MEAN, _CIFAR_STD = (125.3, 123.0, 113.9), (63.0, 62.1, 66.7)
+# Mean and standard deviation by data set or `data.normalize`, in units of 0..255: those of the CIFAR long-tail
+# literature, and those that published weights were trained with.
+_CIFAR = (125.3, 123.0, 113.9), (63.0, 62.1, 66.7)
+_NORMALIZATION = {
+    "cifar10": _CIFAR,
+    "cifar100": _CIFAR,
+    "imagenet": ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375)),
+    "half": ((127.5,) * 3, (127.5,) * 3),
+}
+_SAMPLE = 1_000  # streamed images that mean and standard deviation are taken from
 
 
 @dataclass(frozen=True, eq=False)
 class LongTailData:
-    """All data of a run. Images are uint8 [N, H, W, C], labels int32 [N]."""
+    """All data of a run. Images are uint8 [N, H, W, C], in memory or decoded when needed; labels int32 [N]."""
 
     name: str
     version: str
     class_names: tuple[str, ...]
     train_images: Images  # with `data.train_on_meta`, the meta images too
     train_labels: Labels
-    meta_images: Images  # what `meta_table` indexes: the held-out meta set; `train_images` under `full`
+    meta_images: Images  # what `meta_table` indexes: the held-out meta set, or `train_images`
     meta_labels: Labels
-    val_images: Images  # balanced; none where `data.val_images_per_class` is 0
+    val_images: Images  # balanced, or as long-tailed as the data under `natural`; may be empty
     val_labels: Labels
     test_images: Images
     test_labels: Labels
@@ -52,12 +61,10 @@ class LongTailData:
     def meta_table(self, epoch: int) -> npt.NDArray[np.int32]:
         """Returns the positions in `meta_images` of each class's meta images, int32 [K, m].
 
-        The same in every epoch where the meta set was held out; redrawn from the training set each epoch
-        under `full`, with `m` the smaller of `meta.images_per_class` and the smallest class.
+        Drawn for each epoch, with `m` the smaller of `meta.images_per_class` and the smallest class; a held-out meta
+        set of just so many images is the same in every epoch.
         """
         per_class, seed = self.manifest["meta_images_per_class"], self.manifest["seed"]
-        if self.manifest["protocol"] == "meta_held_out":
-            epoch = 0  # all images of a class are drawn: there is only one table
         table = longtail.redraw_meta(self.meta_labels, self.num_classes, per_class, seed, epoch)
         return table.astype(np.int32)
 
@@ -72,7 +79,7 @@ def build(config: Config) -> LongTailData:
     Raises:
       UserError: one line that names the field, the value and what is allowed.
     """
-    source = sources.load(config.data)
+    source = sources.load(config.data, config.augment)
     split = _read_split(config, source) if config.data.manifest else _draw_split(config, source)
     in_training = split.train
     if config.data.train_on_meta:
@@ -82,16 +89,15 @@ def build(config: Config) -> LongTailData:
     _check_batches(config, len(in_training), len(split.meta))
     images, labels = source.train_images, source.train_labels
     train_images, train_labels = images[in_training], labels[in_training]
-    full = split.protocol == "full"
-    mean, std = _mean_std(source.name, train_images if full else images[split.train])
+    mean, std = _mean_std(config, source.name, train_images if split.redrawn else images[split.train])
     return LongTailData(
         name=source.name,
         version=source.version,
         class_names=source.class_names,
         train_images=train_images,
         train_labels=train_labels,
-        meta_images=train_images if full else images[split.meta],
-        meta_labels=train_labels if full else labels[split.meta],
+        meta_images=train_images if split.redrawn else images[split.meta],
+        meta_labels=train_labels if split.redrawn else labels[split.meta],
         val_images=images[split.val],
         val_labels=labels[split.val],
         test_images=source.test_images,
@@ -105,17 +111,29 @@ def build(config: Config) -> LongTailData:
 
 def _settings(config: Config) -> dict[str, Any]:
     """Returns what decides which images are in which split, by the name it has in a manifest."""
+    natural = config.data.protocol == "natural"
+    val = "val_fraction" if natural else "val_images_per_class"
     return {
         "protocol": config.data.protocol,
         "imbalance_factor": config.data.imbalance_factor,
         "meta_images_per_class": config.meta.images_per_class,
-        "val_images_per_class": config.data.val_images_per_class,
+        val: getattr(config.data, val),
         "seed": config.data.seed,
     }
 
 
 def _draw_split(config: Config, source: Source) -> Split:
-    return longtail.make_split(source.train_labels, len(source.class_names), **_settings(config))
+    labels, num_classes, settings = source.train_labels, len(source.class_names), _settings(config)
+    given = np.full(len(labels), "train") if source.given is None else source.given
+    if settings.pop("protocol") == "natural":
+        groups = source.groups or ("",) * len(labels)
+        return longtail.natural_split(labels, num_classes, given=given, groups=groups, **settings)
+    if (given != "train").any() or source.groups:
+        raise UserError(
+            f"data.protocol = {config.data.protocol!r}: draws from all images alike, and {source.name} has splits or"
+            " groups of its own; set data.protocol = 'natural'"
+        )
+    return longtail.make_split(labels, num_classes, protocol=config.data.protocol, **settings)
 
 
 def _read_split(config: Config, source: Source) -> Split:
@@ -140,9 +158,10 @@ def _read_split(config: Config, source: Source) -> Split:
                 f" copy of {source.name}; it was prepared in another order than the manifest's"
             )
         where[name] = np.sort(position)
-    if manifest["train_on_meta"] and manifest["protocol"] == "meta_held_out":
+    redrawn = manifest.get("meta_redrawn", manifest["protocol"] == "full")
+    if manifest["train_on_meta"] and not redrawn:
         where["train"] = np.setdiff1d(where["train"], where["meta"])
-    return Split(train=where["train"], meta=where["meta"], val=where["val"], protocol=manifest["protocol"])
+    return Split(train=where["train"], meta=where["meta"], val=where["val"], redrawn=redrawn)
 
 
 def _check_agrees(config: Config, source: Source, manifest: dict[str, Any]) -> None:
@@ -172,8 +191,10 @@ def _check_agrees(config: Config, source: Source, manifest: dict[str, Any]) -> N
 
 def _manifest(config: Config, source: Source, split: Split, in_training: longtail.Ints) -> dict[str, Any]:
     overlaps = {}
-    if split.protocol == "full":
-        overlaps["meta", "train"] = "protocol full: redrawn from train every epoch; the ids are epoch 0's"
+    if split.redrawn:
+        overlaps["meta", "train"] = (
+            f"protocol {config.data.protocol}: redrawn from train every epoch; the ids are epoch 0's"
+        )
     elif config.data.train_on_meta:
         overlaps["meta", "train"] = "data.train_on_meta: the meta images are trained on as well"
     parts = {"train": in_training, "meta": split.meta, "val": split.val}
@@ -185,7 +206,12 @@ def _manifest(config: Config, source: Source, split: Split, in_training: longtai
         dataset=source.name,
         version=source.version,
         class_names=source.class_names,
-        settings={**_settings(config), "train_on_meta": config.data.train_on_meta},
+        settings={
+            **_settings(config),
+            "train_on_meta": config.data.train_on_meta,
+            **({"meta_redrawn": split.redrawn} if config.data.protocol == "natural" else {}),
+            **source.facts,
+        },
         splits={**records, "test": Records(source.test_pool, source.test_ids, source.test_labels)},
         overlaps=overlaps,
     )
@@ -203,14 +229,21 @@ def _check_batches(config: Config, num_train: int, num_meta: int) -> None:
         )
 
 
-def _mean_std(name: str, images: Images) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+def _mean_std(config: Config, name: str, images: Images) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
     """Returns each channel's mean and standard deviation, float32 [C], in units of 0..255.
 
-    CIFAR's are the published ones. Others come from the long-tailed training `images` alone, exactly, through
-    the 256 values a pixel can have; a constant channel gets the standard deviation 1.
+    With `data.normalize = "own"`, CIFAR's are the published ones. Others come from the long-tailed training `images`
+    alone, exactly, through the 256 values a pixel can have, or, where they are streamed, from some of them; a constant
+    channel gets the standard deviation 1.
     """
-    if name in ("cifar10", "cifar100"):
-        return np.array(_CIFAR_MEAN, np.float32), np.array(_CIFAR_STD, np.float32)
+    published = _NORMALIZATION.get(name if config.data.normalize == "own" else config.data.normalize)
+    if published:
+        channels = images.shape[-1]
+        mean, std = (np.array(values, np.float32) for values in published)
+        return (mean, std) if channels == len(mean) else (mean.mean(keepdims=True), std.mean(keepdims=True))
+    if isinstance(images, Files):
+        some = np.random.default_rng(0).permutation(len(images))[:_SAMPLE]
+        images = np.stack([images[i] for i in np.sort(some)])
     values = np.arange(256)
     share = np.stack([np.bincount(images[..., c].ravel(), minlength=256) for c in range(images.shape[-1])])
     share = share / share.sum(1, keepdims=True)

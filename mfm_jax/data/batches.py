@@ -17,6 +17,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mfm_jax.data import streaming
+from mfm_jax.data.sources import Images
+from mfm_jax.data.streaming import Files
+
 
 def steps_per_epoch(num_examples: int, batch_size: int) -> int:
     """Returns the number of whole batches; the remainder is dropped, a different one each epoch."""
@@ -100,18 +104,16 @@ def gather(values: jax.Array, index: jax.Array) -> jax.Array:
     return jnp.take(values, index, axis=0, mode="clip")
 
 
-def eval_batches(
-    images: np.ndarray, labels: np.ndarray, batch_size: int
-) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Yields (images [B, ...], labels [B], mask bool [B]) over all examples in order, NumPy on the host.
+def eval_batches(images: Images, batch_size: int, workers: int = 0) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yields (images [B, ...], mask bool [B]) over all examples in order, NumPy on the host.
 
-    The last batch is padded with zeros where `mask` is False, so that a jitted evaluation step compiles once.
+    The last batch is padded with zeros where `mask` is False, so that a jitted evaluation step compiles once. `Files`
+    are decoded ahead by `workers` processes.
     """
-    for start in range(0, len(images), batch_size):
-        batch_images, batch_labels = images[start : start + batch_size], labels[start : start + batch_size]
-        padding = batch_size - len(batch_images)
-        mask = np.arange(batch_size) < len(batch_images)
-        if padding:
-            batch_images = np.pad(batch_images, [(0, padding)] + [(0, 0)] * (images.ndim - 1))
-            batch_labels = np.pad(batch_labels, (0, padding))
-        yield batch_images, batch_labels, mask
+    if isinstance(images, Files):
+        parts = (batch for _, batch in streaming.decode_all(images, workers, batch_size))
+    else:
+        parts = (images[start : start + batch_size] for start in range(0, len(images), batch_size))
+    for batch in parts:
+        padding = [(0, batch_size - len(batch))] + [(0, 0)] * (batch.ndim - 1)
+        yield np.pad(batch, padding), np.arange(batch_size) < len(batch)

@@ -1,8 +1,10 @@
-"""Where images come from: a small built-in set, or any classification set that TFDS has prepared.
+"""Where images come from: a small built-in set, any classification set that TFDS has prepared, or one's own files.
 
-Every source ends as the same thing, arrays of uint8 images and int32 labels in memory, with the id of each
-record so that a split can be written down. `digits` (1797 images of 8x8, part of scikit-learn) needs no
-download and is what tests and first runs use. `tfds` reads prepared array_record files without TensorFlow.
+Every source ends as the same thing, uint8 images and int32 labels, with the id of each record so that a split can be
+written down. `digits` (1797 images of 8x8, part of scikit-learn) needs no download and is what tests and first runs
+use. `tfds` reads prepared array_record files without TensorFlow. `folder` and `list` are files that were checked one
+by one (`checking`) before any of them counts; they are decoded into memory where they fit, and else when they are
+needed (`streaming.Files`).
 
 Decoding 60,000 PNG files takes seconds to half a minute, so it is done once: the decoded arrays are kept in
 the user's cache folder ($MFM_JAX_CACHE, else the platform's), under a name that holds the set, its version,
@@ -15,11 +17,14 @@ import hashlib
 import importlib.util
 import json
 import logging
+import math
 import os
 import shutil
+import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,16 +35,24 @@ import sklearn.datasets
 from rich.console import Console
 from rich.progress import Progress
 
-from mfm_jax.config import Data
+from mfm_jax import longtail
+from mfm_jax.config import Augment, Data
+from mfm_jax.data import checking, listing, streaming
+from mfm_jax.data.listing import Listing
+from mfm_jax.data.pictures import Facts
+from mfm_jax.data.streaming import Files
 from mfm_jax.errors import UserError
 
-Images = npt.NDArray[np.uint8]
+Pixels = npt.NDArray[np.uint8]
+Images = Pixels | Files
 Labels = npt.NDArray[np.int32]
 
 DIGITS_TEST_PER_CLASS = 50
-_DIGITS_TEST_SEED = 2020  # a constant: the test set must not change with `data.seed`
+_TEST_SEED = 2020  # a constant: the test set must not change with `data.seed`
 _DECODE_BATCH = 256
 _PROGRESS_FROM = 5_000  # records; fewer decode before a bar could be read
+_DECODE_ALONE = 2_000  # pictures; so many decode before worker processes have started
+_SHOWN = 20  # problems that an error lists
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,18 +70,23 @@ class Source:
     test_labels: Labels
     test_ids: npt.NDArray[np.int64]
     test_pool: str
+    given: npt.NDArray[np.str_] | None = None  # [N], "train", "val" or "meta", as the data itself says; None: all train
+    groups: tuple[str, ...] = ()  # N group keys, "" for none; empty: no groups
+    facts: Mapping[str, Any] = field(default_factory=dict)  # what else the manifest is to say
 
 
-def load(config: Data) -> Source:
+def load(config: Data, augment: Augment = Augment()) -> Source:  # noqa: B008 (frozen)
     """Loads the set that `config` names, at `config.image_size` pixels a side (0 = as stored).
 
     Raises:
       UserError: the set is unknown, cannot be prepared or read, or does not hold images with labels.
     """
+    if config.source in ("folder", "list"):
+        return _load_files(config, augment)
     return {"digits": _load_digits, "tfds": _load_tfds}[config.source](config)
 
 
-def resize(images: Images, size: int) -> Images:
+def resize(images: Pixels, size: int) -> Pixels:
     """Averages images [N, H, W, C] to [N, size, size, C]: each new pixel is the mean of the area it covers.
 
     A side that is not `size` is squeezed or stretched on its own. The mean is rounded to the nearest integer,
@@ -105,7 +123,7 @@ def _load_digits(config: Data) -> Source:
     labels = digits.target.astype(np.int32)
     is_test = np.zeros(len(labels), bool)
     for c in range(10):
-        members = np.random.default_rng([_DIGITS_TEST_SEED, c]).permutation(np.flatnonzero(labels == c))
+        members = np.random.default_rng([_TEST_SEED, c]).permutation(np.flatnonzero(labels == c))
         is_test[members[:DIGITS_TEST_PER_CLASS]] = True
     return Source(
         name="digits",
@@ -149,6 +167,124 @@ def _load_tfds(config: Data) -> Source:
         test_ids=np.arange(len(test_labels), dtype=np.int64),
         test_pool=test,
     )
+
+
+def _load_files(config: Data, augment: Augment) -> Source:
+    """Loads a folder of class folders, or what list files name.
+
+    Where the data has no test split, `data.test_fraction` of each class is held out (`longtail.hold_out`) with a
+    constant seed: the same test images for every `data.seed`. Copies of one picture count as a group, so that a split
+    that is made does not divide them.
+    """
+    found, facts, left_out = _sound(config, listing.load(config))
+    _check_groups(config, found)
+    version = _version(found, facts)
+    images = _images(config, augment, found, facts, version)
+    groups, splits, rule = _with_copies(found.groups, facts), found.splits, "as the data has it"
+    if not (splits == "test").any():
+        train = np.flatnonzero(splits == "train")
+        of_train = [groups[i] for i in train.tolist()]
+        held = longtail.hold_out(
+            found.labels[train], len(found.class_names), of_train, config.test_fraction, _TEST_SEED
+        )
+        splits = splits.astype("U5")
+        splits[train[held]] = "test"
+        rule = f"{config.test_fraction:g} of each class, at least one of two or more; whole groups; a constant seed"
+    test, rest = np.flatnonzero(splits == "test"), np.flatnonzero(splits != "test")
+    if not len(test):
+        raise UserError(f"data.test_fraction = {config.test_fraction:g}: leaves no image to test on; choose more")
+    return Source(
+        name=found.root.resolve().name,
+        version=version,
+        class_names=found.class_names,
+        train_images=images[rest],
+        train_labels=found.labels[rest],
+        train_ids=rest.astype(np.int64),
+        train_pool="all",
+        test_images=images[test],
+        test_labels=found.labels[test],
+        test_ids=test.astype(np.int64),
+        test_pool="all",
+        given=splits[rest],
+        groups=tuple(groups[i] for i in rest.tolist()) if any(groups) else (),
+        facts={"test_rule": rule, "group": config.group, "files": list(found.paths), "left_out": left_out},
+    )
+
+
+def _sound(config: Data, found: Listing) -> tuple[Listing, list[Facts], list[str]]:
+    """Returns the pictures that can be used, what is known of each, and what is left out, a line each.
+
+    Raises:
+      UserError: something would be left out, and `data.on_bad_image` does not allow it; lists the first.
+    """
+    checked = checking.check(found, config.workers)
+    lines = [f"{problem.path}: {problem.reason}" for problem in checked.problems]
+    if lines:
+        more = [f"and {len(lines) - _SHOWN} more; --mode=check lists all"] if len(lines) > _SHOWN else []
+        shown = "\n  ".join([*lines[:_SHOWN], *more])
+        if config.on_bad_image == "error":
+            raise UserError(
+                f"data.root = {config.root!r}: {len(lines)} problems; repair or remove what is named, or leave it"
+                f" out with data.on_bad_image = 'skip'\n  {shown}"
+            )
+        print(f"warning: left out, {len(lines)} problems:\n  {shown}", file=sys.stderr)
+    bad = [path for path, fact in zip(found.paths, checked.facts, strict=True) if fact is None]
+    return found.without(bad), [fact for fact in checked.facts if fact], lines
+
+
+def _with_copies(groups: Sequence[str], facts: Sequence[Facts]) -> list[str]:
+    """Returns the group of each picture; pictures without one that are copies of each other make one."""
+    copies = Counter(fact.digest for fact in facts)
+    together = zip(groups, facts, strict=True)
+    return [group or (fact.digest if copies[fact.digest] > 1 else "") for group, fact in together]
+
+
+def _images(config: Data, augment: Augment, found: Listing, facts: Sequence[Facts], version: str) -> Images:
+    """Returns the pictures, decoded where they fit into `data.resident_mb` and are looked at whole."""
+    channels = config.channels or (1 if all(fact.grey for fact in facts) else 3)
+    sizes = {side for fact in facts for side in (fact.width, fact.height)}
+    if not config.image_size and len(sizes) > 1:
+        raise UserError(
+            f"data.image_size = 0: pictures have sides of {min(sizes)} to {max(sizes)} pixels; choose a size, e.g. 64"
+        )
+    size = config.image_size or sizes.pop()
+    files = Files(found.root, streaming.paths(found.paths), size, channels, config.fit)
+    megabytes = math.prod(files.shape) / 1e6
+    what = f"{len(files)} pictures, {megabytes:.0f} MB at {size}x{size}"
+    if augment.crop == "resized" or megabytes > config.resident_mb:
+        print(f"streaming {what}; data.resident_mb = {config.resident_mb}, augment.crop = {augment.crop!r}")
+        return files
+    print(f"resident: {what}")
+
+    def decode() -> tuple[Pixels, Labels]:
+        result = np.empty(files.shape, np.uint8)
+        workers = config.workers if len(files) > _DECODE_ALONE else 0
+        with Progress(console=Console(stderr=True), transient=True, disable=len(files) < _PROGRESS_FROM) as progress:
+            task = progress.add_task("decoding pictures (once)", total=len(files))
+            for place, batch in streaming.decode_all(files, workers):
+                result[place] = batch
+                progress.update(task, advance=len(batch))
+        return result, found.labels
+
+    return cached(f"files-{version}-{size}px-{channels}-{config.fit}", decode)[0]
+
+
+def _version(found: Listing, facts: Sequence[Facts]) -> str:
+    """Returns 16 hex digits that change with the names, classes, splits or contents of the pictures."""
+    lines = zip(found.paths, found.labels.tolist(), found.splits.tolist(), facts, strict=True)
+    content = repr([(path, label, split, fact.digest) for path, label, split, fact in lines])
+    return hashlib.sha256(content.encode("utf-8", "surrogateescape")).hexdigest()[:16]
+
+
+def _check_groups(config: Data, found: Listing) -> None:
+    """Refuses data whose own splits divide a group."""
+    first: dict[str, str] = {}
+    for split, group in zip(found.splits.tolist(), found.groups, strict=True):
+        if group and first.setdefault(group, split) != split:
+            raise UserError(
+                f"data.group = {config.group!r}: group {group!r} is in the splits {first[group]} and {split} of the"
+                " data; move its pictures into one, or leave data.group empty"
+            )
 
 
 @contextlib.contextmanager
@@ -216,7 +352,7 @@ def _check_features(name: str, features: Any) -> None:
         raise UserError(f"data.name = {name!r}: images are {np.dtype(image.np_dtype)}; only uint8 is supported")
 
 
-def _decoded(builder: Any, split: str, config: Data) -> tuple[Images, Labels]:
+def _decoded(builder: Any, split: str, config: Data) -> tuple[Pixels, Labels]:
     """Returns images and labels of `split`, from the cache where it holds them."""
     fields = (
         builder.info.full_name.replace("/", "-"),
@@ -225,7 +361,7 @@ def _decoded(builder: Any, split: str, config: Data) -> tuple[Images, Labels]:
         _fingerprint(Path(builder.data_path)),
     )
 
-    def decode() -> tuple[Images, Labels]:
+    def decode() -> tuple[Pixels, Labels]:
         try:
             records = builder.as_data_source(split=split)
         except (NotImplementedError, ValueError) as error:
@@ -245,11 +381,11 @@ def _fingerprint(folder: Path) -> str:
     return hashlib.sha256(repr((str(folder.resolve()), files)).encode()).hexdigest()[:16]
 
 
-def _decode(records: Sequence[Any], config: Data, split: str) -> tuple[Images, Labels]:
+def _decode(records: Sequence[Any], config: Data, split: str) -> tuple[Pixels, Labels]:
     """Decodes all `records` ({"image": uint8 [H, W, C], "label": int}); a bar on stderr for many."""
     total = len(records)
     labels = np.empty(total, np.int32)
-    images: Images | None = None
+    images: Pixels | None = None
     quiet = total < _PROGRESS_FROM
     with Progress(console=Console(stderr=True), transient=True, disable=quiet) as progress:
         task = progress.add_task(f"decoding {config.name} {split} (once)", total=total)
@@ -276,7 +412,7 @@ def _unequal(config: Data, split: str, i: int, first: tuple[int, ...], other: tu
     )
 
 
-def cached(name: str, build: Callable[[], tuple[Images, Labels]]) -> tuple[Images, Labels]:
+def cached(name: str, build: Callable[[], tuple[Pixels, Labels]]) -> tuple[Pixels, Labels]:
     """Returns what the cache entry `name` holds, or what `build` returns, which is then kept there.
 
     An entry is a folder that appears whole or not at all (built beside, then renamed), so processes may build
@@ -296,7 +432,7 @@ def cached(name: str, build: Callable[[], tuple[Images, Labels]]) -> tuple[Image
     return images, labels
 
 
-def _read_entry(entry: Path) -> tuple[Images, Labels] | None:
+def _read_entry(entry: Path) -> tuple[Pixels, Labels] | None:
     """Returns the arrays of a sound entry; None where there is none or it is damaged."""
     try:
         if json.loads((entry / "checksums.json").read_text()) != _checksums(entry):
@@ -306,7 +442,7 @@ def _read_entry(entry: Path) -> tuple[Images, Labels] | None:
         return None
 
 
-def _write_entry(entry: Path, images: Images, labels: Labels) -> None:
+def _write_entry(entry: Path, images: Pixels, labels: Labels) -> None:
     entry.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".building-", dir=entry.parent) as scratch:
         new = Path(scratch) / "entry"

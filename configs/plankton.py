@@ -1,0 +1,25 @@
+"""PlanktonSet 1.0 (the training folder of the National Data Science Bowl): 121 classes, 1979 to 9 grey pictures each.
+
+    python -m mfm_jax.main --config=configs/plankton.py --workdir=runs/plankton --config.data.root=FOLDER
+
+FOLDER holds a folder of pictures for each class.
+"""
+
+from mfm_jax import config as config_lib
+
+
+def get_config():
+    config = config_lib.default()
+    config.data.source = "folder"
+    config.data.protocol = "natural"
+    config.data.imbalance_factor = 1.0
+    config.data.image_size = 32
+    config.data.fit = "pad"
+    config.model.name = "resnet8"
+    config.train.epochs = 20
+    config.train.batch_size = 50
+    config.meta.batch_size = 100
+    config.meta.every = 24
+    config.meta.learning_rate = 1.25e-3
+    config.checkpoint.every_epochs = 5
+    return config
