@@ -196,8 +196,13 @@ def _listing(
         labels=np.array([number[row.label] for row in rows], np.int32),
         splits=np.array([row.split for row in rows]),
         groups=groups,
-        problems=tuple(sorted(problems)),
+        problems=tuple(sorted(problems, key=_by_line)),
     )
+
+
+def _by_line(problem: Problem) -> tuple[str, int, str]:
+    path, _, line = problem.path.rpartition(":")
+    return (path, int(line), "") if line.isdecimal() else (problem.path, 0, problem.reason)
 
 
 def _group(pattern: re.Pattern[str] | None, path: str) -> str:
