@@ -31,7 +31,7 @@ ORDER = (
     ("figures",),
     ("report",),
     ("comparison",),
-    ("train", "predict"),
+    ("train", "predict", "check"),
     ("command",),
     ("runs",),
     ("tune",),

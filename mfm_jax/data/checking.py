@@ -102,8 +102,8 @@ def _looked_at(paths: Sequence[Path], workers: int) -> Iterator[Facts | str]:
                 done += 1
     except BrokenProcessPool as error:
         raise UserError(
-            f"data.workers = {workers}: a process that decodes was killed, within {(2 * workers + 1) * _CHUNK} pictures of"
-            f" {str(paths[done])!r}; one of them needs more memory than there is, or crashes its decoder: move it away"
+            f"data.workers = {workers}: a process that decodes was killed, within {(2 * workers + 1) * _CHUNK} pictures"
+            f" of {str(paths[done])!r}; one of them needs more memory than there is, or crashes its decoder"
         ) from error
 
 
@@ -202,7 +202,8 @@ def _duplicates(
             yield Duplicate("copy", copy, i)
         else:
             distinct.append((i, fact.look, fact.width / fact.height))
-    looks, shapes = (np.array([row[k] for row in distinct], kind) for k, kind in ((1, np.uint64), (2, np.float64)))
+    looks = np.array([look for _, look, _ in distinct], np.uint64)
+    shapes = np.array([shape for _, _, shape in distinct], np.float64)
     for first, second in alike(looks, shapes):
         yield Duplicate("alike", distinct[first][0], distinct[second][0])
 
