@@ -2,6 +2,8 @@
 
     python -m mfm_jax.main --config=configs/cifar10_lt.py --workdir=runs/cifar10
 
+With `--mode=check`, looks at the user's own pictures instead and says what was found (see `check`).
+
 Any field is set with `--config.group.field=value`. Exit status: 0 done; 2 a mistake in the command, the config or the
 data, told in one line; 75 saved on SIGTERM, Ctrl-C or a notice of pre-emption (the same command goes on).
 """
@@ -13,8 +15,12 @@ from absl import flags
 from rich.console import Console
 from rich.table import Table
 
-from mfm_jax import cluster, command, train
+from mfm_jax import check, cluster, command
 from mfm_jax.report import SPLITS
+
+_MODE = flags.DEFINE_enum(
+    "mode", "train", ["train", "check"], "What to do; check: look at the pictures, train nothing."
+)
 
 _INIT_FROM = flags.DEFINE_string(
     "init_modulator_from", "", "Workdir of a run whose modulator to start from (sets modulation.init_from)."
@@ -30,6 +36,10 @@ _PROCESS = flags.DEFINE_integer("process", None, "The number of this process, fr
 
 def main(argv: Sequence[str]) -> int:
     del argv
+    if _MODE.value == "check":
+        return check.check(command.config(), command.workdir())
+    from mfm_jax import train  # here: seconds that a check does not pay
+
     cluster.join(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
     config = command.config()
     if _INIT_FROM.value:

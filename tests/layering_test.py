@@ -32,7 +32,7 @@ ORDER = (
     ("figures",),
     ("report",),
     ("comparison",),
-    ("train", "predict"),
+    ("train", "predict", "check"),
     ("command",),
     ("runs",),
     ("tune",),

@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import io
 import math
+import stat
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,11 +17,17 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")
+SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff")
 MAX_PIXELS = 100_000_000  # 300 MB decoded as RGB: more is a mistake or an attack
+MAX_BYTES = 1 << 30
+# Pillow knows more; some of that starts other programs (EPS) or depends on how it was built.
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM", "TIFF")
 _GREY_MODES = ("1", "L", "LA", "La", "I", "I;16", "I;16B", "I;16L", "I;16N")
+
+
+Box = tuple[float, float, float, float]  # left, top, right, bottom, in pixels
 
 
 class BadPicture(Exception):
@@ -47,11 +54,19 @@ def look_at(path: Path) -> Facts:
     """
     content = _content(path)
     with _reasons():
-        picture, grey = _decoded(content)
+        picture, grey, _ = _decoded(content)
         small = np.asarray(picture.convert("L").resize((9, 8), Image.Resampling.BOX), np.int16)
     bits = np.packbits(small[:, :-1] > small[:, 1:])
     digest = hashlib.sha256(content).hexdigest()
     return Facts(picture.width, picture.height, grey, digest, int.from_bytes(bits.tobytes(), "big"))
+
+
+def facts_or_reason(path: Path) -> Facts | str:
+    """Returns what `look_at` does, or the reason why it cannot: for processes that look at many."""
+    try:
+        return look_at(path)
+    except BadPicture as error:
+        return str(error)
 
 
 def read(path: Path, size: int, channels: int, fit: str) -> npt.NDArray[np.uint8]:
@@ -69,7 +84,8 @@ def read(path: Path, size: int, channels: int, fit: str) -> npt.NDArray[np.uint8
     """
     content = _content(path)
     with _reasons():
-        return fitted(_decoded(content, 2 * size)[0], size, channels, fit)
+        picture, _, box = _decoded(content, 2 * size)
+        return fitted(picture, size, channels, fit, box)
 
 
 def read_part(path: Path, size: int, channels: int, rng: np.random.Generator, min_area: float) -> npt.NDArray[np.uint8]:
@@ -86,48 +102,49 @@ def read_part(path: Path, size: int, channels: int, rng: np.random.Generator, mi
     """
     content = _content(path)
     with _reasons():
-        # A part of the least area is enlarged at most twice by the coarser decoding that this allows.
-        picture = _decoded(content, size)[0]
-        box = _random_box(rng, picture.width, picture.height, min_area)
+        # A part of 0.08 of the area is enlarged at most twice by the coarser decoding that this allows.
+        picture, _, (_, _, width, height) = _decoded(content, 2 * size)
+        box = _random_box(rng, width, height, min_area)
         part = picture.convert(_mode(channels)).resize((size, size), Image.Resampling.BILINEAR, box)
     return _array(part, channels)
 
 
-def fitted(picture: Image.Image, size: int, channels: int, fit: str) -> npt.NDArray[np.uint8]:
-    """Returns a decoded picture as uint8 `[size, size, channels]`; arguments as in `read`."""
+def fitted(picture: Image.Image, size: int, channels: int, fit: str, box: Box | None = None) -> npt.NDArray[np.uint8]:
+    """Returns a decoded picture as uint8 `[size, size, channels]`; arguments as in `read`.
+
+    `box` is what the picture covers of its pixels, from the corner (0, 0): all of them unless it was decoded coarser.
+    """
     picture = picture.convert(_mode(channels))
     if size == 0 or picture.size == (size, size):
         return _array(picture, channels)
-    width, height = picture.size
+    _, _, width, height = box or (0.0, 0.0, float(picture.width), float(picture.height))
     if fit == "pad":
-        return _padded(picture, size, channels)
+        return _padded(picture, size, channels, width, height)
     side = min(width, height)
     left, top = (width - side) / 2, (height - side) / 2
     box = (left, top, left + side, top + side) if fit == "crop" else (0.0, 0.0, width, height)
     return _array(picture.resize((size, size), _filter(side, size), box), channels)
 
 
-def _padded(picture: Image.Image, size: int, channels: int) -> npt.NDArray[np.uint8]:
-    scale = size / max(picture.size)
-    width, height = (max(round(side * scale), 1) for side in picture.size)
+def _padded(picture: Image.Image, size: int, channels: int, width: float, height: float) -> npt.NDArray[np.uint8]:
+    side = max(width, height)
+    columns, rows = (max(round(old * size / side), 1) for old in (width, height))
     pixels = _array(picture, channels)
     border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
     result = np.empty((size, size, channels), np.uint8)
     result[:] = np.median(border, axis=0).astype(np.uint8)
-    left, top = (size - width) // 2, (size - height) // 2
-    scaled = picture.resize((width, height), _filter(max(picture.size), size))
-    result[top : top + height, left : left + width] = _array(scaled, channels)
+    left, top = (size - columns) // 2, (size - rows) // 2
+    scaled = picture.resize((columns, rows), _filter(side, size), (0.0, 0.0, width, height))
+    result[top : top + rows, left : left + columns] = _array(scaled, channels)
     return result
 
 
-def _filter(old: int, new: int) -> Image.Resampling:
+def _filter(old: float, new: int) -> Image.Resampling:
     """The mean over the area that a pixel covers, where pictures shrink, as `sources.resize`; else straight lines."""
     return Image.Resampling.BOX if new <= old else Image.Resampling.BILINEAR
 
 
-def _random_box(
-    rng: np.random.Generator, width: int, height: int, min_area: float
-) -> tuple[float, float, float, float]:
+def _random_box(rng: np.random.Generator, width: float, height: float, min_area: float) -> Box:
     for _ in range(10):
         area, ratio = (
             width * height * rng.uniform(min_area, 1.0),
@@ -144,9 +161,14 @@ def _random_box(
 
 def _content(path: Path) -> bytes:
     try:
+        facts = path.stat()
+        if not stat.S_ISREG(facts.st_mode):  # a read of a pipe would wait for ever
+            raise BadPicture("not a file")
+        if facts.st_size > MAX_BYTES:
+            raise BadPicture(f"has more than {MAX_BYTES >> 20} MB")
         content = path.read_bytes()
-    except OSError as error:
-        raise BadPicture(f"cannot be read: {error.strerror}") from error
+    except (OSError, ValueError) as error:  # ValueError: a null character in the name
+        raise BadPicture(f"cannot be read: {getattr(error, 'strerror', error)}") from error
     if not content:
         raise BadPicture("empty")
     return content
@@ -162,26 +184,42 @@ def _reasons() -> Iterator[None]:
     except BadPicture:
         raise
     except Image.UnidentifiedImageError as error:
-        raise BadPicture("not an image") from error
+        raise BadPicture(f"not an image ({', '.join(_FORMATS).lower()})") from error
     except Image.DecompressionBombError as error:
         raise BadPicture(f"has more than {MAX_PIXELS // 1_000_000} million pixels") from error
     except Exception as error:
         raise BadPicture(f"damaged: {' '.join(str(error).split()) or type(error).__name__}") from error
 
 
-def _decoded(content: bytes, least: int = 0) -> tuple[Image.Image, bool]:
-    """Returns a picture in mode L or RGB, upright, and whether it was stored without colour.
+def _decoded(content: bytes, least: int = 0) -> tuple[Image.Image, bool, Box]:
+    """Returns a picture in mode L or RGB, upright, whether it was stored without colour, and what it covers.
 
-    With `least`, a JPEG may be decoded at a half, a quarter or an eighth, its sides not below that many pixels.
+    With `least`, a JPEG may be decoded at a half, a quarter or an eighth, its sides not below that many pixels. Sides
+    that do not divide then end within the last pixel.
     """
-    picture = Image.open(io.BytesIO(content))
+    picture = Image.open(io.BytesIO(content), formats=_FORMATS)
     if picture.width * picture.height > MAX_PIXELS:
         raise BadPicture(f"has more than {MAX_PIXELS // 1_000_000} million pixels")
-    if least:
-        picture.draft(None, (least, least))
+    # Turned, the last pixel could be the first: such a picture is decoded as it is.
+    drafted = picture.draft(None, (least, least)) if least and _orientation(picture) == 1 else None
     picture.load()
-    upright = ImageOps.exif_transpose(picture)
+    upright, grey = _upright(picture)
+    return upright, grey, drafted[1] if drafted else (0.0, 0.0, float(upright.width), float(upright.height))
+
+
+def _orientation(picture: Image.Image) -> int:
+    try:
+        return int(picture.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # damaged EXIF raises whatever its reader meets; the pixels count
+        return 1
+
+
+def _upright(picture: Image.Image) -> tuple[Image.Image, bool]:
+    """Returns a loaded picture in mode L or RGB, turned as its EXIF says, and whether it was stored without colour."""
+    upright = ImageOps.exif_transpose(picture) if _orientation(picture) != 1 else picture
     grey = picture.mode in _GREY_MODES
+    if picture.mode == "I" and picture.format != "PPM":  # whose numbers Pillow has brought to 0..65535
+        raise BadPicture("has 32-bit pixels; save it with 8 or 16 bits a channel")
     if picture.mode.startswith("I"):
         return Image.fromarray(_eight_bits(upright)), True
     if picture.mode == "F":
@@ -195,8 +233,6 @@ def _decoded(content: bytes, least: int = 0) -> tuple[Image.Image, bool]:
 def _eight_bits(picture: Image.Image) -> npt.NDArray[np.uint8]:
     """Returns 16-bit grey pixels with 8: 0..65535 to 0..255."""
     pixels = np.asarray(picture).astype(np.int64)
-    if pixels.min() < 0 or pixels.max() > 65535:
-        raise BadPicture("has more than 16 bits a channel; save it with 8 or 16")
     return ((pixels + 128) // 257).astype(np.uint8)
 
 

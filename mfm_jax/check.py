@@ -1,0 +1,140 @@
+"""What `--mode=check` says of somebody's pictures before anything is trained: how many, how large, what is wrong.
+
+Nothing is decided here: the tables show what `data.listing` and `data.checking` found. What does not fit on a screen is
+written to the workdir, `problems.csv` and `duplicates.csv`, a row each. Needs no JAX.
+"""
+
+import csv
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import ml_collections
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from mfm_jax import longtail
+from mfm_jax.config import resolve
+from mfm_jax.data import checking, listing
+from mfm_jax.data.checking import Checked, Duplicate
+from mfm_jax.data.listing import SPLITS, Listing
+from mfm_jax.data.pictures import Facts
+from mfm_jax.errors import UserError
+
+_SHOWN = 20  # problems on the screen
+_ENDS = 8  # classes shown at either end of a long table
+_KINDS = {"file": "are the same file as", "copy": "are a copy of", "alike": "look much like"}
+
+
+def check(config: ml_collections.ConfigDict, workdir: Path) -> int:
+    """Checks the pictures that `config` names, prints what was found, and returns 0, or 2 where there are problems.
+
+    Raises:
+      UserError: the config is wrong, or there are no pictures to look at.
+    """
+    data = resolve(config).data
+    if data.source not in ("folder", "list"):
+        raise UserError(
+            f"data.source = {data.source!r}: --mode=check looks at files, with data.source = 'folder' or 'list'; what"
+            " this source gives is checked when it is read"
+        )
+    found = listing.load(data)
+    checked = checking.check(found, data.workers)
+    console = Console()
+    _print_pictures(console, found, checked)
+    _print_problems(console, checked, workdir)
+    _print_duplicates(console, found, checked.duplicates, workdir)
+    return 2 if checked.problems else 0
+
+
+def _print_pictures(console: Console, found: Listing, checked: Checked) -> None:
+    facts = [fact for fact in checked.facts if fact]
+    usable = found.without([path for path, fact in zip(found.paths, checked.facts, strict=True) if not fact])
+    console.print(f"{len(facts):,} pictures in {len(found.class_names):,} classes, {_color(facts)}")
+    if facts:
+        for name, sides in (("width", [f.width for f in facts]), ("height", [f.height for f in facts])):
+            console.print(f"{name}: {min(sides)} to {max(sides)} pixels, median {np.median(sides):g}")
+    present = [split for split in SPLITS if split in usable.splits]
+    counts = {s: np.bincount(usable.labels[usable.splits == s], minlength=len(found.class_names)) for s in present}
+    if "train" not in counts:
+        return
+    console.print(_class_table(found.class_names, counts))
+    groups = longtail.shot_groups(counts["train"])
+    for name, what in (("many", "more than 100"), ("medium", "20 to 100"), ("few", "fewer than 20")):
+        console.print(f"{name} ({what} training pictures): {len(groups[name]):,} classes")
+
+
+def _color(facts: Sequence[Facts]) -> str:
+    grey = sum(fact.grey for fact in facts)
+    return f"{grey:,} grey and {len(facts) - grey:,} in colour"
+
+
+def _class_table(names: Sequence[str], counts: dict[str, longtail.Ints]) -> Table:
+    """Returns a row a class, from most to fewest training pictures; of many classes, both ends."""
+    table = Table("class")
+    for split in counts:
+        table.add_column(split, justify="right")
+    order = np.argsort(-counts["train"], kind="stable").tolist()
+    ends = order if len(order) <= 2 * _ENDS + 1 else [*order[:_ENDS], -1, *order[-_ENDS:]]
+    for c in ends:
+        if c < 0:
+            table.add_row(f"({len(order) - 2 * _ENDS} more)")
+        else:
+            table.add_row(_shown(names[c]), *(f"{count[c]:,}" for count in counts.values()))
+    table.add_section()
+    table.add_row("all", *(f"{count.sum():,}" for count in counts.values()))
+    return table
+
+
+def _print_problems(console: Console, checked: Checked, workdir: Path) -> None:
+    file = workdir / "problems.csv"
+    _write(file, ("path", "reason"), checked.problems)
+    if not checked.problems:
+        console.print("no problems")
+        return
+    console.print(f"{len(checked.problems):,} problems:")
+    for path, reason in checked.problems[:_SHOWN]:
+        console.print(Text("  ") + _shown(path) + Text(": ") + _shown(reason), soft_wrap=True)
+    if len(checked.problems) > _SHOWN:
+        console.print(f"  and {len(checked.problems) - _SHOWN:,} more in {file}", soft_wrap=True)
+
+
+def _print_duplicates(console: Console, found: Listing, duplicates: Sequence[Duplicate], workdir: Path) -> None:
+    """Prints, for each kind and pair of splits, how many there are and one of them, first one of different classes."""
+    file = workdir / "duplicates.csv"
+    rows = [
+        (d.kind, *(str(value[i]) for i in (d.first, d.second) for value in (found.paths, found.splits, found.labels)))
+        for d in duplicates
+    ]
+    _write(file, ("kind", "path", "split", "label", "other_path", "other_split", "other_label"), rows)
+    pairs: defaultdict[tuple[str, str, str], list[Duplicate]] = defaultdict(list)
+    for d in duplicates:
+        pairs[d.kind, str(found.splits[d.second]), str(found.splits[d.first])].append(d)
+    for (kind, split, other), members in pairs.items():
+        differ = [d for d in members if found.labels[d.first] != found.labels[d.second]]
+        example = (differ or members)[0]
+        console.print(
+            Text(
+                f"{len(members):,} pictures of {split} {_KINDS[kind]} one of {other}, {len(differ):,} of another class:"
+            )
+            + Text(" ")
+            + _shown(found.paths[example.second])
+            + Text(" and ")
+            + _shown(found.paths[example.first]),
+            soft_wrap=True,
+        )
+    if pairs:
+        console.print(f"all of them: {file}", soft_wrap=True)
+
+
+def _shown(name: str) -> Text:
+    """Returns a name with what cannot be printed, such as a line's end or a byte that is no UTF-8, as its escape."""
+    return Text("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name))
+
+
+def _write(file: Path, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("w", newline="", encoding="utf-8", errors="surrogateescape") as text:
+        csv.writer(text).writerows([header, *rows])

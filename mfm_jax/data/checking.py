@@ -1,0 +1,238 @@
+"""Every picture of a listing opened and decoded once: which cannot be used, how large they are, which are the same.
+
+What was found of a sound picture is kept in the user's cache folder ($MFM_JAX_CACHE, else the platform's), a line each
+in one file for each root, and believed as long as the picture's size and time stay the same; so a second check opens
+only what has changed and what was bad. A line has its own checksum: one that is torn or damaged is as good as absent.
+"""
+
+import contextlib
+import hashlib
+import itertools
+import json
+import logging
+import os
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import platformdirs
+from rich.console import Console
+from rich.progress import Progress, TextColumn
+
+from mfm_jax.data import workers as processes
+from mfm_jax.data.listing import SPLITS, Listing, Problem
+from mfm_jax.data.pictures import Facts, facts_or_reason
+from mfm_jax.errors import UserError
+
+NEAR = 2  # bits of `Facts.look` in which pictures that look alike may differ
+_SAME_SHAPE = 0.02  # by which the ratio of their sides may differ
+_FLAT = 8  # a look with fewer bits set, or unset, is of a nearly even picture and says little
+_NEIGHBOURS = 256  # pictures that each is compared with, among those that share half of their look
+_CHUNK = 32  # pictures handed to a process at a time
+_KEEP_EVERY = 2_000  # pictures between two writes of what was found
+_PROGRESS_FROM = 1_000  # pictures; fewer are looked at before a bar could be read
+_FORMAT = 1  # of the cache, to be counted up when `pictures` decodes otherwise
+
+Key = tuple[str, int, int]  # path, bytes, time of the last change in ns
+
+
+class Duplicate(NamedTuple):
+    """A picture and an earlier one that shows the same; earlier in the order of `SPLITS`, then of paths."""
+
+    kind: str  # "file": two paths of one file; "copy": equal content; "alike": `look` and shape are nearly equal
+    first: int  # position in the listing
+    second: int
+
+
+@dataclass(frozen=True, eq=False)
+class Checked:
+    """What a check found."""
+
+    facts: tuple[Facts | None, ...]  # [N], in the listing's order; None for a picture that cannot be used
+    problems: tuple[Problem, ...]  # the listing's, then those of the pictures
+    duplicates: tuple[Duplicate, ...]  # each picture at most once as `second`
+
+
+def check(listing: Listing, workers: int = 2, progress: bool = True) -> Checked:
+    """Looks at every picture of a listing.
+
+    Args:
+      listing: the pictures.
+      workers: processes that decode; 0 for none but this one.
+      progress: whether many pictures have a bar on stderr.
+
+    Raises:
+      UserError: a process was killed, by the system for want of memory or by a decoder's fault.
+    """
+    paths = [os.path.join(listing.root, path) for path in listing.paths]
+    stamps = [_stamp(path) for path in paths]
+    keys = [(path, *stamp[2:]) for path, stamp in zip(listing.paths, stamps, strict=True)]
+    cache = _cache_file(listing.root)
+    known = _remembered(cache)
+    facts = [known.get(key) for key in keys]
+    todo = [i for i, fact in enumerate(facts) if fact is None]
+    problems = []
+    with _kept(cache) as keep, _bar(len(todo), progress) as advance:
+        for i, found in zip(todo, _looked_at([Path(paths[i]) for i in todo], workers), strict=True):
+            if isinstance(found, Facts):
+                facts[i] = found
+                keep(keys[i], found)
+            else:
+                problems.append(Problem(listing.paths[i], found))
+            advance()
+    files = [stamp[:2] for stamp in stamps]
+    return Checked(tuple(facts), (*listing.problems, *problems), tuple(_duplicates(listing, facts, files)))
+
+
+def _looked_at(paths: Sequence[Path], workers: int) -> Iterator[Facts | str]:
+    """Yields facts, or the reason why there are none, of each picture in turn."""
+    if not workers or len(paths) <= _CHUNK:
+        yield from map(facts_or_reason, paths)
+        return
+    done = 0
+    try:
+        with processes.pool(workers) as executor:
+            for found in executor.map(facts_or_reason, paths, chunksize=_CHUNK):
+                yield found
+                done += 1
+    except BrokenProcessPool as error:
+        raise UserError(
+            f"data.workers = {workers}: a process that decodes was killed, within {(2 * workers + 1) * _CHUNK} pictures"
+            f" of {str(paths[done])!r}; one of them needs more memory than there is, or crashes its decoder"
+        ) from error
+
+
+def _stamp(path: str) -> tuple[int, int, int, int]:
+    """Returns device, inode, bytes and time of a file; zeros where the system tells nothing."""
+    try:
+        facts = os.stat(path)
+    except (OSError, ValueError):
+        return 0, 0, 0, 0
+    return facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns
+
+
+@contextlib.contextmanager
+def _bar(total: int, progress: bool) -> Iterator[Callable[[], None]]:
+    quiet = not progress or total < _PROGRESS_FROM
+    columns = (*Progress.get_default_columns(), TextColumn("{task.completed:,} of {task.total:,}"))
+    with Progress(*columns, console=Console(stderr=True), transient=True, disable=quiet) as bar:
+        task = bar.add_task("checking pictures", total=total)
+        yield lambda: bar.advance(task)
+
+
+# What is known from earlier checks
+
+
+def _cache_file(root: Path) -> Path:
+    folder = Path(os.environ.get("MFM_JAX_CACHE") or platformdirs.user_cache_dir("mfm_jax")).expanduser()
+    name = hashlib.sha256(os.fsencode(os.path.realpath(root))).hexdigest()[:16]
+    return folder / f"checked-{_FORMAT}-{name}.txt"
+
+
+def _remembered(cache: Path) -> dict[Key, Facts]:
+    """Returns what the sound lines of a cache file hold."""
+    known: dict[Key, Facts] = {}
+    try:
+        with cache.open("rb") as lines:
+            for line in lines:
+                checksum, _, text = line.rstrip(b"\n").partition(b" ")
+                if checksum == _checksum(text):
+                    path, size, time, *facts = json.loads(text)
+                    known[path, size, time] = Facts(*facts)
+    except OSError:
+        pass  # there is none, or it cannot be read: everything is looked at
+    return known
+
+
+def _checksum(text: bytes) -> bytes:
+    return b"%08x" % zlib.crc32(text)
+
+
+@contextlib.contextmanager
+def _kept(cache: Path) -> Iterator[Callable[[Key, Facts], None]]:
+    """Gives a function that notes facts; they are written every few thousand, and at the end, however it comes."""
+    lines: list[bytes] = []
+
+    def write() -> None:
+        try:
+            cache.parent.mkdir(parents=True, exist_ok=True)
+            with cache.open("ab") as file:
+                file.write(b"\n" + b"\n".join(lines) + b"\n")  # a line that was torn before ends here
+        except OSError as error:
+            logging.getLogger(__name__).warning("what a check found is not kept: %s (%s)", cache, error)
+        lines.clear()
+
+    def keep(key: Key, facts: Facts) -> None:
+        text = json.dumps((*key, *facts)).encode()
+        lines.append(_checksum(text) + b" " + text)
+        if len(lines) >= _KEEP_EVERY:
+            write()
+
+    try:
+        yield keep
+    finally:
+        if lines:
+            write()
+
+
+# Duplicates
+
+
+def _duplicates(
+    listing: Listing, facts: Sequence[Facts | None], files: Sequence[tuple[int, int]]
+) -> Iterator[Duplicate]:
+    """Yields each picture that repeats an earlier one, with the earliest: files, then copies, then look-alikes."""
+    rank = {split: i for i, split in enumerate(SPLITS)}
+    order = sorted((i for i, fact in enumerate(facts) if fact), key=lambda i: (rank[str(listing.splits[i])], i))
+    first_file: dict[tuple[int, int], int] = {}
+    first_copy: dict[str, int] = {}
+    distinct = []
+    for i in order:
+        fact = facts[i]
+        assert fact is not None
+        file, copy = first_file.setdefault(files[i], i), first_copy.setdefault(fact.digest, i)
+        if file != i:
+            yield Duplicate("file", file, i)
+        elif copy != i:
+            yield Duplicate("copy", copy, i)
+        else:
+            distinct.append((i, fact.look, fact.width / fact.height))
+    looks = np.array([look for _, look, _ in distinct], np.uint64)
+    shapes = np.array([shape for _, _, shape in distinct], np.float64)
+    for first, second in alike(looks, shapes):
+        yield Duplicate("alike", distinct[first][0], distinct[second][0])
+
+
+def alike(looks: npt.NDArray[np.uint64], shapes: npt.NDArray[np.float64]) -> list[tuple[int, int]]:
+    """Returns each position that an earlier one looks like, as (the earliest found, it), in order.
+
+    They differ in at most NEAR of 64 bits in `looks [N]`, and in their ratio of sides, `shapes [N]`, by 0.02 of it.
+    Of four quarters of the 64 bits, two are equal in looks that differ in two bits: sorted by each pair of quarters in
+    turn, look-alikes are neighbours. Each is compared with the next 256 of those that share the pair, so in a set with
+    very many that share it some are missed.
+    """
+    ones = np.bitwise_count(looks)
+    telling = np.flatnonzero((ones >= _FLAT) & (ones <= 64 - _FLAT))
+    first = np.arange(len(looks))
+    for a, b in itertools.combinations(range(4), 2):
+        mask = np.uint64((0xFFFF << 16 * a) | (0xFFFF << 16 * b))
+        shared = looks[telling] & mask
+        by_key = np.argsort(shared, kind="stable")
+        position, shared = telling[by_key], shared[by_key]
+        start = np.arange(len(shared))
+        for shift in range(1, _NEIGHBOURS + 1):
+            start = start[start + shift < len(shared)]
+            start = start[shared[start] == shared[start + shift]]
+            if not len(start):
+                break
+            left, right = position[start], position[start + shift]  # left < right: the sort is stable
+            near = np.bitwise_count(looks[left] ^ looks[right]) <= NEAR
+            near &= np.abs(shapes[left] - shapes[right]) <= _SAME_SHAPE * shapes[left]
+            np.minimum.at(first, right[near], left[near])
+    second = np.flatnonzero(first < np.arange(len(looks)))
+    return list(zip(first[second].tolist(), second.tolist(), strict=True))
