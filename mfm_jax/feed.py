@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, Sharding, SingleDeviceSharding
 
@@ -52,8 +53,10 @@ class Feed:
         self.close()
         data, first_meta = self._data, int(is_meta[:first].sum())
         steps = start + np.flatnonzero(is_meta)
-        draw = functools.partial(loop.meta_index, self._key, table=table, batch_size=self._config.meta.batch_size)
-        meta_order = np.asarray(jax.vmap(draw)(steps)) if len(steps) else np.zeros((0, 1), np.int32)
+        draw = functools.partial(
+            loop.meta_index, self._key, table=jnp.asarray(table), batch_size=self._config.meta.batch_size
+        )
+        meta_order = np.asarray(jax.vmap(draw)(jnp.asarray(steps))) if len(steps) else np.zeros((0, 1), np.int32)
         self._batches = self._stream(data.train_images, order, first, (0, epoch))
         self._meta_batches = self._stream(data.meta_images, meta_order, first_meta, (1, epoch))
         self._labels = iter(data.train_labels[order[first:]])

@@ -343,9 +343,9 @@ class _Run:
         table = jnp.asarray(self.data.meta_table(epoch), jnp.int32)
         if self.feed:
             start = epoch * len(order)
-            order = np.asarray(order)[: self.experiment.total_steps - start]
-            is_meta = np.array([self.is_meta(step) for step in range(start, start + len(order))])
-            self.feed.start_epoch(epoch, start, order, np.asarray(table), self.step - start, is_meta)
+            wanted = np.asarray(order)[: self.experiment.total_steps - start]
+            is_meta = np.array([self.is_meta(step) for step in range(start, start + len(wanted))])
+            self.feed.start_epoch(epoch, start, wanted, np.asarray(table), self.step - start, is_meta)
             return
         if self.experiment.synthetic and self.step >= self.experiment.retrain_from:
             self._store_features()

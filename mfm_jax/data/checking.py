@@ -36,7 +36,7 @@ _NEIGHBOURS = 256  # pictures that each is compared with, among those that share
 _CHUNK = 32  # pictures handed to a process at a time
 _KEEP_EVERY = 2_000  # pictures between two writes of what was found
 _PROGRESS_FROM = 1_000  # pictures; fewer are looked at before a bar could be read
-_FORMAT = 1  # of the cache, to be counted up when `pictures` decodes otherwise
+_FORMAT = 2  # of the cache, to be counted up when `pictures` decodes otherwise
 
 Key = tuple[str, int, int]  # path, bytes, time of the last change in ns
 

@@ -39,7 +39,7 @@ class Facts(NamedTuple):
 
     width: int  # pixels, upright
     height: int
-    grey: bool  # stored without colour
+    grey: bool  # one channel, or three that are equal everywhere
     digest: str  # SHA-256 of the file, hex
     look: int  # 64 bits that stay nearly the same when a picture is scaled or compressed again
 
@@ -58,7 +58,14 @@ def look_at(path: Path) -> Facts:
         small = np.asarray(picture.convert("L").resize((9, 8), Image.Resampling.BOX), np.int16)
     bits = np.packbits(small[:, :-1] > small[:, 1:])
     digest = hashlib.sha256(content).hexdigest()
-    return Facts(picture.width, picture.height, grey, digest, int.from_bytes(bits.tobytes(), "big"))
+    return Facts(
+        picture.width, picture.height, grey or _is_grey(picture), digest, int.from_bytes(bits.tobytes(), "big")
+    )
+
+
+def _is_grey(picture: Image.Image) -> bool:
+    pixels = np.asarray(picture)
+    return bool((pixels[..., 1:] == pixels[..., :1]).all())
 
 
 def facts_or_reason(path: Path) -> Facts | str:
