@@ -10,17 +10,15 @@ step, so that a run goes on in the middle of an epoch with the batches of an uni
 """
 
 import contextlib
-import functools
 import time
-from collections.abc import Iterator
+from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, Sharding, SingleDeviceSharding
 
-from mfm_jax import loop, parallel
+from mfm_jax import parallel
 from mfm_jax.config import Config
 from mfm_jax.data import LongTailData, streaming
 from mfm_jax.errors import UserError
@@ -30,77 +28,69 @@ from mfm_jax.loop import DeviceData
 class Feed:
     """The streams of one epoch after another."""
 
-    def __init__(self, data: LongTailData, config: Config, key: jax.Array, mesh: Mesh | None):
-        """Takes the run's data and config, its `BilevelState.key`, and the devices that batches are split over."""
-        self._data, self._config, self._key = data, config, key
+    def __init__(self, data: LongTailData, config: Config, mesh: Mesh | None):
+        self._data, self._config = data, config
         self._sharding: Sharding = parallel.split(mesh) if mesh else SingleDeviceSharding(jax.devices()[0])
         _check_sizes(config, mesh.shape[parallel.AXIS] if mesh else 1)
         self._open = contextlib.ExitStack()
+        self._seconds = self._waited = 0.0
 
-    def start_epoch(
-        self, epoch: int, start: int, order: np.ndarray, table: np.ndarray, first: int, is_meta: np.ndarray
-    ) -> None:
+    def start_epoch(self, epoch: int, order: np.ndarray, meta_order: Sequence[np.ndarray], first: int) -> None:
         """Starts to decode what is left of an epoch.
 
         Args:
           epoch: its number.
-          start: the step of the run that it begins with.
-          order: int [S, B], the training images of each batch, from the epoch's first on.
-          table: int [K, m], each class's meta images.
+          order: int [S, B], the training images of each batch from the epoch's first on.
+          meta_order: int [S] x [M or 0], the meta images of each.
           first: the batch to begin with.
-          is_meta: bool [S], whether each is a meta-step's.
         """
         self.close()
-        data, first_meta = self._data, int(is_meta[:first].sum())
-        steps = start + np.flatnonzero(is_meta)
-        draw = functools.partial(
-            loop.meta_index, self._key, table=jnp.asarray(table), batch_size=self._config.meta.batch_size
+        data = self._data
+        picks = [
+            self._picks(data.train_images, list(order), (0, epoch)),
+            self._picks(data.meta_images, meta_order, (1, epoch)),
+        ]
+        self._steps = self._open.enter_context(streaming.stream(picks, workers=self._config.data.workers, first=first))
+        self._labels = iter([data.train_labels[rows] for rows in order[first:]])
+        self._meta_labels = iter([data.meta_labels[rows] for rows in meta_order[first:]])
+        self._seen = time.perf_counter()
+
+    def _picks(self, images: Any, order: Sequence[np.ndarray], name: tuple[int, int]) -> streaming.Picks:
+        """Returns this host's part of each batch."""
+        settings, hosts, host = self._config.augment, jax.process_count(), jax.process_index()
+        own = [rows[host * len(rows) // hosts : (host + 1) * len(rows) // hosts] for rows in order]
+        if settings.crop != "resized":
+            return streaming.Picks(images, own)
+        offset = host * max(map(len, own), default=0)
+        return streaming.Picks(
+            images, own, streaming.RandomPart(settings.min_area, (self._config.train.seed, *name), offset)
         )
-        meta_order = np.asarray(jax.vmap(draw)(jnp.asarray(steps))) if len(steps) else np.zeros((0, 1), np.int32)
-        self._batches = self._stream(data.train_images, order, first, (0, epoch))
-        self._meta_batches = self._stream(data.meta_images, meta_order, first_meta, (1, epoch))
-        self._labels = iter(data.train_labels[order[first:]])
-        self._meta_labels = iter(data.meta_labels[meta_order[first_meta:]])
-        self._began, self._waited = time.perf_counter(), 0.0
 
-    def _stream(self, images: Any, order: np.ndarray, first: int, name: tuple[int, ...]) -> Iterator[np.ndarray]:
-        settings, seed = self._config.augment, self._config.train.seed
-        part = streaming.RandomPart(settings.min_area, (seed, *name)) if settings.crop == "resized" else None
-        opened = streaming.stream(
-            images, order, workers=self._config.data.workers, part=part, first=first, share=_share(order.shape[1])
-        )
-        return self._open.enter_context(opened)
-
-    def next(self, data: DeviceData, is_meta: bool) -> DeviceData:
-        """Returns `data` with the next batch, and the next meta batch if this is a meta-step."""
-        data = data.replace(images=self._wait(self._batches), labels=self._place(next(self._labels)))
-        if is_meta:
-            image, label = self._wait(self._meta_batches), self._place(next(self._meta_labels))
-            data = data.replace(meta_images=image, meta_labels=label)
-        return data
-
-    def _wait(self, stream: Iterator[np.ndarray]) -> jax.Array:
+    def next(self, data: DeviceData) -> DeviceData:
+        """Returns `data` with the next batch, and with the next meta batch where the step has one."""
         began = time.perf_counter()
-        batch = next(stream)
-        self._waited += time.perf_counter() - began
-        return jax.make_array_from_process_local_data(self._sharding, batch)
+        image, meta_image = next(self._steps)
+        before, self._seen = self._seen, time.perf_counter()
+        self._waited, self._seconds = self._waited + self._seen - began, self._seconds + self._seen - before
+        data = data.replace(images=self._from_parts(image), labels=self._place(next(self._labels)))
+        meta_label = next(self._meta_labels)
+        if not len(meta_label):
+            return data
+        return data.replace(meta_images=self._from_parts(meta_image), meta_labels=self._place(meta_label))
+
+    def _from_parts(self, own: np.ndarray) -> jax.Array:
+        return jax.make_array_from_process_local_data(self._sharding, own)
 
     def _place(self, labels: np.ndarray) -> jax.Array:
         return parallel.place(labels, self._sharding)
 
     def waited(self) -> float:
-        """Returns which part of the epoch's time so far was spent waiting for pictures, 0..1."""
-        return self._waited / max(time.perf_counter() - self._began, 1e-9)
+        """Returns which part of the training time so far, validation apart, was spent waiting for pictures, 0..1."""
+        return self._waited / self._seconds if self._seconds else 0.0
 
     def close(self) -> None:
         """Ends the worker processes."""
         self._open.close()
-
-
-def _share(size: int) -> slice:
-    """Returns the places of a batch that this host decodes."""
-    part = size // jax.process_count()
-    return slice(jax.process_index() * part, (jax.process_index() + 1) * part)
 
 
 def _check_sizes(config: Config, devices: int) -> None:

@@ -142,6 +142,13 @@ def meta_index(key: jax.Array, step: jax.Array, table: jax.Array, batch_size: in
     return batches.meta_indices(_keys(key, step)[1], step, table, batch_size)
 
 
+def meta_order(key: jax.Array, steps: Sequence[int | None], table: jax.Array, batch_size: int) -> list[np.ndarray]:
+    """Returns `meta_index` of each step, on the host; nothing where the step is None."""
+    drawn = jax.jit(meta_index, static_argnums=3)
+    none = np.zeros(0, np.int32)
+    return [none if step is None else np.asarray(drawn(key, jnp.int32(step), table, batch_size)) for step in steps]
+
+
 def _seed_axes() -> Any:
     """Which of the data's arrays differ between runs with different seeds: the orders, not the images."""
     shared: Any = dict.fromkeys((field.name for field in dataclasses.fields(DeviceData)), None)

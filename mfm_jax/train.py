@@ -237,7 +237,7 @@ def _run_epoch(
     while step < end and not stopped(step):
         is_meta, retrain = runs[0].next_steps(step, end), step >= runs[0].experiment.retrain_from
         if runs[0].feed:
-            data = runs[0].device_data = runs[0].feed.next(data, is_meta[0])
+            data = runs[0].device_data = runs[0].feed.next(data)
         loop = call(loop, data, *loop_lib.steps(is_meta, retrain=retrain))
         step, calls = step + len(is_meta), calls + 1
         if _is_due(calls, looked):
@@ -302,7 +302,7 @@ class _Run:
             self.loop, record = self.checkpoints.restore(latest, self.loop)
             _tell_elastic(latest, record["devices"])
         self.step = latest or 0
-        self.feed = Feed(data, config, self.loop.bilevel.key, mesh) if isinstance(data.train_images, Files) else None
+        self.feed = Feed(data, config, mesh) if isinstance(data.train_images, Files) else None
         self.has_own_data = experiment.synthetic or self.feed is not None  # not shared by runs that differ in the seed
         self.log = MetricLog(workdir, record["rows"]) if cluster.is_primary() else RowList(record["rows"])
         self.seconds_before, self.began = record["seconds"], time.perf_counter()
@@ -344,8 +344,9 @@ class _Run:
         if self.feed:
             start = epoch * len(order)
             wanted = np.asarray(order)[: self.experiment.total_steps - start]
-            is_meta = np.array([self.is_meta(step) for step in range(start, start + len(wanted))])
-            self.feed.start_epoch(epoch, start, wanted, np.asarray(table), self.step - start, is_meta)
+            steps = [step if self.is_meta(step) else None for step in range(start, start + len(wanted))]
+            meta = loop_lib.meta_order(self.loop.bilevel.key, steps, table, self.config.meta.batch_size)
+            self.feed.start_epoch(epoch, wanted, meta, self.step - start)
             return
         if self.experiment.synthetic and self.step >= self.experiment.retrain_from:
             self._store_features()
@@ -384,8 +385,6 @@ class _Run:
             divisor = meta_steps if name in META_METRICS else steps
             if divisor:
                 row[name] = value / divisor
-        if self.feed:
-            row["input_wait"] = self.feed.waited()
         self.log.write("train", step, epoch, row)
         self._log_modulation(step, epoch)
         self.loop = self.loop.replace(sums=jax.tree.map(jnp.zeros_like, self.loop.sums))
@@ -477,6 +476,7 @@ class _Run:
             "last": last,
             "best": best,
             "train_seconds": self.train_seconds,
+            "input_wait": self.feed.waited() if self.feed else 0.0,
             "versions": _versions(),
         }
 

@@ -111,7 +111,7 @@ def eval_batches(images: Images, batch_size: int, workers: int = 0) -> Iterator[
     are decoded ahead by `workers` processes.
     """
     if isinstance(images, Files):
-        parts = (batch for _, batch in streaming.decode_all(images, workers, batch_size))
+        parts = streaming.in_batches(images, batch_size, workers)
     else:
         parts = (images[start : start + batch_size] for start in range(0, len(images), batch_size))
     for batch in parts:

@@ -31,7 +31,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import platformdirs
-import sklearn.datasets
 from rich.console import Console
 from rich.progress import Progress
 
@@ -118,6 +117,8 @@ def _load_digits(config: Data) -> Source:
     The set has no test split of its own. 50 images a class, drawn with a constant seed and so the same for
     every `data.seed`, are its test split; 124 to 133 a class are left to train on.
     """
+    import sklearn.datasets  # here: a second that the processes that decode do not pay
+
     digits = sklearn.datasets.load_digits()
     images = resize(np.rint(digits.images * (255 / 16)).astype(np.uint8)[..., None], config.image_size)
     labels = digits.target.astype(np.int32)
@@ -257,13 +258,14 @@ def _images(config: Data, augment: Augment, found: Listing, facts: Sequence[Fact
     print(f"resident: {what}")
 
     def decode() -> tuple[Pixels, Labels]:
-        result = np.empty(files.shape, np.uint8)
+        done, result = 0, np.empty(files.shape, np.uint8)
         workers = config.workers if len(files) > _DECODE_ALONE else 0
         with Progress(console=Console(stderr=True), transient=True, disable=len(files) < _PROGRESS_FROM) as progress:
             task = progress.add_task("decoding pictures (once)", total=len(files))
-            for place, batch in streaming.decode_all(files, workers):
-                result[place] = batch
-                progress.update(task, advance=len(batch))
+            for batch in streaming.in_batches(files, _DECODE_BATCH, workers):
+                result[done : done + len(batch)] = batch
+                done += len(batch)
+                progress.update(task, completed=done)
         return result, found.labels
 
     return cached(f"files-{version}-{size}px-{channels}-{config.fit}", decode)[0]

@@ -29,10 +29,11 @@ Pixels = npt.NDArray[np.uint8]
 
 
 class RandomPart(NamedTuple):
-    """Take a random part of each picture (`pictures.read_part`), drawn from `seed` and its place in the order."""
+    """Take a random part of each picture (`pictures.read_part`), drawn from the seed, the step and its place."""
 
     min_area: float
     seed: tuple[int, ...]
+    offset: int = 0  # place in the whole batch of the first picture, where hosts share it
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,92 +58,83 @@ class Files:
 
     def __getitem__(self, index):  # of the type that `index` says
         if isinstance(index, int | np.integer):
-            return self.decode(int(index))
+            return self.batch(np.array([index]))[0]
         return Files(self.root, self.paths[index], self.size, self.channels, self.fit)
 
-    def decode(self, index: int, part: RandomPart | None = None, position: int = 0) -> Pixels:
-        """Returns picture `index`, or a random part of it that depends on the seed and `position`.
+    def batch(self, picks: Ints, part: RandomPart | None = None, seed: tuple[int, ...] = ()) -> Pixels:
+        """Returns the pictures at `picks` [B] as [B, size, size, channels]; with `part`, a part of each.
 
         Raises:
-          UserError: the file is gone or was damaged since it was checked.
+          UserError: a file is gone or was damaged since it was checked.
         """
-        path = self.root / self.paths[index]
+        result = np.empty((len(picks), *self.shape[1:]), np.uint8)
+        for place, index in enumerate(picks.tolist()):
+            rng = part and np.random.default_rng([*part.seed, *seed, part.offset + place])
+            result[place] = self._decode(self.paths[index], part.min_area if part else 0.0, rng)
+        return result
+
+    def _decode(self, path: str, min_area: float, rng: np.random.Generator | None) -> Pixels:
         try:
-            if part is None:
-                return pictures.read(path, self.size, self.channels, self.fit)
-            rng = np.random.default_rng([*part.seed, position])
-            return pictures.read_part(path, self.size, self.channels, rng, part.min_area)
+            if rng is None:
+                return pictures.read(self.root / path, self.size, self.channels, self.fit)
+            return pictures.read_part(self.root / path, self.size, self.channels, rng, min_area)
         except pictures.BadPicture as error:
-            raise UserError(f"{path}: {error}; it was changed since it was checked, see --mode=check") from error
+            raise UserError(
+                f"{self.root / path}: {error}; it has changed since it was checked, see --mode=check"
+            ) from error
+
+
+class Picks(NamedTuple):
+    """What one of the streams consists of."""
+
+    images: Files
+    order: Sequence[Ints]  # the pictures of each batch; batches may differ in size and be empty
+    part: RandomPart | None = None  # None: the whole of each picture
 
 
 @dataclass(frozen=True, eq=False)
-class _Picked:
-    """The pictures of an order, as grain asks for them: item i is the one at `index[i]`."""
+class _Steps:
+    """All batches of a step, as grain asks for them."""
 
-    images: Files
-    index: Ints
-    position: Ints
-    part: RandomPart | None
+    streams: Sequence[Picks]
 
     def __len__(self) -> int:
-        return len(self.index)
+        return len(self.streams[0].order)
 
-    def __getitem__(self, item: int) -> Pixels:
-        return self.images.decode(int(self.index[item]), self.part, int(self.position[item]))
+    def __getitem__(self, step: int) -> tuple[Pixels, ...]:
+        return tuple(images.batch(order[step], part, (step,)) for images, order, part in self.streams)
 
 
 @contextlib.contextmanager
-def stream(
-    images: Files,
-    order: Ints,
-    *,
-    workers: int,
-    part: RandomPart | None = None,
-    first: int = 0,
-    share: slice = slice(None),
-) -> Iterator[Iterator[Pixels]]:
-    """Gives an iterator over the batches of `order`, uint8 [B, size, size, C], decoded ahead in `workers` processes.
+def stream(streams: Sequence[Picks], *, workers: int, first: int = 0) -> Iterator[Iterator[tuple[Pixels, ...]]]:
+    """Gives an iterator over steps: a batch of each stream, uint8 [B, size, size, C], decoded ahead.
 
     Args:
-      images: what the order points into.
-      order: [S, B], the pictures of each batch.
-      workers: 0 decodes in this process, when a batch is asked for.
-      part: what is seen of each picture; None fits the whole (`images.fit`).
-      first: the batch to begin with.
-      share: which places of every batch are decoded: this host's.
+      streams: equally many batches each.
+      workers: processes that decode, a step at a time each; 0 decodes in this process, when a step is asked for.
+      first: the step to begin with.
 
     Raises:
       UserError: a file is gone or was damaged since it was checked.
     """
-    places = np.arange(order.size).reshape(order.shape)
-    index, position = (np.asarray(x)[first:, share] for x in (order, places))
-    if not index.size:
-        yield iter(())
-        return
-    source = _Picked(images, index.ravel(), position.ravel(), part)
-    batches = grain.MapDataset.source(source).batch(index.shape[1]).to_iter_dataset(grain.ReadOptions(1, 1))
-    if workers:
+    steps = grain.MapDataset.source(_Steps(streams))[first:].to_iter_dataset(grain.ReadOptions(1, 1))
+    if workers and len(streams[0].order) > first:
         if not flags.FLAGS.is_parsed():  # in a notebook; grain's workers ask for its own flags
             flags.FLAGS.mark_as_parsed()
-        batches = batches.mp_prefetch(grain.MultiprocessingOptions(workers, _AHEAD))
-    iterator = iter(batches)
+        steps = steps.mp_prefetch(grain.MultiprocessingOptions(workers, _AHEAD))
+    iterator = iter(steps)
     try:
         yield iterator
     finally:
         iterator.close()
 
 
-def decode_all(images: Files, workers: int, batch_size: int = 64) -> Iterator[tuple[slice, Pixels]]:
-    """Yields all images in order, in batches with their place; raises as `stream`."""
-    whole = len(images) // batch_size
-    order = np.arange(whole * batch_size).reshape(whole, batch_size)
-    with stream(images, order, workers=workers) as batches:
-        for i, batch in enumerate(batches):
-            yield slice(i * batch_size, (i + 1) * batch_size), batch
-    if rest := len(images) % batch_size:
-        start = whole * batch_size
-        yield slice(start, start + rest), np.stack([images[i] for i in range(start, start + rest)])
+def in_batches(images: Files, batch_size: int, workers: int) -> Iterator[Pixels]:
+    """Yields all images in order, the last batch as small as it comes; raises as `stream`."""
+    order = [np.arange(i, min(i + batch_size, len(images))) for i in range(0, len(images), batch_size)]
+    with stream([Picks(images, order)], workers=workers) as steps:
+        for (batch,) in steps:
+            yield batch
 
 
 def paths(names: Sequence[str]) -> npt.NDArray[np.object_]:

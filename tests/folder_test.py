@@ -1,0 +1,277 @@
+"""One's own pictures as a data set: folders and lists, their splits, and the streamed path against the resident one."""
+
+import os
+import signal
+from pathlib import Path
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from mfm_jax import config as config_lib
+from mfm_jax import data as data_lib
+from mfm_jax import experiment as experiment_lib
+from mfm_jax import feed as feed_lib
+from mfm_jax import interruption, longtail, train
+from mfm_jax import loop as loop_lib
+from mfm_jax.data import streaming
+from mfm_jax.errors import UserError
+
+COUNTS = {"ant": 40, "bee": 12, "cricket": 5}
+
+
+def picture(path: Path, seed: int, size: tuple[int, int] = (9, 7)) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), np.uint8)
+    Image.fromarray(pixels).save(path)
+
+
+@pytest.fixture
+def root(tmp_path) -> Path:
+    """A folder of three classes with 40, 12 and 5 pictures of 9 x 7 pixels."""
+    for number, (name, count) in enumerate(COUNTS.items()):
+        for i in range(count):
+            picture(tmp_path / "insects" / name / f"{i:02d}.png", 100 * number + i)
+    return tmp_path / "insects"
+
+
+def config(root: Path, **overrides):
+    """Returns a config of a few seconds; overrides as `group__field=value`."""
+    result = config_lib.default()
+    result.data.update(
+        source="folder", root=str(root), protocol="natural", imbalance_factor=1.0, image_size=8, workers=0
+    )
+    result.augment.pad = 1
+    result.model.update(name="resnet8", width=4)
+    result.meta.update(batch_size=6, every=2)
+    result.train.update(epochs=2, batch_size=8)
+    for name, value in overrides.items():
+        group, field = name.split("__")
+        result[group][field] = value
+    return result
+
+
+def build(root: Path, **overrides) -> data_lib.LongTailData:
+    return data_lib.build(config_lib.resolve(config(root, **overrides)))
+
+
+def counts_of(data: data_lib.LongTailData) -> dict[str, list[int]]:
+    return {name: split["class_counts"] for name, split in data.manifest["splits"].items()}
+
+
+# --- splits ---------------------------------------------------------------------------------------
+
+
+def test_a_folder_is_split_in_proportion(root):
+    data = build(root)
+    assert data.class_names == tuple(COUNTS)
+    # Test: rint of a fifth of 40, 12 and 5. Validation: a tenth of the 32, 10 and 4 that are left, at least one.
+    assert counts_of(data) == {"train": [29, 9, 3], "meta": [3, 3, 3], "val": [3, 1, 1], "test": [8, 2, 1]}
+    longtail.check_leakage(data.manifest)
+    chex.assert_shape(data.train_images, (41, 8, 8, 3))
+    assert data.manifest["files"][0] == "ant/00.png"
+    assert "0.2 of each class" in data.manifest["test_rule"]
+    first = data.manifest["splits"]["test"]["ids"][0]
+    with Image.open(root / data.manifest["files"][first]) as original:
+        expected = original.resize((8, 8), Image.Resampling.BILINEAR, (1, 0, 8, 7))
+    chex.assert_trees_all_equal(data.test_images[0], np.asarray(expected))
+
+
+def test_the_test_split_does_not_depend_on_the_seed(root):
+    first, second = build(root), build(root, data__seed=5)
+    assert first.manifest["splits"]["test"] == second.manifest["splits"]["test"]
+    assert first.manifest["splits"]["val"] != second.manifest["splits"]["val"]
+
+
+def test_a_manifest_gives_the_same_split_again_and_notices_a_changed_picture(root, tmp_path):
+    data = build(root)
+    longtail.write_manifest(data.manifest, tmp_path / "split.json")
+    again = build(root, data__manifest=str(tmp_path / "split.json"))
+    assert again.manifest == data.manifest
+    picture(root / "ant" / "00.png", seed=999)
+    with pytest.raises(UserError, match="made for version"):
+        build(root, data__manifest=str(tmp_path / "split.json"))
+
+
+def test_a_larger_factor_keeps_fewer(root):
+    assert counts_of(build(root, data__imbalance_factor=29.0, meta__batch_size=3))["train"] == [
+        29,
+        5,
+        1,
+    ]  # 29 / 29 ** (r / 2)
+
+
+def test_copies_of_a_picture_are_in_one_split(root):
+    for i in range(20):
+        (root / "bee" / f"copy{i}.png").write_bytes((root / "bee" / "00.png").read_bytes())
+    data = build(root)
+    files = data.manifest["files"]
+    copies = {i for i, name in enumerate(files) if name == "bee/00.png" or "copy" in name}
+    assert len(copies) == 21
+    having = [name for name in ("train", "val", "test") if copies & set(data.manifest["splits"][name]["ids"])]
+    assert len(having) == 1
+
+
+def test_groups_are_not_divided(root):
+    data = build(root, data__group=r"(\d)\d\.png")  # pictures 00 to 09 of all classes, 10 to 19, ...
+    files, where = data.manifest["files"], {}
+    for name in ("train", "val", "test"):
+        for i in data.manifest["splits"][name]["ids"]:
+            assert where.setdefault(files[i].split("/")[1][0], name) == name
+
+
+def test_splits_of_the_folder_are_kept_and_balanced_protocols_refuse_them(root):
+    for split, numbers in {"train": range(2, 5), "val": [1], "test": [0]}.items():
+        for number, name in enumerate(COUNTS):
+            for i in numbers:
+                picture(root.parent / "split" / split / name / f"{i}.png", 10 * number + i)
+    assert counts_of(build(root.parent / "split", data__val_fraction=0.0)) == {
+        "train": [3, 3, 3], "meta": [3, 3, 3], "val": [1, 1, 1], "test": [1, 1, 1]
+    }  # fmt: skip
+    with pytest.raises(UserError, match=r"data\.protocol = 'full': draws from all images alike"):
+        build(root.parent / "split", data__protocol="full", data__imbalance_factor=1.0)
+
+
+def test_a_balanced_folder_can_be_made_long_tailed_as_the_benchmarks_are(root):
+    small = {"train__batch_size": 4, "meta__images_per_class": 2}
+    data = build(root, data__protocol="meta_held_out", data__imbalance_factor=2.0, **small)
+    # Left for training and meta: 32, 10, 4; less two meta images the smallest has 2, and int(2 / 2 ** (1 / 2)) = 1.
+    assert counts_of(data)["train"] == [2, 1, 1]
+    assert counts_of(data)["meta"] == [2, 2, 2]
+
+
+# --- what is wrong with it ------------------------------------------------------------------------
+
+
+def test_a_broken_picture_ends_the_run_or_is_left_out_but_never_in_silence(root, capsys):
+    broken = root / "ant" / "03.png"
+    broken.write_bytes(broken.read_bytes()[:60])
+    with pytest.raises(UserError, match=r"(?s)1 problems; .*on_bad_image = 'skip'.*ant/03\.png: "):
+        build(root)
+    data = build(root, data__on_bad_image="skip")
+    assert sum(sum(counts) for name, counts in counts_of(data).items() if name != "meta") == sum(COUNTS.values()) - 1
+    assert "ant/03.png" not in data.manifest["files"]
+    assert [line.split(":")[0] for line in data.manifest["left_out"]] == ["ant/03.png"]
+    assert "ant/03.png" in capsys.readouterr().err
+
+
+def test_pictures_of_several_sizes_want_an_image_size(root):
+    with pytest.raises(UserError, match=r"data\.image_size = 0: pictures have sides of 7 to 9 pixels"):
+        build(root, data__image_size=0)
+
+
+def test_pictures_without_colour_have_one_channel(root):
+    for name in COUNTS:
+        for path in (root / name).iterdir():
+            Image.open(path).convert("L").convert("RGB").save(path)
+    chex.assert_shape(build(root).train_images, (41, 8, 8, 1))
+    chex.assert_shape(build(root, data__channels=3).train_images, (41, 8, 8, 3))
+
+
+def test_the_lists_of_the_long_tail_benchmarks(tmp_path):
+    """`path label` lines, as Places-LT publishes them; the classes are called as their folders."""
+    lines = {split: [] for split in ("train", "val", "test")}
+    for split, count in (("train", 4), ("val", 1), ("test", 1)):
+        for label, name in enumerate(("airfield", "attic")):
+            for i in range(count):
+                path = f"data_256/a/{name}/{split}_{i}.jpg"
+                picture(tmp_path / path, 10 * label + i)
+                lines[split].append(f"{path} {label}")
+    for split, content in lines.items():
+        (tmp_path / f"Places_LT_{split}.txt").write_text("\n".join(content) + "\n")
+    fields = {f"data__{split}_list": str(tmp_path / f"Places_LT_{split}.txt") for split in lines}
+    fields |= {"data__source": "list", "meta__images_per_class": 2, "meta__batch_size": 4}
+    data = build(tmp_path, **fields)
+    assert data.class_names == ("airfield", "attic")
+    assert counts_of(data) == {"train": [4, 4], "meta": [2, 2], "val": [1, 1], "test": [1, 1]}
+    (tmp_path / "data_256/a/attic/train_2.jpg").unlink()
+    with pytest.raises(UserError, match=r"Places_LT_train\.txt:7: "):
+        build(tmp_path, **fields)
+
+
+# --- streaming ------------------------------------------------------------------------------------
+
+
+def test_streamed_pictures_are_those_that_would_be_resident(root):
+    resident, streamed = build(root), build(root, data__resident_mb=0)
+    assert isinstance(streamed.train_images, streaming.Files)
+    for name in ("train", "val", "test"):
+        images, files = (getattr(data, f"{name}_images") for data in (resident, streamed))
+        assert files.shape == images.shape
+        chex.assert_trees_all_equal(np.stack([files[i] for i in range(len(files))]), images)
+    assert resident.manifest == streamed.manifest
+
+
+def feed(root: Path, first: int, **overrides):
+    """Returns what a `Feed` gives from step `first` of an epoch on: (image, meta image or None) of each step."""
+    resolved = config_lib.resolve(config(root, data__resident_mb=0, **overrides))
+    data = data_lib.build(resolved)
+    experiment = experiment_lib.build(resolved, data)
+    order = np.asarray(experiment.order(jax.random.key(0), 1))
+    steps = [len(order) + i if i % 2 == 0 else None for i in range(len(order))]
+    meta_order = loop_lib.meta_order(jax.random.key(7), steps, jnp.asarray(data.meta_table(1)), 6)
+    source = feed_lib.Feed(data, resolved, None)
+    device_data, found = loop_lib.to_device(data), []
+    source.start_epoch(1, order, meta_order, first)
+    for step in range(first, len(order)):
+        device_data = source.next(device_data)
+        meta = (device_data.meta_images, device_data.meta_labels) if steps[step] else ()
+        found.append(jax.tree.map(np.asarray, (device_data.images, device_data.labels, *meta)))
+    source.close()
+    return found
+
+
+@pytest.mark.parametrize(("crop", "workers"), [("shift", 0), ("resized", 0), ("resized", 2)])
+def test_the_rest_of_an_epoch_is_the_same_after_a_stop(root, crop, workers):
+    options = {"augment__crop": crop, "data__workers": workers}
+    whole, rest = feed(root, 0, **options), feed(root, 3, **options)
+    assert len(whole) == 5
+    chex.assert_trees_all_equal(whole[3:], rest)
+    assert not np.array_equal(whole[0][0], whole[1][0])
+
+
+def test_a_streamed_epoch_has_the_batches_of_a_resident_one(root):
+    resolved = config_lib.resolve(config(root))
+    data = data_lib.build(resolved)
+    experiment = experiment_lib.build(resolved, data)
+    order = np.asarray(experiment.order(jax.random.key(0), 1))
+    table = jnp.asarray(data.meta_table(1))
+    for step, (image, label, *meta) in enumerate(feed(root, 0)):
+        chex.assert_trees_all_equal((image, label), (data.train_images[order[step]], data.train_labels[order[step]]))
+        if meta:
+            index = loop_lib.meta_index(jax.random.key(7), len(order) + step, table, 6)
+            chex.assert_trees_all_equal(tuple(meta), (data.meta_images[index], data.meta_labels[index]))
+
+
+def test_a_streamed_run_that_was_stopped_ends_as_if_nothing_had_happened(root, tmp_path, monkeypatch):
+    """SIGTERM in the middle of the second epoch."""
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    options = {"data__resident_mb": 0, "augment__crop": "resized", "augment__color_jitter": 0.4}
+    call = loop_lib.make_call
+
+    def make_call(*built):
+        compiled, done = call(*built), []
+
+        def stepping(*arguments):
+            done.append(None)
+            if len(done) == 7:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return compiled(*arguments)
+
+        return stepping
+
+    with monkeypatch.context() as patch, pytest.raises(interruption.Interrupted, match="saved at step 7"):
+        patch.setattr(loop_lib, "make_call", make_call)
+        train.train_and_evaluate(config(root, **options), tmp_path / "stopped")
+    stopped, whole = (
+        train.train_and_evaluate(config(root, **options), tmp_path / name) for name in ("stopped", "whole")
+    )
+    assert stopped["last"] == whole["last"]
+    rows = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("stopped", "whole")]
+    assert rows[0] == rows[1]
+    assert 0 < whole["input_wait"] < 1
+    assert (tmp_path / "whole" / "gallery.npz").exists()
+    assert "Rare classes: right and wrong answers" in (tmp_path / "whole" / "report.html").read_text()
