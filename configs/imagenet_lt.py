@@ -3,9 +3,9 @@
     python -m mfm_jax.main --config=configs/imagenet_lt.py --workdir=runs/imagenet_lt --config.data.root=FOLDER
 
 FOLDER holds ImageNet's `train/` and `val/` (ILSVRC 2012) and the three lists of Liu et al., "Large-Scale Long-Tailed
-Recognition in an Open World" (arXiv:1904.05160): `ImageNet_LT_train.txt`, `ImageNet_LT_val.txt`, `ImageNet_LT_test.txt`.
-ResNet-50 from scratch, 90 epochs, as "Decoupling Representation and Classifier" (arXiv:1910.09217) trains. The meta set is
-redrawn from the training set every epoch, 5 images a class, as many as the rarest has.
+Recognition in an Open World" (arXiv:1904.05160), `ImageNet_LT_train.txt`, `_val.txt` and `_test.txt`. ResNet-50 from
+scratch, 90 epochs, as "Decoupling Representation and Classifier" (arXiv:1910.09217) trains. The meta set is redrawn
+from the training set every epoch, 5 images a class, as many as the rarest has.
 
 Wants a GPU. No accuracy has been measured with it.
 """

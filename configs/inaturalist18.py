@@ -2,10 +2,10 @@
 
     python -m mfm_jax.main --config=configs/inaturalist18.py --workdir=runs/inaturalist18 --config.data.root=FOLDER
 
-FOLDER holds `train_val2018/` and the lists of `path label` lines `iNaturalist18_train.txt` and `iNaturalist18_val.txt`, as
-"Decoupling Representation and Classifier" (arXiv:1910.09217) publishes them; its validation set is what everyone tests
-on, so that there is none to choose on. ResNet-50 from scratch, 90 epochs. The meta set is redrawn from the training set
-every epoch, 2 images a class.
+FOLDER holds `train_val2018/` and the lists of `path label` lines `iNaturalist18_train.txt` and `iNaturalist18_val.txt`,
+as "Decoupling Representation and Classifier" (arXiv:1910.09217) publishes them; its validation set is what everyone
+tests on, so that there is none to choose on. ResNet-50 from scratch, 90 epochs. The meta set is redrawn from the
+training set every epoch, 2 images a class.
 
 Wants a GPU. No accuracy has been measured with it.
 """

@@ -3,10 +3,10 @@
     python -m mfm_jax.main --config=configs/places_lt.py --workdir=runs/places_lt --config.data.root=FOLDER \
       --config.model.pretrained=resnet152.pth
 
-FOLDER holds the 256-pixel images of Places365-Standard (`data_256/`, `val_256/`, `test_256/`) and the three lists of Liu
-et al., "Large-Scale Long-Tailed Recognition in an Open World" (arXiv:1904.05160). The protocol starts from a ResNet-152
-that was trained on ImageNet, here torchvision's weights, and trains 30 epochs. The meta set is redrawn from the
-training set every epoch, 5 images a class.
+FOLDER holds the 256-pixel images of Places365-Standard (`data_256/`, `val_256/`, `test_256/`) and the three lists of
+Liu et al., "Large-Scale Long-Tailed Recognition in an Open World" (arXiv:1904.05160). The protocol starts from a
+ResNet-152 that was trained on ImageNet, here torchvision's weights, and trains 30 epochs. The meta set is redrawn from
+the training set every epoch, 5 images a class.
 
 Wants a GPU. No accuracy has been measured with it.
 """

@@ -105,13 +105,21 @@ def test_every_field_refuses_another_type(path):
         assert message == f"{path} = {wrong!r}: expected {kind.__name__}, got {type(wrong).__name__}"
 
 
+# What some choices ask of other fields.
+NEEDED = {
+    "l2rw": {"meta": {"lagged": False}},
+    "resized": {"data": {"source": "folder"}},
+    "adapters": {"model": {"name": "vit_b16", "tune": "adapters"}},
+}
+
+
 @pytest.mark.parametrize("path", [path for path, field in FIELDS.items() if "choices" in field.metadata])
 def test_every_choice_is_accepted_and_no_other(path):
     choices = FIELDS[path].metadata["choices"]
     assert len(choices) > 1
     for choice in choices:
         group, name = path.split(".")
-        given = override(path, choice) | ({"meta": {"lagged": False}} if choice == "l2rw" else {})
+        given = override(path, choice) | NEEDED.get(choice, {})
         assert getattr(getattr(config_lib.resolve(given), group), name) == choice
     assert refusal(override(path, "nonsense")) == f"{path} = 'nonsense': allowed: {', '.join(sorted(choices))}"
 
