@@ -53,9 +53,8 @@ def make(root: Path, count: int) -> list[Path]:
     for i in range(count):
         path = root / f"class{i % CLASSES}" / f"{i:04d}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
-        coarse = Image.fromarray(rng.integers(0, 256, (24, 32, 3), np.uint8)).resize(
-            (500, 375), Image.Resampling.BICUBIC
-        )
+        blocks = Image.fromarray(rng.integers(0, 256, (24, 32, 3), np.uint8))
+        coarse = blocks.resize((500, 375), Image.Resampling.BICUBIC)
         noise = rng.normal(0, 6, (375, 500, 3))
         Image.fromarray(np.clip(np.asarray(coarse) + noise, 0, 255).astype(np.uint8)).save(path, quality=90)
         paths.append(path)

@@ -131,7 +131,7 @@ class Modulation:
     hidden: int = _between(64, 1)  # `network`: hidden units
     use_count: bool = False  # `network`: join log(n_y / n_max) to the input
     detach_inputs: bool = True  # `network`: no gradient into the features the modulator reads
-    shift_only: bool = False  # `network`: generate beta alone
+    shift_only: bool = False  # `frequency`, `network`: generate beta alone
     init_from: str = ""  # workdir of a run whose modulator to start from
 
 
@@ -313,10 +313,10 @@ def _check_together(config: Config) -> None:
             "modulation.per_class = True: at site 'logits' a row looked up by the label gives the label away;"
             " choose other modulation.sites"
         )
-    if config.modulation.shift_only and config.modulation.form != "network":
+    if config.modulation.shift_only and config.modulation.form == "direct":
         raise UserError(
-            "modulation.shift_only = True: only modulation.form = 'network' can leave the scale out,"
-            f" not {config.modulation.form!r}"
+            "modulation.shift_only = True: modulation.form = 'direct' cannot leave the scale out; use 'frequency' or"
+            " 'network'"
         )
     if config.method.name == "l2rw" and config.meta.lagged:
         raise UserError(

@@ -120,7 +120,7 @@ def direct(channels: Mapping[str, int], num_classes: int = 0) -> Modulator:
     return Modulator(init, parameters, tuple(channels))
 
 
-def frequency(channels: Mapping[str, int], counts: jax.Array) -> Modulator:
+def frequency(channels: Mapping[str, int], counts: jax.Array, *, shift_only: bool = False) -> Modulator:
     """A curve in the log class count: `gamma_k = tanh(b z_k)`, `beta_k = a z_k + c z_k^2 / 10`.
 
     At `logits` a, b, c are scalars and channel k takes class k's values; at a feature site they are `[C]` and each
@@ -129,25 +129,25 @@ def frequency(channels: Mapping[str, int], counts: jax.Array) -> Modulator:
     Args:
       channels: C of each site to modulate.
       counts: training images of each class, `[K]`, all at least 1.
+      shift_only: without b; gamma is zero.
     """
-    z = log_frequency(counts)
+    z, names = log_frequency(counts), "ac" if shift_only else "abc"
 
     def init(key: jax.Array) -> PyTree:
         del key
         zeros = {s: jnp.zeros(() if s == "logits" else (c,), jnp.float32) for s, c in channels.items()}
-        return {site: {"a": zero, "b": zero, "c": zero} for site, zero in zeros.items()}
+        return {site: dict.fromkeys(names, zero) for site, zero in zeros.items()}
 
     def parameters(
         mod_params: PyTree, site: str, features: jax.Array, labels: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
         del features
-        a, b, c = (mod_params[site][name] for name in "abc")
-        if site == "logits":
-            here = z.astype(a.dtype)
-        else:
-            here = z.astype(a.dtype)[labels][:, None]
-            a, b, c = a[None, :], b[None, :], c[None, :]
-        return jnp.tanh(b * here), a * here + c * here**2 / 10
+        numbers = mod_params[site]
+        here = z.astype(numbers["a"].dtype)
+        if site != "logits":
+            here, numbers = here[labels][:, None], {name: value[None, :] for name, value in numbers.items()}
+        beta = numbers["a"] * here + numbers["c"] * here**2 / 10
+        return jnp.zeros_like(beta) if shift_only else jnp.tanh(numbers["b"] * here), beta
 
     return Modulator(init, parameters, tuple(channels))
 

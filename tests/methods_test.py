@@ -247,5 +247,5 @@ def test_a_second_stage_needs_an_epoch(name):
 
 
 def test_only_the_network_form_can_leave_the_scale_out():
-    with pytest.raises(UserError, match=r"modulation.shift_only = True: only modulation.form = 'network'"):
-        configured("mfm", modulation__shift_only=True)
+    with pytest.raises(UserError, match=r"modulation.shift_only = True: modulation.form = 'direct' cannot"):
+        configured("mfm", modulation__shift_only=True, modulation__form="direct")

@@ -159,6 +159,16 @@ def test_frequency_at_logits_by_hand():
     assert len(jax.tree.leaves(modulator.init(jax.random.key(0)))) == 3
 
 
+def test_frequency_without_its_scale_is_the_shift_alone():
+    modulator = modulation.frequency({"logits": 3}, COUNTS, shift_only=True)
+    assert set(modulator.init(jax.random.key(0))["logits"]) == {"a", "c"}
+    numbers = {"logits": {"a": jnp.float32(2.0), "c": jnp.float32(2.5)}}
+    gamma, beta = modulator.parameters(numbers, "logits", np.zeros((5, 3)), LABELS)
+    whole = modulation.frequency({"logits": 3}, COUNTS)
+    both = whole.parameters({"logits": {**numbers["logits"], "b": jnp.float32(0)}}, "logits", np.zeros((5, 3)), LABELS)
+    chex.assert_trees_all_equal((gamma, beta), both)
+
+
 def test_frequency_at_a_feature_site_by_hand():
     modulator = modulation.frequency({"pooled": 2}, COUNTS)
     a, b, c = np.array([1.0, 0.0], np.float32), np.array([0.0, 2.0], np.float32), np.array([5.0, 10.0], np.float32)

@@ -148,7 +148,7 @@ def modulator(config: Config, counts: jax.Array, channels: Mapping[str, int]) ->
     if chosen.form == "direct":
         return modulation.direct(widths, len(counts) if chosen.per_class else 0)
     if chosen.form == "frequency":
-        return modulation.frequency(widths, counts)
+        return modulation.frequency(widths, counts, shift_only=chosen.shift_only)
     return modulation.network(
         widths,
         counts if chosen.use_count else None,
