@@ -134,7 +134,7 @@ def _explicit(spec: Spec) -> tuple[BilevelState, Callable | None, Callable]:
             mod_tx,
             hypergrad=getattr(hypergrad, spec.route),
             lagged=spec.lagged,
-            virtual_groups=models.VIRTUAL_GROUPS.get(spec.virtual),
+            virtual_groups=models.virtual_groups(spec.model, spec.virtual),
         )
     return state, meta_step, plain_step
 

@@ -71,12 +71,15 @@ class Augment:
     mixup: float = _between(0.0, 0.0)  # mix images in pairs, shares from Beta(mixup, mixup); 0 = off
 
 
+SMALL_RESNETS = ("resnet32", "resnet8", "resnet20", "resnet44", "resnet56")  # for 16 to 64 pixels a side
+
+
 @dataclass(frozen=True)
 class Model:
     """The classifier (see `models`)."""
 
     name: str = _one_of(
-        *("resnet32", "resnet8", "resnet20", "resnet44", "resnet56"),  # for 16 to 64 pixels a side
+        *SMALL_RESNETS,
         *("resnet10", "resnet18", "resnet50", "resnet101", "resnet152", "resnext50", "vit_b16"),  # for 224
     )
     width: int = _between(0, 0)  # ResNets: channels of the stem, doubled by stages; 0 = 16 for small images, 64 for 224
@@ -302,6 +305,16 @@ def _check_together(config: Config) -> None:
     if "" in sites or len(set(sites)) != len(sites):
         raise UserError(
             f"modulation.sites = {config.modulation.sites!r}: expected distinct, comma-separated site names"
+        )
+    if config.model.tune == "adapters" and config.model.name != "vit_b16":
+        raise UserError(
+            f"model.tune = 'adapters': only model.name = 'vit_b16' has them, not {config.model.name!r}; choose"
+            " 'head' or 'all'"
+        )
+    if config.model.pretrained and config.model.name in SMALL_RESNETS:
+        raise UserError(
+            f"model.pretrained = {config.model.pretrained!r}: there are no common names for the layers of"
+            f" {config.model.name}; leave it out, or choose a model.name for large images"
         )
     if config.modulation.per_class and config.modulation.form != "direct":
         raise UserError(

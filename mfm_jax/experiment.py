@@ -1,6 +1,7 @@
 """From a config and its data to the pure functions of a run: model, meta learner, optimizers, steps.
 
-This is where a method's choices meet the bilevel step; nothing here loops, prints or touches a file.
+This is where a method's choices meet the bilevel step; nothing here loops, and no file is touched but by an
+`init` that starts from pretrained weights.
 """
 
 import dataclasses
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from mfm_jax import bilevel, losses, methods, models, modulation, optim, parallel
+from mfm_jax import bilevel, losses, methods, models, modulation, optim, parallel, pretrained
 from mfm_jax.config import Config
 from mfm_jax.data import LongTailData, batches
 from mfm_jax.data.streaming import Files
@@ -75,7 +76,14 @@ def build(config: Config, data: LongTailData, mesh: Mesh | None = None) -> Exper
     devices = mesh.size if mesh else 1
     _check_divisible(config, devices)
     _check_parts(config, devices, has_meta_step=method.learner is not None)
-    local = models.create(config.model.name, data.num_classes, config.model.width, jnp.dtype(config.train.dtype))
+    local = models.create(
+        config.model.name,
+        data.num_classes,
+        config.model.width,
+        jnp.dtype(config.train.dtype),
+        remat=config.model.remat,
+        adapter_size=config.model.adapter_size if config.model.tune == "adapters" else 0,
+    )
     image = jnp.zeros((1, *data.train_images.shape[1:]), jnp.float32)
     channels = _channels(config, local, image)  # checks the sites for every method
     learner = method.learner(config, counts, channels) if method.learner else None
@@ -83,6 +91,8 @@ def build(config: Config, data: LongTailData, mesh: Mesh | None = None) -> Exper
     per_epoch = batches.steps_per_epoch(len(data.train_labels), config.train.batch_size)
     first, second, learning_rate = _schedules(config, method, per_epoch)
     tx = optim.classifier(config.optim, first)
+    if config.model.tune != "all":
+        tx = optim.only(tx, lambda params: models.trained(params, config.model.tune))
     mod_tx = _mod_tx(config, method, learner, second)
     loss_fn = objective.loss(config, counts)
     if config.method.label_smoothing:
@@ -91,10 +101,11 @@ def build(config: Config, data: LongTailData, mesh: Mesh | None = None) -> Exper
     test_apply = _apply(config, objective, local)
     apply = _train_apply(config, objective, local, mesh) if mesh else test_apply
 
-    @jax.jit  # hundreds of small operations otherwise, each compiled by itself
-    def init() -> BilevelState:
-        model_key, state_key = jax.random.split(jax.random.key(config.train.seed))
-        variables = local.init(model_key, image)
+    def fresh() -> PyTree:
+        return local.init(jax.random.split(jax.random.key(config.train.seed))[0], image)
+
+    def start(variables: PyTree) -> BilevelState:
+        state_key = jax.random.split(jax.random.key(config.train.seed))[1]
         if method.prior_bias:
             variables = {**variables, "params": heads.with_prior_bias(variables["params"], counts)}
         trained = learner
@@ -102,6 +113,15 @@ def build(config: Config, data: LongTailData, mesh: Mesh | None = None) -> Exper
             second_init = method.retraining.init
             trained = MetaLearner(lambda key: second_init(key, variables["params"]))
         return bilevel.init_state(state_key, variables, tx, trained, mod_tx if learns or method.retraining else None)
+
+    @jax.jit  # hundreds of small operations otherwise, each compiled by itself
+    def init() -> BilevelState:
+        return start(fresh())
+
+    def init_pretrained() -> BilevelState:
+        new = jax.jit(fresh)()
+        found = pretrained.load(config.model.pretrained, new["params"], new.get("batch_stats", {}), config.model.name)
+        return jax.jit(start)(dict(zip(("params", "batch_stats"), found, strict=True)))
 
     plain_step: Callable = bilevel.make_plain_step(
         apply, loss_fn, tx, learner, class_weights=class_weights, parts=config.train.accumulate, axis_name=axis_name
@@ -118,7 +138,7 @@ def build(config: Config, data: LongTailData, mesh: Mesh | None = None) -> Exper
     tested = _tested(config, method, counts, retrain_from)
     test_step, extract = bilevel.make_eval_step(test_apply), heads.features(test_apply)
     return Experiment(
-        init=init,
+        init=init_pretrained if config.model.pretrained else init,
         plain_step=plain_step,
         meta_step=meta_step,
         retrain_step=retrain_step,
@@ -147,7 +167,8 @@ def _channels(config: Config, module: nn.Module, image: jax.Array) -> dict[str, 
 
 
 def _apply(config: Config, objective: Method, module: nn.Module) -> ApplyFn:
-    return heads.cosine(module.apply, config.method.ldam_scale) if objective.cosine_head else module.apply
+    apply = module.apply if config.model.tune == "all" else models.frozen(module.apply, config.model.tune)
+    return heads.cosine(apply, config.method.ldam_scale) if objective.cosine_head else apply
 
 
 def _train_apply(config: Config, objective: Method, module: nn.Module, mesh: Mesh) -> ApplyFn:
@@ -206,7 +227,7 @@ def _meta_step(config, apply, loss_fn, tx, learner, mod_tx, class_weights, axis_
         class_weights=class_weights,
         meta_loss_fn=losses.with_temperature(meta_losses[config.meta.loss], config.meta.temperature),
         lagged=config.meta.lagged,
-        virtual_groups=models.VIRTUAL_GROUPS.get(config.meta.virtual),
+        virtual_groups=models.virtual_groups(config.model.name, config.meta.virtual),
         bn=config.meta.bn,
         parts=config.train.accumulate,
         axis_name=axis_name,

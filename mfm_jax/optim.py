@@ -6,10 +6,12 @@ and a gradient that is exactly zero would turn the meta-gradient into NaN.
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import optax
 
 from mfm_jax.config import Meta, Optim
+from mfm_jax.types import PyTree
 
 EPS_ROOT = 1e-8
 
@@ -64,6 +66,14 @@ def classifier(config: Optim, learning_rate: optax.ScalarOrSchedule) -> optax.Gr
     if config.clip_norm:
         steps.insert(0, optax.clip_by_global_norm(config.clip_norm))
     return optax.chain(*steps)
+
+
+def only(tx: optax.GradientTransformation, trained: Callable[[PyTree], PyTree]) -> optax.GradientTransformation:
+    """Returns `tx` on the leaves where `trained(params)` is True; the others stay as they are, and have no state.
+
+    Weight decay and the norm that clipping looks at are likewise of the trained leaves alone.
+    """
+    return optax.partition({True: tx, False: optax.set_to_zero()}, trained)
 
 
 def modulator(config: Meta, own_rate: float) -> optax.GradientTransformation:

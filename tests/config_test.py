@@ -119,7 +119,13 @@ def test_every_choice_is_accepted_and_no_other(path):
     assert len(choices) > 1
     for choice in choices:
         group, name = path.split(".")
+<<<<<<< HEAD
         given = override(path, choice) | NEEDED.get(choice, {})
+=======
+        given = override(path, choice) | ({"meta": {"lagged": False}} if choice == "l2rw" else {})
+        if choice == "adapters":
+            given["model"]["name"] = "vit_b16"
+>>>>>>> 1e9d901 (Models for large images: ResNets, ResNeXt-50, ViT-B/16; frozen backbones, adapters, rematerialisation; pretrained weights)
         assert getattr(getattr(config_lib.resolve(given), group), name) == choice
     assert refusal(override(path, "nonsense")) == f"{path} = 'nonsense': allowed: {', '.join(sorted(choices))}"
 
@@ -143,6 +149,16 @@ def test_the_bounds_that_matter_by_value():
     assert refusal({"data": {"imbalance_factor": 0.5}}) == "data.imbalance_factor = 0.5: allowed: 1 or more"
     assert refusal({"optim": {"momentum": 1.5}}) == "optim.momentum = 1.5: allowed: 0 to 0.9999"
     assert refusal({"meta": {"every": 0}}) == "meta.every = 0: allowed: 1 or more"
+
+
+def test_what_a_model_does_not_have_is_refused():
+    assert refusal({"model": {"tune": "adapters"}}) == (
+        "model.tune = 'adapters': only model.name = 'vit_b16' has them, not 'resnet32'; choose 'head' or 'all'"
+    )
+    assert refusal({"model": {"pretrained": "w.npz"}}) == (
+        "model.pretrained = 'w.npz': there are no common names for the layers of resnet32; leave it out, or choose a"
+        " model.name for large images"
+    )
 
 
 @pytest.mark.parametrize("sites", ["", "stage3,", "pooled, pooled", ",logits"])

@@ -18,6 +18,7 @@ ORDER = (
     ("data",),
     ("modulation",),
     ("models",),
+    ("pretrained",),
     ("losses",),
     ("optim",),
     ("hypergrad",),

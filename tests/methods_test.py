@@ -46,7 +46,7 @@ class Tiny(nn.Module):
 
 @pytest.fixture(autouse=True)
 def _tiny(monkeypatch):
-    monkeypatch.setattr(models, "create", lambda name, classes, width, dtype: Tiny(classes, dtype))
+    monkeypatch.setattr(models, "create", lambda name, classes, width, dtype, **_: Tiny(classes, dtype))
     monkeypatch.setattr(jax, "device_count", lambda: 1)
 
 

@@ -1,4 +1,4 @@
-"""The ResNets: sizes by formula, sites, precision, batch statistics."""
+"""The classifiers: sizes by formula, sites, precision, batch statistics."""
 
 import chex
 import flax.linen as nn
@@ -7,8 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mfm_jax import models, modulation
+from mfm_jax import config, models, modulation
+from mfm_jax.errors import UserError
+from mfm_jax.models.imagenet import ResNet
 from mfm_jax.models.resnet import _shortcut
+from mfm_jax.models.vit import VisionTransformer
 
 SITES = ("stem", "stage1", "stage2", "stage3", "pooled", "logits")
 LABELS = np.array([0, 2, 1, 2], np.int32)
@@ -97,7 +100,9 @@ def test_sites_follow_the_relu(variables):
 def test_virtual_groups_are_groups_of_the_parameters(variables):
     groups = set(variables["params"])
     assert groups == {"stem", "stem_norm", "stage1", "stage2", "stage3", "head"}
-    assert models.VIRTUAL_GROUPS == {"head": ("head",), "last_stage": ("stage3", "head")}
+    assert models.virtual_groups("resnet8", "last_stage") == ("stage3", "head")
+    assert models.virtual_groups("resnet8", "head") == ("head",)
+    assert models.virtual_groups("resnet8", "all") is None
 
 
 # --- the modulated pass ---------------------------------------------------------------------------
@@ -226,3 +231,107 @@ def test_batch_norm_leaves_out_examples_of_weight_zero():
     y, found = module.apply(start, x, weight, mutable=["batch_stats"])
     expected, statistics = module.apply(start, x[kept], mutable=["batch_stats"])
     chex.assert_trees_all_close((y[kept], found), (expected, statistics), rtol=1e-5, atol=1e-6)
+
+
+# --- models for large images ----------------------------------------------------------------------
+
+# Small ones of each kind: plain blocks, bottlenecks in groups, a transformer.
+SMALL = {
+    "resnet": ResNet((1, 1), 3, 4),
+    "resnext": ResNet((1, 1), 3, 4, bottleneck=True, groups=4),
+    "vit": VisionTransformer(3, 8, depth=1, patch=8),
+}
+LARGE_IMAGES = np.random.default_rng(2).normal(size=(4, 32, 32, 3)).astype(np.float32)
+STAGES = [(4, 8, 8, 4), (4, 8, 8, 4), (4, 4, 4, 8), (4, 8), (4, 3)]
+SHAPES = {
+    "resnet": STAGES,
+    "resnext": [STAGES[0], *((*s[:-1], 4 * s[-1]) for s in STAGES[1:-1]), STAGES[-1]],
+    "vit": [*[(4, 17, 8)] * 2, (4, 8), (4, 3)],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("resnet18", 11_689_512),
+        ("resnet50", 25_557_032),
+        ("resnext50", 25_028_904),
+        ("resnet101", 44_549_160),
+        ("resnet152", 60_192_808),
+        ("vit_b16", 86_567_656),
+    ],
+)
+def test_models_for_large_images_have_the_published_number_of_parameters(name, parameters):
+    """As the documentation of torchvision gives them, with 1000 classes."""
+    shapes = shapes_of(models.create(name, 1000, 0), 224)["params"]
+    assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == parameters
+
+
+@pytest.mark.parametrize("kind", SMALL)
+def test_sites_for_large_images_come_in_order_with_their_shapes(kind):
+    seen = []
+
+    def record(site, features):
+        seen.append((site, features.shape))
+        return features
+
+    jax.eval_shape(lambda: SMALL[kind].init(jax.random.key(0), LARGE_IMAGES, modulate=record))
+    middle = ("block1",) if kind == "vit" else ("stage1", "stage2")
+    assert seen == list(zip(("stem", *middle, "pooled", "logits"), SHAPES[kind], strict=True))
+
+
+@pytest.mark.parametrize("name", config.Model.__dataclass_fields__["name"].metadata["choices"])
+def test_every_model_can_be_made_and_has_its_virtual_groups(name):
+    width = 16 if name == "resnext50" else 4
+    params = shapes_of(models.create(name, 3, width, jnp.bfloat16, remat=True))["params"]
+    groups = models.virtual_groups(name, "last_stage")
+    assert {"head"} < set(groups) <= set(params)
+    chex.assert_type(jax.tree.leaves(params), jnp.float32)
+
+
+@pytest.mark.parametrize("kind", SMALL)
+def test_bfloat16_on_large_images(kind):
+    module = SMALL[kind]
+    variables = jax.jit(module.init)(jax.random.key(0), LARGE_IMAGES)
+    seen = {}
+
+    def record(site, features):
+        seen[site] = features.dtype
+        return features
+
+    low = jax.jit(lambda v: module.clone(dtype=jnp.bfloat16).apply(v, LARGE_IMAGES, modulate=record))(variables)
+    assert low.dtype == seen.pop("logits") == jnp.float32
+    assert set(seen.values()) == {jnp.dtype(jnp.bfloat16)}
+    high = jax.jit(module.apply)(variables, LARGE_IMAGES)
+    chex.assert_trees_all_close(low, high, atol=0.05 * float(jnp.abs(high).max()))
+    assert (low != high).any()
+
+
+@pytest.mark.parametrize(
+    "kind", ["resnet", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("cifar", "resnext", "vit"))]
+)
+def test_computing_activations_again_changes_no_gradient(kind):
+    module = net() if kind == "cifar" else SMALL[kind]
+    images = LARGE_IMAGES[:, :16, :16]
+    variables = jax.jit(module.init)(jax.random.key(0), images)
+    again = module.clone(remat=True)
+    chex.assert_trees_all_equal_shapes(jax.eval_shape(again.init, jax.random.key(0), images), variables)
+
+    def loss(module, params):
+        logits, written = module.apply({**variables, "params": params}, images, train=True, mutable=["batch_stats"])
+        return jax.nn.logsumexp(logits, axis=-1).mean(), written
+
+    gradient = jax.jit(jax.grad(loss, argnums=1, has_aux=True), static_argnums=0)
+    found, expected = gradient(again, variables["params"]), gradient(module, variables["params"])
+    chex.assert_trees_all_close(found, expected, rtol=1e-4, atol=1e-6)
+    jaxpr = str(jax.make_jaxpr(jax.grad(loss, argnums=1, has_aux=True), static_argnums=0)(again, variables["params"]))
+    assert "remat" in jaxpr
+
+
+def test_sizes_that_do_not_divide_are_refused():
+    with pytest.raises(UserError, match=r"^data.image_size: images are 32 x 40 pixels, .* choose a multiple of 16"):
+        jax.eval_shape(models.create("vit_b16", 3, 8).init, jax.random.key(0), jnp.zeros((1, 32, 40, 3)))
+    with pytest.raises(UserError, match=r"^model.width = 100: vit_b16 .* choose a multiple of 64, or 0$"):
+        models.create("vit_b16", 3, 100)
+    with pytest.raises(UserError, match=r"^model.width = 8: resnext50 .* choose a multiple of 16, or 0$"):
+        models.create("resnext50", 3, 8)

@@ -45,14 +45,14 @@ def _listener():
 @pytest.fixture
 def wide(monkeypatch):
     """The two-layer network in float64."""
-    monkeypatch.setattr(models, "create", lambda name, classes, width, dtype: Tiny(classes, jnp.float64))
+    monkeypatch.setattr(models, "create", lambda name, classes, width, dtype, **_: Tiny(classes, jnp.float64))
     with jax.enable_x64(True):
         yield
 
 
 @pytest.fixture
 def tiny(monkeypatch):
-    monkeypatch.setattr(models, "create", lambda name, classes, width, dtype: Tiny(classes, dtype))
+    monkeypatch.setattr(models, "create", lambda name, classes, width, dtype, **_: Tiny(classes, dtype))
 
 
 def several_epochs(name: str, batch: int, **overrides):

@@ -53,11 +53,16 @@ class Stage(nn.Module):
     stride: int
     dtype: DTypeLike
     axis_name: str | None
+    remat: bool
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool, weight: jax.Array | None) -> jax.Array:
+        kind = nn.remat(BasicBlock, static_argnums=2) if self.remat else BasicBlock
         for i in range(self.blocks):
-            x = BasicBlock(self.channels, self.stride if i == 0 else 1, self.dtype, self.axis_name)(x, train, weight)
+            block = kind(
+                self.channels, self.stride if i == 0 else 1, self.dtype, self.axis_name, name=f"BasicBlock_{i}"
+            )
+            x = block(x, train, weight)
         return x
 
 
@@ -70,6 +75,7 @@ class CifarResNet(nn.Module):
       width: channels of the stem and of stage1.
       dtype: of the computation; parameters, batch-norm statistics and logits are float32 (or wider).
       axis_name: mesh axis over which batch norm averages its statistics; None keeps them local.
+      remat: keep only the blocks' inputs for the backward pass and compute the rest again.
 
     References:
       He et al., Deep residual learning for image recognition, CVPR 2016, section 4.2.
@@ -80,6 +86,7 @@ class CifarResNet(nn.Module):
     width: int = 16
     dtype: DTypeLike = jnp.float32
     axis_name: str | None = None
+    remat: bool = False
 
     @nn.compact
     def __call__(
@@ -103,7 +110,9 @@ class CifarResNet(nn.Module):
         x = modulate("stem", nn.relu(x))
         for i in range(3):
             site = f"stage{i + 1}"
-            stage = Stage(self.blocks, self.width * 2**i, 2 if i else 1, self.dtype, self.axis_name, name=site)
+            stage = Stage(
+                self.blocks, self.width * 2**i, 2 if i else 1, self.dtype, self.axis_name, self.remat, name=site
+            )
             x = modulate(site, stage(x, train, weight))
         x = modulate("pooled", x.mean(axis=(1, 2)))
         logits = nn.Dense(self.num_classes, kernel_init=_kaiming, dtype=self.dtype, name="head")(x)

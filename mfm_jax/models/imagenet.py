@@ -1,0 +1,141 @@
+"""ResNets and ResNeXt for large images (He et al. 2016; Xie et al. 2017), as torchvision and timm build them.
+
+Sites, in order: `stem` (after the stem's max-pooling), `stage1` to `stage4` (after each stage's last ReLU), `pooled`
+(after global average pooling), `logits`. Unlike the networks for small images these begin with a 7x7 convolution of
+stride 2 and max-pooling; shortcuts project where the shape changes (option B of He et al.), and the stride of a
+bottleneck sits in its 3x3 convolution (version 1.5).
+"""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from mfm_jax.models.convolution import convolution
+from mfm_jax.models.normalization import BatchNorm
+from mfm_jax.types import Modulate, no_modulation
+
+_kaiming = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
+
+
+def _conv(channels: int, kernel: int, stride: int = 1, groups: int = 1, **options) -> nn.Conv:
+    """A square convolution without bias, padded by half its kernel as PyTorch pads (`SAME` pads stride 2 otherwise)."""
+    return nn.Conv(
+        channels,
+        (kernel, kernel),
+        stride,
+        padding=kernel // 2,
+        feature_group_count=groups,
+        use_bias=False,
+        kernel_init=_kaiming,
+        conv_general_dilated=convolution if groups == 1 else jax.lax.conv_general_dilated,
+        **options,
+    )
+
+
+class Block(nn.Module):
+    """A residual block: two 3x3 convolutions, or a bottleneck of 1x1, 3x3 and 1x1, beside a shortcut.
+
+    Attributes:
+      channels: of the 3x3 convolutions of a plain block; a bottleneck puts out four times as many.
+      stride: of the first 3x3 convolution, and of the shortcut.
+      bottleneck: which of the two.
+      groups: of the bottleneck's 3x3 convolution; with more than one it is twice as wide (ResNeXt 32x4d).
+    """
+
+    channels: int
+    stride: int
+    bottleneck: bool
+    groups: int
+    dtype: DTypeLike
+    axis_name: str | None
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool, weight: jax.Array | None) -> jax.Array:
+        conv = functools.partial(_conv, dtype=self.dtype)
+        norm = functools.partial(BatchNorm, not train, axis_name=self.axis_name, dtype=self.dtype)
+        if self.bottleneck:
+            inner, outer = self.channels * (2 if self.groups > 1 else 1), 4 * self.channels
+            y = nn.relu(norm(name="norm1")(conv(inner, 1, name="conv1")(x), weight))
+            y = nn.relu(norm(name="norm2")(conv(inner, 3, self.stride, self.groups, name="conv2")(y), weight))
+            y = norm(name="norm3")(conv(outer, 1, name="conv3")(y), weight)
+        else:
+            outer = self.channels
+            y = nn.relu(norm(name="norm1")(conv(outer, 3, self.stride, name="conv1")(x), weight))
+            y = norm(name="norm2")(conv(outer, 3, name="conv2")(y), weight)
+        if y.shape != x.shape:
+            x = norm(name="shortcut_norm")(conv(outer, 1, self.stride, name="shortcut")(x), weight)
+        return nn.relu(y + x)
+
+
+class Stage(nn.Module):
+    """`blocks` blocks, the first with the stride."""
+
+    blocks: int
+    block: functools.partial
+    stride: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool, weight: jax.Array | None) -> jax.Array:
+        for i in range(self.blocks):
+            x = self.block(stride=self.stride if i == 0 else 1, name=f"block{i}")(x, train, weight)
+        return x
+
+
+class ResNet(nn.Module):
+    """ResNet or ResNeXt: a stem, four stages with 1, 2, 4 and 8 times `width` channels, a head.
+
+    Attributes:
+      blocks: in each stage.
+      num_classes: K.
+      width: channels of the stem, and of stage1's 3x3 convolutions.
+      bottleneck: blocks of three convolutions, which put out four times the stage's channels.
+      groups: of the bottlenecks' 3x3 convolutions.
+      dtype: of the computation; parameters, batch-norm statistics and logits are float32 (or wider).
+      axis_name: mesh axis over which batch norm averages its statistics; None keeps them local.
+      remat: keep only the blocks' inputs for the backward pass and compute the rest again.
+
+    References:
+      He et al., Deep residual learning for image recognition, CVPR 2016, table 1.
+      Xie et al., Aggregated residual transformations for deep neural networks, CVPR 2017, table 1.
+    """
+
+    blocks: tuple[int, ...]
+    num_classes: int
+    width: int = 64
+    bottleneck: bool = False
+    groups: int = 1
+    dtype: DTypeLike = jnp.float32
+    axis_name: str | None = None
+    remat: bool = False
+
+    @nn.compact
+    def __call__(
+        self,
+        image: jax.Array,
+        *,
+        train: bool = False,
+        modulate: Modulate = no_modulation,
+        weight: jax.Array | None = None,
+    ) -> jax.Array:
+        """Returns logits `[B, K]`; arguments as `resnet.CifarResNet` has them."""
+        x = _conv(self.width, 7, 2, dtype=self.dtype, name="stem")(image.astype(self.dtype))
+        x = BatchNorm(not train, axis_name=self.axis_name, dtype=self.dtype, name="stem_norm")(x, weight)
+        x = modulate("stem", nn.max_pool(nn.relu(x), (3, 3), (2, 2), padding=((1, 1), (1, 1))))
+        kind = nn.remat(Block, static_argnums=2) if self.remat else Block
+        for i, blocks in enumerate(self.blocks):
+            block = functools.partial(
+                kind,
+                self.width * 2**i,
+                bottleneck=self.bottleneck,
+                groups=self.groups,
+                dtype=self.dtype,
+                axis_name=self.axis_name,
+            )
+            site = f"stage{i + 1}"
+            x = modulate(site, Stage(blocks, block, 2 if i else 1, name=site)(x, train, weight))
+        x = modulate("pooled", x.mean(axis=(1, 2)))
+        logits = nn.Dense(self.num_classes, kernel_init=_kaiming, dtype=self.dtype, name="head")(x)
+        return modulate("logits", logits.astype(jnp.promote_types(logits.dtype, jnp.float32)))

@@ -1,0 +1,191 @@
+"""Weights trained elsewhere, as torchvision and timm name them, into the parameters of a classifier here.
+
+A file may be safetensors, NumPy's `.npz`, or a PyTorch state dict, of the same architecture. Every tensor of the file
+has its place and every parameter its tensor; what does not fit is an error, never a guess. Three things may differ, and
+are told when they do: the head, which starts fresh for another number of classes; the position embeddings of a vision
+transformer, which are interpolated to another image size; and the channels of the images, whose stem is summed for
+grey ones (which is what it computes from a grey picture given three times).
+
+Layouts: PyTorch keeps a convolution as `[out, in, h, w]` and a matrix as `[out, in]`; Flax as `[h, w, in, out]` and
+`[in, out]`.
+"""
+
+import pickle
+import re
+import sys
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from mfm_jax.errors import UserError
+from mfm_jax.types import PyTree
+
+_WRAPPERS = ("state_dict", "model")
+_UNREADABLE = (OSError, ValueError, RuntimeError, EOFError, zipfile.BadZipFile, pickle.UnpicklingError)
+
+# torchvision's names of a vision transformer, in timm's. Published files have the MLP's layers under an older name.
+_TIMM = (
+    (r"^class_token$", "cls_token"),
+    (r"^conv_proj\.", "patch_embed.proj."),
+    (r"^encoder\.pos_embedding$", "pos_embed"),
+    (r"^encoder\.layers\.encoder_layer_(\d+)\.", r"blocks.\1."),
+    (r"^encoder\.ln\.", "norm."),
+    (r"^heads\.head\.", "head."),
+    (r"\.ln_([12])\.", r".norm\1."),
+    (r"\.self_attention\.in_proj_", ".attn.qkv."),
+    (r"\.self_attention\.out_proj\.", ".attn.proj."),
+    (r"\.mlp\.(0|linear_1)\.", ".mlp.fc1."),
+    (r"\.mlp\.(3|linear_2)\.", ".mlp.fc2."),
+)
+# A path in a classifier's variables here, in timm's names.
+_LEAVES = (("/(kernel|scale)$", "/weight"), ("/mean$", "/running_mean"), ("/var$", "/running_var"))
+_RESNET = (
+    *_LEAVES,
+    ("^stem/", "conv1/"),
+    ("^stem_norm/", "bn1/"),
+    (r"^stage(\d)/block(\d+)/", r"layer\1/\2/"),
+    (r"/norm(\d)/", r"/bn\1/"),
+    ("/shortcut/", "/downsample/0/"),
+    ("/shortcut_norm/", "/downsample/1/"),
+    ("^head/", "fc/"),
+)
+_VIT = (
+    *_LEAVES,
+    ("^stem/class_token$", "cls_token"),
+    ("^stem/positions$", "pos_embed"),
+    ("^stem/projection/", "patch_embed/proj/"),
+    (r"^block(\d+)/", lambda found: f"blocks/{int(found[1]) - 1}/"),
+    (r"^(blocks/\d+)/(qkv|proj)/", r"\1/attn/\2/"),
+    (r"^(blocks/\d+)/(fc[12])/", r"\1/mlp/\2/"),
+)
+
+
+def load(path: str | Path, params: PyTree, batch_stats: PyTree, model_name: str) -> tuple[PyTree, PyTree]:
+    """Returns `(params, batch_stats)` with the weights in the file at `path`; adapters stay as they are.
+
+    Says on the standard error what was adapted: a head that starts fresh, positions, a summed stem.
+
+    Args:
+      path: `.safetensors`, `.npz`, or what `torch.save` wrote; a state dict, bare or under `state_dict` or `model`.
+      params: of the new classifier, for its shapes and for what starts fresh.
+      batch_stats: likewise.
+      model_name: as `config.Model.name`, of the models for large images.
+
+    Raises:
+      UserError: no such file, one that cannot be read, or tensors that are missing, unknown or of another shape.
+    """
+    tensors = _canonical(_read(Path(path)))
+    names = _VIT if model_name.startswith("vit") else _RESNET
+    variables = {"params": params, "batch_stats": batch_stats}
+    leaves, structure = jax.tree_util.tree_flatten_with_path(variables)
+    head = _name("head/", names).rstrip(".")
+    fresh = f"{head}.bias" not in tensors or tensors[f"{head}.bias"].shape != params["head"]["bias"].shape
+    if fresh:
+        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(f"{head}.")}
+    said = ["the head starts fresh"] if fresh else []
+    missing, misshapen, found = [], [], []
+    for keys, leaf in leaves:
+        parts = [key.key for key in keys[1:]]
+        name = _name("/".join(parts), names)
+        if any(part.startswith("adapter") for part in parts) or (fresh and parts[0] == "head"):
+            found.append(leaf)
+        elif name not in tensors:
+            missing.append(name)
+        else:
+            tensor = _fitted(tensors.pop(name), parts[-1], leaf.shape, said)
+            if tensor.shape != leaf.shape:
+                misshapen.append(f"{name} ({list(tensor.shape)}, not {list(leaf.shape)} as laid out here)")
+            found.append(tensor)
+    wrong = {"missing": missing, "unknown": sorted(tensors), "of another shape": misshapen}
+    if any(wrong.values()):
+        told = "; ".join(f"{what}: {_listed(which)}" for what, which in wrong.items() if which)
+        raise UserError(
+            f"model.pretrained = {str(path)!r}: these are not the weights of model.name = {model_name!r}: {told}"
+        )
+    print(f"pretrained weights: {path}" + "".join(f"; {line}" for line in said), file=sys.stderr)
+    loaded = jax.tree.unflatten(structure, found)
+    return loaded["params"], loaded["batch_stats"]
+
+
+def _read(path: Path) -> Mapping[str, Any]:
+    """Returns the named arrays in a file."""
+    if not path.is_file():
+        raise UserError(f"model.pretrained = {str(path)!r}: no such file")
+    try:
+        if path.suffix == ".safetensors":
+            return safetensors.numpy.load_file(path)
+        if path.suffix == ".npz":
+            with np.load(path, allow_pickle=False) as file:
+                return dict(file)
+        return _read_torch(path)
+    except UserError:
+        raise
+    except (*_UNREADABLE, safetensors.SafetensorError) as error:
+        raise UserError(
+            f"model.pretrained = {str(path)!r}: cannot be read ({' '.join(str(error).split())[:200]}); expected"
+            " .safetensors, .npz, or a PyTorch state dict"
+        ) from error
+
+
+def _read_torch(path: Path) -> Mapping[str, Any]:
+    try:
+        import torch
+    except ImportError as error:
+        raise UserError(
+            f"model.pretrained = {str(path)!r}: reading this needs PyTorch: install the extra `bench`, or convert the"
+            " file to .safetensors where PyTorch is"
+        ) from error
+    loaded = torch.load(path, map_location="cpu", weights_only=True)
+    for wrapper in _WRAPPERS:
+        if isinstance(loaded, Mapping) and isinstance(loaded.get(wrapper), Mapping):
+            loaded = loaded[wrapper]
+    if not isinstance(loaded, Mapping) or not all(isinstance(value, torch.Tensor) for value in loaded.values()):
+        raise ValueError("not a mapping from names to tensors")
+    return {name: tensor.float().numpy() for name, tensor in loaded.items()}
+
+
+def _canonical(tensors: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Returns float32 arrays by timm's names, without the counts that batch norm keeps in PyTorch."""
+    plain = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
+    return {
+        _substituted(name, _TIMM): np.asarray(tensor, np.float32)
+        for name, tensor in plain.items()
+        if not name.endswith("num_batches_tracked")
+    }
+
+
+def _name(path: str, names: tuple) -> str:
+    return _substituted(path, names).replace("/", ".")
+
+
+def _substituted(name: str, rules: tuple) -> str:
+    for pattern, replacement in rules:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def _fitted(tensor: np.ndarray, leaf: str, shape: tuple[int, ...], said: list[str]) -> np.ndarray:
+    """Returns a tensor in the layout of Flax, adapted to `shape` where that is possible; notes it in `said`."""
+    if leaf == "kernel":
+        tensor = tensor.transpose(2, 3, 1, 0) if tensor.ndim == 4 else tensor.T
+        if len(shape) == tensor.ndim == 4 and shape[2] == 1 and tensor.shape[2] == 3:
+            said.append("the stem's 3 input channels are summed to 1")
+            tensor = tensor.sum(axis=2, keepdims=True)
+    if leaf == "positions" and tensor.ndim == 3 and tensor.shape != shape and tensor.shape[2] == shape[2]:
+        old, new = round((tensor.shape[1] - 1) ** 0.5), round((shape[1] - 1) ** 0.5)
+        if tensor.shape[1] == 1 + old**2 and shape[1] == 1 + new**2:
+            said.append(f"position embeddings are interpolated from {old} x {old} to {new} x {new}")
+            grid = tensor[:, 1:].reshape(1, old, old, -1)
+            resized = jax.image.resize(grid, (1, new, new, grid.shape[-1]), "bicubic")
+            tensor = np.concatenate([tensor[:, :1], np.asarray(resized).reshape(1, new**2, -1)], axis=1)
+    return tensor
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
