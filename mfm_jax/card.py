@@ -53,6 +53,7 @@ def write_card(workdir: Path, path: Path, which: str, command: str, files: dict[
         raise UserError(f"{workdir}: the run has no results of its {which} checkpoint")
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("mfm_jax", ""),
+        keep_trailing_newline=True,
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
