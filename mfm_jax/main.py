@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mfm_jax import check, cluster, command
+from mfm_jax.errors import UserError
 from mfm_jax.report import SPLITS
 
 _MODE = flags.DEFINE_enum(
@@ -52,6 +53,8 @@ def main(argv: Sequence[str]) -> int:
     del argv
     if _MODE.value == "check":
         return check.check(command.config(), command.workdir())
+    if _MODE.value == "eval" and _COORDINATOR.value:
+        raise UserError(f"--coordinator={_COORDINATOR.value}: --mode=eval is one process; leave it out")
     from mfm_jax import train  # here: seconds that a check does not pay
 
     cluster.join(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
