@@ -15,6 +15,7 @@ def get_config():
     config.data.imbalance_factor = 1.0
     config.data.image_size = 32
     config.data.fit = "pad"
+    config.modulation.shift_only = True
     config.model.name = "resnet8"
     config.train.epochs = 20
     config.train.batch_size = 50

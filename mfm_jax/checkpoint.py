@@ -24,7 +24,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 from mfm_jax import cluster, integrity
 from mfm_jax.config import Checkpoint
 from mfm_jax.errors import UserError
-from mfm_jax.types import PyTree
+from mfm_jax.types import BilevelState, PyTree
 
 _METRIC = "val_balanced_accuracy"
 
@@ -109,6 +109,27 @@ class Checkpointer:
         args = ocp.args.Composite(state=ocp.args.StandardRestore(like), record=ocp.args.JsonRestore())
         restored = self._manager.restore(step, args=args)
         return restored["state"], restored["record"]
+
+    def restore_tested(self, step: int) -> tuple[BilevelState, dict]:
+        """Returns (state, record) of `step`, of the state what the tested classifier is made of, on one device.
+
+        The shapes are the checkpoint's own, so that neither the data nor the optimizers need be known. The state has no
+        optimizer's state and another key.
+
+        Raises:
+          UserError: the checkpoint is damaged.
+        """
+        if reason := self._damage(step):
+            raise UserError(f"{self._folder / str(step)}: damaged: {reason}")
+        path, place = self._folder / str(step) / "state", jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        with ocp.PyTreeCheckpointer() as reader:
+            saved = reader.metadata(path).item_metadata.tree["bilevel"]
+            wanted = {name: saved.get(name, {}) for name in ("step", "params", "batch_stats", "mod_params")}
+            like = {"bilevel": jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), wanted)}
+            arguments = ocp.checkpoint_utils.construct_restore_args(like)
+            found = reader.restore(path, item=like, restore_args=arguments, partial_restore=True)
+        record = self._manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore()))["record"]
+        return BilevelState(key=jax.random.key(0), opt_state=(), mod_opt_state=(), **found["bilevel"]), record
 
     def wait(self) -> None:
         """Blocks until what was saved is on disk, or has failed, which is told."""

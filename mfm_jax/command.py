@@ -1,5 +1,6 @@
 """What the commands share: the `--config` flag, its overrides, and errors told in one line."""
 
+import argparse
 import dataclasses
 import os
 import re
@@ -7,6 +8,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import jax
 import ml_collections
@@ -43,6 +45,26 @@ def workdir() -> Path:
 def run(main: Callable[[Sequence[str]], int]) -> None:
     """Runs `main(argv)` under absl and exits with its status; a `UserError` is printed as one line, status 2."""
     app.run(lambda argv: guarded(main, argv), flags_parser=_parse)
+
+
+class Parser(argparse.ArgumentParser):
+    """The arguments of a command that needs no config; a mistake in them ends the program with one line, status 2."""
+
+    def __init__(self, name: str, about: str | None):
+        """Makes one for `python -m mfm_jax.NAME`; `about` is what `--help` tells."""
+        form = argparse.RawDescriptionHelpFormatter
+        super().__init__(f"python -m mfm_jax.{name}", description=about, formatter_class=form, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        print(f"error: {message}", file=sys.stderr)
+        sys.exit(2)
+
+
+def whole_number(text: str) -> int:
+    """Returns an argument that counts something: 1 or more."""
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r}: allowed: whole numbers from 1")
+    return int(text)
 
 
 def guarded(main: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:

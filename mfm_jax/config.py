@@ -58,6 +58,11 @@ class Data:
     workers: int = _between(2, 0)  # streaming: processes that decode; 0 = in the main process
     manifest: str = ""  # re-use this split manifest instead of drawing one
 
+    @property
+    def validates(self) -> bool:
+        """Whether images are set aside for validation, or the data may bring them."""
+        return bool(self.val_fraction if self.protocol == "natural" else self.val_images_per_class)
+
 
 @dataclass(frozen=True)
 class Augment:
@@ -345,8 +350,7 @@ def _check_together(config: Config) -> None:
         raise UserError(f"train.spike_factor = {config.train.spike_factor}: allowed: more than 1, or 0 for none")
     if config.method.name in STAGED:
         _check_stages(config)
-    has_val = config.data.val_fraction if config.data.protocol == "natural" else config.data.val_images_per_class
-    if not config.eval.test and not has_val:
+    if not config.eval.test and not config.data.validates:
         raise UserError(
             "eval.test = False: there is nothing else to show; choose data.val_images_per_class, or under protocol"
             " natural data.val_fraction, above 0"

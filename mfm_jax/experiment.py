@@ -7,10 +7,12 @@ This is where a method's choices meet the bilevel step; nothing here loops, and 
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
@@ -21,6 +23,21 @@ from mfm_jax.data.streaming import Files
 from mfm_jax.errors import UserError
 from mfm_jax.methods import METHODS, Method, heads, meta, sampling
 from mfm_jax.types import ApplyFn, BilevelState, LossFn, MetaLearner, Modulator, PyTree
+
+
+class Tested(NamedTuple):
+    """The classifier that is tested: plain, with what a second stage or a post-hoc step does.
+
+    module: the Flax module.
+    apply: `(variables, image, modulate=, train=) -> logits`, the module's own or with a head of the method's.
+    params: `state -> params`.
+    probabilities: `(params, batch_stats, image) -> [B, K]`, of those parameters.
+    """
+
+    module: nn.Module
+    apply: ApplyFn
+    params: Callable[[BilevelState], PyTree]
+    probabilities: Callable[[PyTree, PyTree, jax.Array], jax.Array]
 
 
 @dataclass(frozen=True)
@@ -63,6 +80,23 @@ class Experiment:
     mesh: Mesh | None
 
 
+def tested(config: Config, counts: np.ndarray) -> Tested:
+    """Returns the classifier that a run of `config` tests; `counts` `[K]` are its training images of each class."""
+    method = METHODS[config.method.name]
+    module = models.create(
+        config.model.name,
+        len(counts),
+        config.model.width,
+        jnp.dtype(config.train.dtype),
+        remat=config.model.remat,
+        adapter_size=config.model.adapter_size if config.model.tune == "adapters" else 0,
+    )
+    apply = _apply(config, methods.objective(config), module)
+    per_epoch = batches.steps_per_epoch(int(counts.sum()), config.train.batch_size)
+    params = _tested_params(config, method, jnp.asarray(counts), config.second_stage * per_epoch)
+    return Tested(module, apply, params, bilevel.make_eval_step(apply))
+
+
 def build(config: Config, data: LongTailData, mesh: Mesh | None = None) -> Experiment:
     """Returns the experiment that `config` describes on `data`, its steps spread over `mesh` if given.
 
@@ -76,14 +110,7 @@ def build(config: Config, data: LongTailData, mesh: Mesh | None = None) -> Exper
     devices = mesh.size if mesh else 1
     _check_divisible(config, devices)
     _check_parts(config, devices, has_meta_step=method.learner is not None)
-    local = models.create(
-        config.model.name,
-        data.num_classes,
-        config.model.width,
-        jnp.dtype(config.train.dtype),
-        remat=config.model.remat,
-        adapter_size=config.model.adapter_size if config.model.tune == "adapters" else 0,
-    )
+    local, test_apply, params, probabilities = tested(config, data.counts)
     image = jnp.zeros((1, *data.train_images.shape[1:]), jnp.float32)
     channels = _channels(config, local, image)  # checks the sites for every method
     learner = method.learner(config, counts, channels) if method.learner else None
@@ -98,7 +125,6 @@ def build(config: Config, data: LongTailData, mesh: Mesh | None = None) -> Exper
     if config.method.label_smoothing:
         loss_fn = losses.smoothed(loss_fn, config.method.label_smoothing)
     class_weights = _class_weights(config, objective, counts, per_epoch)
-    test_apply = _apply(config, objective, local)
     apply = _train_apply(config, objective, local, mesh) if mesh else test_apply
 
     def fresh() -> PyTree:
@@ -135,8 +161,7 @@ def build(config: Config, data: LongTailData, mesh: Mesh | None = None) -> Exper
     total = config.train.epochs * per_epoch
     total = min(total, config.train.max_steps or total)
     retrain_from = config.second_stage * per_epoch if retrain_step else total
-    tested = _tested(config, method, counts, retrain_from)
-    test_step, extract = bilevel.make_eval_step(test_apply), heads.features(test_apply)
+    extract = heads.features(test_apply)
     return Experiment(
         init=init_pretrained if config.model.pretrained else init,
         plain_step=plain_step,
@@ -145,8 +170,8 @@ def build(config: Config, data: LongTailData, mesh: Mesh | None = None) -> Exper
         retrain_from=retrain_from,
         synthetic=bool(method.retraining and method.retraining.synthetic),
         order=_order(config, method, data),
-        params=tested,
-        eval_step=lambda state, image: test_step(tested(state), state.batch_stats, image),
+        params=params,
+        eval_step=lambda state, image: probabilities(params(state), state.batch_stats, image),
         features=lambda state, image: extract({"params": state.params, "batch_stats": state.batch_stats}, image),
         apply=test_apply,
         modulator=methods.modulator(config, counts, channels) if config.method.name == "mfm" else None,
@@ -248,7 +273,9 @@ def _retrain_step(
     return bilevel.make_retrain_step(apply, loss_fn, tx, method.retraining.attach, axis_name=axis_name)
 
 
-def _tested(config: Config, method: Method, counts: jax.Array, retrain_from: int) -> Callable[[BilevelState], PyTree]:
+def _tested_params(
+    config: Config, method: Method, counts: jax.Array, retrain_from: int
+) -> Callable[[BilevelState], PyTree]:
     def params(state: BilevelState) -> PyTree:
         if method.retraining:
             attached, begun = method.retraining.attach(state.params, state.mod_params), state.step > retrain_from

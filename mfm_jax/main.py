@@ -1,25 +1,35 @@
 """Train and evaluate one run.
 
     python -m mfm_jax.main --config=configs/cifar10_lt.py --workdir=runs/cifar10
+    python -m mfm_jax.main --config=configs/cifar10_lt.py --workdir=runs/cifar10 --mode=eval --split=train
+    python -m mfm_jax.main --config=configs/cifar10_lt.py --workdir=runs/cifar10 --mode=eval --eval_folder=pictures
 
-With `--mode=check`, looks at the user's own pictures instead and says what was found (see `check`).
+With `--mode=check`, looks at the user's own pictures instead and says what was found (see `check`); with `--mode=eval`,
+evaluates a run that was trained (see `evaluation`).
 
-Any field is set with `--config.group.field=value`. Exit status: 0 done; 2 a mistake in the command, the config or the
-data, told in one line; 75 saved on SIGTERM, Ctrl-C or a notice of pre-emption (the same command goes on).
+Any field is set with `--config.group.field=value`. Exit status: 0 done; 1 evaluated, but some pictures of the folder
+cannot be read; 2 a mistake in the command, the config or the data, told in one line; 75 saved on SIGTERM, Ctrl-C or a
+notice of pre-emption (the same command goes on).
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+import ml_collections
 from absl import flags
 from rich.console import Console
 from rich.table import Table
 
 from mfm_jax import check, cluster, command
+from mfm_jax.errors import UserError
 from mfm_jax.report import SPLITS
 
 _MODE = flags.DEFINE_enum(
-    "mode", "train", ["train", "check"], "What to do; check: look at the pictures, train nothing."
+    "mode",
+    "train",
+    ["train", "check", "eval"],
+    "What to do; check: look at the pictures, train nothing; eval: evaluate a run that was trained.",
 )
 
 _INIT_FROM = flags.DEFINE_string(
@@ -27,6 +37,11 @@ _INIT_FROM = flags.DEFINE_string(
 )
 
 
+_SPLIT = flags.DEFINE_enum("split", "test", ["test", "val", "train"], "With --mode=eval: which split of its data.")
+_EVAL_FOLDER = flags.DEFINE_string(
+    "eval_folder", "", "With --mode=eval: a folder with a folder of pictures for each class, in the place of a split."
+)
+_OUT = flags.DEFINE_string("out", "", "With --mode=eval: the folder to write to, below WORKDIR/eval by default.")
 _COORDINATOR = flags.DEFINE_string(
     "coordinator", "", "HOST:PORT of process 0, where this is one of several processes; auto: ask the scheduler."
 )
@@ -38,17 +53,33 @@ def main(argv: Sequence[str]) -> int:
     del argv
     if _MODE.value == "check":
         return check.check(command.config(), command.workdir())
+    if _MODE.value == "eval" and _COORDINATOR.value:
+        raise UserError(f"--coordinator={_COORDINATOR.value}: --mode=eval is one process; leave it out")
     from mfm_jax import train  # here: seconds that a check does not pay
 
     cluster.join(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
     config = command.config()
     if _INIT_FROM.value:
         config.modulation.init_from = _INIT_FROM.value
+    if _MODE.value == "eval":
+        return _evaluate(config)
     results = train.train_and_evaluate(config, command.workdir())
     if cluster.is_primary():
         print_results(results)
         print(f"report: {command.workdir()}/report.html")
     return 0
+
+
+def _evaluate(config: ml_collections.ConfigDict) -> int:
+    from mfm_jax import evaluation
+
+    folder, out = (Path(flag.value) if flag.value else None for flag in (_EVAL_FOLDER, _OUT))
+    results, page = evaluation.evaluate_run(config, command.workdir(), _SPLIT.value, folder, out)
+    print_results(results)
+    for path, problem in results["unread"].items():
+        print(f"could not be read: {path}: {problem}")
+    print(f"report: {page}")
+    return 1 if results["unread"] else 0
 
 
 def print_results(results: dict[str, Any]) -> None:

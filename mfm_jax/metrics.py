@@ -20,6 +20,8 @@ and never 0: None survives JSON, and nobody averages it by mistake.
 from typing import Any
 
 import numpy as np
+import scipy.optimize
+import scipy.special
 import sklearn.metrics
 
 from mfm_jax import longtail
@@ -133,6 +135,34 @@ def expected_calibration_error(bins: list[dict[str, Any]]) -> float:
     filled = [one for one in bins if one["count"]]
     gaps = [one["count"] * abs(one["accuracy"] - one["confidence"]) for one in filled]
     return sum(gaps) / sum(one["count"] for one in filled)
+
+
+def with_temperature(probs: np.ndarray, temperature: float) -> np.ndarray:
+    """Returns `softmax(log(probs) / temperature)`, float64 [N, K]: of a softmax, that of its logits divided.
+
+    Probabilities are floored at the smallest normal float32, as in `evaluate`.
+    """
+    logits = np.log(np.maximum(np.asarray(probs, np.float64), np.finfo(np.float32).tiny))
+    return scipy.special.softmax(logits / temperature, axis=1)
+
+
+def fit_temperature(probs: np.ndarray, labels: np.ndarray) -> float:
+    """Returns the temperature, 0.05 to 20, at which `with_temperature` has the least negative log-likelihood.
+
+    Above 1 the classifier was too sure, below 1 not sure enough. Which class is likeliest does not change.
+
+    Args:
+      probs: float[N, K], rows that sum to one; of images that were not trained on.
+      labels: int[N], in 0..K-1.
+
+    Source: Guo et al., "On Calibration of Modern Neural Networks", ICML 2017, section 4.2.
+    """
+
+    def loss(log_temperature: float) -> float:
+        found = with_temperature(probs, np.exp(log_temperature))[np.arange(len(labels)), labels]
+        return -np.log(np.maximum(found, np.finfo(np.float32).tiny)).mean()
+
+    return float(np.exp(scipy.optimize.minimize_scalar(loss, bounds=np.log([0.05, 20]), method="bounded").x))
 
 
 def _roc_auc(probs: np.ndarray, labels: np.ndarray, present: np.ndarray) -> float | None:

@@ -1,65 +1,163 @@
-"""The trained classifier of a run, restored from its checkpoint, for pictures of the reader's own."""
+"""Classify pictures with a trained run; its data set is not needed.
 
-import json
-from collections.abc import Callable
+    python -m mfm_jax.predict --checkpoint=runs/cifar10 pictures/ one.jpg --out=predictions.csv
+
+Takes files and folders, with the folders below them. Writes a CSV file with a row for each picture: path, class,
+probability, and the next likely classes. A file that cannot be read has a row too, with the reason in the column
+`problem`. An interrupted command leaves its rows in OUT.part; the same command starts anew. Exit status: 0 every
+picture was read; 1 some could not be, the others are in the file; 2 a mistake in the command or the run, told in one
+line, and no file; 75 interrupted.
+"""
+
+import csv
+import itertools
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from PIL import Image
+from rich import progress
 
-from mfm_jax import augment, loop
-from mfm_jax import config as config_lib
-from mfm_jax import data as data_lib
-from mfm_jax import experiment as experiment_lib
-from mfm_jax.checkpoint import Checkpointer
+from mfm_jax import command, decode
+from mfm_jax.classifier import WHICH, Classifier
+from mfm_jax.classifier import load as load
+from mfm_jax.decode import Decoded
 from mfm_jax.errors import UserError
+from mfm_jax.interruption import EXIT_INTERRUPTED, Interrupted
 
 
-class Classifier(NamedTuple):
-    """A classifier as it is tested: plain, with the running averages.
+class Counts(NamedTuple):
+    """How many files were read, and how many could not be."""
 
-    class_names: K names.
-    image_shape: (H, W, C) of the images it was trained on.
-    probabilities: uint8 [B, H, W, C] -> float32 [B, K].
-    """
-
-    class_names: tuple[str, ...]
-    image_shape: tuple[int, int, int]
-    probabilities: Callable[[np.ndarray], np.ndarray]
+    read: int
+    unread: int
 
 
-def load(workdir: str | Path) -> Classifier:
-    """Returns the classifier in the last checkpoint of the run in `workdir`; its data set must be at hand.
+def write_csv(
+    classifier: Classifier,
+    places: Sequence[Path],
+    out: Path,
+    *,
+    top: int = 5,
+    all_classes: bool = False,
+    batch_size: int = 64,
+    workers: int = 2,
+) -> Counts:
+    """Writes one row for each picture in `places`, in order: its class, and how sure the classifier is.
+
+    Columns: `path`, `class`, `probability`, `problem`, then the next likely classes `class_2`, `probability_2` up to
+    `top`, then, with `all_classes`, `probability of NAME` of every class. A file that cannot be read has the reason in
+    `problem`, and the others empty. Rows go to `OUT.part` as they come, which becomes `out` at the end.
+
+    Args:
+      classifier: of `load`.
+      places: files, and folders whose pictures are taken, those below included.
+      out: the CSV file, UTF-8.
+      top: classes a picture, K at most.
+      all_classes: also the probability of every class.
+      batch_size: pictures at a time; memory grows with it, and not with the number of pictures.
+      workers: processes that decode; 0 decodes in this one.
 
     Raises:
-      UserError: there is no run with a checkpoint.
+      UserError: a place that does not exist, no pictures, a classifier of images that are not square, or a file that
+        cannot be written.
     """
-    workdir = Path(workdir)
-    if not (workdir / "config.json").exists():
-        raise UserError(f"{workdir}: no run there; give the workdir of one")
-    config = config_lib.resolve(json.loads((workdir / "config.json").read_text()))
-    data = data_lib.build(config)
-    experiment = experiment_lib.build(config, data)
-    checkpoints = Checkpointer(workdir, config.checkpoint, has_validation=len(data.val_labels) > 0, read_only=True)
+    total = sum(1 for _ in decode.files(places))
+    if not total:
+        raise UserError(f"{', '.join(map(str, places))}: no pictures there")
+    names, top, unread = classifier.class_names, min(top, len(classifier.class_names)), 0
+    part = out.with_name(f"{out.name}.part")
+    with part.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file, _progress_bar() as bar:
+        writer, task = csv.writer(file), bar.add_task(out.name, total=total)
+        writer.writerow(_header(names, top, all_classes))
+        for batch, probabilities in predicted(classifier, decode.files(places), batch_size, workers):
+            for item, row in zip(batch, probabilities, strict=True):
+                writer.writerow(_row(item, row, names, top, all_classes))
+            unread += sum(item.image is None for item in batch)
+            file.flush()
+            bar.advance(task, len(batch))
+    part.replace(out)
+    return Counts(total - unread, unread)
+
+
+def predicted(
+    classifier: Classifier, paths: Iterable[Path], batch_size: int, workers: int
+) -> Iterator[tuple[tuple[Decoded, ...], np.ndarray]]:
+    """Yields (B decoded files, their probabilities float32 `[B, K]`), B at most `batch_size`; rows of unread ones mean
+    nothing.
+
+    Raises:
+      UserError: the classifier takes images that are not square.
+    """
+    height, width, channels = classifier.image_shape
+    if height != width:
+        raise UserError(f"the classifier takes images of {width} x {height} pixels; train with data.image_size")
+    stream = decode.decoded(paths, height, channels, classifier.facts.fit, workers)
+    while batch := tuple(itertools.islice(stream, batch_size)):
+        images = np.zeros((batch_size, *classifier.image_shape), np.uint8)  # always as many: compiled once
+        for image, item in zip(images, batch, strict=False):
+            if item.image is not None:
+                image[:] = item.image
+        yield batch, classifier.probabilities(images)[: len(batch)]
+
+
+def _header(names: Sequence[str], top: int, all_classes: bool) -> list[str]:
+    further = [f"{column}_{rank}" for rank in range(2, top + 1) for column in ("class", "probability")]
+    return ["path", "class", "probability", "problem", *further, *(f"probability of {n}" for n in names if all_classes)]
+
+
+def _row(item: Decoded, row: np.ndarray, names: Sequence[str], top: int, all_classes: bool) -> list[Any]:
+    if item.image is None:
+        return [item.path, "", "", item.problem, *[""] * (2 * (top - 1) + all_classes * len(names))]
+    first, *further = ((names[k], f"{row[k]:.6g}") for k in np.argsort(-row, kind="stable")[:top])
+    return [item.path, *first, "", *itertools.chain(*further), *(f"{p:.6g}" for p in row if all_classes)]
+
+
+def _progress_bar() -> progress.Progress:
+    return progress.Progress(
+        progress.TextColumn("{task.description}"),
+        progress.BarColumn(),
+        progress.MofNCompleteColumn(),
+        progress.TimeElapsedColumn(),
+        progress.TextColumn("left"),
+        progress.TimeRemainingColumn(),
+    )
+
+
+def main(argv: Sequence[str]) -> int:
+    options = _parser().parse_args(argv[1:])
+    trained = load(options.checkpoint, options.which)
     try:
-        step = checkpoints.latest_step()
-        if step is None:
-            raise UserError(f"{workdir}: the run there has no checkpoint yet")
-        state = checkpoints.restore(step, loop.initial(experiment, config.train))[0].bilevel
-    finally:
-        checkpoints.close()
-    mean, std = jnp.asarray(data.mean), jnp.asarray(data.std)
-    run = jax.jit(lambda state, image: experiment.eval_step(state, augment.normalize(image, mean, std)))
-    return Classifier(data.class_names, data.train_images.shape[1:], lambda images: np.asarray(run(state, images)))
+        counts = write_csv(
+            trained,
+            options.places,
+            options.out,
+            top=options.top,
+            all_classes=options.probabilities,
+            batch_size=options.batch_size,
+            workers=options.workers,
+        )
+    except (Interrupted, KeyboardInterrupt):
+        print(f"interrupted; the rows so far are in {options.out}.part", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    unread = f"; {counts.unread:,} could not be read (column `problem`)" if counts.unread else ""
+    print(f"{options.out}: {counts.read:,} pictures{unread}")
+    return 1 if counts.unread else 0
 
 
-def fit(picture: Image.Image, shape: tuple[int, int, int]) -> np.ndarray:
-    """Returns a picture of any size and colours as uint8 [H, W, C]: its middle square, averaged to H x W."""
-    height, width, channels = shape
-    side = min(picture.size)
-    left, top = (picture.width - side) // 2, (picture.height - side) // 2
-    square = picture.convert("L" if channels == 1 else "RGB").crop((left, top, left + side, top + side))
-    return np.asarray(square.resize((width, height), Image.Resampling.BOX)).reshape(shape)
+def _parser() -> command.Parser:
+    parser, number = command.Parser("predict", __doc__), command.whole_number
+    parser.add_argument("places", nargs="+", type=Path, metavar="PICTURES", help="files and folders")
+    parser.add_argument("--checkpoint", type=Path, required=True, help="workdir of the run")
+    parser.add_argument("--out", type=Path, default=Path("predictions.csv"), help="the CSV file (%(default)s)")
+    parser.add_argument("--which", choices=WHICH, default="last", help="checkpoint (%(default)s)")
+    parser.add_argument("--top", type=number, default=5, help="classes to name for each picture (%(default)s)")
+    parser.add_argument("--probabilities", action="store_true", help="also write the probability of every class")
+    parser.add_argument("--batch_size", type=number, default=64, help="pictures at a time (%(default)s)")
+    parser.add_argument("--workers", type=int, default=2, help="processes that decode; 0: none (%(default)s)")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(command.guarded(main, sys.argv))

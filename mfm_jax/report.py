@@ -46,14 +46,15 @@ SUMMARY_ROWS = (
     ("ROC AUC (one-vs-rest, macro)", "roc_auc"),
     ("Expected calibration error", "ece"),
 )
-SPLITS = {"test": "test", "val": "validation"}  # as readers call them
+# As readers call them; "outside" are pictures from outside the run's data.
+SPLITS = {"test": "test", "val": "validation", "train": "training", "outside": "outside"}
 GALLERY = "gallery.npz"  # in the workdir; there need not be one
 TABLE_CLASSES = 200  # above this many classes the per-class table is left out
 
 
 @dataclasses.dataclass(frozen=True)
-class _Run:
-    """The workdir's files, checked; `rows` holds those of `metrics.jsonl` by kind."""
+class Run:
+    """A workdir's files, checked; `rows` holds those of `metrics.jsonl` by kind."""
 
     config: dict[str, Any]
     manifest: dict[str, Any]
@@ -72,8 +73,8 @@ class _Run:
         return self.results["last"][self.split]
 
 
-def write_report(workdir: Path) -> Path:
-    """Writes `workdir/report.html` and returns its path.
+def write_report(workdir: Path, folder: Path | None = None) -> Path:
+    """Writes `workdir/report.html` and returns its path; with `folder`, from the results there and to there.
 
     Reads `config.json`, `manifest.json`, `metrics.jsonl` and `results.json` (see the module's docstring) and
     nothing else: no device, no data set and no checkpoint is needed. Pieces a run need not have (validation
@@ -84,15 +85,16 @@ def write_report(workdir: Path) -> Path:
         the file.
     """
     workdir = Path(workdir)
-    page = template("report.html.jinja").render(**_content(_read(workdir)))
-    path = workdir / "report.html"
+    folder = folder or workdir
+    page = template("report.html.jinja").render(**_content(read_run(workdir, folder)))
+    path = folder / "report.html"
     path.write_text(page, encoding="utf-8")
     return path
 
 
 def template(name: str) -> jinja2.Template:
     """Returns the page template `name` of this package, with the filters `percent` and `number`."""
-    # An undefined field prints as nothing and counts as false: which fields are required, `_read` decides.
+    # An undefined field prints as nothing and counts as false: which fields are required, `read_run` decides.
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("mfm_jax", ""), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
@@ -101,12 +103,12 @@ def template(name: str) -> jinja2.Template:
     return environment.get_template(name)
 
 
-def _content(run: _Run) -> dict[str, Any]:
+def _content(run: Run) -> dict[str, Any]:
     """What the template shows: plain values and finished figures, no decisions left but layout."""
     best, factor = run.results.get("best"), run.manifest.get("imbalance_factor")
     evaluations = [
         (f"{SPLITS[split].capitalize()}, {title}", source, split)
-        for split in ("test", "val")
+        for split in SPLITS
         for title, source in (("last epoch", run.results["last"]), ("best on validation", best))
         if source and source.get(split)
     ]
@@ -127,7 +129,7 @@ def _content(run: _Run) -> dict[str, Any]:
     }
 
 
-def _pictures(run: _Run) -> dict[str, Picture | None]:
+def _pictures(run: Run) -> dict[str, Picture | None]:
     """Every figure by name; None where the run has nothing to draw it from."""
     render, classes, sites = figures.render, run.classes, _modulation(run)
     train, val = run.rows["train"], run.rows["val"]
@@ -147,7 +149,7 @@ def _pictures(run: _Run) -> dict[str, Picture | None]:
     }
 
 
-def _gallery(run: _Run) -> Picture | None:
+def _gallery(run: Run) -> Picture | None:
     if run.gallery is None or not len(run.gallery.labels):
         return None
     return figures.render(figures.draw_gallery, figures.gallery_inches(run.gallery), run.classes, run.gallery)
@@ -156,20 +158,26 @@ def _gallery(run: _Run) -> Picture | None:
 # --- reading ------------------------------------------------------------------------------------------------
 
 
-def _read(workdir: Path) -> _Run:
+def read_run(workdir: Path, folder: Path | None = None) -> Run:
+    """Returns the files of the finished run in `workdir`; with `folder`, the results from there.
+
+    Raises:
+      UserError: a file is missing, damaged, or lacks a field.
+    """
+    folder = folder or workdir
     config = _read_object(workdir / "config.json")
     manifest = _read_object(workdir / "manifest.json", "dataset")
-    results = _read_object(workdir / "results.json", "method", "split")
+    results = _read_object(folder / "results.json", "method", "split")
     counts = _counts(manifest, workdir / "manifest.json")
     names = [str(name) for name in manifest.get("class_names") or range(len(counts))]
     if len(names) != len(counts):
         raise UserError(f"{workdir / 'manifest.json'}: {len(counts)} class counts but {len(names)} class names")
     for title in ("last", "best"):
         if title == "last" or results.get("best") is not None:
-            where = f"{workdir / 'results.json'}: {title}.{results['split']}"
+            where = f"{folder / 'results.json'}: {title}.{results['split']}"
             _check_evaluation((results.get(title) or {}).get(results["split"]), len(counts), where)
-    rows, shown = _read_rows(workdir / "metrics.jsonl"), gallery.read(workdir / GALLERY)
-    return _Run(config, manifest, results, rows, Classes(names, counts), shown)
+    rows, shown = _read_rows(workdir / "metrics.jsonl"), gallery.read(folder / GALLERY)
+    return Run(config, manifest, results, rows, Classes(names, counts), shown)
 
 
 def _read_text(path: Path) -> str:
@@ -234,7 +242,7 @@ def _check_evaluation(found: Any, classes: int, where: str) -> None:
         raise UserError(f"{where}: is not of the {classes} classes of manifest.json")
 
 
-def _modulation(run: _Run) -> dict[str, dict[str, np.ndarray]]:
+def _modulation(run: Run) -> dict[str, dict[str, np.ndarray]]:
     """By site, `step` [T] and `gamma`, `beta` [T, C or K]; what no row has is left out."""
     sites: dict[str, dict[str, np.ndarray]] = {}
     rows = run.rows["modulation"]
@@ -261,7 +269,7 @@ def _number(value: float | None, digits: int = 3) -> str:
     return "–" if value is None else f"{value:,.{digits}f}"
 
 
-def _class_rows(run: _Run) -> list[dict[str, Any]]:
+def _class_rows(run: Run) -> list[dict[str, Any]]:
     """One row a class, from most to fewest training images."""
     classes = run.classes
     tested = np.sum(run.shown["confusion"], axis=1)

@@ -27,7 +27,7 @@ import numpy as np
 from jax.sharding import Mesh
 from rich import progress
 
-from mfm_jax import cluster, gallery, parallel, report
+from mfm_jax import classifier, cluster, gallery, metrics, parallel, report
 from mfm_jax import config as config_lib
 from mfm_jax import data as data_lib
 from mfm_jax import experiment as experiment_lib
@@ -43,7 +43,6 @@ from mfm_jax.interruption import EXIT_INTERRUPTED, Interrupted, listening
 from mfm_jax.logs import MetricLog, RowList
 from mfm_jax.longtail import read_manifest, write_manifest
 from mfm_jax.loop import DeviceData, LoopState
-from mfm_jax.metrics import evaluate
 from mfm_jax.ownership import owned
 from mfm_jax.types import META_METRICS, BilevelState
 
@@ -61,8 +60,8 @@ def train_and_evaluate(
     """Trains as `config` says, in `workdir`, and returns the results.
 
     A workdir that holds an interrupted run of the same config is resumed; a finished one is returned as it is.
-    Leaves `config.json`, `manifest.json`, `metrics.jsonl`, `checkpoints/`, `tensorboard/`, `results.json` and
-    `report.html`.
+    Leaves `config.json`, `manifest.json`, `classifier.json`, `metrics.jsonl`, `checkpoints/`, `tensorboard/`,
+    `results.json` and `report.html`.
 
     Args:
       config: from a config file, or a dict of the same form.
@@ -70,8 +69,8 @@ def train_and_evaluate(
 
     Returns:
       The content of `results.json`: `last` and `best` (on validation; None without one), each with the metrics of
-      `metrics.evaluate` on `val` and `test` (None where there is no such split, or `eval.test` is False); `split` is
-      the one to show.
+      `metrics.evaluate` on `val` and `test` (None where there is no such split, or `eval.test` is False), and the
+      `calibration` by a temperature that was fitted on validation; `split` is the one to show.
 
     Raises:
       UserError: a config or data mistake, before training starts; the workdir belongs to another config.
@@ -131,7 +130,7 @@ def train_together(configs: Sequence[Config], workdirs: Sequence[Path]) -> list[
             for run in runs:
                 results = run.results()
                 if cluster.is_primary():
-                    _write(run.workdir / "results.json", json.dumps(results, indent=1))
+                    write(run.workdir / "results.json", json.dumps(results, indent=1))
     for workdir in workdirs:
         if cluster.is_primary() and not (workdir / "report.html").exists():
             report.write_report(workdir)
@@ -140,14 +139,16 @@ def train_together(configs: Sequence[Config], workdirs: Sequence[Path]) -> list[
 
 
 def _start(config: Config, workdir: Path, data: LongTailData, device_data: DeviceData, mesh: Mesh | None) -> "_Run":
-    """Returns the run, restored if it was interrupted, and leaves its config and manifest in the workdir."""
+    """Returns the run, restored if it was interrupted; leaves its config, manifest and classifier's facts there."""
     experiment = experiment_lib.build(config, data, mesh)
-    _check_split(data, workdir)
+    check_split(data, workdir)
     run = _Run(config, workdir, data, experiment, device_data, mesh)
     path = workdir / "config.json"
+    if cluster.is_primary() and not (workdir / classifier.FILE).exists():  # an older run may go on without it
+        write(workdir / classifier.FILE, json.dumps(dataclasses.asdict(classifier.describe(config, data)), indent=1))
     if cluster.is_primary() and not path.exists():  # a mistake found so far leaves the workdir free for another config
         write_manifest(data.manifest, workdir / "manifest.json")
-        _write(path, json.dumps(config.to_dict(), indent=2))
+        write(path, json.dumps(config.to_dict(), indent=2))
     cluster.barrier(f"{path} is written")
     cluster.check_agreed(
         f"{config} {data.manifest['hash']} {run.step} {path.exists()}",
@@ -157,7 +158,7 @@ def _start(config: Config, workdir: Path, data: LongTailData, device_data: Devic
     return run
 
 
-def _write(path: Path, text: str) -> None:
+def write(path: Path, text: str) -> None:
     """Writes a file so that it is there whole or not at all."""
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(text)
@@ -177,8 +178,12 @@ def read_object(path: Path) -> dict[str, Any]:
     raise UserError(f"{path}: damaged, not a JSON object; {way_out}")
 
 
-def _check_split(data: LongTailData, workdir: Path) -> None:
-    """Checks that an interrupted run goes on with the images that it began with."""
+def check_split(data: LongTailData, workdir: Path) -> None:
+    """Checks that a run goes on, or is evaluated, with the images that it began with.
+
+    Raises:
+      UserError: the manifest in `workdir` is another.
+    """
     path = workdir / "manifest.json"
     if (workdir / "config.json").exists() and read_manifest(path)["hash"] != data.manifest["hash"]:
         raise UserError(f"{path}: the data or its split is not what this run began with; choose a new --workdir")
@@ -448,9 +453,13 @@ class _Run:
             probabilities.append(np.asarray(out)[mask])
         return np.concatenate(probabilities)
 
-    def evaluate(self, state: BilevelState, split: str, *, show: bool = False) -> dict[str, Any]:
-        """Returns `metrics.evaluate` on a split; with `show`, leaves some of its pictures for the report."""
-        labels, found = getattr(self.data, f"{split}_labels"), self.probabilities(state, split)
+    def evaluate(self, state: BilevelState, split: str) -> dict[str, Any]:
+        """Returns `metrics.evaluate` of the plain classifier on the split `val` or `test`."""
+        return self._evaluation(self.probabilities(state, split), split)
+
+    def _evaluation(self, found: np.ndarray, split: str, *, show: bool = False) -> dict[str, Any]:
+        """Returns `metrics.evaluate` of a split's probabilities; with `show`, leaves some pictures for the report."""
+        labels = getattr(self.data, f"{split}_labels")
         # Shot groups by the training split, so that they are the same with and without `train_on_meta`.
         counts = np.asarray(self.data.manifest["splits"]["train"]["class_counts"])
         chosen = gallery.choose(found, labels, counts) if show else ()
@@ -458,7 +467,7 @@ class _Run:
             images = np.stack([getattr(self.data, f"{split}_images")[i] for i in chosen])
             shown = gallery.Gallery(images, labels[chosen], found[chosen].argmax(1), found[chosen].max(1))
             gallery.write(self.workdir / report.GALLERY, shown)
-        return evaluate(found, labels, counts)
+        return metrics.evaluate(found, labels, counts)
 
     def results(self) -> dict[str, Any]:
         """Evaluates the last and the best-on-validation state; the one time that the test split is read."""
@@ -477,17 +486,31 @@ class _Run:
             "best": best,
             "train_seconds": self.train_seconds,
             "input_wait": self.feed.waited() if self.feed else 0.0,
-            "versions": _versions(),
+            "versions": versions(),
         }
 
     def _result(self, state: BilevelState, step: int, *, show: bool = False) -> dict[str, Any]:
-        test = self.config.eval.test
+        wanted = {"val": self.has_validation, "test": self.config.eval.test}
+        found = {split: self.probabilities(state, split) for split, is_there in wanted.items() if is_there}
+        *_, shown = found
+        evaluations = {s: self._evaluation(p, s, show=show and s == shown) for s, p in found.items()}
         return {
             "step": step,
             "epoch": -(-step // self.experiment.steps_per_epoch),
-            "val": self.evaluate(state, "val", show=show and not test) if self.has_validation else None,
-            "test": self.evaluate(state, "test", show=show) if test else None,
+            **{split: evaluations.get(split) for split in wanted},
+            "calibration": self._calibration(found) if self.has_validation else None,
         }
+
+    def _calibration(self, found: dict[str, np.ndarray]) -> dict[str, Any]:
+        """Returns the temperature that suits validation best, and each split's calibration error with it."""
+        labels = {split: getattr(self.data, f"{split}_labels") for split in found}
+        temperature = metrics.fit_temperature(found["val"], labels["val"])
+        errors = {}
+        for split, probabilities in found.items():
+            scaled = metrics.with_temperature(probabilities, temperature)
+            bins = metrics.reliability_bins(scaled.max(axis=1), scaled.argmax(axis=1) == labels[split])
+            errors[split] = metrics.expected_calibration_error(bins)
+        return {"temperature": temperature, "ece": errors}
 
 
 def _progress_bar() -> progress.Progress:
@@ -516,7 +539,8 @@ def _tell_elastic(step: int, before: str) -> None:
         )
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Returns the versions of what numbers depend on, and the devices."""
     names = ("mfm-jax", "jax", "flax", "optax", "orbax-checkpoint", "numpy")
     devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
     return {name: metadata.version(name) for name in names} | {

@@ -36,8 +36,11 @@ def tune(method: str, fields: Fields, trials: int, folder: Path, jobs: int = 1) 
     Raises:
       UserError: there is no validation split, or every trial failed.
     """
-    if not fields["data"]["val_images_per_class"]:
-        raise UserError("data.val_images_per_class = 0: --tune compares on validation; choose 1 or more")
+    if not config_lib.Data(**fields["data"]).validates:
+        raise UserError(
+            "data.val_images_per_class = 0: --tune compares on validation; choose 1 or more (protocol natural:"
+            " data.val_fraction)"
+        )
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     sampler = optuna.samplers.TPESampler(seed=fields["train"]["seed"])
     study = optuna.create_study(direction="maximize", sampler=sampler)

@@ -119,13 +119,7 @@ def test_every_choice_is_accepted_and_no_other(path):
     assert len(choices) > 1
     for choice in choices:
         group, name = path.split(".")
-<<<<<<< HEAD
         given = override(path, choice) | NEEDED.get(choice, {})
-=======
-        given = override(path, choice) | ({"meta": {"lagged": False}} if choice == "l2rw" else {})
-        if choice == "adapters":
-            given["model"]["name"] = "vit_b16"
->>>>>>> 1e9d901 (Models for large images: ResNets, ResNeXt-50, ViT-B/16; frozen backbones, adapters, rematerialisation; pretrained weights)
         assert getattr(getattr(config_lib.resolve(given), group), name) == choice
     assert refusal(override(path, "nonsense")) == f"{path} = 'nonsense': allowed: {', '.join(sorted(choices))}"
 

@@ -1,6 +1,8 @@
 """Eight fake CPU devices, quick compilation, strict rank promotion, and a cache folder of the test run's own."""
 
 import os
+from pathlib import Path
+from typing import Any, NamedTuple
 
 # Little is gained from optimizing programs that run once; compiling them plainly makes the tests several times faster.
 FLAGS = (
@@ -24,3 +26,31 @@ def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["MFM_JAX_CACHE"] = str(folder)
     jax.config.update("jax_compilation_cache_dir", str(folder / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+class TrainedRun(NamedTuple):
+    """A finished run: its config, its folder, and what training returned."""
+
+    config: Any
+    workdir: Path
+    results: dict[str, Any]
+
+
+@pytest.fixture(scope="session")
+def trained_run(tmp_path_factory: pytest.TempPathFactory) -> TrainedRun:
+    """A run of three epochs on the digits, of a method that is tested with another head than it trains at first."""
+    from mfm_jax import config as config_lib
+    from mfm_jax import train
+
+    config = config_lib.default()
+    config.data.update(source="digits", name="digits", imbalance_factor=10.0, val_images_per_class=5, workers=0)
+    config.augment.update(pad=1, flip=False)
+    config.model.update(name="resnet8", width=4)
+    config.method.update(name="crt", first_stage=0.5)
+    config.meta.batch_size = 20
+    config.optim.learning_rate = 0.05
+    config.train.update(epochs=3, batch_size=64)
+    config, workdir = config_lib.resolve(config), tmp_path_factory.mktemp("runs") / "crt"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "device_count", lambda: 1)
+        return TrainedRun(config, workdir, train.train_and_evaluate(config, workdir))

@@ -4,6 +4,8 @@ The product of methods and real networks is in the slow tier; `train_test` runs 
 """
 
 import contextlib
+import dataclasses
+import json
 import os
 import signal
 
@@ -15,7 +17,7 @@ import numpy as np
 import optax
 import pytest
 
-from mfm_jax import augment, interruption, models, optim, parallel, train
+from mfm_jax import augment, classifier, interruption, models, optim, parallel, train
 from mfm_jax import config as config_lib
 from mfm_jax import data as data_lib
 from mfm_jax import experiment as experiment_lib
@@ -169,6 +171,23 @@ def test_is_the_plain_classifier_at_test_time(name, finished):
         assert np.abs(changed - probabilities).max() > 1e-3
         early = state.replace(step=jnp.int32(experiment.retrain_from))
         chex.assert_trees_all_equal(experiment.params(early), state.params)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_is_loaded_as_it_is_tested(name, finished):
+    """From the workdir alone: neither the data nor the experiment is built."""
+    config, workdir, images = finished.config, finished.workdir, finished.data.test_images[:50]
+    (workdir / "config.json").write_text(json.dumps(config.to_dict()))
+    facts = classifier.describe(config, finished.data)
+    (workdir / classifier.FILE).write_text(json.dumps(dataclasses.asdict(facts)))
+    loaded = classifier.load(workdir)
+    normalized = augment.normalize(jnp.asarray(images), *map(jnp.asarray, (finished.data.mean, finished.data.std)))
+    expected = finished.experiment.eval_step(finished.loop.bilevel, normalized)
+    np.testing.assert_allclose(loaded.probabilities(images), expected, rtol=1e-5, atol=1e-7)
+    # What is exported holds the classifier's numbers and no others: no modulator, no second head.
+    kept = (finished.loop.bilevel.params, finished.loop.bilevel.batch_stats, facts.mean, facts.std)
+    inside = jax.make_jaxpr(loaded.forward)(images).consts
+    assert sum(np.size(value) for value in inside) <= sum(np.size(leaf) for leaf in jax.tree.leaves(kept))
 
 
 def stepped(config, data, mesh=None, *, absent: bool = False, mixed: bool = False):

@@ -6,6 +6,7 @@ import math
 import hypothesis
 import numpy as np
 import pytest
+import scipy.special
 import sklearn.metrics
 from hypothesis import strategies as st
 
@@ -199,3 +200,37 @@ def test_any_well_formed_input_gives_finite_json(examples, classes, seed):
 def test_refuses(probs, labels, counts, message):
     with pytest.raises(ValueError, match=message):
         metrics.evaluate(probs, labels, counts)
+
+
+# --- temperature ----------------------------------------------------------------------------------
+
+
+def test_a_temperature_divides_the_logits():
+    probs = np.array([[0.8, 0.2], [0.5, 0.5], [1.0, 0.0]], np.float32)
+    np.testing.assert_allclose(metrics.with_temperature(probs, 1.0), probs, atol=1e-7)
+    np.testing.assert_allclose(metrics.with_temperature(probs, 2.0), [[2 / 3, 1 / 3], [0.5, 0.5], [1, 0]], atol=1e-7)
+    logits = np.random.default_rng(0).normal(size=(5, 4))
+    np.testing.assert_allclose(
+        metrics.with_temperature(scipy.special.softmax(logits, 1), 3.0), scipy.special.softmax(logits / 3, 1)
+    )
+
+
+def test_the_temperature_of_an_overconfident_classifier_is_found():
+    """It says softmax(3 z) where labels are drawn from softmax(z)."""
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(20_000, 3))
+    labels = (rng.gumbel(size=logits.shape) + logits).argmax(1)
+    temperature = metrics.fit_temperature(scipy.special.softmax(3 * logits, 1), labels)
+    assert temperature == pytest.approx(3.0, rel=0.05)
+
+
+def test_the_temperature_of_two_answers_is_that_by_hand():
+    """Three of four answers of confidence 0.9 are right: log 9 / T = log 3, T = 2."""
+    probs, labels = np.tile([0.9, 0.1], (4, 1)), np.array([0, 0, 0, 1])
+    assert metrics.fit_temperature(probs, labels) == pytest.approx(2.0, rel=1e-3)
+
+
+def test_a_classifier_that_is_always_right_has_the_least_temperature():
+    assert metrics.fit_temperature(np.array([[0.9, 0.1], [0.2, 0.8]]), np.array([0, 1])) == pytest.approx(
+        0.05, rel=1e-2
+    )

@@ -1,0 +1,159 @@
+"""A trained run evaluated again: on any split of its data, or on folders of other pictures of the same classes.
+
+What training wrote stays as it is; an evaluation has a folder of its own, with `results.json` and `report.html`.
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+import numpy as np
+from rich.progress import track
+
+from mfm_jax import classifier, decode, metrics, predict, report, train
+from mfm_jax import config as config_lib
+from mfm_jax import data as data_lib
+from mfm_jax.classifier import Classifier
+from mfm_jax.config import Config
+from mfm_jax.data import batches
+from mfm_jax.errors import UserError
+
+# A classifier -> (its probabilities [N, K], the labels [N]).
+Predicted = Callable[[Classifier], tuple[np.ndarray, np.ndarray]]
+
+
+def evaluate_run(
+    config: ml_collections.ConfigDict | Mapping[str, Any] | Config,
+    workdir: Path,
+    split: str = "test",
+    folder: Path | None = None,
+    out: Path | None = None,
+) -> tuple[dict[str, Any], Path]:
+    """Evaluates the last checkpoint of a run and the best on validation, as far as there is one.
+
+    Args:
+      config: of the run; `data.root`, `data.workers` and `eval.batch_size` may be others.
+      workdir: of the run, finished or not.
+      split: "test", "val" or "train" (without augmentation) of its data.
+      folder: a folder with a folder of pictures for each class, in the place of the split; its data is not needed.
+      out: the folder to write to; `workdir/eval/SPLIT`, or `workdir/eval/outside-FOLDER`, by default.
+
+    Returns:
+      (the content of `results.json`, the path of the report). The former has the form of a training run's; its `split`
+      is "outside" for a folder, and `unread` then lists the files that could not be read, with the reasons.
+
+    Raises:
+      UserError: no such run or split, another config or other data than the run's, other class names, or `out` is the
+        workdir.
+    """
+    out = out or workdir / "eval" / (f"outside-{folder.resolve().name}" if folder else split)
+    if out.resolve() == workdir.resolve():
+        raise UserError(f"--out={out}: holds the run's own results; choose another folder")
+    given = _same_config(config, workdir)
+    last, best = classifier.load(workdir), _load_best(workdir)
+    unread: dict[str, str] = {}
+    if folder:
+        split, predicted = "outside", _of_folder(folder, last.class_names, given, unread)
+    else:
+        predicted = _of_split(given, workdir, split)
+    of_last = _evaluated(last, predicted, split)
+    results = {
+        "method": given.method.name,
+        "seed": given.train.seed,
+        "split": split,
+        "last": of_last,
+        "best": best and (of_last if best.step == last.step else _evaluated(best, predicted, split)),
+        "folder": str(folder or ""),
+        "unread": unread,
+        "versions": train.versions(),
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    train.write(out / "results.json", json.dumps(results, indent=1))
+    return results, report.write_report(workdir, out)
+
+
+def _same_config(config: ml_collections.ConfigDict | Mapping[str, Any] | Config, workdir: Path) -> Config:
+    """Returns the config, checked against that of the run: where the data lies may have changed."""
+    given = config if isinstance(config, Config) else config_lib.resolve(config)
+    ran = classifier.read_config(workdir)
+    elsewhere = dataclasses.replace(
+        given,
+        data=dataclasses.replace(given.data, root=ran.data.root, workers=ran.data.workers),
+        eval=dataclasses.replace(given.eval, batch_size=ran.eval.batch_size),
+    )
+    if changed := list(config_lib.differences(ran.to_dict(), elsewhere.to_dict())):
+        raise UserError(
+            f"--workdir={workdir} belongs to another config ({'; '.join(changed)}); give the one of the run"
+        )
+    return given
+
+
+def _load_best(workdir: Path) -> Classifier | None:
+    try:
+        return classifier.load(workdir, "best")
+    except classifier.NoBest:
+        return None
+
+
+def _evaluated(trained: Classifier, predicted: Predicted, split: str) -> dict[str, Any]:
+    counts = np.asarray(trained.facts.train_class_counts)
+    per_epoch = batches.steps_per_epoch(int(counts.sum()), trained.config.train.batch_size)
+    return {
+        "step": trained.step,
+        "epoch": -(-trained.step // per_epoch),
+        split: metrics.evaluate(*predicted(trained), counts),
+    }
+
+
+def _of_split(config: Config, workdir: Path, split: str) -> Predicted:
+    data = data_lib.build(config)
+    train.check_split(data, workdir)
+    images, labels, size = getattr(data, f"{split}_images"), getattr(data, f"{split}_labels"), config.eval.batch_size
+    if not len(labels):
+        raise UserError(f"--split={split}: the data of {workdir} has no such split")
+
+    def predicted(trained: Classifier) -> tuple[np.ndarray, np.ndarray]:
+        stream = batches.eval_batches(images, size, config.data.workers)
+        parts = track(stream, f"step {trained.step}", -(-len(labels) // size))
+        return np.concatenate([trained.probabilities(part)[mask] for part, mask in parts]), labels
+
+    return predicted
+
+
+def _of_folder(folder: Path, class_names: Sequence[str], config: Config, unread: dict[str, str]) -> Predicted:
+    """Returns the predictions for the pictures in `folder` that can be read; the others are noted in `unread`."""
+    _check_classes(folder, class_names)
+    label = {path: k for k, name in enumerate(class_names) for path in decode.files([folder / name])}
+    if not label:
+        raise UserError(f"--eval_folder={folder}: no pictures there")
+    size, workers = config.eval.batch_size, config.data.workers
+
+    def predicted(trained: Classifier) -> tuple[np.ndarray, np.ndarray]:
+        probabilities, labels = [], []
+        parts = predict.predicted(trained, label, size, workers)
+        for batch, rows in track(parts, f"step {trained.step}", -(-len(label) // size)):
+            readable = [item.image is not None for item in batch]
+            probabilities.append(rows[readable])
+            labels += [label[item.path] for item in batch if item.image is not None]
+            unread.update((str(item.path), item.problem) for item in batch if item.image is None)
+        if not labels:
+            raise UserError(f"--eval_folder={folder}: none of its {len(label)} pictures can be read")
+        return np.concatenate(probabilities), np.asarray(labels)
+
+    return predicted
+
+
+def _check_classes(folder: Path, class_names: Sequence[str]) -> None:
+    if not folder.is_dir():
+        raise UserError(f"--eval_folder={folder}: no such folder")
+    there, known = {path.name for path in folder.iterdir() if path.is_dir()}, set(class_names)
+    if there != known:
+        differences = (("missing", known - there), ("unknown", there - known))
+        told = "; ".join(f"{word}: {', '.join(sorted(names))}" for word, names in differences if names)
+        raise UserError(
+            f"--eval_folder={folder}: its folders are not the classes of the run ({told}); a class without pictures has"
+            " an empty folder"
+        )

@@ -1,0 +1,30 @@
+"""The commands and the Python of docs/using.md run as they stand, one after the other."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+DOCUMENT = (ROOT / "docs" / "using.md").read_text()
+
+
+@pytest.mark.slow
+def test_the_document_runs(tmp_path):
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    bare = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    environment = bare | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    steps = re.findall(r"^    (python [^\n]*)$|^```python\n(.*?)^```$", DOCUMENT, re.MULTILINE | re.DOTALL)
+    assert len(steps) == 8
+    code = ""
+    for command, block in steps:
+        code += block  # a block goes on from the one before
+        words = command.split()[1:] if command else ["-c", code]
+        done = subprocess.run([sys.executable, *words], cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, (command or block, done.stderr)
+    for name in ("predictions.csv", "digits/eval/train/report.html", "digits/eval/outside-pictures/report.html"):
+        assert (tmp_path / "runs" / name).stat().st_size > 1000
+    assert re.search(r"\.png +\d+\.\d %  \d", done.stdout)
