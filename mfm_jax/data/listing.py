@@ -149,7 +149,9 @@ def lists(root: str | Path, files: Mapping[str, str | Path], group: str = "") ->
     ]
     rows = _existing_files(root, lines, problems)
     if not rows:
-        raise UserError(f"data.root = {str(root)!r}: none of the {len(lines)} listed pictures is there: {problems[-1]}")
+        raise UserError(
+            f"data.root = {str(root)!r}: none of the {len(lines)} listed pictures is there; {': '.join(problems[-1])}"
+        )
     numbered = _are_numbered(rows)
     rows = _once(_class_numbers(rows, problems) if numbered else rows, problems)
     names = _numbered_names(rows) if numbered else {row.label: row.label for row in sorted(rows, key=lambda r: r.label)}
@@ -273,15 +275,21 @@ def _unusable(entry: os.DirEntry[str]) -> str:
             return ""
     except OSError as error:
         return f"cannot be read: {error.strerror}"
-    return "a link to nowhere" if entry.is_symlink() else "neither a file nor a folder"
+    return "neither a file nor a folder" if os.path.exists(entry.path) else "a link to nowhere"
 
 
 def _below(root: Path, start: str, problems: list[Problem]) -> Iterator[str]:
     """Yields the files below a folder that may be pictures; the others become problems."""
-    stack: list[tuple[str, frozenset[tuple[int, int]]]] = [(start, frozenset([_identity(root)]))]
+    top = os.stat(root)
+    stack = [(start, frozenset([(top.st_dev, top.st_ino)]))]
     while stack:
         inside, above = stack.pop()
-        here = _identity(root / inside)
+        try:
+            facts = os.stat(root / inside)
+        except OSError as error:
+            problems.append(Problem(inside, f"cannot be read: {error.strerror}"))
+            continue
+        here = (facts.st_dev, facts.st_ino)
         if here in above:
             problems.append(Problem(inside, "a link to a folder that it lies in"))
             continue
@@ -293,11 +301,6 @@ def _below(root: Path, start: str, problems: list[Problem]) -> Iterator[str]:
                 problems.append(Problem(path, wrong))
             else:
                 yield path
-
-
-def _identity(folder: Path) -> tuple[int, int]:
-    facts = os.stat(folder)
-    return facts.st_dev, facts.st_ino
 
 
 def _not_a_picture(path: str) -> str:
@@ -392,7 +395,9 @@ def _existing_files(root: Path, rows: list[_Row], problems: list[Problem]) -> li
 def _relative(root: Path, path: str) -> str | None:
     """Returns a listed path relative to `root` in its shortest form; None where it lies elsewhere."""
     if path.startswith("/"):
-        path = os.path.relpath(path, root.absolute())
+        absolute, path = path, os.path.relpath(path, root.absolute())
+        if path.startswith("../"):
+            path = os.path.relpath(absolute, os.path.realpath(root))
     if "//" in path or "./" in path or path == "..":
         path = posixpath.normpath(path)
     return None if path.startswith("../") or path == ".." else path
