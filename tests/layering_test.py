@@ -109,8 +109,9 @@ def test_importing_the_package_costs_and_prints_nothing():
     assert python(f"import sys, mfm_jax; sys.exit(str({heavy})) if {heavy} else None") == ""
 
 
-def test_the_report_needs_no_jax():
+def test_the_report_and_the_check_need_no_jax():
     code = (
-        "import sys, mfm_jax.report, mfm_jax.comparison, mfm_jax.metrics, mfm_jax.longtail; print('jax' in sys.modules)"
+        "import sys, mfm_jax.report, mfm_jax.comparison, mfm_jax.metrics, mfm_jax.longtail, mfm_jax.check;"
+        " print('jax' in sys.modules)"
     )
     assert python(code) == "False\n"
