@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import grain
 import numpy as np
 import numpy.typing as npt
 from absl import flags
@@ -117,6 +116,8 @@ def stream(streams: Sequence[Picks], *, workers: int, first: int = 0) -> Iterato
     Raises:
       UserError: a file is gone or was damaged since it was checked.
     """
+    import grain  # here: it imports JAX, which looking at pictures (`checking`, its processes) does without
+
     steps = grain.MapDataset.source(_Steps(streams))[first:].to_iter_dataset(grain.ReadOptions(1, 1))
     if workers and len(streams[0].order) > first:
         if not flags.FLAGS.is_parsed():  # in a notebook; grain's workers ask for its own flags
