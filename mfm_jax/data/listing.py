@@ -434,7 +434,8 @@ def _class_numbers(rows: list[_Row], problems: list[Problem]) -> list[_Row]:
         elif number >= beyond:
             problems.append(Problem(row.where, f"label {number} is out of range for {beyond // 2} different labels"))
         else:
-            result.append(row._replace(label=str(number)))
+            shortest = str(number)
+            result.append(row if row.label == shortest else row._replace(label=shortest))
     return result
 
 
