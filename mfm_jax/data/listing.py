@@ -17,7 +17,7 @@ import io
 import os
 import posixpath
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -374,7 +374,7 @@ def _existing_files(root: Path, rows: list[_Row], problems: list[Problem]) -> li
 
     Folders are listed once each instead of asking for every file.
     """
-    known: dict[str, dict[str, str]] = {}
+    known: dict[str, defaultdict[str, str]] = {}
     result = []
     for row in rows:
         path = _relative(root, row.path)
@@ -384,7 +384,7 @@ def _existing_files(root: Path, rows: list[_Row], problems: list[Problem]) -> li
         inside, name = posixpath.split(path)
         if inside not in known:
             known[inside] = _files_in(root, inside)
-        wrong = known[inside].get(name, "no such file")
+        wrong = known[inside][name]
         if wrong:
             problems.append(Problem(row.where, f"{wrong}: {row.path}"))
         else:
@@ -403,14 +403,21 @@ def _relative(root: Path, path: str) -> str | None:
     return None if path.startswith("../") or path == ".." else path
 
 
-def _files_in(root: Path, inside: str) -> dict[str, str]:
-    """Returns what is wrong with each entry of a folder, by its name; "" for regular files."""
+def _files_in(root: Path, inside: str) -> defaultdict[str, str]:
+    """Returns what is wrong with a file of a folder, by its name; "" for regular files."""
+    absent = "no such file"
+    wrong: defaultdict[str, str] = defaultdict(lambda: absent)
     try:
         entries = _entries(root, inside)
-    except (OSError, ValueError):  # ValueError: a null character in the name
-        return {}
-    wrong = {entry.name: _unusable(entry) for entry in entries}
-    return wrong | {entry.name: "a folder" for entry in entries if not wrong[entry.name] and entry.is_dir()}
+    except OSError as error:
+        if not isinstance(error, FileNotFoundError | NotADirectoryError):
+            absent = f"its folder cannot be read: {error.strerror}"
+        return wrong
+    except ValueError:  # a null character in the name
+        return wrong
+    wrong.update((entry.name, _unusable(entry)) for entry in entries)
+    wrong.update((entry.name, "a folder") for entry in entries if not wrong[entry.name] and entry.is_dir())
+    return wrong
 
 
 def _are_numbered(rows: list[_Row]) -> bool:
