@@ -68,8 +68,8 @@ def test_folders_that_are_all_splits_hold_the_classes(tmp_path):
 
 
 def test_a_class_may_be_called_as_a_split(tmp_path):
-    found = listing.folder(tree(tmp_path, "bus/1.jpg", "train/2.jpg"))
-    assert found.class_names == ("bus", "train")
+    found = listing.folder(tree(tmp_path, "bus/1.jpg", "train/2.jpg", "test/3.jpg"))
+    assert found.class_names == ("bus", "test", "train")
 
 
 def test_what_a_folder_does_not_tell_is_refused(tmp_path, pets):
@@ -82,8 +82,12 @@ def test_what_a_folder_does_not_tell_is_refused(tmp_path, pets):
     with pytest.raises(UserError, match="no picture in a class folder"):
         listing.folder(pets / "cat")
     root = tree(tmp_path / "a", "train/cat/1.jpg", "train/dog/1.jpg", "test/cat/2.jpg", "old/cat/3.jpg")
-    with pytest.raises(UserError, match="holds the splits test, train and beside them 'old', which is none"):
+    with pytest.raises(
+        UserError, match=r"'test' holds folders, as a split does, but 'old' beside it is no split \(train,"
+    ):
         listing.folder(root)
+    with pytest.raises(UserError, match="'train' holds folders, as a split does, but 'tests' beside it"):
+        listing.folder(tree(tmp_path / "c", "train/cat/1.jpg", "train/dog/1.jpg", "tests/cat/2.jpg"))
     with pytest.raises(UserError, match="holds the splits test, val but no folder 'train'"):
         listing.folder(tree(tmp_path / "b", "test/cat/1.jpg", "val/cat/1.jpg"))
 

@@ -221,15 +221,17 @@ def _levels(root: Path) -> list[tuple[str, str]]:
     splits = [(name, _SPLIT_FOLDERS[name.lower()]) for name in folders if name.lower() in _SPLIT_FOLDERS]
     found = {split for _, split in splits}
     others = sorted(set(folders) - {name for name, _ in splits})
-    if not found or (len(found) == 1 and others):  # a class may well be called "train"
+    if others:  # a class may be called "train", too: then it holds pictures, not classes
+        divided = [name for name, _ in splits if _scan(root, name, [])[0]]
+        if divided:
+            raise UserError(
+                f"data.root = {str(root)!r}: {divided[0]!r} holds folders, as a split does, but {others[0]!r} beside it"
+                f" is no split ({', '.join(_SPLIT_FOLDERS)}); rename or move one of them"
+            )
+    if others or not splits:
         return [("", "train")]
     if "train" not in found:
         raise UserError(f"data.root = {str(root)!r}: holds the splits {', '.join(sorted(found))} but no folder 'train'")
-    if others:
-        raise UserError(
-            f"data.root = {str(root)!r}: holds the splits {', '.join(sorted(found))} and beside them {others[0]!r},"
-            " which is none; move it elsewhere"
-        )
     return splits
 
 
