@@ -25,7 +25,7 @@ from mfm_jax.errors import UserError
 
 _SHOWN = 20  # problems on the screen
 _ENDS = 8  # classes shown at either end of a long table
-_KINDS = {"file": "are the same file as", "copy": "are a copy of", "alike": "look much like"}
+_KINDS = {"file": "same file", "copy": "copies", "alike": "look alike"}
 
 
 def check(config: ml_collections.ConfigDict, workdir: Path) -> int:
@@ -112,21 +112,19 @@ def _print_duplicates(console: Console, found: Listing, duplicates: Sequence[Dup
     pairs: defaultdict[tuple[str, str, str], list[Duplicate]] = defaultdict(list)
     for d in duplicates:
         pairs[d.kind, str(found.splits[d.second]), str(found.splits[d.first])].append(d)
+    if pairs:
+        console.print(f"duplicates, all in {file}:", soft_wrap=True)
     for (kind, split, other), members in pairs.items():
         differ = [d for d in members if found.labels[d.first] != found.labels[d.second]]
         example = (differ or members)[0]
+        where = f"in {split}" if split == other else f"in {split} of pictures in {other}"
         console.print(
-            Text(
-                f"{len(members):,} pictures of {split} {_KINDS[kind]} one of {other}, {len(differ):,} of another class:"
-            )
-            + Text(" ")
+            Text(f"  {_KINDS[kind]} {where}: {len(members):,}, {len(differ):,} across classes, such as ")
             + _shown(found.paths[example.second])
             + Text(" and ")
             + _shown(found.paths[example.first]),
             soft_wrap=True,
         )
-    if pairs:
-        console.print(f"all of them: {file}", soft_wrap=True)
 
 
 def _shown(name: str) -> Text:

@@ -97,6 +97,18 @@ def program(*arguments: str) -> tuple[int, str, str]:
     return done.returncode, done.stdout, done.stderr
 
 
+def test_mode_check_looks_at_pictures_and_trains_nothing(run, tmp_path):
+    for name in ("cat", "dog"):
+        (tmp_path / "set" / name).mkdir(parents=True)
+        (tmp_path / "set" / name / "0.png").touch()
+    arguments = (DIGITS, f"--workdir={tmp_path / 'run'}", "--mode=check")
+    status, out, err = run(*arguments, "--config.data.source=folder", f"--config.data.root={tmp_path / 'set'}")
+    assert (status, err) == (2, "")
+    assert "2 problems:\n  cat/0.png: empty\n  dog/0.png: empty\n" in out
+    assert sorted(file.name for file in (tmp_path / "run").iterdir()) == ["duplicates.csv", "problems.csv"]
+    assert run(*arguments)[2].startswith("error: data.source = 'digits': --mode=check looks at files")
+
+
 def test_the_config_and_the_workdir_are_required(run, tmp_path):
     missing = "--config: missing; give a config file, e.g. --config=configs/digits_lt.py"
     check_refusal(run(f"--workdir={tmp_path / 'run'}"), missing)

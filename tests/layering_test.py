@@ -113,6 +113,7 @@ def test_importing_the_package_costs_and_prints_nothing():
     assert python(f"import sys, mfm_jax; sys.exit(str({heavy})) if {heavy} else None") == ""
 
 
-def test_the_report_needs_no_jax():
-    modules = ", ".join(f"mfm_jax.{name}" for name in ("report", "comparison", "card", "metrics", "longtail", "decode"))
+def test_the_report_and_the_check_need_no_jax():
+    names = ("report", "comparison", "card", "metrics", "longtail", "decode", "check")
+    modules = ", ".join(f"mfm_jax.{name}" for name in names)
     assert python(f"import sys, {modules}; print('jax' in sys.modules)") == "False\n"

@@ -17,7 +17,7 @@ import io
 import os
 import posixpath
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -149,7 +149,9 @@ def lists(root: str | Path, files: Mapping[str, str | Path], group: str = "") ->
     ]
     rows = _existing_files(root, lines, problems)
     if not rows:
-        raise UserError(f"data.root = {str(root)!r}: none of the {len(lines)} listed pictures is there: {problems[-1]}")
+        raise UserError(
+            f"data.root = {str(root)!r}: none of the {len(lines)} listed pictures is there; {': '.join(problems[-1])}"
+        )
     numbered = _are_numbered(rows)
     rows = _once(_class_numbers(rows, problems) if numbered else rows, problems)
     names = _numbered_names(rows) if numbered else {row.label: row.label for row in sorted(rows, key=lambda r: r.label)}
@@ -219,15 +221,17 @@ def _levels(root: Path) -> list[tuple[str, str]]:
     splits = [(name, _SPLIT_FOLDERS[name.lower()]) for name in folders if name.lower() in _SPLIT_FOLDERS]
     found = {split for _, split in splits}
     others = sorted(set(folders) - {name for name, _ in splits})
-    if not found or (len(found) == 1 and others):  # a class may well be called "train"
+    if others:  # a class may be called "train", too: then it holds pictures, not classes
+        divided = [name for name, _ in splits if _scan(root, name, [])[0]]
+        if divided:
+            raise UserError(
+                f"data.root = {str(root)!r}: {divided[0]!r} holds folders, as a split does, but {others[0]!r} beside it"
+                f" is no split ({', '.join(_SPLIT_FOLDERS)}); rename or move one of them"
+            )
+    if others or not splits:
         return [("", "train")]
     if "train" not in found:
         raise UserError(f"data.root = {str(root)!r}: holds the splits {', '.join(sorted(found))} but no folder 'train'")
-    if others:
-        raise UserError(
-            f"data.root = {str(root)!r}: holds the splits {', '.join(sorted(found))} and beside them {others[0]!r},"
-            " which is none; move it elsewhere"
-        )
     return splits
 
 
@@ -273,15 +277,21 @@ def _unusable(entry: os.DirEntry[str]) -> str:
             return ""
     except OSError as error:
         return f"cannot be read: {error.strerror}"
-    return "a link to nowhere" if entry.is_symlink() else "neither a file nor a folder"
+    return "neither a file nor a folder" if os.path.exists(entry.path) else "a link to nowhere"
 
 
 def _below(root: Path, start: str, problems: list[Problem]) -> Iterator[str]:
     """Yields the files below a folder that may be pictures; the others become problems."""
-    stack: list[tuple[str, frozenset[tuple[int, int]]]] = [(start, frozenset([_identity(root)]))]
+    top = os.stat(root)
+    stack = [(start, frozenset([(top.st_dev, top.st_ino)]))]
     while stack:
         inside, above = stack.pop()
-        here = _identity(root / inside)
+        try:
+            facts = os.stat(root / inside)
+        except OSError as error:
+            problems.append(Problem(inside, f"cannot be read: {error.strerror}"))
+            continue
+        here = (facts.st_dev, facts.st_ino)
         if here in above:
             problems.append(Problem(inside, "a link to a folder that it lies in"))
             continue
@@ -293,11 +303,6 @@ def _below(root: Path, start: str, problems: list[Problem]) -> Iterator[str]:
                 problems.append(Problem(path, wrong))
             else:
                 yield path
-
-
-def _identity(folder: Path) -> tuple[int, int]:
-    facts = os.stat(folder)
-    return facts.st_dev, facts.st_ino
 
 
 def _not_a_picture(path: str) -> str:
@@ -371,7 +376,7 @@ def _existing_files(root: Path, rows: list[_Row], problems: list[Problem]) -> li
 
     Folders are listed once each instead of asking for every file.
     """
-    known: dict[str, dict[str, str]] = {}
+    known: dict[str, defaultdict[str, str]] = {}
     result = []
     for row in rows:
         path = _relative(root, row.path)
@@ -381,7 +386,7 @@ def _existing_files(root: Path, rows: list[_Row], problems: list[Problem]) -> li
         inside, name = posixpath.split(path)
         if inside not in known:
             known[inside] = _files_in(root, inside)
-        wrong = known[inside].get(name, "no such file")
+        wrong = known[inside][name]
         if wrong:
             problems.append(Problem(row.where, f"{wrong}: {row.path}"))
         else:
@@ -392,20 +397,29 @@ def _existing_files(root: Path, rows: list[_Row], problems: list[Problem]) -> li
 def _relative(root: Path, path: str) -> str | None:
     """Returns a listed path relative to `root` in its shortest form; None where it lies elsewhere."""
     if path.startswith("/"):
-        path = os.path.relpath(path, root.absolute())
+        absolute, path = path, os.path.relpath(path, root.absolute())
+        if path.startswith("../"):
+            path = os.path.relpath(absolute, os.path.realpath(root))
     if "//" in path or "./" in path or path == "..":
         path = posixpath.normpath(path)
     return None if path.startswith("../") or path == ".." else path
 
 
-def _files_in(root: Path, inside: str) -> dict[str, str]:
-    """Returns what is wrong with each entry of a folder, by its name; "" for regular files."""
+def _files_in(root: Path, inside: str) -> defaultdict[str, str]:
+    """Returns what is wrong with a file of a folder, by its name; "" for regular files."""
+    absent = "no such file"
+    wrong: defaultdict[str, str] = defaultdict(lambda: absent)
     try:
         entries = _entries(root, inside)
-    except (OSError, ValueError):  # ValueError: a null character in the name
-        return {}
-    wrong = {entry.name: _unusable(entry) for entry in entries}
-    return wrong | {entry.name: "a folder" for entry in entries if not wrong[entry.name] and entry.is_dir()}
+    except OSError as error:
+        if not isinstance(error, FileNotFoundError | NotADirectoryError):
+            absent = f"its folder cannot be read: {error.strerror}"
+        return wrong
+    except ValueError:  # a null character in the name
+        return wrong
+    wrong.update((entry.name, _unusable(entry)) for entry in entries)
+    wrong.update((entry.name, "a folder") for entry in entries if not wrong[entry.name] and entry.is_dir())
+    return wrong
 
 
 def _are_numbered(rows: list[_Row]) -> bool:
@@ -429,7 +443,8 @@ def _class_numbers(rows: list[_Row], problems: list[Problem]) -> list[_Row]:
         elif number >= beyond:
             problems.append(Problem(row.where, f"label {number} is out of range for {beyond // 2} different labels"))
         else:
-            result.append(row._replace(label=str(number)))
+            shortest = str(number)
+            result.append(row if row.label == shortest else row._replace(label=shortest))
     return result
 
 

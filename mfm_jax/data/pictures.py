@@ -24,7 +24,7 @@ MAX_PIXELS = 100_000_000  # 300 MB decoded as RGB: more is a mistake or an attac
 MAX_BYTES = 1 << 30
 # Pillow knows more; some of that starts other programs (EPS) or depends on how it was built.
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM", "TIFF")
-_GREY_MODES = ("1", "L", "LA", "La", "I", "I;16", "I;16B", "I;16L", "I;16N")
+_GREY_MODES = ("1", "L", "LA", "La")
 
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom, in pixels
@@ -54,18 +54,12 @@ def look_at(path: Path) -> Facts:
     """
     content = _content(path)
     with _reasons():
-        picture, grey, _ = _decoded(content)
+        picture, _ = _decoded(content)
+        grey = picture.mode == "L" or _colorless(np.asarray(picture))
         small = np.asarray(picture.convert("L").resize((9, 8), Image.Resampling.BOX), np.int16)
     bits = np.packbits(small[:, :-1] > small[:, 1:])
     digest = hashlib.sha256(content).hexdigest()
-    return Facts(
-        picture.width, picture.height, grey or _is_grey(picture), digest, int.from_bytes(bits.tobytes(), "big")
-    )
-
-
-def _is_grey(picture: Image.Image) -> bool:
-    pixels = np.asarray(picture)
-    return bool((pixels[..., 1:] == pixels[..., :1]).all())
+    return Facts(picture.width, picture.height, grey, digest, int.from_bytes(bits.tobytes(), "big"))
 
 
 def facts_or_reason(path: Path) -> Facts | str:
@@ -91,7 +85,7 @@ def read(path: Path, size: int, channels: int, fit: str) -> npt.NDArray[np.uint8
     """
     content = _content(path)
     with _reasons():
-        picture, _, box = _decoded(content, 2 * size)
+        picture, box = _decoded(content, 2 * size)
         return fitted(picture, size, channels, fit, box)
 
 
@@ -110,7 +104,7 @@ def read_part(path: Path, size: int, channels: int, rng: np.random.Generator, mi
     content = _content(path)
     with _reasons():
         # A part of 0.08 of the area is enlarged at most twice by the coarser decoding that this allows.
-        picture, _, (_, _, width, height) = _decoded(content, 2 * size)
+        picture, (_, _, width, height) = _decoded(content, 2 * size)
         box = _random_box(rng, width, height, min_area)
         part = picture.convert(_mode(channels)).resize((size, size), Image.Resampling.BILINEAR, box)
     return _array(part, channels)
@@ -147,7 +141,7 @@ def _padded(picture: Image.Image, size: int, channels: int, width: float, height
 
 
 def _filter(old: float, new: int) -> Image.Resampling:
-    """The mean over the area that a pixel covers, where pictures shrink, as `sources.resize`; else straight lines."""
+    """The mean of the pixels whose middles a new pixel covers, where pictures shrink; else straight lines."""
     return Image.Resampling.BOX if new <= old else Image.Resampling.BILINEAR
 
 
@@ -198,8 +192,12 @@ def _reasons() -> Iterator[None]:
         raise BadPicture(f"damaged: {' '.join(str(error).split()) or type(error).__name__}") from error
 
 
-def _decoded(content: bytes, least: int = 0) -> tuple[Image.Image, bool, Box]:
-    """Returns a picture in mode L or RGB, upright, whether it was stored without colour, and what it covers.
+def _colorless(pixels: npt.NDArray[np.uint8]) -> bool:
+    return all((part[..., 1:] == part[..., :1]).all() for part in (pixels[::16], pixels))  # a few rows often suffice
+
+
+def _decoded(content: bytes, least: int = 0) -> tuple[Image.Image, Box]:
+    """Returns a picture in mode L or RGB, upright, and what it covers of its pixels.
 
     With `least`, a JPEG may be decoded at a half, a quarter or an eighth, its sides not below that many pixels. Sides
     that do not divide then end within the last pixel.
@@ -207,11 +205,14 @@ def _decoded(content: bytes, least: int = 0) -> tuple[Image.Image, bool, Box]:
     picture = Image.open(io.BytesIO(content), formats=_FORMATS)
     if picture.width * picture.height > MAX_PIXELS:
         raise BadPicture(f"has more than {MAX_PIXELS // 1_000_000} million pixels")
-    # Turned, the last pixel could be the first: such a picture is decoded as it is.
-    drafted = picture.draft(None, (least, least)) if least and _orientation(picture) == 1 else None
+    drafted = None
+    # Turned, the last pixel could be the first: such a picture is decoded as it is. Of no other format may the EXIF be
+    # asked for here: a PNG is decoded to find it, and if that fails, `load` below takes it for done and black.
+    if least and picture.format in ("JPEG", "MPO") and _orientation(picture) == 1:
+        drafted = picture.draft(None, (least, least))
     picture.load()
-    upright, grey = _upright(picture)
-    return upright, grey, drafted[1] if drafted else (0.0, 0.0, float(upright.width), float(upright.height))
+    upright = _upright(picture)
+    return upright, drafted[1] if drafted else (0.0, 0.0, float(upright.width), float(upright.height))
 
 
 def _orientation(picture: Image.Image) -> int:
@@ -221,20 +222,19 @@ def _orientation(picture: Image.Image) -> int:
         return 1
 
 
-def _upright(picture: Image.Image) -> tuple[Image.Image, bool]:
-    """Returns a loaded picture in mode L or RGB, turned as its EXIF says, and whether it was stored without colour."""
+def _upright(picture: Image.Image) -> Image.Image:
+    """Returns a loaded picture in mode L or RGB, turned as its EXIF says."""
     upright = ImageOps.exif_transpose(picture) if _orientation(picture) != 1 else picture
-    grey = picture.mode in _GREY_MODES
     if picture.mode == "I" and picture.format != "PPM":  # whose numbers Pillow has brought to 0..65535
         raise BadPicture("has 32-bit pixels; save it with 8 or 16 bits a channel")
     if picture.mode.startswith("I"):
-        return Image.fromarray(_eight_bits(upright)), True
+        return Image.fromarray(_eight_bits(upright))
     if picture.mode == "F":
         raise BadPicture("has floating-point pixels; save it with 8 or 16 bits a channel")
     if upright.has_transparency_data:
         above = upright.convert("RGBA")
         upright = Image.alpha_composite(Image.new("RGBA", above.size, "white"), above)
-    return upright.convert("L" if grey else "RGB"), grey
+    return upright.convert("L" if picture.mode in _GREY_MODES else "RGB")
 
 
 def _eight_bits(picture: Image.Image) -> npt.NDArray[np.uint8]:

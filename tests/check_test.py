@@ -1,0 +1,117 @@
+"""`--mode=check`: what it says of a folder, what it writes, and the status it ends with."""
+
+import csv
+import os
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from mfm_jax import check, config
+from mfm_jax.errors import UserError
+
+
+@pytest.fixture
+def root(tmp_path) -> Path:
+    """4 pictures of cats, grey and 20 x 10; in test one of them again; 1 of a dog, in colour and 30 x 40."""
+    for i in range(4):
+        save(tmp_path / f"set/train/cat/{i}.png", (i, i, i), (20, 10))
+    save(tmp_path / "set/test/cat/again.png", (3, 3, 3), (20, 10))
+    save(tmp_path / "set/train/dog/0.png", (200, 0, 0), (30, 40))
+    return tmp_path / "set"
+
+
+def save(path: Path, color: tuple[int, int, int], size: tuple[int, int]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, color).save(path)
+
+
+@pytest.fixture
+def run(root, capsys):
+    """Returns a function that checks `root`: `(**fields of data) -> (status, lines)`."""
+
+    def call(**fields) -> tuple[int, list[str]]:
+        settings = config.default()
+        settings.data.update({"source": "folder", "root": str(root), "workers": 0, **fields})
+        status = check.check(settings, root.parent / "workdir")
+        return status, capsys.readouterr().out.splitlines()
+
+    return call
+
+
+def rows(root: Path, name: str) -> list[dict[str, str]]:
+    with (root.parent / "workdir" / name).open(errors="surrogateescape", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_sound_folder(run, root):
+    status, lines = run()
+    assert status == 0
+    assert lines[:3] == [
+        "6 pictures in 2 classes, 5 grey and 1 in colour",
+        "width: 20 to 30 pixels, median 20",
+        "height: 10 to 40 pixels, median 10",
+    ]
+    cells = [[cell.strip() for cell in line.strip("│┃").replace("┃", "│").split("│")] for line in lines[3:11]]
+    assert ["class", "train", "test"] in cells
+    assert ["cat", "4", "1"] in cells
+    assert ["dog", "1", "0"] in cells
+    assert ["all", "5", "1"] in cells
+    assert lines[-6:] == [
+        "many (more than 100 training pictures): 0 classes",
+        "medium (20 to 100 training pictures): 0 classes",
+        "few (fewer than 20 training pictures): 2 classes",
+        "no problems",
+        f"duplicates, all in {root.parent}/workdir/duplicates.csv:",
+        "  copies in test of pictures in train: 1, 0 across classes, such as test/cat/again.png and train/cat/3.png",
+    ]
+    assert rows(root, "problems.csv") == []
+    assert [list(row.values()) for row in rows(root, "duplicates.csv")] == [
+        ["copy", "train/cat/3.png", "train", "0", "test/cat/again.png", "test", "0"]
+    ]
+
+
+def test_problems_are_listed_and_give_status_2(run, root):
+    name = os.fsdecode(b"[red]\n\xff.png")
+    (root / "train/dog" / name).write_bytes(b"no picture")
+    for i in range(25):
+        (root / f"train/cat/x{i:02}.txt").touch()
+    status, lines = run()
+    assert status == 2
+    start = lines.index("26 problems:")
+    assert lines[start + 1] == "  train/cat/x00.txt: not a picture by its name"
+    assert lines[start + 21] == f"  and 6 more in {root.parent}/workdir/problems.csv"
+    written = rows(root, "problems.csv")
+    assert len(written) == 26
+    assert written[-1]["path"] == f"train/dog/{name}"
+    assert lines[0] == "6 pictures in 2 classes, 5 grey and 1 in colour"  # those that can be used
+    for i in range(25):
+        (root / f"train/cat/x{i:02}.txt").unlink()
+    assert r"  train/dog/[red]\n\udcff.png: not an image (jpeg, png, webp, bmp, gif, ppm, tiff)" in run()[1]
+
+
+def test_of_many_classes_both_ends_are_shown(run, root):
+    for i in range(18):
+        save(root / f"train/bird{i:02}/0.png", (0, i, 0), (9, 9))
+    shown = [line.strip("│ ").split()[0] for line in run()[1] if line.startswith("│")]
+    assert shown == [
+        "cat",
+        *(f"bird{i:02}" for i in range(7)),
+        "(4",
+        *(f"bird{i}" for i in range(11, 18)),
+        "dog",
+        "all",
+    ]
+
+
+def test_no_picture_that_can_be_used(run, root):
+    for file in root.rglob("*.png"):
+        file.write_bytes(b"x")
+    status, lines = run()
+    assert status == 2
+    assert lines[:2] == ["0 pictures in 2 classes, 0 grey and 0 in colour", "6 problems:"]
+
+
+def test_other_sources_have_no_files_to_look_at(run):
+    with pytest.raises(UserError, match=r"data\.source = 'digits': --mode=check looks at files"):
+        run(source="digits")

@@ -1,0 +1,268 @@
+"""A check opens every picture once, remembers what it found, and tells which pictures are the same."""
+
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mfm_jax.data import checking, listing
+from mfm_jax.data.pictures import look_at
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+def noise(path: Path, seed: int, size: tuple[int, int] = (90, 80)) -> Image.Image:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    coarse = np.random.default_rng(seed).integers(0, 256, (8, 9, 3), np.uint8)
+    picture = Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)
+    picture.save(path)
+    return picture
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch) -> Path:
+    """20 pictures in 2 classes, and a cache of the test's own."""
+    monkeypatch.setenv("MFM_JAX_CACHE", str(tmp_path / "cache"))
+    for i in range(20):
+        noise(tmp_path / f"set/{'ab'[i % 2]}/{i:02}.png", i)
+    return tmp_path / "set"
+
+
+def cache(root: Path) -> Path:
+    (file,) = (root.parent / "cache").iterdir()
+    return file
+
+
+def test_facts_are_in_the_order_of_the_listing(root):
+    found = listing.folder(root)
+    checked = checking.check(found, workers=0)
+    assert checked.facts == tuple(look_at(root / path) for path in found.paths)
+    assert (checked.problems, checked.duplicates) == ((), ())
+
+
+def test_processes_find_what_one_finds(root):
+    for i in range(20, 90):
+        noise(root / f"a/{i}.png", i)
+    (root / "b/01.png").write_bytes(b"x")
+    found = listing.folder(root)
+    alone = checking.check(found, workers=0)
+    cache(root).unlink()
+    together = checking.check(found, workers=2)
+    assert together.facts == alone.facts
+    assert together.problems == alone.problems
+    assert [problem.path for problem in alone.problems] == ["b/01.png"]
+    assert cache(root).read_text().count("\n") > 80
+
+
+# What is remembered
+
+
+def opened(root: Path) -> set[str]:
+    """Checks `root` and returns the pictures that were opened for it: those whose time of access changed."""
+    long_ago = 10**18
+    for file in root.rglob("*.png"):
+        os.utime(file, ns=(long_ago, file.stat().st_mtime_ns))
+    checking.check(listing.folder(root), workers=0)
+    return {str(f.relative_to(root)) for f in root.rglob("*.png") if f.stat().st_atime_ns != long_ago}
+
+
+@pytest.fixture
+def _times_of_access(tmp_path) -> None:
+    """Skips where the file system does not keep times of access."""
+    file = tmp_path / "probe"
+    file.write_bytes(b"x")
+    os.utime(file, ns=(10**18, file.stat().st_mtime_ns))
+    file.read_bytes()
+    if file.stat().st_atime_ns == 10**18:
+        pytest.skip("the file system keeps no times of access")
+
+
+@pytest.mark.usefixtures("_times_of_access")
+def test_a_second_check_opens_only_what_changed_or_was_bad(root):
+    (root / "a/00.png").write_bytes(b"x")
+    assert len(opened(root)) == 20
+    assert opened(root) == {"a/00.png"}
+    noise(root / "a/02.png", 99)
+    noise(root / "b/new.png", 100)
+    assert opened(root) == {"a/00.png", "a/02.png", "b/new.png"}
+
+
+def test_a_changed_picture_is_seen_though_its_size_is_the_same(root):
+    file = root / "a/00.png"
+    before = checking.check(listing.folder(root), workers=0).facts[0]
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    os.utime(file, ns=(0, 10**18))
+    assert before is not None
+    assert [p.path for p in checking.check(listing.folder(root), workers=0).problems] == ["a/00.png"]
+
+
+@pytest.mark.parametrize("damage", ["cut", "flip", "garbage", "empty", "folder"])
+def test_a_damaged_memory_is_not_believed(root, damage):
+    found = listing.folder(root)
+    facts = checking.check(found, workers=0).facts
+    file = cache(root)
+    content = bytearray(file.read_bytes())
+    if damage == "cut":
+        file.write_bytes(content[: len(content) // 2])
+    elif damage == "flip":
+        for i in range(0, len(content), 7):
+            content[i] ^= 4
+        file.write_bytes(content)
+    elif damage == "garbage":
+        file.write_bytes(b"\xff\x00{}[]\n" * 99)
+    elif damage == "empty":
+        file.write_bytes(b"")
+    else:
+        file.unlink()
+        file.mkdir()
+    assert checking.check(found, workers=0).facts == facts
+    if damage != "folder":
+        assert len(checking._remembered(file)) == 20
+
+
+def test_every_flip_of_a_bit_in_a_remembered_line_is_noticed(root):
+    found = listing.folder(root)
+    checking.check(found, workers=0)
+    file = cache(root)
+    content = file.read_bytes()
+    sound = checking._remembered(file)
+    for position in range(0, 200):
+        file.write_bytes(content[:position] + bytes([content[position] ^ 1]) + content[position + 1 :])
+        assert checking._remembered(file).items() <= sound.items()
+
+
+def test_an_interrupted_check_keeps_what_it_found(root, monkeypatch):
+    found = listing.folder(root)
+    looks = checking.facts_or_reason
+
+    def interrupted(path):
+        if path.name == "05.png":  # 10 of class a come first, then 01 and 03
+            raise KeyboardInterrupt
+        return looks(path)
+
+    monkeypatch.setattr(checking, "facts_or_reason", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        checking.check(found, workers=0)
+    assert len(checking._remembered(cache(root))) == 12
+
+
+def test_a_cache_folder_that_cannot_be_written_costs_the_memory_only(root, monkeypatch, caplog):
+    (root.parent / "file").write_bytes(b"x")
+    monkeypatch.setenv("MFM_JAX_CACHE", str(root.parent / "file"))
+    assert all(checking.check(listing.folder(root), workers=0).facts)
+    assert "what a check found is not kept" in caplog.text
+
+
+# Duplicates
+
+
+def told(root: Path) -> list[tuple[str, str, str]]:
+    found = listing.folder(root)
+    return [(d.kind, found.paths[d.first], found.paths[d.second]) for d in checking.check(found, workers=0).duplicates]
+
+
+def test_copies_and_pictures_that_look_alike_are_told(root):
+    (root / "b/copy.png").write_bytes((root / "a/00.png").read_bytes())
+    noise(root / "a/small.png", 3, size=(45, 40))  # b/03.png at half its size
+    noise(root / "a/squeezed.png", 5, size=(80, 80))  # b/05.png in another shape: not the same picture
+    Image.open(root / "a/02.png").convert("RGB").save(root / "b/again.jpg", quality=80)
+    assert told(root) == [
+        ("copy", "a/00.png", "b/copy.png"),
+        ("alike", "a/small.png", "b/03.png"),
+        ("alike", "a/02.png", "b/again.jpg"),
+    ]
+
+
+def test_even_pictures_do_not_look_alike(root):
+    for i in range(5):
+        Image.new("RGB", (20 + i, 20 + i), (i, i, i)).save(root / f"a/even{i}.png")
+    assert told(root) == []
+
+
+def test_of_two_splits_the_one_nearer_to_training_comes_first(tmp_path, monkeypatch):
+    monkeypatch.setenv("MFM_JAX_CACHE", str(tmp_path / "cache"))
+    root = tmp_path / "set"
+    for split, name, seed in (("train", "a/z", 1), ("train", "b/x", 2), ("test", "a/a", 1), ("val", "a/b", 1)):
+        noise(root / split / f"{name}.png", seed)
+    assert told(root) == [("copy", "train/a/z.png", "val/a/b.png"), ("copy", "train/a/z.png", "test/a/a.png")]
+
+
+def bits(*positions: int) -> int:
+    return sum(1 << position for position in positions)
+
+
+def test_two_bits_make_no_difference_and_three_do():
+    base = int("0110" * 16, 2)
+    looks = np.array([base, base ^ bits(0, 63), base ^ bits(5, 6, 7), base ^ bits(20), ~base & (2**64 - 1)], np.uint64)
+    assert checking.alike(looks, np.ones(5)) == [(0, 1), (0, 3)]
+    assert checking.alike(looks, np.array([1.0, 1.03, 1.0, 1.01, 1.0])) == [(0, 3)]
+    assert checking.alike(looks[:0], np.ones(0)) == []
+
+
+def test_every_pair_of_changed_bits_is_found():
+    base = int("0110" * 16, 2)
+    for i in range(64):
+        looks = np.array([base, *(base ^ bits(i) ^ bits(j) for j in range(64) if j != i)], np.uint64)
+        assert [pair[1] for pair in checking.alike(looks, np.ones(64))] == list(range(1, 64))
+
+
+def test_many_looks_agree_with_comparing_each_with_each():
+    rng = np.random.default_rng(0)
+    looks = rng.integers(0, 2**64, 300, np.uint64)
+    for _ in range(200):  # pictures one, two, three and four bits from others
+        one = looks[rng.integers(len(looks))]
+        flips = np.bitwise_or.reduce(
+            np.uint64(1) << rng.choice(64, rng.integers(1, 5), replace=False).astype(np.uint64)
+        )
+        looks = np.append(looks, one ^ flips)
+    near = np.bitwise_count(looks[:, None] ^ looks[None]) <= 2
+    expected = [(int(near[i].argmax()), i) for i in range(len(looks)) if near[i].argmax() < i]
+    assert checking.alike(looks, np.ones(len(looks))) == expected
+    assert len(expected) > 60
+
+
+# Processes
+
+
+def test_processes_do_not_import_the_program_and_end_when_it_is_killed(tmp_path):
+    script = (
+        tmp_path / "script.py"
+    )  # without `if __name__ == "__main__"`: imported again, it would start processes again
+    script.write_text(
+        textwrap.dedent("""
+        import jax, os, sys, time
+        from mfm_jax.data.workers import pool
+        with pool(1) as executor:
+            has_jax = executor.submit(eval, "'jax' in __import__('sys').modules").result()
+            print("started", has_jax, executor.submit(os.getpid).result(), flush=True)
+            time.sleep(600)
+        """)
+    )
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    with subprocess.Popen([sys.executable, script], env=environment, stdout=subprocess.PIPE, text=True) as program:
+        assert program.stdout is not None
+        started, has_jax, child = program.stdout.readline().split()
+        program.kill()
+        assert program.stdout.read() == ""  # ends when the child, which has it too, has ended
+    assert (started, has_jax) == ("started", "False")
+    assert not Path(f"/proc/{child}/exe").exists()
+
+
+def crash(path: Path) -> None:
+    """What a fault in a decoder comes to."""
+    os._exit(1)
+
+
+def test_a_process_that_is_killed_is_told(root, monkeypatch):
+    for i in range(20, 60):
+        noise(root / f"a/{i}.png", i)
+    monkeypatch.setattr(checking, "facts_or_reason", crash)
+    with pytest.raises(checking.UserError, match=r"data\.workers = 2: a process that decodes was killed, within"):
+        checking.check(listing.folder(root), workers=2)

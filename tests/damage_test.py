@@ -1,0 +1,518 @@
+"""What happens to people's folders and lists: each kind is told by the file's name and a reason, or does no harm.
+
+Every case below damages a sound folder, or a sound list, and says what is to be told and what is to be left. No class
+may lose or gain a picture without a problem that names it.
+"""
+
+import io
+import os
+import re
+import socket
+import struct
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mfm_jax.data import checking, listing, pictures
+
+COUNTS = {"cat": 4, "dog": 3, "emu": 2}
+COLORS = {"cat": (250, 10, 10), "dog": (10, 250, 10), "emu": (10, 10, 250)}
+VICTIM = "cat/0.png"
+
+
+@dataclass
+class Told:
+    """What a damage is to lead to."""
+
+    problems: dict[str, str] = field(default_factory=dict)  # path: pattern of the reason; no others
+    counts: dict[str, int] = field(default_factory=dict)  # of the classes whose usable pictures are not COUNTS
+    shows: dict[str, tuple[int, ...]] = field(default_factory=dict)  # path: its first pixel
+
+
+def encoded(kind: str = "PNG", color: tuple[int, ...] = (200, 100, 50), side: int = 8, mode: str = "RGB", **options):
+    buffer = io.BytesIO()
+    Image.new(mode, (side, side), color if len(color) > 1 else color[0]).save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def noise(kind: str, side: int = 64, **options) -> bytes:
+    buffer = io.BytesIO()
+    values = np.random.default_rng(0).integers(0, 256, (side, side, 3), np.uint8)
+    Image.fromarray(values).save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def root(tmp_path) -> Path:
+    """A sound folder of 9 pictures in 3 classes, each of one colour; no two files are equal."""
+    folder = tmp_path / "pets"
+    for name, count in COUNTS.items():
+        (folder / name).mkdir(parents=True)
+        for i in range(count):
+            red, green, blue = COLORS[name]
+            (folder / name / f"{i}.png").write_bytes(encoded(color=(red, green, blue + i)))
+    return folder
+
+
+def usable(found: listing.Listing) -> dict[str, int]:
+    counts = np.bincount(found.labels, minlength=len(found.class_names))
+    return dict(zip(found.class_names, counts.tolist(), strict=True))
+
+
+def check(found: listing.Listing, told: Told) -> checking.Checked:
+    """Checks a listing, compares with what is to be told, and returns what the check found."""
+    checked = checking.check(found, workers=0)
+    reasons = {problem.path: problem.reason for problem in checked.problems}
+    assert len(reasons) == len(checked.problems)
+    assert reasons.keys() == told.problems.keys()
+    for path, pattern in told.problems.items():
+        assert re.search(pattern, reasons[path]), (path, reasons[path])
+    left = found.without(reasons)
+    assert usable(left) == {**COUNTS, **told.counts}
+    lost = [found.class_names[label] for path, label in zip(found.paths, found.labels, strict=True) if path in reasons]
+    assert usable(found) == {name: count + lost.count(name) for name, count in usable(left).items()}
+    for path in left.paths:
+        assert pictures.read(left.root / path, 4, 3, "pad").shape == (4, 4, 3)
+    for path, pixel in told.shows.items():
+        assert tuple(pictures.read(left.root / path, 0, len(pixel), "crop")[0, 0]) == pixel
+    return checked
+
+
+# Damage to one picture: the bytes that take the place of VICTIM, and the reason, or the colour it shows.
+
+DAMAGED = r"damaged: |not an image"
+EXIF = Image.Exif()
+EXIF[0x0112] = 6
+
+
+def claimed(width: int, height: int) -> bytes:
+    """Returns a PNG file that says it has so many pixels, and has one row of eight."""
+    body = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    start = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + body + struct.pack(">I", zlib.crc32(body))
+    return start + encoded()[len(start) :]
+
+
+def zeroed(content: bytes) -> bytes:
+    middle = len(content) // 2
+    return content[: middle - 500] + bytes(1000) + content[middle + 500 :]
+
+
+def saved(values: np.ndarray, kind: str, **options) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(values).save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def palette() -> bytes:
+    picture = Image.new("P", (8, 8), 1)
+    picture.putpalette([1, 2, 3, 4, 5, 6])
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG", transparency=1)
+    return buffer.getvalue()
+
+
+def corrupt_exif() -> bytes:
+    content = bytearray(encoded("JPEG", (128, 128, 128), exif=EXIF))
+    start = content.index(b"Exif\0\0") + 6
+    content[start + 4 : start + 20] = b"\xff" * 16
+    return bytes(content)
+
+
+SECOND = Image.new("RGB", (8, 8), (1, 2, 3))
+BAD = {
+    "a jpg cut off": (noise("JPEG")[:3000], DAMAGED),
+    "a jpg cut off in its header": (noise("JPEG")[:100], DAMAGED),
+    "a jpg without its end": (encoded("JPEG")[:-2], DAMAGED),
+    "a png cut off": (noise("PNG")[:3000], DAMAGED),
+    "a webp cut off": (noise("WEBP")[:1000], DAMAGED),
+    "a gif cut off": (noise("GIF")[:1000], DAMAGED),
+    "a tiff cut off": (noise("TIFF")[:3000], DAMAGED),
+    "a bmp cut off": (noise("BMP")[:3000], DAMAGED),
+    "empty": (b"", "empty"),
+    "zeros": (bytes(1000), "not an image"),
+    "text": (b"no picture at all\n", "not an image"),
+    "a page that says the picture is gone": (b"<!DOCTYPE html><html>404 Not Found</html>", "not an image"),
+    "a vector picture": (b'<svg xmlns="http://www.w3.org/2000/svg"/>', "not an image"),
+    "an archive": (b"PK\x03\x04" + bytes(100), "not an image"),
+    "a heic": (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(100), "not an image"),
+    "a pdf": (b"%PDF-1.7\n" + bytes(100), "not an image"),
+    "postscript, which would start another program": (
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
+        "not an im",
+    ),
+    "a header that claims 60000 x 60000": (claimed(60_000, 60_000), "more than 100 million pixels"),
+    "a header that claims 12000 x 12000": (claimed(12_000, 12_000), "more than 100 million pixels"),
+    "a header alone": (encoded()[:33], DAMAGED),
+    "a png with zeros in the middle": (zeroed(noise("PNG")), DAMAGED),
+    "a png without its first byte": (encoded()[1:], "not an image"),
+    "a png as text, its line ends changed": (encoded().replace(b"\r\n", b"\n"), "not an image"),
+    "32-bit whole numbers": (saved(np.full((8, 8), 9, np.int32), "TIFF"), "32-bit pixels; save it with 8 or 16"),
+    "floating-point numbers": (saved(np.full((8, 8), 0.5, np.float32), "TIFF"), "floating-point pixels"),
+}
+FINE = {
+    "a jpg under a wrong name": (encoded("JPEG", (128, 128, 128)), (128, 128, 128)),
+    "a gif under a wrong name": (encoded("GIF", (200, 100, 50)), (200, 100, 50)),
+    "a webp under a wrong name": (encoded("WEBP", lossless=True), (200, 100, 50)),
+    "a bmp under a wrong name": (encoded("BMP"), (200, 100, 50)),
+    "a cmyk jpg": (encoded("JPEG", (0, 0, 0, 0), mode="CMYK"), (255, 255, 255)),
+    "a cmyk tiff": (encoded("TIFF", (0, 0, 0, 255), mode="CMYK"), (0, 0, 0)),
+    "an animated webp": (
+        encoded("WEBP", lossless=True, save_all=True, append_images=[SECOND]),
+        (200, 100, 50),
+    ),
+    "an animated png": (encoded(save_all=True, append_images=[SECOND]), (200, 100, 50)),
+    "a tiff of two pages": (encoded("TIFF", save_all=True, append_images=[SECOND]), (200, 100, 50)),
+    "one pixel": (encoded(side=1), (200, 100, 50)),
+    "a very tall picture": (saved(np.full((5000, 1), 7, np.uint8), "PNG"), (7,)),
+    "a very wide picture": (saved(np.full((1, 5000), 7, np.uint8), "PNG"), (7,)),
+    "16-bit grey": (saved(np.full((8, 8), 257 * 7, np.uint16), "PNG"), (7,)),
+    "a palette with transparency": (palette(), (255, 255, 255)),
+    "transparent color": (encoded(color=(9, 9, 9, 0), mode="RGBA"), (255, 255, 255)),
+    "transparent grey": (encoded(color=(9, 0), mode="LA"), (255,)),
+    "1 bit": (encoded(color=(1,), mode="1"), (255,)),
+    "turned": (encoded("JPEG", (128, 128, 128), exif=EXIF), (128, 128, 128)),
+    "corrupt exif": (corrupt_exif(), (128, 128, 128)),
+    "a color profile that is none": (encoded(icc_profile=b"nonsense" * 9), (200, 100, 50)),
+    "something behind the picture": (encoded() + b"trailing" * 99, (200, 100, 50)),
+    "fewer rows than its header says": (claimed(8, 9), (200, 100, 50)),
+    "an archive behind the picture": (encoded() + b"PK\x03\x04" + bytes(99), (200, 100, 50)),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_picture_is_told(root, name):
+    content, reason = BAD[name]
+    (root / VICTIM).write_bytes(content)
+    check(listing.folder(root), Told({VICTIM: reason}, {"cat": 3}))
+
+
+@pytest.mark.parametrize("name", FINE)
+def test_a_strange_picture_is_read(root, name):
+    content, pixel = FINE[name]
+    (root / VICTIM).write_bytes(content)
+    check(listing.folder(root), Told(shows={VICTIM: pixel}))
+
+
+# Damage to the folder.
+
+
+def moved(root: Path, name: str | bytes) -> None:
+    """Moves VICTIM to another name in its folder."""
+    os.rename(os.fsencode(root / VICTIM), os.path.join(os.fsencode(root / "cat"), os.fsencode(name)))
+
+
+def spaces_in_the_name(root: Path) -> Told:
+    moved(root, " a  picture .png")
+    return Told(shows={"cat/ a  picture .png": (250, 10, 10)})
+
+
+def a_line_end_in_the_name(root: Path) -> Told:
+    moved(root, "a\nb.png")
+    return Told(shows={"cat/a\nb.png": (250, 10, 10)})
+
+
+def other_scripts_in_the_name(root: Path) -> Told:
+    moved(root, "кот 猫 🐱 é.png")
+    return Told(shows={"cat/кот 猫 🐱 é.png": (250, 10, 10)})
+
+
+def a_name_that_is_not_utf_8(root: Path) -> Told:
+    moved(root, b"\xe9\xff.png")
+    return Told(shows={os.fsdecode(b"cat/\xe9\xff.png"): (250, 10, 10)})
+
+
+def markup_in_the_name(root: Path) -> Told:
+    moved(root, "[red]\x1b[31m.png")
+    return Told()
+
+
+def a_very_long_name(root: Path) -> Told:
+    moved(root, "x" * 251 + ".png")
+    return Told()
+
+
+def a_name_in_capitals(root: Path) -> Told:
+    moved(root, "0.PNG")
+    return Told()
+
+
+def a_name_without_a_suffix(root: Path) -> Told:
+    moved(root, "0")
+    return Told(shows={"cat/0": (250, 10, 10)})
+
+
+def names_that_differ_in_case(root: Path) -> Told:
+    (root / "cat/A.png").write_bytes(encoded())
+    (root / "cat/a.png").write_bytes(encoded(color=(1, 2, 3)))
+    return Told(counts={"cat": 6})
+
+
+def classes_that_differ_in_case(root: Path) -> Told:
+    (root / "Cat").mkdir()
+    (root / "Cat/0.png").write_bytes(encoded())
+    return Told(counts={"Cat": 1})
+
+
+def an_unknown_suffix(root: Path) -> Told:
+    moved(root, "0.png.part")
+    return Told({"cat/0.png.part": "not a picture by its name"}, {"cat": 3})
+
+
+def hidden_files(root: Path) -> Told:
+    for name in (".DS_Store", "Thumbs.db", "desktop.ini", "._0.png", "cat/.hidden.png", "cat/Thumbs.db"):
+        (root / name).write_bytes(b"x")
+    for name in ("__MACOSX", ".git", "cat/.thumbnails"):
+        (root / name).mkdir()
+        (root / name / "0.png").write_bytes(b"x")
+    return Told()
+
+
+def other_files(root: Path) -> Told:
+    (root / "README.txt").write_bytes(b"x")
+    (root / "cat/labels.csv").write_bytes(b"x")
+    return Told({"README.txt": "not a picture by its name", "cat/labels.csv": "not a picture by its name"})
+
+
+def a_picture_beside_the_classes(root: Path) -> Told:
+    (root / "0.png").write_bytes(encoded())
+    return Told({"0.png": "lies in no class folder"})
+
+
+def a_link_to_a_picture(root: Path) -> Told:
+    outside = root.parent / "elsewhere.png"
+    (root / VICTIM).rename(outside)
+    (root / VICTIM).symlink_to(outside)
+    return Told(shows={VICTIM: (250, 10, 10)})
+
+
+def a_link_to_nowhere(root: Path) -> Told:
+    (root / "cat/link.png").symlink_to("nowhere.png")
+    return Told({"cat/link.png": "a link to nowhere"})
+
+
+def a_link_to_itself(root: Path) -> Told:
+    (root / "cat/link.png").symlink_to("link.png")
+    return Told({"cat/link.png": "cannot be read: Too many levels of symbolic links"})
+
+
+def a_link_to_the_folder_it_lies_in(root: Path) -> Told:
+    (root / "cat/again").symlink_to(root / "cat")
+    (root / "dog/all").symlink_to(root)
+    return Told({"cat/again": "a link to a folder that it lies in", "dog/all": "a link to a folder that it lies in"})
+
+
+def a_pipe(root: Path) -> Told:
+    os.mkfifo(root / "cat/pipe.png")
+    return Told({"cat/pipe.png": "neither a file nor a folder"})
+
+
+def a_socket(root: Path) -> Told:
+    here = os.getcwd()
+    os.chdir(root / "cat")  # the whole path may be longer than a socket's name
+    try:
+        with socket.socket(socket.AF_UNIX) as unix:
+            unix.bind("s.png")
+    finally:
+        os.chdir(here)
+    return Told({"cat/s.png": "neither a file nor a folder"})
+
+
+def a_link_to_a_device(root: Path) -> Told:
+    (root / "cat/zero.png").symlink_to("/dev/zero")
+    return Told({"cat/zero.png": "neither a file nor a folder"})
+
+
+def a_folder_named_as_a_picture(root: Path) -> Told:
+    (root / "cat/x.jpg").mkdir()
+    (root / VICTIM).rename(root / "cat/x.jpg/0.png")
+    return Told(shows={"cat/x.jpg/0.png": (250, 10, 10)})
+
+
+def an_empty_class(root: Path) -> Told:
+    (root / "yak").mkdir()
+    return Told({"yak": "a class folder without a picture"})
+
+
+def a_class_of_texts(root: Path) -> Told:
+    (root / "yak").mkdir()
+    (root / "yak/a.txt").write_bytes(b"x")
+    return Told({"yak": "a class folder without a picture", "yak/a.txt": "not a picture by its name"})
+
+
+def deep_folders(root: Path) -> Told:
+    deep = root / "cat" / "/".join("abcdefgh" * 10)
+    deep.mkdir(parents=True)
+    (root / VICTIM).rename(deep / "0.png")
+    return Told()
+
+
+def a_path_that_is_too_long(root: Path) -> Told:
+    here = os.getcwd()
+    os.chdir(root / "cat")
+    try:
+        for _ in range(20):
+            os.mkdir("x" * 250)
+            os.chdir("x" * 250)
+    finally:
+        os.chdir(here)
+    within = (4096 - len(str(root / "cat"))) // 251  # how many such folders a path may have
+    return Told({"/".join(["cat", *["x" * 250] * (within + 1)]): "cannot be read: File name too long"})
+
+
+def a_huge_file(root: Path) -> Told:
+    os.truncate(root / VICTIM, pictures.MAX_BYTES + 1)  # sparse: it takes no room
+    return Told({VICTIM: "has more than 1024 MB"}, {"cat": 3})
+
+
+FOLDERS: tuple[Callable[[Path], Told], ...] = (
+    *(spaces_in_the_name, a_line_end_in_the_name, other_scripts_in_the_name, a_name_that_is_not_utf_8),
+    *(markup_in_the_name, a_very_long_name, a_name_in_capitals, a_name_without_a_suffix, names_that_differ_in_case),
+    *(classes_that_differ_in_case, an_unknown_suffix, hidden_files, other_files, a_picture_beside_the_classes),
+    *(a_link_to_a_picture, a_link_to_nowhere, a_link_to_itself, a_link_to_the_folder_it_lies_in, a_pipe, a_socket),
+    *(
+        a_link_to_a_device,
+        a_folder_named_as_a_picture,
+        an_empty_class,
+        a_class_of_texts,
+        deep_folders,
+        a_path_that_is_too_long,
+        a_huge_file,
+    ),
+)
+
+
+@pytest.mark.parametrize("damage", FOLDERS, ids=lambda damage: damage.__name__)
+def test_a_damaged_folder_is_told(root, damage):
+    told = damage(root)
+    check(listing.folder(root), told)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="permissions do not bind root")
+def test_what_may_not_be_read_is_told(root):
+    (root / VICTIM).chmod(0)
+    (root / "dog/inner").mkdir(mode=0)
+    check(listing.folder(root), Told({VICTIM: "Permission denied", "dog/inner": "Permission denied"}, {"cat": 3}))
+
+
+def test_a_picture_that_goes_between_listing_and_checking_is_told(root):
+    found = listing.folder(root)
+    (root / VICTIM).unlink()
+    check(found, Told({VICTIM: "cannot be read: No such file"}, {"cat": 3}))
+
+
+# Damage to the pictures of several files.
+
+
+def repeats(root: Path, damage: Callable[[Path], None], counts: dict[str, int]) -> list[tuple[str, str, str]]:
+    damage(root)
+    found = listing.folder(root)
+    checked = check(found, Told(counts=counts))
+    return [(d.kind, found.paths[d.first], found.paths[d.second]) for d in checked.duplicates]
+
+
+def test_a_copy_in_another_class_is_told(root):
+    def damage(root: Path) -> None:
+        (root / "dog/copy.png").write_bytes((root / VICTIM).read_bytes())
+
+    assert repeats(root, damage, {"dog": 4}) == [("copy", VICTIM, "dog/copy.png")]
+
+
+def test_a_hard_link_and_a_link_are_the_same_file(root):
+    def damage(root: Path) -> None:
+        os.link(root / VICTIM, root / "cat/hard.png")
+        (root / "dog/soft.png").symlink_to(root / VICTIM)
+
+    expected = [("file", VICTIM, "cat/hard.png"), ("file", VICTIM, "dog/soft.png")]
+    assert repeats(root, damage, {"cat": 5, "dog": 4}) == expected
+
+
+def test_a_link_to_another_class_repeats_its_pictures(root):
+    def damage(root: Path) -> None:
+        (root / "emu/also").symlink_to(root / "dog")
+
+    expected = [("file", f"dog/{i}.png", f"emu/also/{i}.png") for i in range(3)]
+    assert repeats(root, damage, {"emu": 5}) == expected
+
+
+# Damage to a list. Each takes and gives its lines; a problem is named by the line.
+
+LINES = [f"{name}/{i}.png {label}" for label, name in enumerate(COUNTS) for i in range(COUNTS[name])]
+
+
+def line(number: int, text: str) -> list[str]:
+    """Returns the lines with one (from 1) replaced."""
+    return [*LINES[: number - 1], text, *LINES[number:]]
+
+
+LISTS = {
+    "no such file": (line(1, "cat/none.png 0"), {"l:1": "no such file: cat/none.png"}, {"cat": 3}),
+    "no such folder": (line(1, "none/0.png 0"), {"l:1": "no such file: none/0.png"}, {"cat": 3}),
+    "a folder": (line(1, "cat 0"), {"l:1": "a folder: cat"}, {"cat": 3}),
+    "no label": (line(2, "cat/1.png"), {"l:2": "not understood: no label"}, {"cat": 3}),
+    "a label out of range": (line(2, "cat/1.png 57"), {"l:2": "label 57 is out of range"}, {"cat": 3}),
+    "a huge label": (line(2, "cat/1.png 99999999999999999999"), {"l:2": "no whole number"}, {"cat": 3}),
+    "a negative label": (line(2, "cat/1.png -1"), {"l:2": "label -1 is negative"}, {"cat": 3}),
+    "a label with a fraction": (line(2, "cat/1.png 0.5"), {"l:2": "'0.5' is no whole number"}, {"cat": 3}),
+    "a word for a number": (line(2, "cat/1.png cat"), {"l:2": "'cat' is no whole number"}, {"cat": 3}),
+    "a number of another script": (line(2, "cat/1.png ٣"), {"l:2": "is no whole number"}, {"cat": 3}),
+    "a path that leaves the root": (line(2, "../cat/1.png 0"), {"l:2": "leaves data.root: ../cat"}, {"cat": 3}),
+    "a path that leaves by a detour": (line(2, "cat/../../x.png 0"), {"l:2": "leaves data.root"}, {"cat": 3}),
+    "a path from elsewhere": (line(2, "/etc/passwd 0"), {"l:2": "leaves data.root: /etc/passwd"}, {"cat": 3}),
+    "a null character": (line(2, "cat/\0/1.png 0"), {"l:2": "no such file"}, {"cat": 3}),
+    "a line twice": ([*LINES, LINES[0]], {"l:10": "cat/0.png is listed a second time: l:1"}, {}),
+    "a picture twice, spelled otherwise": ([*LINES, "./cat//0.png 0"], {"l:10": "is listed a second time"}, {}),
+    "two labels": (
+        [*LINES, "cat/0.png 1"],
+        {"l:10": "cat/0.png has label 0 at l:1", "l:1": "cat/0.png has another label elsewhere"},
+        {"cat": 3},
+    ),
+    "a class without pictures": (
+        [*LINES[:-2], "emu/0.png 4", "emu/1.png 4"],
+        {"l": "no training picture of class 2, 3"},
+        None,
+    ),
+    "a comma for the space": (line(2, "cat/1.png,0"), {"l:2": "not understood: no label"}, {"cat": 3}),
+    "a comment in the middle": (line(2, "# the cats"), {"l:2": "no such file|is no whole number"}, {"cat": 3}),
+    "a name in other letters": (line(2, "Cat/1.png 0"), {"l:2": "no such file: Cat/1.png"}, {"cat": 3}),
+    "tabs": ([text.replace(" ", "\t") for text in LINES], {}, {}),
+    "spaces about": ([f"  {text}  " for text in LINES], {}, {}),
+    "blank lines": ([*LINES[:3], "", "  ", *LINES[3:], ""], {}, {}),
+    "a byte order mark": (["\ufeff" + LINES[0], *LINES[1:]], {}, {}),
+    "line ends of Windows": ([text + "\r" for text in LINES], {}, {}),
+    "comments at the start": (["# pictures of pets", "#", *LINES], {}, {}),
+}
+CSV = ["path,label", *(text.replace(" ", ",") for text in LINES)]
+CSVS = {
+    "a missing column": ([*CSV[:-1], "emu/1.png"], {"l.csv:10": "not understood: no label"}, {"emu": 1}),
+    "an empty path": ([*CSV[:-1], ",2"], {"l.csv:10": "not understood: no path"}, {"emu": 1}),
+    "a column more": ([text + ",x" for text in CSV], {}, {}),
+    "a line with more columns than its header": ([*CSV[:-1], CSV[-1] + ",,x"], {}, {}),
+    "quoted": (["path,label", *(f'"{text.split()[0]}","{text.split()[1]}"' for text in LINES)], {}, {}),
+    "a quote that does not end": ([*CSV[:-1], '"emu/1.png,2'], {"l.csv:10": "not understood: no label"}, {"emu": 1}),
+    "empty lines": ([CSV[0], "", *CSV[1:], ",,", ""], {}, {}),
+}
+
+
+@pytest.mark.parametrize("name", LISTS | CSVS)
+def test_a_damaged_list_is_told(root, name):
+    lines, problems, counts = (LISTS | CSVS)[name]
+    file = root.parent / ("l.csv" if name in CSVS else "l")
+    file.write_text("\n".join(lines))
+    found = listing.lists(root, {"train": file})
+    if counts is None:  # the folders no longer tell what a missing class is called
+        assert [tuple(problem) for problem in found.problems] == list(problems.items())
+        assert usable(found) == {"0": 4, "1": 3, "2": 0, "3": 0, "4": 2}
+    else:
+        check(found, Told(problems, counts))
+
+
+def test_a_quoted_comma_is_part_of_the_path(root):
+    (root / VICTIM).rename(root / "cat/a, b.png")
+    file = root.parent / "l.csv"
+    file.write_text("\n".join(["path,label", '"cat/a, b.png",0', *CSV[2:]]))
+    check(listing.lists(root, {"train": file}), Told(shows={"cat/a, b.png": (250, 10, 10)}))
