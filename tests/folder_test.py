@@ -158,6 +158,13 @@ def test_a_broken_picture_ends_the_run_or_is_left_out_but_never_in_silence(root,
     assert "ant/03.png" in capsys.readouterr().err
 
 
+def test_a_class_that_loses_all_its_pictures_ends_the_run(root):
+    for path in (root / "cricket").iterdir():
+        path.write_bytes(b"")
+    with pytest.raises(UserError, match="no picture of class 'cricket' can be used"):
+        build(root, data__on_bad_image="skip")
+
+
 def test_pictures_of_several_sizes_want_an_image_size(root):
     with pytest.raises(UserError, match=r"data\.image_size = 0: pictures have sides of 7 to 9 pixels"):
         build(root, data__image_size=0)

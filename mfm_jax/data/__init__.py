@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from mfm_jax import longtail
 from mfm_jax.config import Config
-from mfm_jax.data import sources
+from mfm_jax.data import files, sources
 from mfm_jax.data.sources import Images, Labels, Source
 from mfm_jax.data.streaming import Files
 from mfm_jax.errors import UserError
@@ -79,7 +79,10 @@ def build(config: Config) -> LongTailData:
     Raises:
       UserError: one line that names the field, the value and what is allowed.
     """
-    source = sources.load(config.data, config.augment)
+    if config.data.source in ("folder", "list"):
+        source = files.load(config.data, whole=config.augment.crop == "resized")
+    else:
+        source = sources.load(config.data)
     split = _read_split(config, source) if config.data.manifest else _draw_split(config, source)
     in_training = split.train
     if config.data.train_on_meta:

@@ -1,10 +1,8 @@
-"""Where images come from: a small built-in set, any classification set that TFDS has prepared, or one's own files.
+"""Where images come from: a small built-in set, or any classification set that TFDS has prepared; `files` has more.
 
 Every source ends as the same thing, uint8 images and int32 labels, with the id of each record so that a split can be
 written down. `digits` (1797 images of 8x8, part of scikit-learn) needs no download and is what tests and first runs
-use. `tfds` reads prepared array_record files without TensorFlow. `folder` and `list` are files that were checked one
-by one (`checking`) before any of them counts; they are decoded into memory where they fit, and else when they are
-needed (`streaming.Files`).
+use. `tfds` reads prepared array_record files without TensorFlow.
 
 Decoding 60,000 PNG files takes seconds to half a minute, so it is done once: the decoded arrays are kept in
 the user's cache folder ($MFM_JAX_CACHE, else the platform's), under a name that holds the set, its version,
@@ -17,12 +15,9 @@ import hashlib
 import importlib.util
 import json
 import logging
-import math
 import os
 import shutil
-import sys
 import tempfile
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,11 +29,7 @@ import platformdirs
 from rich.console import Console
 from rich.progress import Progress
 
-from mfm_jax import longtail
-from mfm_jax.config import Augment, Data
-from mfm_jax.data import checking, listing, streaming
-from mfm_jax.data.listing import Listing
-from mfm_jax.data.pictures import Facts
+from mfm_jax.config import Data
 from mfm_jax.data.streaming import Files
 from mfm_jax.errors import UserError
 
@@ -47,11 +38,9 @@ Images = Pixels | Files
 Labels = npt.NDArray[np.int32]
 
 DIGITS_TEST_PER_CLASS = 50
-_TEST_SEED = 2020  # a constant: the test set must not change with `data.seed`
+TEST_SEED = 2020  # a constant: the test set must not change with `data.seed`
 _DECODE_BATCH = 256
-_PROGRESS_FROM = 5_000  # records; fewer decode before a bar could be read
-_DECODE_ALONE = 2_000  # pictures; so many decode before worker processes have started
-_SHOWN = 20  # problems that an error lists
+PROGRESS_FROM = 5_000  # records; fewer decode before a bar could be read
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,14 +63,12 @@ class Source:
     facts: Mapping[str, Any] = field(default_factory=dict)  # what else the manifest is to say
 
 
-def load(config: Data, augment: Augment = Augment()) -> Source:  # noqa: B008 (frozen)
-    """Loads the set that `config` names, at `config.image_size` pixels a side (0 = as stored).
+def load(config: Data) -> Source:
+    """Loads `digits` or the TFDS set that `config` names, at `config.image_size` pixels a side (0 = as stored).
 
     Raises:
       UserError: the set is unknown, cannot be prepared or read, or does not hold images with labels.
     """
-    if config.source in ("folder", "list"):
-        return _load_files(config, augment)
     return {"digits": _load_digits, "tfds": _load_tfds}[config.source](config)
 
 
@@ -124,7 +111,7 @@ def _load_digits(config: Data) -> Source:
     labels = digits.target.astype(np.int32)
     is_test = np.zeros(len(labels), bool)
     for c in range(10):
-        members = np.random.default_rng([_TEST_SEED, c]).permutation(np.flatnonzero(labels == c))
+        members = np.random.default_rng([TEST_SEED, c]).permutation(np.flatnonzero(labels == c))
         is_test[members[:DIGITS_TEST_PER_CLASS]] = True
     return Source(
         name="digits",
@@ -168,125 +155,6 @@ def _load_tfds(config: Data) -> Source:
         test_ids=np.arange(len(test_labels), dtype=np.int64),
         test_pool=test,
     )
-
-
-def _load_files(config: Data, augment: Augment) -> Source:
-    """Loads a folder of class folders, or what list files name.
-
-    Where the data has no test split, `data.test_fraction` of each class is held out (`longtail.hold_out`) with a
-    constant seed: the same test images for every `data.seed`. Copies of one picture count as a group, so that a split
-    that is made does not divide them.
-    """
-    found, facts, left_out = _sound(config, listing.load(config))
-    _check_groups(config, found)
-    version = _version(found, facts)
-    images = _images(config, augment, found, facts, version)
-    groups, splits, rule = _with_copies(found.groups, facts), found.splits, "as the data has it"
-    if not (splits == "test").any():
-        train = np.flatnonzero(splits == "train")
-        of_train = [groups[i] for i in train.tolist()]
-        held = longtail.hold_out(
-            found.labels[train], len(found.class_names), of_train, config.test_fraction, _TEST_SEED
-        )
-        splits = splits.astype("U5")
-        splits[train[held]] = "test"
-        rule = f"{config.test_fraction:g} of each class, at least one of two or more; whole groups; a constant seed"
-    test, rest = np.flatnonzero(splits == "test"), np.flatnonzero(splits != "test")
-    if not len(test):
-        raise UserError(f"data.test_fraction = {config.test_fraction:g}: leaves no image to test on; choose more")
-    return Source(
-        name=found.root.resolve().name,
-        version=version,
-        class_names=found.class_names,
-        train_images=images[rest],
-        train_labels=found.labels[rest],
-        train_ids=rest.astype(np.int64),
-        train_pool="all",
-        test_images=images[test],
-        test_labels=found.labels[test],
-        test_ids=test.astype(np.int64),
-        test_pool="all",
-        given=splits[rest],
-        groups=tuple(groups[i] for i in rest.tolist()) if any(groups) else (),
-        facts={"test_rule": rule, "group": config.group, "files": list(found.paths), "left_out": left_out},
-    )
-
-
-def _sound(config: Data, found: Listing) -> tuple[Listing, list[Facts], list[str]]:
-    """Returns the pictures that can be used, what is known of each, and what is left out, a line each.
-
-    Raises:
-      UserError: something would be left out, and `data.on_bad_image` does not allow it; lists the first.
-    """
-    checked = checking.check(found, config.workers)
-    lines = [f"{problem.path}: {problem.reason}" for problem in checked.problems]
-    if lines:
-        more = [f"and {len(lines) - _SHOWN} more; --mode=check lists all"] if len(lines) > _SHOWN else []
-        shown = "\n  ".join([*lines[:_SHOWN], *more])
-        if config.on_bad_image == "error":
-            raise UserError(
-                f"data.root = {config.root!r}: {len(lines)} problems; repair or remove what is named, or leave it"
-                f" out with data.on_bad_image = 'skip'\n  {shown}"
-            )
-        print(f"warning: left out, {len(lines)} problems:\n  {shown}", file=sys.stderr)
-    bad = [path for path, fact in zip(found.paths, checked.facts, strict=True) if fact is None]
-    return found.without(bad), [fact for fact in checked.facts if fact], lines
-
-
-def _with_copies(groups: Sequence[str], facts: Sequence[Facts]) -> list[str]:
-    """Returns the group of each picture; pictures without one that are copies of each other make one."""
-    copies = Counter(fact.digest for fact in facts)
-    together = zip(groups, facts, strict=True)
-    return [group or (fact.digest if copies[fact.digest] > 1 else "") for group, fact in together]
-
-
-def _images(config: Data, augment: Augment, found: Listing, facts: Sequence[Facts], version: str) -> Images:
-    """Returns the pictures, decoded where they fit into `data.resident_mb` and are looked at whole."""
-    channels = config.channels or (1 if all(fact.grey for fact in facts) else 3)
-    sizes = {side for fact in facts for side in (fact.width, fact.height)}
-    if not config.image_size and len(sizes) > 1:
-        raise UserError(
-            f"data.image_size = 0: pictures have sides of {min(sizes)} to {max(sizes)} pixels; choose a size, e.g. 64"
-        )
-    size = config.image_size or sizes.pop()
-    files = Files(found.root, streaming.paths(found.paths), size, channels, config.fit)
-    megabytes = math.prod(files.shape) / 1e6
-    what = f"{len(files)} pictures, {megabytes:.0f} MB at {size}x{size}"
-    if augment.crop == "resized" or megabytes > config.resident_mb:
-        print(f"streaming {what}; data.resident_mb = {config.resident_mb}, augment.crop = {augment.crop!r}")
-        return files
-    print(f"resident: {what}")
-
-    def decode() -> tuple[Pixels, Labels]:
-        done, result = 0, np.empty(files.shape, np.uint8)
-        workers = config.workers if len(files) > _DECODE_ALONE else 0
-        with Progress(console=Console(stderr=True), transient=True, disable=len(files) < _PROGRESS_FROM) as progress:
-            task = progress.add_task("decoding pictures (once)", total=len(files))
-            for batch in streaming.in_batches(files, _DECODE_BATCH, workers):
-                result[done : done + len(batch)] = batch
-                done += len(batch)
-                progress.update(task, completed=done)
-        return result, found.labels
-
-    return cached(f"files-{version}-{size}px-{channels}-{config.fit}", decode)[0]
-
-
-def _version(found: Listing, facts: Sequence[Facts]) -> str:
-    """Returns 16 hex digits that change with the names, classes, splits or contents of the pictures."""
-    lines = zip(found.paths, found.labels.tolist(), found.splits.tolist(), facts, strict=True)
-    content = repr([(path, label, split, fact.digest) for path, label, split, fact in lines])
-    return hashlib.sha256(content.encode("utf-8", "surrogateescape")).hexdigest()[:16]
-
-
-def _check_groups(config: Data, found: Listing) -> None:
-    """Refuses data whose own splits divide a group."""
-    first: dict[str, str] = {}
-    for split, group in zip(found.splits.tolist(), found.groups, strict=True):
-        if group and first.setdefault(group, split) != split:
-            raise UserError(
-                f"data.group = {config.group!r}: group {group!r} is in the splits {first[group]} and {split} of the"
-                " data; move its pictures into one, or leave data.group empty"
-            )
 
 
 @contextlib.contextmanager
@@ -388,7 +256,7 @@ def _decode(records: Sequence[Any], config: Data, split: str) -> tuple[Pixels, L
     total = len(records)
     labels = np.empty(total, np.int32)
     images: Pixels | None = None
-    quiet = total < _PROGRESS_FROM
+    quiet = total < PROGRESS_FROM
     with Progress(console=Console(stderr=True), transient=True, disable=quiet) as progress:
         task = progress.add_task(f"decoding {config.name} {split} (once)", total=total)
         for start in range(0, total, _DECODE_BATCH):

@@ -1,0 +1,155 @@
+"""One's own pictures as a source: a folder, or lists of files.
+
+Every picture is looked at (`checking`) before any of them counts. They are decoded into memory where they fit there,
+and kept decoded in the cache; else they stay files, of which batches are decoded when they are needed
+(`streaming.Files`).
+"""
+
+import hashlib
+import math
+import sys
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+from rich.console import Console
+from rich.progress import Progress
+
+from mfm_jax import longtail
+from mfm_jax.config import Data
+from mfm_jax.data import checking, listing, streaming
+from mfm_jax.data.listing import Listing
+from mfm_jax.data.pictures import Facts
+from mfm_jax.data.sources import PROGRESS_FROM, TEST_SEED, Images, Labels, Pixels, Source, cached
+from mfm_jax.data.streaming import Files
+from mfm_jax.errors import UserError
+
+_BATCH = 256  # pictures that are decoded at a time
+_ALONE = 2_000  # pictures; so many are decoded before worker processes have started
+_SHOWN = 20  # problems that an error lists
+
+
+def load(config: Data, *, whole: bool) -> Source:
+    """Loads a folder of class folders, or what list files name; with `whole`, pictures are not decoded but streamed.
+
+    Where the data has no test split, `data.test_fraction` of each class is held out (`longtail.hold_out`) with a
+    constant seed: the same test images for every `data.seed`. Copies of one picture count as a group, so that a split
+    that is made does not divide them.
+    """
+    found, facts, left_out = _sound(config, listing.load(config))
+    _check_groups(config, found)
+    _check_classes(config, found)
+    version = _version(found, facts)
+    images = _images(config, whole, found, facts, version)
+    groups, splits, rule = _with_copies(found.groups, facts), found.splits, "as the data has it"
+    if not (splits == "test").any():
+        train = np.flatnonzero(splits == "train")
+        of_train = [groups[i] for i in train.tolist()]
+        held = longtail.hold_out(found.labels[train], len(found.class_names), of_train, config.test_fraction, TEST_SEED)
+        splits = splits.astype("U5")
+        splits[train[held]] = "test"
+        rule = f"{config.test_fraction:g} of each class, at least one of two or more; whole groups; a constant seed"
+    test, rest = np.flatnonzero(splits == "test"), np.flatnonzero(splits != "test")
+    if not len(test):
+        raise UserError(f"data.test_fraction = {config.test_fraction:g}: leaves no image to test on; choose more")
+    return Source(
+        name=found.root.resolve().name,
+        version=version,
+        class_names=found.class_names,
+        train_images=images[rest],
+        train_labels=found.labels[rest],
+        train_ids=rest.astype(np.int64),
+        train_pool="all",
+        test_images=images[test],
+        test_labels=found.labels[test],
+        test_ids=test.astype(np.int64),
+        test_pool="all",
+        given=splits[rest],
+        groups=tuple(groups[i] for i in rest.tolist()) if any(groups) else (),
+        facts={"test_rule": rule, "group": config.group, "files": list(found.paths), "left_out": left_out},
+    )
+
+
+def _sound(config: Data, found: Listing) -> tuple[Listing, list[Facts], list[str]]:
+    """Returns the pictures that can be used, what is known of each, and what is left out, a line each.
+
+    Raises:
+      UserError: something would be left out, and `data.on_bad_image` does not allow it; lists the first.
+    """
+    checked = checking.check(found, config.workers)
+    lines = [f"{problem.path}: {problem.reason}" for problem in checked.problems]
+    if lines:
+        more = [f"and {len(lines) - _SHOWN} more; --mode=check lists all"] if len(lines) > _SHOWN else []
+        shown = "\n  ".join([*lines[:_SHOWN], *more])
+        if config.on_bad_image == "error":
+            raise UserError(
+                f"data.root = {config.root!r}: {len(lines)} problems; repair or remove what is named, or leave it"
+                f" out with data.on_bad_image = 'skip'\n  {shown}"
+            )
+        print(f"warning: left out, {len(lines)} problems:\n  {shown}", file=sys.stderr)
+    bad = [path for path, fact in zip(found.paths, checked.facts, strict=True) if fact is None]
+    return found.without(bad), [fact for fact in checked.facts if fact], lines
+
+
+def _with_copies(groups: Sequence[str], facts: Sequence[Facts]) -> list[str]:
+    """Returns the group of each picture; pictures without one that are copies of each other make one."""
+    copies = Counter(fact.digest for fact in facts)
+    together = zip(groups, facts, strict=True)
+    return [group or (fact.digest if copies[fact.digest] > 1 else "") for group, fact in together]
+
+
+def _images(config: Data, whole: bool, found: Listing, facts: Sequence[Facts], version: str) -> Images:
+    """Returns the pictures, decoded where they fit into `data.resident_mb` and are looked at whole."""
+    channels = config.channels or (1 if all(fact.grey for fact in facts) else 3)
+    sizes = {side for fact in facts for side in (fact.width, fact.height)}
+    if not config.image_size and len(sizes) > 1:
+        raise UserError(
+            f"data.image_size = 0: pictures have sides of {min(sizes)} to {max(sizes)} pixels; choose a size, e.g. 64"
+        )
+    size = config.image_size or sizes.pop()
+    files = Files(found.root, streaming.paths(found.paths), size, channels, config.fit)
+    megabytes = math.prod(files.shape) / 1e6
+    what = f"{len(files)} pictures, {megabytes:.0f} MB at {size}x{size}"
+    if whole or megabytes > config.resident_mb:
+        print(f"streaming {what}, {'as augment.crop asks' if whole else f'more than {config.resident_mb}'}")
+        return files
+    print(f"resident: {what}")
+
+    def decode() -> tuple[Pixels, Labels]:
+        done, result = 0, np.empty(files.shape, np.uint8)
+        workers = config.workers if len(files) > _ALONE else 0
+        with Progress(console=Console(stderr=True), transient=True, disable=len(files) < PROGRESS_FROM) as progress:
+            task = progress.add_task("decoding pictures (once)", total=len(files))
+            for batch in streaming.in_batches(files, _BATCH, workers):
+                result[done : done + len(batch)] = batch
+                done += len(batch)
+                progress.update(task, completed=done)
+        return result, found.labels
+
+    return cached(f"files-{version}-{size}px-{channels}-{config.fit}", decode)[0]
+
+
+def _version(found: Listing, facts: Sequence[Facts]) -> str:
+    """Returns 16 hex digits that change with the names, classes, splits or contents of the pictures."""
+    lines = zip(found.paths, found.labels.tolist(), found.splits.tolist(), facts, strict=True)
+    content = repr([(path, label, split, fact.digest) for path, label, split, fact in lines])
+    return hashlib.sha256(content.encode("utf-8", "surrogateescape")).hexdigest()[:16]
+
+
+def _check_classes(config: Data, found: Listing) -> None:
+    """Refuses data of which a class has lost all its pictures."""
+    counts = np.bincount(found.labels, minlength=len(found.class_names))
+    if not counts.all():
+        name = found.class_names[int(np.argmin(counts))]
+        raise UserError(f"data.root = {config.root!r}: no picture of class {name!r} can be used; see --mode=check")
+
+
+def _check_groups(config: Data, found: Listing) -> None:
+    """Refuses data whose own splits divide a group."""
+    first: dict[str, str] = {}
+    for split, group in zip(found.splits.tolist(), found.groups, strict=True):
+        if group and first.setdefault(group, split) != split:
+            raise UserError(
+                f"data.group = {config.group!r}: group {group!r} is in the splits {first[group]} and {split} of the"
+                " data; move its pictures into one, or leave data.group empty"
+            )
