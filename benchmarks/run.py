@@ -365,7 +365,7 @@ def main() -> int:
         Console(width=170).print(f"failed: {name}: {reason}", highlight=False)
     if options.out:
         options.out.write_text(json.dumps(result | {"failed": failed}, indent=1) + "\n")
-    return 0
+    return 1 if failed else 0
 
 
 def main_rows(

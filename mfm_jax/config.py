@@ -348,7 +348,7 @@ def _check_together(config: Config) -> None:
         )
     if 0 < config.train.spike_factor <= 1:
         raise UserError(f"train.spike_factor = {config.train.spike_factor}: allowed: more than 1, or 0 for none")
-    if config.method.name in STAGED:
+    if config.method.name in STAGED or config.method.sampling.endswith("_later"):
         _check_stages(config)
     if not config.eval.test and not config.data.validates:
         raise UserError(
@@ -370,7 +370,7 @@ def _check_stages(config: Config) -> None:
             f"method.first_stage = {config.method.first_stage}: leaves {config.method.name} no epoch of"
             f" train.epochs = {epochs} for its second stage; choose a smaller part or more epochs"
         )
-    if config.optim.warmup_epochs >= second:
+    if config.method.name in STAGED and config.optim.warmup_epochs >= second:
         raise UserError(
             f"optim.warmup_epochs = {config.optim.warmup_epochs}: allowed: less than the {second} epochs of"
             f" {config.method.name}'s first stage"
