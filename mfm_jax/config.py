@@ -87,7 +87,7 @@ class Model:
         *SMALL_RESNETS,
         *("resnet10", "resnet18", "resnet50", "resnet101", "resnet152", "resnext50", "vit_b16"),  # for 224
     )
-    width: int = _between(0, 0)  # ResNets: channels of the stem, doubled by stages; 0 = 16 for small images, 64 for 224
+    width: int = _between(0, 0)  # channels of the stem, or of a token; 0 = 16 for small images, 64 for 224, 768 for ViT
     pretrained: str = ""  # weights to start from: .safetensors, .npz, or a PyTorch state dict; the head may differ
     tune: str = _one_of("all", "head", "adapters")  # what is trained; adapters: ViT, beside each MLP, and the head
     adapter_size: int = _between(64, 1)  # tune adapters: hidden units of each

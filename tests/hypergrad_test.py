@@ -85,7 +85,7 @@ def problem(form: str, sites: tuple[str, ...], optimizer: str, dtype: str):
     _, opt_state = tx.update(jax.tree.map(lambda p: 0.1 * p, state.params), state.opt_state, state.params)
     state = state.replace(opt_state=opt_state)
     forward = bilevel._forward(net.apply)
-    build = bilevel._gradient_step(forward, losses.cross_entropy, tx, learner, None)
+    build = bilevel._gradient_step(forward, losses.cross_entropy, tx, learner, 1, None, None)
     train_loss, update = build(state, Batch(image, LABELS))
 
     def meta_loss(params):

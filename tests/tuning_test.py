@@ -132,7 +132,7 @@ def both_routes(module, apply, variables, tx, modulator):
     state = bilevel.init_state(jax.random.key(0), variables, tx, modulator)
     phi = jax.tree.map(lambda leaf: leaf + 0.2 * jnp.cos(jnp.arange(leaf.size).reshape(leaf.shape)), state.mod_params)
     forward = bilevel._forward(apply)
-    build = bilevel._gradient_step(forward, losses.cross_entropy, tx, modulation.learner(modulator), None)
+    build = bilevel._gradient_step(forward, losses.cross_entropy, tx, modulation.learner(modulator), 1, None, None)
 
     def meta_loss(state, params):
         logits, _ = forward(state, params, Batch(IMAGES[1], LABELS), no_modulation, train=False)
