@@ -17,10 +17,11 @@ def get_config():
     config.data.fit = "pad"
     config.modulation.shift_only = True
     config.model.name = "resnet8"
-    config.train.epochs = 20
+    config.train.epochs = 12
     config.train.batch_size = 50
     config.meta.batch_size = 100
     config.meta.every = 24
     config.meta.learning_rate = 1.25e-3
-    config.checkpoint.every_epochs = 5
+    config.eval.every_epochs = 2
+    config.checkpoint.every_epochs = 4
     return config
