@@ -17,7 +17,7 @@ from mfm_jax import experiment as experiment_lib
 from mfm_jax import feed as feed_lib
 from mfm_jax import interruption, longtail, train
 from mfm_jax import loop as loop_lib
-from mfm_jax.data import streaming
+from mfm_jax.data import listing, streaming
 from mfm_jax.errors import UserError
 
 COUNTS = {"ant": 40, "bee": 12, "cricket": 5}
@@ -189,7 +189,7 @@ def test_the_lists_of_the_long_tail_benchmarks(tmp_path):
                 lines[split].append(f"{path} {label}")
     for split, content in lines.items():
         (tmp_path / f"Places_LT_{split}.txt").write_text("\n".join(content) + "\n")
-    fields = {f"data__{split}_list": str(tmp_path / f"Places_LT_{split}.txt") for split in lines}
+    fields = {f"data__{split}_list": f"Places_LT_{split}.txt" for split in lines}
     fields |= {"data__source": "list", "meta__images_per_class": 2, "meta__batch_size": 4}
     data = build(tmp_path, **fields)
     assert data.class_names == ("airfield", "attic")
@@ -197,6 +197,39 @@ def test_the_lists_of_the_long_tail_benchmarks(tmp_path):
     (tmp_path / "data_256/a/attic/train_2.jpg").unlink()
     with pytest.raises(UserError, match=r"Places_LT_train\.txt:7: "):
         build(tmp_path, **fields)
+
+
+def test_shot_groups_of_a_list_as_long_tailed_as_places_lt(tmp_path):
+    """A tree with the published list's sums: 365 classes, 62,500 pictures, 4980 to 5, 131 many-shot, 163, 71 few-shot.
+
+    Hard links of one file stand for the pictures; none is opened.
+    """
+    counts = places_counts()
+    assert (sum(counts), max(counts), min(counts)) == (62_500, 4980, 5)
+    picture(tmp_path / "one.png", 0)
+    lines = []
+    for label, count in enumerate(counts):
+        (tmp_path / f"c{label}").mkdir()
+        for i in range(count):
+            os.link(tmp_path / "one.png", tmp_path / f"c{label}" / f"{i}.jpg")
+            lines.append(f"c{label}/{i}.jpg {label}")
+    (tmp_path / "train.txt").write_text("\n".join(lines))
+    found = listing.lists(tmp_path, {"train": tmp_path / "train.txt"})
+    assert np.bincount(found.labels).tolist() == counts
+    groups = longtail.shot_groups(np.bincount(found.labels))
+    assert [len(groups[name]) for name in ("many", "medium", "few")] == [131, 163, 71]
+    assert not found.problems
+
+
+def places_counts() -> list[int]:
+    """Returns class counts with the sums and the shot groups that are published of Places-LT's training list."""
+    few, medium = [5 + i % 15 for i in range(71)], [20 + i % 81 for i in range(163)]
+    many = [4980] + [101] * 130
+    left = 62_500 - sum(few) - sum(medium) - sum(many)
+    weights = np.exp(-np.arange(130) / 25)
+    extra = np.floor(left * weights / weights.sum()).astype(int)
+    extra[-1] += left - extra.sum()
+    return [many[0], *(np.array(many[1:]) + extra).tolist(), *medium, *few]
 
 
 # --- streaming ------------------------------------------------------------------------------------

@@ -10,8 +10,10 @@ import math
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 from rich.console import Console
 from rich.progress import Progress
 
@@ -36,7 +38,7 @@ def load(config: Data, *, whole: bool) -> Source:
     constant seed: the same test images for every `data.seed`. Copies of one picture count as a group, so that a split
     that is made does not divide them.
     """
-    found, facts, left_out = _sound(config, listing.load(config))
+    found, facts, left_out, duplicates = _sound(config, listing.load(config))
     _check_groups(config, found)
     _check_classes(config, found)
     version = _version(found, facts)
@@ -66,12 +68,35 @@ def load(config: Data, *, whole: bool) -> Source:
         test_pool="all",
         given=splits[rest],
         groups=tuple(groups[i] for i in rest.tolist()) if any(groups) else (),
-        facts={"test_rule": rule, "group": config.group, "files": list(found.paths), "left_out": left_out},
+        facts={
+            "test_rule": rule,
+            "group": config.group,
+            "files": list(found.paths),
+            "left_out": left_out,
+            "duplicates_in_test": _straddling(duplicates, found.paths, splits == "test"),
+        },
     )
 
 
-def _sound(config: Data, found: Listing) -> tuple[Listing, list[Facts], list[str]]:
-    """Returns the pictures that can be used, what is known of each, and what is left out, a line each.
+def _straddling(
+    duplicates: Sequence[tuple[str, str, str]], paths: Sequence[str], is_test: npt.NDArray[np.bool_]
+) -> dict[str, int]:
+    """Returns how many pairs (kind, path, path) of duplicates the test split divides from the rest, by kind."""
+    where = dict(zip(paths, is_test.tolist(), strict=True))
+    return dict(Counter(kind for kind, first, second in duplicates if where[first] != where[second]))
+
+
+class _Sound(NamedTuple):
+    """What is left of a listing after the check."""
+
+    listing: Listing
+    facts: list[Facts]  # of each picture
+    left_out: list[str]  # a line each, with the reason
+    duplicates: list[tuple[str, str, str]]  # kind, path, path
+
+
+def _sound(config: Data, found: Listing) -> _Sound:
+    """Returns the pictures that can be used.
 
     Raises:
       UserError: something would be left out, and `data.on_bad_image` does not allow it; lists the first.
@@ -88,7 +113,8 @@ def _sound(config: Data, found: Listing) -> tuple[Listing, list[Facts], list[str
             )
         print(f"warning: left out, {len(lines)} problems:\n  {shown}", file=sys.stderr)
     bad = [path for path, fact in zip(found.paths, checked.facts, strict=True) if fact is None]
-    return found.without(bad), [fact for fact in checked.facts if fact], lines
+    duplicates = [(kind, found.paths[first], found.paths[second]) for kind, first, second in checked.duplicates]
+    return _Sound(found.without(bad), [fact for fact in checked.facts if fact], lines, duplicates)
 
 
 def _with_copies(groups: Sequence[str], facts: Sequence[Facts]) -> list[str]:
@@ -108,12 +134,8 @@ def _images(config: Data, whole: bool, found: Listing, facts: Sequence[Facts], v
         )
     size = config.image_size or sizes.pop()
     files = Files(found.root, streaming.paths(found.paths), size, channels, config.fit)
-    megabytes = math.prod(files.shape) / 1e6
-    what = f"{len(files)} pictures, {megabytes:.0f} MB at {size}x{size}"
-    if whole or megabytes > config.resident_mb:
-        print(f"streaming {what}, {'as augment.crop asks' if whole else f'more than {config.resident_mb}'}")
+    if whole or math.prod(files.shape) > config.resident_mb * 1e6:
         return files
-    print(f"resident: {what}")
 
     def decode() -> tuple[Pixels, Labels]:
         done, result = 0, np.empty(files.shape, np.uint8)

@@ -81,7 +81,7 @@ class _Row(NamedTuple):
 
 
 def load(config: Data) -> Listing:
-    """Lists the pictures that `config` names: `data.source` is "folder" or "list".
+    """Lists the pictures that `config` names: `data.source` is "folder" or "list"; lists may lie in `data.root`.
 
     Raises:
       UserError: a needed field is empty, a file or folder is not there, or what is there makes no set of classes.
@@ -92,8 +92,10 @@ def load(config: Data) -> Listing:
         return folder(config.root, config.group)
     if not config.train_list:
         raise UserError("data.train_list: missing; data.source = 'list' needs a file of `path label` lines")
-    files = {split: getattr(config, f"{split}_list") for split in SPLITS}
-    return lists(config.root, {split: file for split, file in files.items() if file}, config.group)
+    named = {split: Path(getattr(config, f"{split}_list")).expanduser() for split in SPLITS}
+    beside = {split: Path(config.root).expanduser() / file for split, file in named.items() if file.name}
+    files = {split: path if path.is_file() else named[split] for split, path in beside.items()}
+    return lists(config.root, files, config.group)
 
 
 def folder(root: str | Path, group: str = "") -> Listing:
