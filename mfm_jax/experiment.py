@@ -44,7 +44,8 @@ class Tested(NamedTuple):
 class Experiment:
     """The pure functions of one run.
 
-    init: `() -> BilevelState`, the state before the first step.
+    init: `() -> BilevelState`, the state before the first step, all parameters drawn at random.
+    init_pretrained: the same with the weights of `model.pretrained`; None where there are none to load.
     plain_step: `(state, batch) -> (state, metrics)`; under a meta learner that stays as it is, if there is one.
     meta_step: `(state, batch, meta_batch) -> (state, metrics)`; None where nothing learns from the meta set.
     retrain_step: `(state, batch) -> (state, metrics)` of a second stage on a frozen classifier; None without one.
@@ -63,6 +64,7 @@ class Experiment:
     """
 
     init: Callable[[], BilevelState]
+    init_pretrained: Callable[[], BilevelState] | None
     plain_step: Callable
     meta_step: Callable | None
     retrain_step: Callable | None
@@ -163,7 +165,8 @@ def build(config: Config, data: LongTailData, mesh: Mesh | None = None) -> Exper
     retrain_from = config.second_stage * per_epoch if retrain_step else total
     extract = heads.features(test_apply)
     return Experiment(
-        init=init_pretrained if config.model.pretrained else init,
+        init=init,
+        init_pretrained=init_pretrained if config.model.pretrained else None,
         plain_step=plain_step,
         meta_step=meta_step,
         retrain_step=retrain_step,

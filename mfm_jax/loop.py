@@ -216,9 +216,10 @@ def _watch_norm(norms: jax.Array, norm: jax.Array, factor: float) -> tuple[jax.A
     return _NORM_DECAY * norms + jnp.where(jnp.isfinite(norm), seen, 0.0), warm & (norm > bound)
 
 
-def initial(experiment: Experiment, train: Train = Train()) -> LoopState:  # noqa: B008 (frozen)
-    """Returns the loop state before the first step."""
-    return LoopState(experiment.init(), _zero_sums(experiment, train), no_anomalies(train), jnp.zeros(2, jnp.float32))
+def initial(experiment: Experiment, train: Train = Train(), *, anew: bool = True) -> LoopState:  # noqa: B008 (frozen)
+    """Returns the loop state before the first step; unless `anew`, to be restored: no weights are loaded for it."""
+    init = experiment.init_pretrained if anew and experiment.init_pretrained else experiment.init
+    return LoopState(init(), _zero_sums(experiment, train), no_anomalies(train), jnp.zeros(2, jnp.float32))
 
 
 def no_anomalies(train: Train) -> jax.Array:

@@ -295,14 +295,14 @@ class _Run:
     ):
         self.config, self.workdir, self.data, self.experiment = config, workdir, data, experiment
         self.has_validation = len(data.val_labels) > 0
-        self.loop, self.device_data = loop_lib.initial(experiment, config.train), device_data
         self.checkpoints = Checkpointer(workdir, config.checkpoint, has_validation=self.has_validation)
+        latest = self.checkpoints.latest_step()
+        self.loop, self.device_data = loop_lib.initial(experiment, config.train, anew=latest is None), device_data
         # Placed once and for all, one device included: what is not would count as another program at the second call.
         place = parallel.replicated(mesh) if mesh else jax.sharding.SingleDeviceSharding(jax.devices()[0])
         self.device_data = parallel.place(self.device_data, place)
         self.loop = parallel.place(self.loop, parallel.state_sharding(self.loop, mesh) if mesh else place)
         record: dict[str, Any] = {"rows": [], "seconds": 0.0, "devices": _devices()}
-        latest = self.checkpoints.latest_step()
         if latest is None and experiment.modulator and config.modulation.init_from:
             state = self.loop.bilevel
             loaded = restore_modulator(Path(config.modulation.init_from), state.mod_params)

@@ -277,9 +277,9 @@ def test_a_run_starts_from_the_file_and_tunes_the_head_alone(tmp_path):
     resolved = config_lib.resolve(config)
     experiment = experiment_lib.build(resolved, data_lib.build(resolved))
     with pytest.raises(UserError, match="no such file"):
-        experiment.init()
+        experiment.init_pretrained()
     np.savez(tmp_path / "weights.npz", **resnet10_file())
-    state = experiment.init()
+    state = experiment.init_pretrained()
     chex.assert_trees_all_equal(state.params["stage2"]["block0"]["conv1"]["kernel"], jnp.full((3, 3, W, 2 * W), 0.25))
     chex.assert_trees_all_equal(state.batch_stats["stem_norm"]["var"], jnp.full(W, 0.25))
     assert float(state.params["head"]["kernel"].std()) > 0.1  # the file's head was for 2 classes
