@@ -11,9 +11,9 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
-from predict_test import changed
 
-from mfm_jax import card, classifier, export, train
+from mfm_jax import card, classifier, export, models
+from mfm_jax import config as config_lib
 from mfm_jax.data import pictures, sources
 from mfm_jax.errors import UserError
 
@@ -75,21 +75,20 @@ def test_the_artifact_is_for_every_platform_and_any_batch(trained_run):
     assert str(program.out_avals[0]) == "float32[b,10]"
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", ["resnet20", "resnet32", "resnet44", "resnet56"])
-def test_every_model_is_exported(name, dtype, trained_run, tmp_path):
-    config = changed(
-        trained_run.config,
-        model={"name": name, "width": 2},
-        train={"dtype": dtype, "max_steps": 1},
-        method={"name": "ce"},
-    )
-    train.train_and_evaluate(config, tmp_path / "run")
-    export.export(tmp_path / "run", tmp_path / "out")  # checks the numbers
-
-
 SLOW = pytest.mark.slow
+NAMES = config_lib.GROUPS["model"].__dataclass_fields__["name"].metadata["choices"]
+QUICK = ("resnet8", "resnet10", "vit_b16")
+
+
+@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=SLOW) for n in NAMES])
+def test_every_model_is_lowered_for_every_platform_and_any_batch(name):
+    """With parameters that have a shape and no values."""
+    module = models.create(name, 5, 0)
+    image = jax.ShapeDtypeStruct((1, 32, 32, 3), np.float32)
+    variables = jax.eval_shape(module.init, jax.random.key(0), image)
+    many = jax.ShapeDtypeStruct(jax.export.symbolic_shape("b, 32, 32, 3"), np.float32)
+    program = jax.export.export(jax.jit(module.apply), platforms=export.PLATFORMS)(variables, many)
+    assert str(program.out_avals[0]) == "float32[b,5]"
 
 
 @pytest.mark.parametrize("fit", [pytest.param("squeeze", marks=SLOW), pytest.param("crop", marks=SLOW), "pad"])

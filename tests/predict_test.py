@@ -233,9 +233,9 @@ def test_mistakes_in_the_places(trained_run, folder, tmp_path):
 # --- the command ----------------------------------------------------------------------------------
 
 
-def started(*arguments: object) -> subprocess.Popen:
+def started(*arguments: object, options: tuple[str, ...] = ()) -> subprocess.Popen:
     return subprocess.Popen(
-        [sys.executable, "-X", "importtime", "-m", "mfm_jax.predict", *map(str, arguments)],
+        [sys.executable, *options, "-m", "mfm_jax.predict", *map(str, arguments)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -250,7 +250,14 @@ def imported(log: str, module: str) -> int:
 
 def test_the_command_tells_what_it_could_not_read_and_its_workers_know_no_jax(trained_run, folder, tmp_path):
     out = tmp_path / "out.csv"
-    process = started(f"--checkpoint={trained_run.workdir}", folder, f"--out={out}", "--which=best", "--top=1")
+    process = started(
+        f"--checkpoint={trained_run.workdir}",
+        folder,
+        f"--out={out}",
+        "--which=best",
+        "--top=1",
+        options=("-X", "importtime"),
+    )
     printed, log = process.communicate()
     assert process.returncode == 1
     assert printed.splitlines()[-1] == f"{out}: 40 pictures; 2 could not be read (column `problem`)"

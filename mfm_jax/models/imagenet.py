@@ -123,7 +123,7 @@ class ResNet(nn.Module):
         """Returns logits `[B, K]`; arguments as `resnet.CifarResNet` has them."""
         x = _conv(self.width, 7, 2, dtype=self.dtype, name="stem")(image.astype(self.dtype))
         x = BatchNorm(not train, axis_name=self.axis_name, dtype=self.dtype, name="stem_norm")(x, weight)
-        x = modulate("stem", nn.max_pool(nn.relu(x), (3, 3), (2, 2), padding=((1, 1), (1, 1))))
+        x = modulate("stem", nn.max_pool(nn.relu(x), window_shape=(3, 3), strides=(2, 2), padding=((1, 1), (1, 1))))
         kind = nn.remat(Block, static_argnums=2) if self.remat else Block
         for i, blocks in enumerate(self.blocks):
             block = functools.partial(

@@ -34,9 +34,9 @@ class Embedding(nn.Module):
     def __call__(self, image: jax.Array) -> jax.Array:
         side = (self.patch, self.patch)
         patches = nn.Conv(self.width, side, side, padding="VALID", dtype=self.dtype, name="projection")(image)
-        patches = patches.reshape(len(image), -1, self.width)
+        patches = patches.reshape(image.shape[0], -1, self.width)
         first = self.param("class_token", _normal, (1, 1, self.width), jnp.float32)
-        first = jnp.broadcast_to(first.astype(patches.dtype), (len(image), 1, self.width))
+        first = jnp.broadcast_to(first.astype(patches.dtype), (image.shape[0], 1, self.width))
         tokens = jnp.concatenate([first, patches], axis=1)
         return tokens + self.param("positions", _normal, (1, *tokens.shape[1:]), jnp.float32).astype(tokens.dtype)
 
