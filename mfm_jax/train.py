@@ -464,7 +464,7 @@ class _Run:
     def _evaluation(self, found: np.ndarray, split: str, *, show: bool = False) -> dict[str, Any]:
         """Returns `metrics.evaluate` of a split's probabilities; with `show`, leaves some pictures for the report."""
         labels = getattr(self.data, f"{split}_labels")
-        # Shot groups by the training split, so that they are the same with and without `train_on_meta`.
+        # Shot groups by the training split, which has the meta images too where they are trained on.
         counts = np.asarray(self.data.manifest["splits"]["train"]["class_counts"])
         chosen = gallery.choose(found, labels, counts) if show else ()
         if len(chosen) and cluster.is_primary():
