@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from mfm_jax import bilevel, losses, methods, models, modulation, optim, parallel, pretrained
 from mfm_jax.config import Config
 from mfm_jax.data import LongTailData, batches
-from mfm_jax.data.streaming import Files
+from mfm_jax.data.streaming import Streamed
 from mfm_jax.errors import UserError
 from mfm_jax.methods import METHODS, Method, heads, meta, sampling
 from mfm_jax.types import ApplyFn, BilevelState, LossFn, MetaLearner, Modulator, PyTree
@@ -307,7 +307,7 @@ def _order(config: Config, method: Method, data: LongTailData) -> Callable[[jax.
 
 
 def _check_images(config: Config, method: Method, data: LongTailData) -> None:
-    side, streamed = min(data.train_images.shape[1:3]), isinstance(data.train_images, Files)
+    side, streamed = min(data.train_images.shape[1:3]), isinstance(data.train_images, Streamed)
     if config.augment.crop == "shift" and config.augment.pad >= side:
         raise UserError(f"augment.pad = {config.augment.pad}: images are {side} pixels wide; choose at most {side - 1}")
     if streamed and method.retraining and method.retraining.synthetic:

@@ -18,7 +18,7 @@ from mfm_jax import augment, parallel
 from mfm_jax.config import Config, Train
 from mfm_jax.data import LongTailData, batches
 from mfm_jax.data.sources import Images, Labels
-from mfm_jax.data.streaming import Files
+from mfm_jax.data.streaming import Streamed
 from mfm_jax.experiment import Experiment
 from mfm_jax.methods import smote
 from mfm_jax.types import META_METRICS, Batch, BilevelState, Metrics
@@ -238,11 +238,11 @@ def _zero_sums(experiment: Experiment, train: Train) -> Metrics:
 
 def to_device(data: LongTailData) -> DeviceData:
     """Returns the training data on the device, with the order of no epoch yet; of streamed data, empty batches."""
-    streamed = isinstance(data.train_images, Files)
+    streamed = isinstance(data.train_images, Streamed)
     held_out = data.meta_images is not data.train_images
 
     def put(images: Images, labels: Labels) -> tuple[jax.Array, jax.Array]:
-        if isinstance(images, Files):
+        if isinstance(images, Streamed):
             return jnp.zeros((0, *images.shape[1:]), jnp.uint8), jnp.zeros(0, jnp.int32)
         return jnp.asarray(images), jnp.asarray(labels)
 

@@ -35,7 +35,7 @@ from mfm_jax import loop as loop_lib
 from mfm_jax.checkpoint import Checkpointer, restore_modulator
 from mfm_jax.config import Config
 from mfm_jax.data import LongTailData, batches
-from mfm_jax.data.streaming import Files
+from mfm_jax.data.streaming import Streamed
 from mfm_jax.errors import UserError
 from mfm_jax.experiment import Experiment
 from mfm_jax.feed import Feed
@@ -209,7 +209,7 @@ def claim_workdir(config: Config, workdir: Path) -> None:
 def _summary(config: Config, data: LongTailData) -> str:
     """Returns one line on the data: which set, which protocol, how many images, where they are."""
     counts, parts = data.counts, [len(x) for x in (data.train_labels, data.val_labels, data.test_labels)]
-    where = "streamed" if isinstance(data.train_images, Files) else "resident"
+    where = "streamed" if isinstance(data.train_images, Streamed) else "resident"
     duplicates = data.manifest.get("duplicates_in_test", {})
     told = "".join(f" {n} test images with a duplicate outside ({kind});" for kind, n in duplicates.items())
     return (
@@ -311,7 +311,7 @@ class _Run:
             self.loop, record = self.checkpoints.restore(latest, self.loop)
             _tell_elastic(latest, record["devices"])
         self.step = latest or 0
-        self.feed = Feed(data, config, mesh) if isinstance(data.train_images, Files) else None
+        self.feed = Feed(data, config, mesh) if isinstance(data.train_images, Streamed) else None
         self.has_own_data = experiment.synthetic or self.feed is not None  # not shared by runs that differ in the seed
         self.log = MetricLog(workdir, record["rows"]) if cluster.is_primary() else RowList(record["rows"])
         self.seconds_before, self.began = record["seconds"], time.perf_counter()

@@ -1,5 +1,6 @@
 """One's own pictures as a data set: folders and lists, their splits, and the streamed path against the resident one."""
 
+import json
 import os
 import signal
 from pathlib import Path
@@ -284,6 +285,25 @@ def test_a_streamed_epoch_has_the_batches_of_a_resident_one(root):
         if meta:
             index = loop_lib.meta_index(jax.random.key(7), len(order) + step, table, 6)
             chex.assert_trees_all_equal(tuple(meta), (data.meta_images[index], data.meta_labels[index]))
+
+
+@pytest.mark.slow
+def test_a_streamed_run_is_the_resident_run(tmp_path, monkeypatch):
+    """On the digits, whose pixels are in memory either way; the first epoch agrees to rounding."""
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    given = config_lib.default()
+    given.data.update(source="digits", imbalance_factor=10.0)
+    given.augment.update(pad=1, flip=False)
+    given.model.update(name="resnet8", width=4)
+    given.meta.update(batch_size=20, every=2)
+    given.train.update(epochs=1, batch_size=64)
+    losses = []
+    for megabytes in (4096, 0):
+        given.data.resident_mb = megabytes
+        train.train_and_evaluate(given, tmp_path / str(megabytes))
+        first = (tmp_path / str(megabytes) / "metrics.jsonl").read_text().splitlines()[0]
+        losses.append({name: value for name, value in json.loads(first).items() if name in ("loss", "meta_loss")})
+    chex.assert_trees_all_close(losses[0], losses[1], rtol=1e-4)
 
 
 def test_a_streamed_run_that_was_stopped_ends_as_if_nothing_had_happened(root, tmp_path, monkeypatch):

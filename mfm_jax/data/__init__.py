@@ -17,7 +17,7 @@ from mfm_jax import longtail
 from mfm_jax.config import Config
 from mfm_jax.data import files, sources
 from mfm_jax.data.sources import Images, Labels, Source
-from mfm_jax.data.streaming import Files
+from mfm_jax.data.streaming import Streamed
 from mfm_jax.errors import UserError
 from mfm_jax.longtail import Records, Split
 
@@ -244,7 +244,7 @@ def _mean_std(config: Config, name: str, images: Images) -> tuple[npt.NDArray[np
         channels = images.shape[-1]
         mean, std = (np.array(values, np.float32) for values in published)
         return (mean, std) if channels == len(mean) else (mean.mean(keepdims=True), std.mean(keepdims=True))
-    if isinstance(images, Files):
+    if isinstance(images, Streamed):
         some = np.random.default_rng(0).permutation(len(images))[:_SAMPLE]
         images = np.stack([images[i] for i in np.sort(some)])
     values = np.arange(256)

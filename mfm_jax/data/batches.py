@@ -19,7 +19,7 @@ import numpy as np
 
 from mfm_jax.data import streaming
 from mfm_jax.data.sources import Images
-from mfm_jax.data.streaming import Files
+from mfm_jax.data.streaming import Streamed
 
 
 def steps_per_epoch(num_examples: int, batch_size: int) -> int:
@@ -107,10 +107,10 @@ def gather(values: jax.Array, index: jax.Array) -> jax.Array:
 def eval_batches(images: Images, batch_size: int, workers: int = 0) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yields (images [B, ...], mask bool [B]) over all examples in order, NumPy on the host.
 
-    The last batch is padded with zeros where `mask` is False, so that a jitted evaluation step compiles once. `Files`
-    are decoded ahead by `workers` processes.
+    The last batch is padded with zeros where `mask` is False, so that a jitted evaluation step compiles once. Files are
+    decoded ahead by `workers` processes.
     """
-    if isinstance(images, Files):
+    if isinstance(images, Streamed):
         parts = streaming.in_batches(images, batch_size, workers)
     else:
         parts = (images[start : start + batch_size] for start in range(0, len(images), batch_size))

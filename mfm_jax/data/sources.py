@@ -19,7 +19,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +30,11 @@ from rich.console import Console
 from rich.progress import Progress
 
 from mfm_jax.config import Data
-from mfm_jax.data.streaming import Files
+from mfm_jax.data.streaming import Rows, Streamed
 from mfm_jax.errors import UserError
 
 Pixels = npt.NDArray[np.uint8]
-Images = Pixels | Files
+Images = Pixels | Streamed
 Labels = npt.NDArray[np.int32]
 
 DIGITS_TEST_PER_CLASS = 50
@@ -69,7 +69,11 @@ def load(config: Data) -> Source:
     Raises:
       UserError: the set is unknown, cannot be prepared or read, or does not hold images with labels.
     """
-    return {"digits": _load_digits, "tfds": _load_tfds}[config.source](config)
+    source = {"digits": _load_digits, "tfds": _load_tfds}[config.source](config)
+    images = source.train_images
+    if isinstance(images, np.ndarray) and images.nbytes > config.resident_mb * 1e6:
+        return replace(source, train_images=Rows(images, np.arange(len(images))))
+    return source
 
 
 def resize(images: Pixels, size: int) -> Pixels:
@@ -307,7 +311,7 @@ def _read_entry(entry: Path) -> tuple[Pixels, Labels] | None:
     try:
         if json.loads((entry / "checksums.json").read_text()) != _checksums(entry):
             return None
-        return np.load(entry / "images.npy"), np.load(entry / "labels.npy")
+        return np.load(entry / "images.npy", mmap_mode="r"), np.load(entry / "labels.npy")
     except (OSError, ValueError):
         return None
 

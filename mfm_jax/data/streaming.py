@@ -8,11 +8,12 @@ so a run that goes on in the middle of an epoch asks for the rest of the same st
 NumPy on the host only; who reads puts batches on the device.
 """
 
+import abc
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -35,12 +36,53 @@ class RandomPart(NamedTuple):
     offset: int = 0  # place in the whole batch of the first picture, where hosts share it
 
 
-@dataclass(frozen=True, eq=False)
-class Files:
-    """Images [N, size, size, channels] uint8 that are decoded when an item is taken.
+class Streamed(abc.ABC):
+    """Images uint8 [N, H, W, C] that are read when they are needed.
 
-    `files[i]` with an integer decodes one; with a slice, or an array of positions, it is the `Files` of those.
+    With an integer, `images[i]` reads one; with a slice, or an array of positions, it is the images there, unread.
     """
+
+    @property
+    @abc.abstractmethod
+    def shape(self) -> tuple[int, ...]: ...
+
+    @abc.abstractmethod
+    def batch(self, picks: Ints, part: RandomPart | None = None, seed: tuple[int, ...] = ()) -> Pixels:
+        """Returns the pictures at `picks` [B] as [B, H, W, C]; with `part`, a part of each."""
+
+    @abc.abstractmethod
+    def at(self, index: Any) -> "Streamed":
+        """Returns the images at `index`, a slice or an array of positions, unread."""
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, index):  # of the type that `index` says
+        return self.batch(np.array([index]))[0] if isinstance(index, int | np.integer) else self.at(index)
+
+
+@dataclass(frozen=True, eq=False)
+class Rows(Streamed):
+    """The images at some positions of an array, which may be a file that is mapped into memory."""
+
+    array: Pixels  # [M, H, W, C]
+    positions: Ints  # [N]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return len(self.positions), *self.array.shape[1:]
+
+    def at(self, index: Any) -> "Rows":
+        return Rows(self.array, self.positions[index])
+
+    def batch(self, picks: Ints, part: RandomPart | None = None, seed: tuple[int, ...] = ()) -> Pixels:
+        del part, seed  # of pictures at one size, the whole is seen
+        return np.asarray(self.array[self.positions[picks]])
+
+
+@dataclass(frozen=True, eq=False)
+class Files(Streamed):
+    """Images [N, size, size, channels] that are decoded from files."""
 
     root: Path
     paths: npt.NDArray[np.object_]  # [N] of str, relative to `root`
@@ -49,19 +91,14 @@ class Files:
     fit: str
 
     @property
-    def shape(self) -> tuple[int, int, int, int]:
+    def shape(self) -> tuple[int, ...]:
         return len(self.paths), self.size, self.size, self.channels
 
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index):  # of the type that `index` says
-        if isinstance(index, int | np.integer):
-            return self.batch(np.array([index]))[0]
+    def at(self, index: Any) -> "Files":
         return Files(self.root, self.paths[index], self.size, self.channels, self.fit)
 
     def batch(self, picks: Ints, part: RandomPart | None = None, seed: tuple[int, ...] = ()) -> Pixels:
-        """Returns the pictures at `picks` [B] as [B, size, size, channels]; with `part`, a part of each.
+        """As `Streamed.batch`.
 
         Raises:
           UserError: a file is gone or was damaged since it was checked.
@@ -86,7 +123,7 @@ class Files:
 class Picks(NamedTuple):
     """What one of the streams consists of."""
 
-    images: Files
+    images: Streamed
     order: Sequence[Ints]  # the pictures of each batch; batches may differ in size and be empty
     part: RandomPart | None = None  # None: the whole of each picture
 
@@ -119,7 +156,8 @@ def stream(streams: Sequence[Picks], *, workers: int, first: int = 0) -> Iterato
     import grain  # here: it imports JAX, which the processes that decode do without
 
     steps = grain.MapDataset.source(_Steps(streams))[first:].to_iter_dataset(grain.ReadOptions(1, 1))
-    if workers and len(streams[0].order) > first:
+    decodes = any(isinstance(picks.images, Files) for picks in streams)  # an array is read faster than it is sent
+    if workers and decodes and len(streams[0].order) > first:
         if not flags.FLAGS.is_parsed():  # in a notebook; grain's workers ask for its own flags
             flags.FLAGS.mark_as_parsed()
         steps = steps.mp_prefetch(grain.MultiprocessingOptions(workers, _AHEAD))
@@ -130,7 +168,7 @@ def stream(streams: Sequence[Picks], *, workers: int, first: int = 0) -> Iterato
         iterator.close()
 
 
-def in_batches(images: Files, batch_size: int, workers: int) -> Iterator[Pixels]:
+def in_batches(images: Streamed, batch_size: int, workers: int) -> Iterator[Pixels]:
     """Yields all images in order, the last batch as small as it comes; raises as `stream`."""
     order = [np.arange(i, min(i + batch_size, len(images))) for i in range(0, len(images), batch_size)]
     with stream([Picks(images, order)], workers=workers) as steps:
