@@ -32,7 +32,7 @@ class RandomPart(NamedTuple):
 
     min_area: float
     seed: tuple[int, ...]
-    offset: int = 0  # place in the whole batch of the first picture, where hosts share it
+    places: Ints  # of each picture in the whole batch, of which hosts have parts
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,7 +68,7 @@ class Files:
         """
         result = np.empty((len(picks), *self.shape[1:]), np.uint8)
         for place, index in enumerate(picks.tolist()):
-            rng = part and np.random.default_rng([*part.seed, *seed, part.offset + place])
+            rng = part and np.random.default_rng([*part.seed, *seed, part.places[place]])
             result[place] = self._decode(self.paths[index], part.min_area if part else 0.0, rng)
         return result
 
