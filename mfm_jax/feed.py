@@ -109,5 +109,5 @@ def _check_sizes(config: Config, devices: int) -> None:
     for field, size in (("train.batch_size", config.train.batch_size), ("meta.batch_size", config.meta.batch_size)):
         if size % devices:
             raise UserError(
-                f"{field} = {size}: streamed batches must divide by the {devices} devices; choose a multiple of {devices}"
+                f"{field} = {size}: streamed batches must divide by the devices; choose a multiple of {devices}"
             )

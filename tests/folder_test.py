@@ -135,6 +135,31 @@ def test_splits_of_the_folder_are_kept_and_balanced_protocols_refuse_them(root):
         build(root.parent / "split", data__protocol="full", data__imbalance_factor=1.0)
 
 
+def test_a_meta_set_of_ones_own_is_as_large_as_its_smallest_class_allows(root):
+    for number, (name, count) in enumerate(COUNTS.items()):
+        for i in range(count):
+            picture(root.parent / "split" / ("meta" if i <= number else "train") / name / f"{i}.png", 50 * number + i)
+    data = build(root.parent / "split", meta__batch_size=3)
+    assert counts_of(data)["meta"] == [1, 2, 3]
+    chex.assert_shape(data.meta_table(0), (3, 1))
+    with pytest.raises(UserError, match=r"meta\.batch_size = 6: the meta set has 3 images"):
+        build(root.parent / "split")
+
+
+def test_nothing_to_show_is_refused_before_training(root):
+    for path in root.glob("*/*.png"):  # of two pictures one is for training, and one for testing
+        if path.stem not in ("00", "01"):
+            path.unlink()
+    with pytest.raises(UserError, match=r"eval\.test = False: there is nothing else to show"):
+        build(root, eval__test=False, train__batch_size=3, meta__batch_size=3)
+
+
+def test_balanced_protocols_refuse_copies(root):
+    (root / "bee" / "copy.png").write_bytes((root / "bee" / "00.png").read_bytes())
+    with pytest.raises(UserError, match=r"copies of one picture .* remove the copies"):
+        build(root, data__protocol="full", data__imbalance_factor=1.0)
+
+
 def test_a_balanced_folder_can_be_made_long_tailed_as_the_benchmarks_are(root):
     small = {"train__batch_size": 4, "meta__images_per_class": 2}
     data = build(root, data__protocol="meta_held_out", data__imbalance_factor=2.0, **small)
