@@ -329,11 +329,13 @@ class _Run:
         self.checkpoints.close()
 
     def finish(self) -> None:
-        """Waits for the last checkpoint and stops the clock.
+        """Waits for the last checkpoint, stops the clock, and ends the processes that decode.
 
         Raises:
           UserError: it could not be saved.
         """
+        if self.feed:
+            self.feed.close()
         self.checkpoints.wait()
         if self.checkpoints.latest_step() != self.step:
             raise UserError(

@@ -1,5 +1,6 @@
 """One's own pictures as a data set: folders and lists, their splits, and the streamed path against the resident one."""
 
+import multiprocessing
 import os
 import signal
 from pathlib import Path
@@ -287,6 +288,21 @@ def feed(root: Path, first: int, **overrides):
         found.append(jax.tree.map(np.asarray, (device_data.images, device_data.labels, *meta)))
     source.close()
     return found
+
+
+def test_signals_are_left_to_the_program_and_a_lost_worker_is_told_in_one_line(root):
+    """Ctrl-C and some schedulers' SIGTERM reach every process; the program saves, and needs its workers until then."""
+    order = [np.array([i % 40]) for i in range(100)]
+    files = build(root, data__resident_mb=0).train_images
+    with streaming.stream([streaming.Picks(files, order)], workers=1) as steps:
+        next(steps)
+        (worker,) = multiprocessing.active_children()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            os.kill(worker.pid, number)
+        assert len([next(steps) for _ in range(50)]) == 50
+        os.kill(worker.pid, signal.SIGKILL)
+        with pytest.raises(UserError, match=r"data\.workers = 1: a process that decodes was ended"):
+            list(steps)
 
 
 @pytest.mark.parametrize(("crop", "workers"), [("shift", 0), ("resized", 0), ("resized", 2)])

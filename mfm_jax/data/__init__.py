@@ -137,7 +137,7 @@ def _draw_split(config: Config, source: Source) -> Split:
     if (given != "train").any() or source.groups:
         raise UserError(
             f"data.protocol = {config.data.protocol!r}: draws from all images alike, and {source.name} has splits,"
-            " groups or copies of one picture (--mode=check lists them); set data.protocol = 'natural', or remove the copies"
+            " groups or copies of one picture (see --mode=check); set data.protocol = 'natural', or remove the copies"
         )
     return longtail.make_split(labels, num_classes, protocol=config.data.protocol, **settings)
 
