@@ -102,7 +102,7 @@ def rate(root: Path, paths: Sequence[Path], workers: int) -> float:
     names = streaming.paths([str(path.relative_to(root)) for path in paths])
     files = streaming.Files(root, names, SIDE, 3, "crop")
     order = list(np.random.default_rng(0).integers(0, len(paths), (24, _BATCH.value)))
-    picks = streaming.Picks(files, order, streaming.RandomPart(0.08, (0,)))
+    picks = streaming.Picks(files, order, streaming.RandomPart(0.08, (0,), np.arange(_BATCH.value)))
     with streaming.stream([picks], workers=workers) as steps:
         next(steps)
         began = time.perf_counter()

@@ -60,10 +60,10 @@ class Parser(argparse.ArgumentParser):
         sys.exit(2)
 
 
-def whole_number(text: str) -> int:
-    """Returns an argument that counts something: 1 or more."""
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text!r}: allowed: whole numbers from 1")
+def whole_number(text: str, least: int = 1) -> int:
+    """Returns an argument that counts something: `least` or more."""
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"{text!r}: allowed: whole numbers from {least}")
     return int(text)
 
 

@@ -34,7 +34,8 @@ class Decoded(NamedTuple):
 def files(places: Iterable[Path]) -> Iterator[Path]:
     """Yields each file of `places`, and of each folder the pictures in and below it, sorted by name.
 
-    In a folder, pictures are the files with a suffix of `pictures.SUFFIXES`; links to folders are not followed.
+    In a folder, pictures are the files with a suffix of `pictures.SUFFIXES`; hidden files and folders are passed over,
+    and links to folders are not followed.
 
     Raises:
       UserError: there is no such file or folder.
@@ -42,8 +43,9 @@ def files(places: Iterable[Path]) -> Iterator[Path]:
     for place in places:
         if place.is_dir():
             for folder, inside, names in os.walk(place):
-                inside.sort()
-                yield from (Path(folder, n) for n in sorted(names) if n.lower().endswith(pictures.SUFFIXES))
+                inside[:] = sorted(name for name in inside if not name.startswith("."))
+                found = (n for n in sorted(names) if n.lower().endswith(pictures.SUFFIXES) and not n.startswith("."))
+                yield from (Path(folder, name) for name in found)
         elif place.exists():
             yield place
         else:

@@ -56,15 +56,19 @@ class Feed:
         self._seen = time.perf_counter()
 
     def _picks(self, images: Any, order: Sequence[np.ndarray], name: tuple[int, int]) -> streaming.Picks:
-        """Returns this host's part of each batch."""
-        settings, hosts, host = self._config.augment, jax.process_count(), jax.process_index()
-        own = [rows[host * len(rows) // hosts : (host + 1) * len(rows) // hosts] for rows in order]
+        """Returns this host's part of each batch; batches have one size, or none."""
+        settings, places = self._config.augment, self._places(max(map(len, order), default=0))
+        own = [rows[places] if len(rows) else rows for rows in order]
         if settings.crop != "resized":
             return streaming.Picks(images, own)
-        offset = host * max(map(len, own), default=0)
         return streaming.Picks(
-            images, own, streaming.RandomPart(settings.min_area, (self._config.train.seed, *name), offset)
+            images, own, streaming.RandomPart(settings.min_area, (self._config.train.seed, *name), places)
         )
+
+    def _places(self, size: int) -> np.ndarray:
+        """Returns the places in a batch of `size` that this host's devices hold, sorted."""
+        held = self._sharding.addressable_devices_indices_map((size,)).values()
+        return np.unique(np.concatenate([np.arange(size)[index] for index in held]))
 
     def next(self, data: DeviceData) -> DeviceData:
         """Returns `data` with the next batch, and with the next meta batch where the step has one."""
@@ -72,17 +76,25 @@ class Feed:
         image, meta_image = next(self._steps)
         before, self._seen = self._seen, time.perf_counter()
         self._waited, self._seconds = self._waited + self._seen - began, self._seconds + self._seen - before
-        data = data.replace(images=self._from_parts(image), labels=self._place(next(self._labels)))
-        meta_label = next(self._meta_labels)
+        label, meta_label = next(self._labels), next(self._meta_labels)
+        data = data.replace(images=self._from_own(image, len(label)), labels=parallel.place(label, self._sharding))
         if not len(meta_label):
             return data
-        return data.replace(meta_images=self._from_parts(meta_image), meta_labels=self._place(meta_label))
+        return data.replace(
+            meta_images=self._from_own(meta_image, len(meta_label)),
+            meta_labels=parallel.place(meta_label, self._sharding),
+        )
 
-    def _from_parts(self, own: np.ndarray) -> jax.Array:
-        return jax.make_array_from_process_local_data(self._sharding, own)
+    def _from_own(self, own: np.ndarray, size: int) -> jax.Array:
+        """Returns the batch of `size` of which this host has decoded its places, in their order."""
+        places = self._places(size)
 
-    def _place(self, labels: np.ndarray) -> jax.Array:
-        return parallel.place(labels, self._sharding)
+        def part(index: tuple[slice, ...]) -> np.ndarray:
+            begin, end, _ = index[0].indices(size)
+            first = np.searchsorted(places, begin)
+            return own[first : first + end - begin]
+
+        return jax.make_array_from_callback((size, *own.shape[1:]), self._sharding, part)
 
     def waited(self) -> float:
         """Returns which part of the training time so far, validation apart, was spent waiting for pictures, 0..1."""
@@ -96,4 +108,6 @@ class Feed:
 def _check_sizes(config: Config, devices: int) -> None:
     for field, size in (("train.batch_size", config.train.batch_size), ("meta.batch_size", config.meta.batch_size)):
         if size % devices:
-            raise UserError(f"{field} = {size}: streamed batches must divide by the {devices} devices")
+            raise UserError(
+                f"{field} = {size}: streamed batches must divide by the devices; choose a multiple of {devices}"
+            )

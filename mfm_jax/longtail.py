@@ -146,7 +146,7 @@ def natural_split(
       imbalance_factor: 1 keeps the training set as it is. A larger factor f keeps of the class with the r-th most
         images at most `int(n_max * f ** (-r / (K - 1)))`.
       meta_images_per_class: the meta set is so many images a class of the training set, or as many as its smallest
-        class has; not read where the data has a meta set.
+        class has; where the data has a meta set, all of it.
       val_fraction: part of each class that is held out (`hold_out`); not read where the data has a validation set.
       seed: of the draws.
 

@@ -10,6 +10,7 @@ line, and no file; 75 interrupted.
 """
 
 import csv
+import functools
 import itertools
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -155,7 +156,8 @@ def _parser() -> command.Parser:
     parser.add_argument("--top", type=number, default=5, help="classes to name for each picture (%(default)s)")
     parser.add_argument("--probabilities", action="store_true", help="also write the probability of every class")
     parser.add_argument("--batch_size", type=number, default=64, help="pictures at a time (%(default)s)")
-    parser.add_argument("--workers", type=int, default=2, help="processes that decode; 0: none (%(default)s)")
+    any_number = functools.partial(number, least=0)
+    parser.add_argument("--workers", type=any_number, default=2, help="processes that decode; 0: none (%(default)s)")
     return parser
 
 

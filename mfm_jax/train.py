@@ -144,7 +144,8 @@ def _start(config: Config, workdir: Path, data: LongTailData, device_data: Devic
     check_split(data, workdir)
     run = _Run(config, workdir, data, experiment, device_data, mesh)
     path = workdir / "config.json"
-    if cluster.is_primary() and not (workdir / classifier.FILE).exists():  # an older run may go on without it
+    # Before the first config.json what is there is of a start that failed; an older run may go on without any.
+    if cluster.is_primary() and not (path.exists() and (workdir / classifier.FILE).exists()):
         write(workdir / classifier.FILE, json.dumps(dataclasses.asdict(classifier.describe(config, data)), indent=1))
     if cluster.is_primary() and not path.exists():  # a mistake found so far leaves the workdir free for another config
         write_manifest(data.manifest, workdir / "manifest.json")
@@ -328,11 +329,13 @@ class _Run:
         self.checkpoints.close()
 
     def finish(self) -> None:
-        """Waits for the last checkpoint and stops the clock.
+        """Waits for the last checkpoint, stops the clock, and ends the processes that decode.
 
         Raises:
           UserError: it could not be saved.
         """
+        if self.feed:
+            self.feed.close()
         self.checkpoints.wait()
         if self.checkpoints.latest_step() != self.step:
             raise UserError(

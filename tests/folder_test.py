@@ -1,6 +1,7 @@
 """One's own pictures as a data set: folders and lists, their splits, and the streamed path against the resident one."""
 
 import json
+import multiprocessing
 import os
 import signal
 from pathlib import Path
@@ -136,6 +137,31 @@ def test_splits_of_the_folder_are_kept_and_balanced_protocols_refuse_them(root):
         build(root.parent / "split", data__protocol="full", data__imbalance_factor=1.0)
 
 
+def test_a_meta_set_of_ones_own_is_as_large_as_its_smallest_class_allows(root):
+    for number, (name, count) in enumerate(COUNTS.items()):
+        for i in range(count):
+            picture(root.parent / "split" / ("meta" if i <= number else "train") / name / f"{i}.png", 50 * number + i)
+    data = build(root.parent / "split", meta__batch_size=3)
+    assert counts_of(data)["meta"] == [1, 2, 3]
+    chex.assert_shape(data.meta_table(0), (3, 1))
+    with pytest.raises(UserError, match=r"meta\.batch_size = 6: the meta set has 3 images"):
+        build(root.parent / "split")
+
+
+def test_nothing_to_show_is_refused_before_training(root):
+    for path in root.glob("*/*.png"):  # of two pictures one is for training, and one for testing
+        if path.stem not in ("00", "01"):
+            path.unlink()
+    with pytest.raises(UserError, match=r"eval\.test = False: there is nothing else to show"):
+        build(root, eval__test=False, train__batch_size=3, meta__batch_size=3)
+
+
+def test_balanced_protocols_refuse_copies(root):
+    (root / "bee" / "copy.png").write_bytes((root / "bee" / "00.png").read_bytes())
+    with pytest.raises(UserError, match=r"copies of one picture .* remove the copies"):
+        build(root, data__protocol="full", data__imbalance_factor=1.0)
+
+
 def test_a_balanced_folder_can_be_made_long_tailed_as_the_benchmarks_are(root):
     small = {"train__batch_size": 4, "meta__images_per_class": 2}
     data = build(root, data__protocol="meta_held_out", data__imbalance_factor=2.0, **small)
@@ -263,6 +289,21 @@ def feed(root: Path, first: int, **overrides):
         found.append(jax.tree.map(np.asarray, (device_data.images, device_data.labels, *meta)))
     source.close()
     return found
+
+
+def test_signals_are_left_to_the_program_and_a_lost_worker_is_told_in_one_line(root):
+    """Ctrl-C and some schedulers' SIGTERM reach every process; the program saves, and needs its workers until then."""
+    order = [np.array([i % 40]) for i in range(100)]
+    files = build(root, data__resident_mb=0).train_images
+    with streaming.stream([streaming.Picks(files, order)], workers=1) as steps:
+        next(steps)
+        (worker,) = multiprocessing.active_children()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            os.kill(worker.pid, number)
+        assert len([next(steps) for _ in range(50)]) == 50
+        os.kill(worker.pid, signal.SIGKILL)
+        with pytest.raises(UserError, match=r"data\.workers = 1: a process that decodes was ended"):
+            list(steps)
 
 
 @pytest.mark.parametrize(("crop", "workers"), [("shift", 0), ("resized", 0), ("resized", 2)])

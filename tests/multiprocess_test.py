@@ -17,6 +17,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from PIL import Image
 
 from mfm_jax import cluster, interruption, train
 from mfm_jax import config as config_lib
@@ -115,6 +116,25 @@ def test_two_processes_train_and_evaluate_like_one(tmp_path):
     for which in ("last", "best"):
         assert_close(two[which], json.loads(json.dumps(one[which])), rtol=1e-4)
     assert (tmp_path / "two/report.html").stat().st_size > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fsdp", [1, 2])
+def test_streamed_pictures_reach_the_devices_that_have_their_labels(tmp_path, fsdp):
+    """Two processes with a device each, where with fsdp each holds whole batches, and one process with two."""
+    for i in range(40):
+        path = tmp_path / "pictures" / "abc"[i % 3] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.random.default_rng(i).integers(0, 256, (9, 9, 3), np.uint8)).save(path)
+    flags = [
+        *("--config=configs/folder_lt.py", f"--config.data.root={tmp_path / 'pictures'}", "--config.data.workers=0"),
+        *("--config.data.image_size=8", "--config.data.resident_mb=0", "--config.augment.crop=resized"),
+        *("--config.model.name=resnet8", "--config.model.width=4", f"--config.parallel.fsdp={fsdp}"),
+        *("--config.train.epochs=1", "--config.train.batch_size=8", "--config.meta.batch_size=6"),
+    ]
+    finish(local(2, tmp_path / "two", *flags))
+    finish(local(1, tmp_path / "one", *flags, devices=2))
+    assert_close(rows_of(tmp_path / "two"), rows_of(tmp_path / "one"), rtol=1e-4)
 
 
 @pytest.mark.slow

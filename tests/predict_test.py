@@ -159,6 +159,7 @@ def folder(tmp_path_factory, test_split):
     (root / "a.jpg").write_bytes(b"nothing")
     (root / "empty.PNG").touch()
     (root / "notes.txt").write_text("not listed")
+    (root / "._a.jpg").write_text("not listed: what some systems leave beside a picture")
     return root
 
 
@@ -288,6 +289,7 @@ def test_an_interrupted_command_leaves_its_rows(trained_run, folder, tmp_path):
         (["--checkpoint=x"], "the following arguments are required: PICTURES"),
         (["--checkpoint=x", "y", "--workdir=x"], "unrecognized arguments: --workdir=x"),
         (["--checkpoint=x", "y", "--top=0"], "argument --top: '0': allowed: whole numbers from 1"),
+        (["--checkpoint=x", "y", "--workers=-1"], "argument --workers: '-1': allowed: whole numbers from 0"),
         (["--checkpoint=nowhere", "y"], "nowhere: no run there; give the workdir of one"),
     ],
 )

@@ -61,8 +61,8 @@ class LongTailData:
     def meta_table(self, epoch: int) -> npt.NDArray[np.int32]:
         """Returns the positions in `meta_images` of each class's meta images, int32 [K, m].
 
-        Drawn for each epoch, with `m` the smaller of `meta.images_per_class` and the smallest class; a held-out meta
-        set of just so many images is the same in every epoch.
+        Drawn for each epoch, with `m` the smaller of `meta.images_per_class` and the smallest class, also from a meta
+        set that the data brings; a held-out one of just so many images is the same in every epoch.
         """
         per_class, seed = self.manifest["meta_images_per_class"], self.manifest["seed"]
         table = longtail.redraw_meta(self.meta_labels, self.num_classes, per_class, seed, epoch)
@@ -89,7 +89,10 @@ def build(config: Config) -> LongTailData:
         in_training = np.union1d(split.train, split.meta)
     manifest = _manifest(config, source, split, in_training)
     longtail.check_leakage(manifest)
-    _check_batches(config, len(in_training), len(split.meta))
+    meta_counts = manifest["splits"]["meta"]["class_counts"]
+    _check_batches(config, len(in_training), len(meta_counts) * min(config.meta.images_per_class, *meta_counts))
+    if not config.eval.test and not len(split.val):
+        raise UserError("eval.test = False: there is nothing else to show, no class has images enough for validation")
     images, labels = source.train_images, source.train_labels
     train_images, train_labels = images[in_training], labels[in_training]
     mean, std = _mean_std(config, source.name, train_images if split.redrawn else images[split.train])
@@ -133,8 +136,8 @@ def _draw_split(config: Config, source: Source) -> Split:
         return longtail.natural_split(labels, num_classes, given=given, groups=groups, **settings)
     if (given != "train").any() or source.groups:
         raise UserError(
-            f"data.protocol = {config.data.protocol!r}: draws from all images alike, and {source.name} has splits or"
-            " groups of its own; set data.protocol = 'natural'"
+            f"data.protocol = {config.data.protocol!r}: draws from all images alike, and {source.name} has splits,"
+            " groups or copies of one picture (see --mode=check); set data.protocol = 'natural', or remove the copies"
         )
     return longtail.make_split(labels, num_classes, protocol=config.data.protocol, **settings)
 

@@ -10,6 +10,7 @@ NumPy on the host only; who reads puts batches on the device.
 
 import abc
 import contextlib
+import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ import numpy.typing as npt
 from absl import flags
 
 from mfm_jax.data import pictures
+from mfm_jax.data import workers as processes
 from mfm_jax.errors import UserError
 
 _AHEAD = 2  # batches that each worker prepares before they are asked for
@@ -33,7 +35,7 @@ class RandomPart(NamedTuple):
 
     min_area: float
     seed: tuple[int, ...]
-    offset: int = 0  # place in the whole batch of the first picture, where hosts share it
+    places: Ints  # of each picture in the whole batch, of which hosts have parts
 
 
 class Streamed(abc.ABC):
@@ -105,7 +107,7 @@ class Files(Streamed):
         """
         result = np.empty((len(picks), *self.shape[1:]), np.uint8)
         for place, index in enumerate(picks.tolist()):
-            rng = part and np.random.default_rng([*part.seed, *seed, part.offset + place])
+            rng = part and np.random.default_rng([*part.seed, *seed, part.places[place]])
             result[place] = self._decode(self.paths[index], part.min_area if part else 0.0, rng)
         return result
 
@@ -151,7 +153,7 @@ def stream(streams: Sequence[Picks], *, workers: int, first: int = 0) -> Iterato
       first: the step to begin with.
 
     Raises:
-      UserError: a file is gone or was damaged since it was checked.
+      UserError: a file is gone or was damaged since it was checked, or a process was ended from outside.
     """
     import grain  # here: it imports JAX, which the processes that decode do without
 
@@ -160,12 +162,30 @@ def stream(streams: Sequence[Picks], *, workers: int, first: int = 0) -> Iterato
     if workers and decodes and len(streams[0].order) > first:
         if not flags.FLAGS.is_parsed():  # in a notebook; grain's workers ask for its own flags
             flags.FLAGS.mark_as_parsed()
-        steps = steps.mp_prefetch(grain.MultiprocessingOptions(workers, _AHEAD))
+        steps = steps.mp_prefetch(grain.MultiprocessingOptions(workers, _AHEAD), _begin)
     iterator = iter(steps)
     try:
-        yield iterator
+        yield _told(iterator, workers)
     finally:
         iterator.close()
+
+
+def _begin(worker: int, count: int) -> None:
+    """In a new process: leaves SIGTERM, too, which schedulers send to every process, to the program: it saves first."""
+    del worker, count
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    processes.begin()
+
+
+def _told(steps: Iterator[tuple[Pixels, ...]], workers: int) -> Iterator[tuple[Pixels, ...]]:
+    """Yields `steps`; a process that is lost is told as what the user can do."""
+    try:
+        yield from steps
+    except RuntimeError as error:
+        raise UserError(
+            f"data.workers = {workers}: a process that decodes was ended; is memory, or /dev/shm, short? choose fewer,"
+            " and run the same command to go on"
+        ) from error
 
 
 def in_batches(images: Streamed, batch_size: int, workers: int) -> Iterator[Pixels]:

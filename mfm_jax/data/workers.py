@@ -23,7 +23,7 @@ def pool(count: int) -> Iterator[ProcessPoolExecutor]:
     Functions given to them, their arguments and results must be picklable, and the functions from a module other than
     `__main__`.
     """
-    executor = ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), initializer=_begin)
+    executor = ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), initializer=begin)
     try:
         with _empty_main():
             wait([executor.submit(os.getpid) for _ in range(count)])  # a process starts when it has something to do
@@ -42,7 +42,7 @@ def _empty_main() -> Iterator[None]:
         sys.modules["__main__"] = main
 
 
-def _begin() -> None:
+def begin() -> None:
     """In a new process: leaves Ctrl-C to the program, and ends when the program was killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
