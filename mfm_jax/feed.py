@@ -89,7 +89,7 @@ class Feed:
         """Returns the batch of `size` of which this host has decoded its places, in their order."""
         places = self._places(size)
 
-        def part(index: tuple[slice, ...]) -> np.ndarray:
+        def part(index: Any) -> np.ndarray:
             begin, end, _ = index[0].indices(size)
             first = np.searchsorted(places, begin)
             return own[first : first + end - begin]
