@@ -318,8 +318,8 @@ class _Run:
         self.seconds_before, self.began = record["seconds"], time.perf_counter()
         self.train_seconds = record["seconds"]
         self.told_step = -1  # the last skipped step that was told
-        self.describe = jax.jit(functools.partial(loop_lib.describe, experiment))
         self.mesh, whole = mesh, parallel.replicated(mesh) if mesh else None
+        self.describe = jax.jit(functools.partial(loop_lib.describe, experiment), out_shardings=whole)
         self.eval_step = jax.jit(functools.partial(loop_lib.evaluate_batch, experiment.eval_step), out_shardings=whole)
 
     def close(self) -> None:

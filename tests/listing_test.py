@@ -205,6 +205,9 @@ def test_a_picture_in_two_splits_is_kept_from_training(pets):
 def test_classes_without_a_training_picture_are_named(pets):
     files = written(pets, "cat/a.jpg 0\ncat/b.jpg 3\ndog/a.jpg 1")
     assert listing.lists(pets, files).problems == (Problem("train.txt", "no training picture of class 2"),)
+    files = written(pets, "cat/a.jpg 1\ncat/b.jpg 1\ndog/a.jpg 2")
+    told = "no training picture of class 0; classes are counted from 0"
+    assert listing.lists(pets, files).problems == (Problem("train.txt", told),)
 
 
 def test_what_a_list_does_not_tell_is_refused(pets):

@@ -163,7 +163,8 @@ def lists(root: str | Path, files: Mapping[str, str | Path], group: str = "") ->
     missing = [name for name in names if name not in trained]
     if missing:
         what = ", ".join(missing[:20]) + (f" and {len(missing) - 20} more" if len(missing) > 20 else "")
-        problems.append(Problem(Path(files["train"]).name, f"no training picture of class {what}"))
+        hint = "; classes are counted from 0" if numbered and missing[0] == "0" else ""
+        problems.append(Problem(Path(files["train"]).name, f"no training picture of class {what}{hint}"))
     return _listing(root, names, rows, problems, pattern)
 
 
