@@ -331,7 +331,8 @@ def test_mean_and_std_are_of_the_training_images():
     mean, std = data._mean_std(Config(), "other", constant)
     assert (mean.tolist(), std.tolist()) == ([9, 9], [1, 1])
     chex.assert_type([mean, std], np.float32)
-    assert data._mean_std(Config(), "cifar10", constant)[0].tolist() == pytest.approx([125.3, 123.0, 113.9])
+    coloured = np.zeros((1, 2, 2, 3), np.uint8)
+    assert data._mean_std(Config(), "cifar10", coloured)[0].tolist() == pytest.approx([125.3, 123.0, 113.9])
 
 
 @pytest.mark.parametrize("train_on_meta", [False, True])
