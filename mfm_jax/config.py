@@ -61,7 +61,8 @@ class Data:
     @property
     def validates(self) -> bool:
         """Whether images are set aside for validation, or the data may bring them."""
-        return bool(self.val_fraction if self.protocol == "natural" else self.val_images_per_class)
+        drawn = self.val_fraction if self.protocol == "natural" else self.val_images_per_class
+        return bool(self.val_list or drawn)
 
 
 @dataclass(frozen=True)

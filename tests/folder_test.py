@@ -221,6 +221,7 @@ def test_the_lists_of_the_long_tail_benchmarks(tmp_path):
     data = build(tmp_path, **fields)
     assert data.class_names == ("airfield", "attic")
     assert counts_of(data) == {"train": [4, 4], "meta": [2, 2], "val": [1, 1], "test": [1, 1]}
+    assert len(build(tmp_path, **fields, data__val_fraction=0.0, eval__test=False).val_labels) == 2
     (tmp_path / "data_256/a/attic/train_2.jpg").unlink()
     with pytest.raises(UserError, match=r"Places_LT_train\.txt:7: "):
         build(tmp_path, **fields)
