@@ -74,7 +74,7 @@ def cell(text: object) -> str:
 def _content(run: Run, which: str) -> dict[str, Any]:
     manifest, found, classes = run.manifest, run.results[which], run.classes
     shown, counts = found[run.split], classes.counts
-    images = np.sum(shown["confusion"], axis=1)
+    images = np.array(shown["per_class_images"])
     rows = [
         (classes.names[k], classes.groups[k], int(counts[k]), int(images[k]), shown["per_class_accuracy"][k])
         for k in classes.order

@@ -111,7 +111,7 @@ def build(config: Config, data: LongTailData, mesh: Mesh | None = None) -> Exper
     axis_name = parallel.AXIS if mesh else None
     devices = mesh.size if mesh else 1
     _check_divisible(config, devices)
-    _check_parts(config, devices, has_meta_step=method.learner is not None)
+    _check_parts(config, data, mesh, has_meta_step=method.learner is not None)
     local, test_apply, params, probabilities = tested(config, data.counts)
     image = jnp.zeros((1, *data.train_images.shape[1:]), jnp.float32)
     channels = _channels(config, local, image)  # checks the sites for every method
@@ -327,12 +327,13 @@ def _check_divisible(config: Config, devices: int) -> None:
             )
 
 
-def _check_parts(config: Config, devices: int, *, has_meta_step: bool) -> None:
-    """Refuses batches that do not divide into `train.accumulate` equal parts on every device."""
-    parts = config.train.accumulate
+def _check_parts(config: Config, data: LongTailData, mesh: Mesh | None, *, has_meta_step: bool) -> None:
+    """Refuses batches that do not divide into `train.accumulate` parts on every device, or are streamed and unequal."""
+    parts, streamed = config.train.accumulate, isinstance(data.train_images, Streamed)
+    unit = parts * (mesh.shape[parallel.AXIS] if mesh else 1)
     for field, size in (("train.batch_size", config.train.batch_size), ("meta.batch_size", config.meta.batch_size)):
-        if parts > 1 and size % (parts * devices) and (has_meta_step or field == "train.batch_size"):
+        if (parts > 1 or streamed) and size % unit and (has_meta_step or field == "train.batch_size"):
             raise UserError(
-                f"train.accumulate = {parts}: {field} = {size} does not divide into so many parts on {devices} devices;"
-                f" use a multiple of {parts * devices}"
+                f"{field} = {size}: does not divide by {unit}, the devices times train.accumulate = {parts}; choose a"
+                f" multiple of {unit}"
             )

@@ -21,7 +21,6 @@ from jax.sharding import Mesh, Sharding, SingleDeviceSharding
 from mfm_jax import parallel
 from mfm_jax.config import Config
 from mfm_jax.data import LongTailData, streaming
-from mfm_jax.errors import UserError
 from mfm_jax.loop import DeviceData
 
 
@@ -31,7 +30,6 @@ class Feed:
     def __init__(self, data: LongTailData, config: Config, mesh: Mesh | None):
         self._data, self._config = data, config
         self._sharding: Sharding = parallel.split(mesh) if mesh else SingleDeviceSharding(jax.devices()[0])
-        _check_sizes(config, mesh.shape[parallel.AXIS] if mesh else 1)
         self._open = contextlib.ExitStack()
         self._seconds = self._waited = 0.0
 
@@ -103,11 +101,3 @@ class Feed:
     def close(self) -> None:
         """Ends the worker processes."""
         self._open.close()
-
-
-def _check_sizes(config: Config, devices: int) -> None:
-    for field, size in (("train.batch_size", config.train.batch_size), ("meta.batch_size", config.meta.batch_size)):
-        if size % devices:
-            raise UserError(
-                f"{field} = {size}: streamed batches must divide by the devices; choose a multiple of {devices}"
-            )

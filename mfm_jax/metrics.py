@@ -31,6 +31,9 @@ ECE_BINS = 15
 _SUM_TOLERANCE = 1e-2
 
 
+CONFUSION_CLASSES = 1_000  # the most classes of which the confusion matrix is kept
+
+
 def evaluate(probs: np.ndarray, labels: np.ndarray, train_counts: np.ndarray) -> dict[str, Any]:
     """Computes every reported number of one evaluation.
 
@@ -47,7 +50,8 @@ def evaluate(probs: np.ndarray, labels: np.ndarray, train_counts: np.ndarray) ->
     - `ece`, `reliability`: see `expected_calibration_error` and `reliability_bins`, 15 bins.
     - `nll`: `-mean log p(label)` in nats; probabilities are floored at the smallest normal float32 (1.2e-38),
       so that a zero costs 87 nats rather than infinity.
-    - `confusion`: C, K lists of K ints. `num_examples`: N.
+    - `confusion`: C, K lists of K ints; None for more than 1,000 classes, of which it would be gigabytes of text.
+    - `per_class_images`: `N_i`, a list of K. `num_examples`: N.
 
     Args:
       probs: float[N, K], rows that sum to one (float32; other float types work).
@@ -90,7 +94,8 @@ def evaluate(probs: np.ndarray, labels: np.ndarray, train_counts: np.ndarray) ->
         "nll": float(-np.log(np.maximum(label_probs, np.finfo(np.float32).tiny)).mean()),
         "per_class_accuracy": [None if np.isnan(value) else float(value) for value in recall],
         "reliability": bins,
-        "confusion": confusion.tolist(),
+        "per_class_images": support.tolist(),
+        "confusion": confusion.tolist() if len(support) <= CONFUSION_CLASSES else None,
     }
 
 

@@ -141,7 +141,8 @@ def _pictures(run: Run) -> dict[str, Picture | None]:
     return {
         "classes": render(figures.draw_classes, (9.0, 4.8), classes, run.shown),
         "curves": render(figures.draw_curves, (9.0, 3.4), train, val, best_step) if train or val else None,
-        "confusion": render(figures.draw_confusion, (side + 0.3, side - 0.1), classes, run.shown),
+        "confusion": run.shown["confusion"]
+        and render(figures.draw_confusion, (side + 0.3, side - 0.1), classes, run.shown),
         "reliability": render(figures.draw_reliability, (4.6, 4.3), run.shown),
         "modulation": render(figures.draw_modulation, (9.0, tall), classes, sites) if sites else None,
         "gallery": _gallery(run),
@@ -237,7 +238,8 @@ def _check_evaluation(found: Any, classes: int, where: str) -> None:
     for key in ("per_class_accuracy", "confusion", "reliability", "ece"):
         if key not in found:
             raise UserError(f"{where}: no field '{key}'")
-    lengths = {len(row) for row in (found["confusion"], found["per_class_accuracy"], *found["confusion"])}
+    confusion = found["confusion"] or []  # not kept for very many classes
+    lengths = {len(row) for row in (found["per_class_accuracy"], *([confusion, *confusion] if confusion else []))}
     if lengths != {classes}:
         raise UserError(f"{where}: is not of the {classes} classes of manifest.json")
 

@@ -20,6 +20,10 @@ MODULE = models.create("resnet8", CLASSES, WIDTH)
 FORMS = ("direct", "direct_per_class", "frequency", "network")
 
 
+def slow(value):
+    return pytest.param(value, marks=pytest.mark.slow)
+
+
 def batch(seed: int) -> Batch:
     image = jax.random.normal(jax.random.key(seed), (BATCH, 8, 8, 3))
     return Batch(image, jnp.arange(BATCH, dtype=jnp.int32) % CLASSES)
@@ -53,7 +57,7 @@ def compile_fully(step, state):
     return jax.jit(step).lower(state, batch(0)).compile(compiler_options=options)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", [slow("direct"), slow("direct_per_class"), "frequency", slow("network")])
 def test_identity_modulation_is_the_plain_step_bit_for_bit(form):
     """At the width that is trained; for much narrower networks the compiler may order a sum in another way."""
     module = models.create("resnet8", CLASSES, 16)
@@ -147,7 +151,7 @@ def test_step_that_is_not_lagged_is_the_definition():
         chex.assert_trees_all_close((after.params, after.opt_state), (params, opt_state), rtol=1e-8, atol=1e-12)
 
 
-@pytest.mark.parametrize("route", [hypergrad.mixed_mode, hypergrad.reverse_over_reverse])
+@pytest.mark.parametrize("route", [hypergrad.mixed_mode, slow(hypergrad.reverse_over_reverse)])
 @pytest.mark.parametrize("form", ["direct", "network"])
 def test_four_devices_equal_one(form, route):
     sites = ("stage1", "pooled")

@@ -115,7 +115,8 @@ def cases():
         if form in LEARNERS and sites != SITES:
             continue
         quick = (
-            (sites == SITES and optimizer == "adamw")
+            (sites == SITES and optimizer == "adamw" and form != "network")
+            or (form == "network" and optimizer == "adamw" and sites == ("pooled",))
             or (form == "direct" and optimizer == "nesterov_decay")
             or (form == "direct_per_class" and sites == ("pooled",) and optimizer == "adamw")
             or (form == "frequency" and sites == ("logits",))

@@ -234,3 +234,10 @@ def test_a_classifier_that_is_always_right_has_the_least_temperature():
     assert metrics.fit_temperature(np.array([[0.9, 0.1], [0.2, 0.8]]), np.array([0, 1])) == pytest.approx(
         0.05, rel=1e-2
     )
+
+
+def test_the_confusion_of_very_many_classes_is_left_out():
+    count = metrics.CONFUSION_CLASSES + 1
+    found = metrics.evaluate(np.eye(count, dtype=np.float32), np.arange(count), np.ones(count, int))
+    assert found["confusion"] is None
+    assert found["per_class_images"] == [1] * count

@@ -72,6 +72,7 @@ def test_tables_by_hand(study, tmp_path, monkeypatch):
     }
 
 
+@pytest.mark.slow
 def test_pictures_of_finished_runs(pictures, study, tmp_path, monkeypatch):
     config = config_lib.default()
     config.data.update(source="digits", name="digits", imbalance_factor=20.0)

@@ -263,7 +263,6 @@ def test_a_manifest_is_taken_from_a_file(finished, tmp_path):
     "overrides",
     [
         {"method__name": "ce"},
-        {"method__name": "logit_adjusted"},
         {"method__base": "logit_adjusted", "meta__loss": "ce", "meta__temperature": 2.0, "meta__bn": "batch"},
         {"modulation__form": "network", "modulation__sites": "stage2,pooled", "modulation__use_count": True},
         {"modulation__form": "direct", "modulation__sites": "pooled", "modulation__per_class": True},
@@ -274,7 +273,7 @@ def test_a_manifest_is_taken_from_a_file(finished, tmp_path):
         {"method__name": "ldam_drw", "augment__mixup": 0.4, "method__label_smoothing": 0.1},
         {"method__name": "smote", "method__first_stage": 0.5, "train__steps_per_call": 4, "data__protocol": "full"},
         {"method__name": "meta_weight_net", "method__base": "ldam", "meta__virtual": "head", "meta__freeze": True},
-        {"train__steps_per_call": 4, "train__max_steps": 7, "optim__warmup_epochs": 1},
+        {"train__max_steps": 7, "optim__warmup_epochs": 1},
     ],
     ids=lambda overrides: "+".join(str(value) for value in overrides.values()),
 )

@@ -153,7 +153,7 @@ def both_routes(module, apply, variables, tx, modulator):
 
 
 @pytest.mark.parametrize(
-    "form", ["network", *(pytest.param(form, marks=pytest.mark.slow) for form in ("direct", "frequency"))]
+    "form", ["frequency", *(pytest.param(form, marks=pytest.mark.slow) for form in ("direct", "network"))]
 )
 def test_meta_gradient_through_frozen_tokens_and_trained_adapters(form):
     apply = models.frozen(NETS["adapters"].apply, "adapters")

@@ -26,7 +26,7 @@ from rich.progress import Progress, TextColumn
 
 from mfm_jax.data import workers as processes
 from mfm_jax.data.listing import SPLITS, Listing, Problem
-from mfm_jax.data.pictures import Facts, facts_or_reason
+from mfm_jax.data.pictures import FORMAT, Facts, facts_or_reason
 from mfm_jax.errors import UserError
 
 NEAR = 2  # bits of `Facts.look` in which pictures that look alike may differ
@@ -36,7 +36,6 @@ _NEIGHBOURS = 256  # pictures that each is compared with, among those that share
 _CHUNK = 32  # pictures handed to a process at a time
 _KEEP_EVERY = 2_000  # pictures between two writes of what was found
 _PROGRESS_FROM = 1_000  # pictures; fewer are looked at before a bar could be read
-_FORMAT = 2  # of the cache, to be counted up when `pictures` decodes otherwise
 
 Key = tuple[str, int, int]  # path, bytes, time of the last change in ns
 
@@ -131,7 +130,7 @@ def _bar(total: int, progress: bool) -> Iterator[Callable[[], None]]:
 def _cache_file(root: Path) -> Path:
     folder = Path(os.environ.get("MFM_JAX_CACHE") or platformdirs.user_cache_dir("mfm_jax")).expanduser()
     name = hashlib.sha256(os.fsencode(os.path.realpath(root))).hexdigest()[:16]
-    return folder / f"checked-{_FORMAT}-{name}.txt"
+    return folder / f"checked-{FORMAT}-{name}.txt"
 
 
 def _remembered(cache: Path) -> dict[Key, Facts]:

@@ -21,7 +21,7 @@ from mfm_jax import longtail
 from mfm_jax.config import Data
 from mfm_jax.data import checking, listing, streaming
 from mfm_jax.data.listing import Listing
-from mfm_jax.data.pictures import Facts
+from mfm_jax.data.pictures import FORMAT, Facts
 from mfm_jax.data.sources import PROGRESS_FROM, TEST_SEED, Images, Labels, Pixels, Source, cached
 from mfm_jax.data.streaming import Files
 from mfm_jax.errors import UserError
@@ -148,7 +148,7 @@ def _images(config: Data, whole: bool, found: Listing, facts: Sequence[Facts], v
                 progress.update(task, completed=done)
         return result, found.labels
 
-    return cached(f"files-{version}-{size}px-{channels}-{config.fit}", decode)[0]
+    return cached(f"files-{FORMAT}-{version}-{size}px-{channels}-{config.fit}", decode)[0]
 
 
 def _version(found: Listing, facts: Sequence[Facts]) -> str:

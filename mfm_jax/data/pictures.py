@@ -20,6 +20,7 @@ import numpy.typing as npt
 from PIL import ExifTags, Image, ImageOps
 
 SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff")
+FORMAT = 2  # of what is decoded and told, to be counted up when it changes: caches are named by it
 MAX_PIXELS = 100_000_000  # 300 MB decoded as RGB: more is a mistake or an attack
 MAX_BYTES = 1 << 30
 # Pillow knows more; some of that starts other programs (EPS) or depends on how it was built.
