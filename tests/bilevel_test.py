@@ -17,7 +17,6 @@ from mfm_jax.types import Batch, Modulator, no_modulation
 CLASSES, BATCH, WIDTH = 4, 16, 4
 COUNTS = jnp.array([500, 120, 40, 7])
 MODULE = models.create("resnet8", CLASSES, WIDTH)
-FORMS = ("direct", "direct_per_class", "frequency", "network")
 
 
 def slow(value):
