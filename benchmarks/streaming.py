@@ -18,7 +18,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import app, flags, logging
 from PIL import Image
 
 from mfm_jax import augment, train
@@ -35,6 +35,7 @@ SIDE, WHOLE, CLASSES = 224, 256, 4
 
 def main(argv: Sequence[str]) -> None:
     del argv
+    logging.set_verbosity(logging.FATAL)  # Orbax tells every step of every save
     with tempfile.TemporaryDirectory() as name:
         root = Path(name) / "pictures"
         paths = make(root, 60 * CLASSES)
