@@ -117,9 +117,9 @@ def cases():
         quick = (
             (sites == SITES and optimizer == "adamw" and form != "network")
             or (form == "network" and optimizer == "adamw" and sites == ("pooled",))
-            or (form == "direct" and optimizer == "nesterov_decay")
+            or (form == "direct" and optimizer == "nesterov_decay" and sites in (("stem",), ("logits",)))
             or (form == "direct_per_class" and sites == ("pooled",) and optimizer == "adamw")
-            or (form == "frequency" and sites == ("logits",))
+            or (form == "frequency" and optimizer in ("sgd", "clipped") and sites == ("logits",))
         )
         marks = () if quick else (pytest.mark.slow,)
         yield pytest.param(form, optimizer, sites, marks=marks, id=f"{form}-{optimizer}-{'+'.join(sites)}")

@@ -27,6 +27,9 @@ from mfm_jax.methods import METHODS
 from mfm_jax.types import Batch, no_modulation
 
 ALL = list(METHODS)
+# One of each kind for the quick tier (a loss, a sampler, each second stage and meta learner), the others in the slow.
+KINDS = ("mfm", "ce", "ldam_drw", "progressive", "two_phase", "crt", "smote", "meta_weight_net", "l2rw", "metasaug")
+BY_KIND = [name if name in KINDS else pytest.param(name, marks=pytest.mark.slow) for name in ALL]
 
 
 class Tiny(nn.Module):
@@ -134,7 +137,7 @@ def test_each_kind_of_step_compiles_once_and_nothing_leaves_the_device(name, fin
     assert finished.call.compiled._cache_size() == len(want)
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", BY_KIND)
 def test_interrupted_and_resumed_is_bit_identical(name, finished, tmp_path):
     """A second process would do the same: everything is built anew. So it is deterministic by seed, too."""
     config = configured(name)
@@ -173,7 +176,7 @@ def test_is_the_plain_classifier_at_test_time(name, finished):
         chex.assert_trees_all_equal(experiment.params(early), state.params)
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", BY_KIND)
 def test_is_loaded_as_it_is_tested(name, finished):
     """From the workdir alone: neither the data nor the experiment is built."""
     config, workdir, images = finished.config, finished.workdir, finished.data.test_images[:50]
@@ -211,7 +214,7 @@ def stepped(config, data, mesh=None, *, absent: bool = False, mixed: bool = Fals
     return {kind: jax.jit(getattr(experiment, f"{kind}_step"))(state, *given) for kind, given in arguments.items()}
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", BY_KIND)
 def test_four_devices_equal_one(name, finished, monkeypatch):
     # SGD, since the first step of Adam blows the rounding of a gradient near zero up to the size of a whole step.
     monkeypatch.setattr(optim, "modulator", lambda *_: optax.sgd(0.1))
@@ -221,7 +224,7 @@ def test_four_devices_equal_one(name, finished, monkeypatch):
     chex.assert_trees_all_close(four, one, rtol=1e-4, atol=2e-5)
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", BY_KIND)
 def test_bfloat16_absent_classes_and_mixed_smoothed_labels(name, finished):
     """Nine classes are absent from the batch; label smoothing and mixup compose with the method."""
     config = configured(name, train__dtype="bfloat16", method__label_smoothing=0.1)

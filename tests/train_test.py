@@ -40,6 +40,10 @@ def tiny(**overrides):
     return config
 
 
+def slow(value):
+    return pytest.param(value, marks=pytest.mark.slow)
+
+
 @pytest.fixture(autouse=True)
 def _one_device(monkeypatch):
     """These runs use one of the fake devices; the tests of several devices say so."""
@@ -263,16 +267,18 @@ def test_a_manifest_is_taken_from_a_file(finished, tmp_path):
     "overrides",
     [
         {"method__name": "ce"},
-        {"method__base": "logit_adjusted", "meta__loss": "ce", "meta__temperature": 2.0, "meta__bn": "batch"},
-        {"modulation__form": "network", "modulation__sites": "stage2,pooled", "modulation__use_count": True},
-        {"modulation__form": "direct", "modulation__sites": "pooled", "modulation__per_class": True},
+        slow({"method__base": "logit_adjusted", "meta__loss": "ce", "meta__temperature": 2.0, "meta__bn": "batch"}),
+        slow({"modulation__form": "network", "modulation__sites": "stage2,pooled", "modulation__use_count": True}),
+        slow({"modulation__form": "direct", "modulation__sites": "pooled", "modulation__per_class": True}),
         {"meta__every": 2, "meta__start_epoch": 1, "meta__lagged": False},
         {"meta__virtual": "last_stage", "optim__clip_norm": 1.0},
         {"data__protocol": "full", "data__val_images_per_class": 0},
         {"train__dtype": "bfloat16", "data__train_on_meta": True, "optim__name": "adamw", "optim__schedule": "step"},
         {"method__name": "ldam_drw", "augment__mixup": 0.4, "method__label_smoothing": 0.1},
         {"method__name": "smote", "method__first_stage": 0.5, "train__steps_per_call": 4, "data__protocol": "full"},
-        {"method__name": "meta_weight_net", "method__base": "ldam", "meta__virtual": "head", "meta__freeze": True},
+        slow(
+            {"method__name": "meta_weight_net", "method__base": "ldam", "meta__virtual": "head", "meta__freeze": True}
+        ),
         {"train__max_steps": 7, "optim__warmup_epochs": 1},
     ],
     ids=lambda overrides: "+".join(str(value) for value in overrides.values()),
