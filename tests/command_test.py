@@ -59,8 +59,9 @@ MISTAKES = {
     "--config.train.epochs=ten": "train.epochs = 'ten': expected int",
     # in the config
     "--config.data.imbalance_factor=0.5": "data.imbalance_factor = 0.5: allowed: 1 or more",
-    "--config.model.name=resnet18": (
-        "model.name = 'resnet18': allowed: resnet20, resnet32, resnet44, resnet56, resnet8"
+    "--config.model.name=resnet9": (
+        "model.name = 'resnet9': allowed: resnet10, resnet101, resnet152, resnet18, resnet20, resnet32, resnet44,"
+        " resnet50, resnet56, resnet8, resnext50, vit_b16"
     ),
     # that only the data can tell
     "--config.meta.batch_size=104": "meta.batch_size = 104: the meta set has 100 images; choose at most 100",
@@ -265,10 +266,10 @@ def test_these_overrides_pass(argument):
         ("--config.optim.learning_rate=fast", "optim.learning_rate = 'fast': expected float"),
         ("--config.augment.flip=maybe", "augment.flip = 'maybe': expected bool"),
         ("-config.augment.flip=2", "augment.flip = '2': expected bool"),
-        ("--config.model.name.x=3", "model.name.x: no such field; allowed: model.name, model.width"),
-        ("--config.model=3", "model: no such field; allowed: model.name, model.width"),
-        ("--noconfig.model.deep", "model.deep: no such field; allowed: model.name, model.width"),
-        ("--config.model.a\nb=1", "model.a\nb: no such field; allowed: model.name, model.width"),
+        ("--config.parallel.fsdp.x=3", "parallel.fsdp.x: no such field; allowed: parallel.batch_norm, parallel.fsdp"),
+        ("--config.parallel=3", "parallel: no such field; allowed: parallel.batch_norm, parallel.fsdp"),
+        ("--noconfig.parallel.deep", "parallel.deep: no such field; allowed: parallel.batch_norm, parallel.fsdp"),
+        ("--config.parallel.a\nb=1", "parallel.a\nb: no such field; allowed: parallel.batch_norm, parallel.fsdp"),
     ],
 )
 def test_these_do_not(argument, expected):
