@@ -71,8 +71,7 @@ class Feed:
     def next(self, data: DeviceData) -> DeviceData:
         """Returns `data` with the next batch, and with the next meta batch where the step has one."""
         began = time.perf_counter()
-        # Copied: on a CPU the device would use grain's shared memory itself, and hold it beyond the program's end.
-        image, meta_image = (np.array(own) for own in next(self._steps))
+        image, meta_image = next(self._steps)
         before, self._seen = self._seen, time.perf_counter()
         self._waited, self._seconds = self._waited + self._seen - began, self._seconds + self._seen - before
         label, meta_label = next(self._labels), next(self._meta_labels)

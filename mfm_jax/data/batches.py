@@ -115,5 +115,7 @@ def eval_batches(images: Images, batch_size: int, workers: int = 0) -> Iterator[
     else:
         parts = (images[start : start + batch_size] for start in range(0, len(images), batch_size))
     for batch in parts:
-        padding = [(0, batch_size - len(batch))] + [(0, 0)] * (batch.ndim - 1)
-        yield np.pad(batch, padding), np.arange(batch_size) < len(batch)
+        mask = np.arange(batch_size) < len(batch)
+        if not mask.all():  # the others are passed on uncopied
+            batch = np.pad(batch, [(0, batch_size - len(batch))] + [(0, 0)] * (batch.ndim - 1))
+        yield batch, mask

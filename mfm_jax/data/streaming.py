@@ -180,12 +180,17 @@ def _begin(worker: int, count: int) -> None:
 def _told(steps: Iterator[tuple[Pixels, ...]], workers: int) -> Iterator[tuple[Pixels, ...]]:
     """Yields `steps`; a process that is lost is told as what the user can do."""
     try:
-        yield from steps
+        # Copied: on a CPU the device would use grain's shared memory itself, and hold it beyond the program's end.
+        yield from map(_copied, steps)
     except RuntimeError as error:
         raise UserError(
             f"data.workers = {workers}: a process that decodes was ended; is memory, or /dev/shm, short? choose fewer,"
             " and run the same command to go on"
         ) from error
+
+
+def _copied(step: tuple[Pixels, ...]) -> tuple[Pixels, ...]:
+    return tuple(np.array(batch) for batch in step)
 
 
 def in_batches(images: Streamed, batch_size: int, workers: int) -> Iterator[Pixels]:
