@@ -5,7 +5,7 @@
 Makes JPEGs of 500 x 375 pixels, times what becomes of one of them (in this process: milliseconds a picture; in worker
 processes: pictures a second), and trains with `data.resident_mb=0` and `augment.crop=resized`. What is printed last is
 the part of the training time, validation apart, in which the loop waited for pictures; the first steps, with the start
-of the processes, are in it, compilation is not.
+of the processes, are in it, compilation is not. There are pictures enough for one epoch of all the steps.
 """
 
 import contextlib
@@ -38,7 +38,7 @@ def main(argv: Sequence[str]) -> None:
     logging.set_verbosity(logging.FATAL)  # Orbax tells every step of every save
     with tempfile.TemporaryDirectory() as name:
         root = Path(name) / "pictures"
-        paths = make(root, 60 * CLASSES)
+        paths = make(root, max(60 * CLASSES, 2 * _STEPS.value * _BATCH.value))
         for what, milliseconds in one_by_one(paths[:40]).items():
             print(f"{what:<58}{milliseconds:8.2f} ms a picture")
         for workers in dict.fromkeys((0, 1, _WORKERS.value)):

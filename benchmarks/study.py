@@ -12,7 +12,7 @@ Started again with the same folder it goes on where it was. Tiers (`--tiers=main
   others    factor 100, 1 seed: every other method at its defaults
 
 `--max_seeds=1 --config.train.epochs=2` makes a trial of it; `--jobs=N` has N runs side by side. After each tier the
-rows that are there are written to WORKDIR/study.md, with differences paired by seed, and to `--out` as CSV.
+rows that are there are written to WORKDIR/study.md, with differences paired by seed, and to `--csv`.
 """
 
 import csv
@@ -34,7 +34,7 @@ from mfm_jax.methods import METHODS
 _TIERS = flags.DEFINE_list("tiers", ["main", "factors", "peers", "transfer"], "What to run.")
 _MAX_SEEDS = flags.DEFINE_integer("max_seeds", 5, "No row gets more seeds than this.")
 _SOURCE = flags.DEFINE_string("source", "", "Workdir of the run whose modulator is taken over; default: main's seed 0.")
-_OUT = flags.DEFINE_string("out", "", "CSV file of the rows, e.g. docs/results/cifar10_lt_small.csv.")
+_CSV = flags.DEFINE_string("csv", "", "CSV file of the rows, e.g. docs/results/cifar10_lt_small.csv.")
 
 Values = Mapping[str, Any]
 Results = list[dict[str, Any]]  # the content of `results.json` of each seed
@@ -105,8 +105,8 @@ def main(argv: Sequence[str]) -> int:
         finished = [(row, results) for row, results in finished if len(results) == row.seeds]
         tables = markdown(finished)
         (workdir / "study.md").write_text(tables)
-        if _OUT.value:
-            write_csv(finished, Path(_OUT.value))
+        if _CSV.value:
+            write_csv(finished, Path(_CSV.value))
     print(tables, *(f"failed: {line}" for line in failed), sep="\n")
     return 1 if failed else 0
 

@@ -43,6 +43,7 @@ class Data:
     protocol: str = _one_of("meta_held_out", "full", "natural")
     val_images_per_class: int = _between(0, 0)  # meta_held_out, full
     val_fraction: float = _between(0.1, 0.0, 0.9)  # natural: of each class, where the data has no validation split
+    meta_fraction: float = _between(0.0, 0.0, 0.5)  # natural: likewise for the meta set; 0 = redraw it from training
     test_fraction: float = _between(0.2, 0.0, 0.9)  # folder, list: of each class, where the data has no test split
     group: str = ""  # folder, list: regular expression; files whose paths match it with equal groups stay in one split
     on_bad_image: str = _one_of(

@@ -12,8 +12,8 @@ every split, the recipe that chose them and a hash over all of it. A manifest ca
 `check_leakage` proves from it alone that no test image was trained on.
 
 Data that is long-tailed by nature is taken as it is (`natural`): parts that it does not bring are held out of every
-class in proportion, whole groups at a time where records belong together, and the meta set is redrawn from the training
-set as under `full` unless the data has one.
+class in proportion, whole groups at a time where records belong together; the meta set, too, or it is redrawn from the
+training set as under `full`.
 
 Picks come from one permutation a class, seeded by (seed, class): validation images are its first entries,
 then meta, then training. Training sets of one seed are therefore nested: factor 100 keeps a subset of factor
@@ -134,6 +134,7 @@ def natural_split(
     imbalance_factor: float,
     meta_images_per_class: int,
     val_fraction: float,
+    meta_fraction: float,
     seed: int,
 ) -> Split:
     """Splits `labels` (integers [N]), long-tailed by nature, into training, meta and validation set.
@@ -145,23 +146,30 @@ def natural_split(
       groups: the group of each record, "" for none: records of a group are never divided.
       imbalance_factor: 1 keeps the training set as it is. A larger factor f keeps of the class with the r-th most
         images at most `int(n_max * f ** (-r / (K - 1)))`.
-      meta_images_per_class: the meta set is so many images a class of the training set, or as many as its smallest
-        class has; where the data has a meta set, all of it.
+      meta_images_per_class: where the meta set is redrawn, it is so many images a class of the training set, or as many
+        as its smallest class has; where it is held out, at most so many.
       val_fraction: part of each class that is held out (`hold_out`); not read where the data has a validation set.
+      meta_fraction: part of each class of what is left for training that is held out as the meta set; 0 redraws it
+        from the training set every epoch. Not read where the data has a meta set.
       seed: of the draws.
 
     Raises:
-      UserError: a class has no training image, or none in the meta set that the data brings.
+      UserError: a class has no training image, or none in the meta set.
     """
     train, val, meta = (np.flatnonzero(given == name).astype(np.int64) for name in ("train", "val", "meta"))
     if not len(val) and val_fraction:
         held = hold_out(labels[train], num_classes, [groups[int(i)] for i in train], val_fraction, seed)
         train, val = train[~held], train[held]
     train = _longer(train, labels, num_classes, imbalance_factor, seed)
+    if not len(meta) and meta_fraction:
+        grouped = [groups[int(i)] for i in train]
+        held = hold_out(labels[train], num_classes, grouped, meta_fraction, seed, most=meta_images_per_class)
+        train, meta = train[~held], train[held]
     for name, part in (("training", train), ("meta", meta)):
         missing = np.flatnonzero(np.bincount(labels[part], minlength=num_classes) == 0)
         if len(part) and len(missing):
-            raise UserError(f"data: class {missing[0]} has no {name} image; every class needs at least one")
+            way_out = ", or set data.meta_fraction = 0" if name == "meta" and meta_fraction else ""
+            raise UserError(f"data: class {missing[0]} has no {name} image; every class needs at least one{way_out}")
     redrawn = not len(meta)
     if redrawn:
         meta = np.sort(train[redraw_meta(labels[train], num_classes, meta_images_per_class, seed, 0)].ravel())
@@ -184,18 +192,25 @@ def _longer(train: Ints, labels: npt.NDArray[np.integer], num_classes: int, fact
 
 
 def hold_out(
-    labels: npt.NDArray[np.integer], num_classes: int, groups: Sequence[str], fraction: float, seed: int
+    labels: npt.NDArray[np.integer],
+    num_classes: int,
+    groups: Sequence[str],
+    fraction: float,
+    seed: int,
+    most: int | None = None,
 ) -> npt.NDArray[np.bool_]:
     """Returns which of the records (labels [N], groups of length N) are held out, bool [N].
 
-    Of a class with n records `round(fraction * n)` are, at least one where it has two or more and never all. Records of
-    one group (other than "") go together: groups are taken at random, for the rarest class first, until a class has
-    its share; one that would leave a class without a record is passed over. So a class may get more than its share,
-    or, where all its records are of one group, none.
+    Of a class with n records `round(fraction * n)` are, but at most `most`, and at least one where it has two or more;
+    never all. Records of one group (other than "") go together: groups are taken at random, for the rarest class first,
+    until a class has its share; one that would leave a class without a record is passed over. So a class may get more
+    than its share, or, where all its records are of one group, none.
     """
     counts = np.bincount(labels, minlength=num_classes)
-    wanted = np.where(counts > 1, np.maximum(np.rint(fraction * counts), 1), 0).astype(np.int64)
-    wanted = np.minimum(wanted, np.maximum(counts - 1, 0)) if fraction else np.zeros_like(wanted)
+    wanted = np.zeros_like(counts)
+    if fraction:
+        share = np.clip(np.rint(fraction * counts), 1, most).astype(np.int64)
+        wanted = np.minimum(share, np.maximum(counts - 1, 0))
     held, left = np.zeros(len(labels), bool), counts
     members: dict[str, list[int]] = {}
     for i, group in enumerate(groups):

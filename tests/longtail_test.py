@@ -299,7 +299,8 @@ def test_a_declared_overlap_is_no_leak():
 
 def natural(labels, given=None, groups=None, **fields):
     labels = np.asarray(labels)
-    settings_ = {"imbalance_factor": 1.0, "meta_images_per_class": 2, "val_fraction": 0.25, "seed": 0, **fields}
+    settings_ = {"imbalance_factor": 1.0, "meta_images_per_class": 2, "seed": 0, **fields}
+    settings_ = {"val_fraction": 0.25, "meta_fraction": 0.0, **settings_}
     given = np.full(len(labels), "train") if given is None else np.asarray(given)
     groups = groups or ("",) * len(labels)
     return longtail.natural_split(labels, int(labels.max()) + 1, given=given, groups=groups, **settings_)
@@ -314,6 +315,22 @@ def test_natural_data_is_taken_as_it_is():
     assert split.redrawn
     assert np.bincount(labels[split.meta]).tolist() == [1, 1, 1]  # the smallest class has one
     assert set(split.meta) <= set(split.train)
+
+
+def test_a_meta_set_is_held_out_where_asked_for():
+    labels = np.repeat([0, 1, 2], [16, 8, 3])
+    split = natural(labels, meta_fraction=0.2)
+    assert np.bincount(labels[split.val]).tolist() == [4, 2, 1]
+    assert np.bincount(labels[split.meta]).tolist() == [2, 1, 1]  # rint(2.4), rint(1.2), at least one
+    assert sorted([*split.train, *split.val, *split.meta]) == list(range(27))
+    assert not split.redrawn
+    most = natural(np.repeat([0, 1], [90, 9]), meta_fraction=0.5, val_fraction=0.0)
+    assert len(most.meta) == 4  # meta_images_per_class of each, at most
+    groups = ["a"] * 8 + [f"b{i // 2}" for i in range(8)]
+    split = natural(np.repeat([1, 0], [8, 8]), groups=groups, val_fraction=0.0)
+    assert split.redrawn
+    with pytest.raises(UserError, match=r"class 1 has no meta image; .*, or set data.meta_fraction = 0$"):
+        natural(np.repeat([1, 0], [8, 8]), groups=groups, val_fraction=0.0, meta_fraction=0.2)
 
 
 def test_splits_that_the_data_brings_are_kept():

@@ -18,6 +18,7 @@ REPOSITORY = Path(__file__).parents[1]
 @pytest.fixture(scope="module")
 def study():
     sys.path.insert(0, str(REPOSITORY / "benchmarks"))
+    importlib.import_module("mfm_jax.main")  # whose flags must not be those of the script
     try:
         yield importlib.import_module("study")
     finally:

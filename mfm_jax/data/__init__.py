@@ -118,12 +118,12 @@ def build(config: Config) -> LongTailData:
 def _settings(config: Config) -> dict[str, Any]:
     """Returns what decides which images are in which split, by the name it has in a manifest."""
     natural = config.data.protocol == "natural"
-    val = "val_fraction" if natural else "val_images_per_class"
+    held_out = ("val_fraction", "meta_fraction") if natural else ("val_images_per_class",)
     return {
         "protocol": config.data.protocol,
         "imbalance_factor": config.data.imbalance_factor,
         "meta_images_per_class": config.meta.images_per_class,
-        val: getattr(config.data, val),
+        **{name: getattr(config.data, name) for name in held_out},
         "seed": config.data.seed,
     }
 
@@ -187,10 +187,10 @@ def _check_agrees(config: Config, source: Source, manifest: dict[str, Any]) -> N
     if (test["pool"], test["ids"]) != (source.test_pool, source.test_ids.tolist()):
         raise UserError(f"data.manifest = {config.data.manifest!r}: its test split differs from {source.name}'s")
     for key, value in _settings(config).items():
-        if manifest[key] != value:
+        if manifest.get(key, 0) != value:
             field = "meta.images_per_class" if key == "meta_images_per_class" else f"data.{key}"
             raise UserError(
-                f"{field} = {value!r}: the manifest {config.data.manifest} was made with {manifest[key]!r};"
+                f"{field} = {value!r}: the manifest {config.data.manifest} was made with {manifest.get(key, 0)!r};"
                 " set the field to that, or leave data.manifest empty"
             )
 
