@@ -32,9 +32,9 @@ def _between(default: float, low: float, high: float = math.inf) -> Any:
 class Data:
     """Which images, and how they are made long-tailed (see `longtail`)."""
 
-    source: str = _one_of("tfds", "digits", "folder", "list")
+    source: str = _one_of("tfds", "digits", "folder", "list", "npz")
     name: str = "cifar10"  # tfds: its name there
-    root: str = ""  # tfds: prepared data ("" = $TFDS_DATA_DIR, else TFDS's default); folder, list: where the images are
+    root: str = ""  # tfds: prepared data ("" = $TFDS_DATA_DIR, else TFDS's default); else the folder, or the file
     train_list: str = ""  # list: file of `path label` lines, or CSV with the columns path, label (and group)
     val_list: str = ""  # list: likewise; a split without a list is made, meta apart
     meta_list: str = ""

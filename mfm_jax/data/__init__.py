@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from mfm_jax import longtail
 from mfm_jax.config import Config
-from mfm_jax.data import files, sources
+from mfm_jax.data import arrays, files, sources
 from mfm_jax.data.sources import Images, Labels, Source
 from mfm_jax.data.streaming import Streamed
 from mfm_jax.errors import UserError
@@ -81,6 +81,8 @@ def build(config: Config) -> LongTailData:
     """
     if config.data.source in ("folder", "list"):
         source = files.load(config.data, whole=config.augment.crop == "resized")
+    elif config.data.source == "npz":
+        source = sources.streamed_if_large(config.data, arrays.load(config.data))
     else:
         source = sources.load(config.data)
     split = _read_split(config, source) if config.data.manifest else _draw_split(config, source)

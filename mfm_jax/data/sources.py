@@ -69,7 +69,11 @@ def load(config: Data) -> Source:
     Raises:
       UserError: the set is unknown, cannot be prepared or read, or does not hold images with labels.
     """
-    source = {"digits": _load_digits, "tfds": _load_tfds}[config.source](config)
+    return streamed_if_large(config, {"digits": _load_digits, "tfds": _load_tfds}[config.source](config))
+
+
+def streamed_if_large(config: Data, source: Source) -> Source:
+    """Returns `source`, its training images as `Rows` where they exceed `data.resident_mb`."""
     images = source.train_images
     if isinstance(images, np.ndarray) and images.nbytes > config.resident_mb * 1e6:
         return replace(source, train_images=Rows(images, np.arange(len(images))))

@@ -1,0 +1,119 @@
+"""A data set in one `.npz` file: arrays under the names that MedMNIST gives them.
+
+`train_images` (uint8, `[N, H, W]` or `[N, H, W, C]`), `train_labels` (integers from 0, `[N]` or `[N, 1]`), the same of
+`test`, and, where there are such splits, of `val` and `meta`; `class_names` (strings, `[K]`) may be left out.
+"""
+
+import hashlib
+import zipfile
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from mfm_jax.config import Data
+from mfm_jax.data.sources import Labels, Pixels, Source, cached, resize
+from mfm_jax.errors import UserError
+
+_FOR_TRAINING = ("train", "val", "meta")
+
+
+def load(config: Data) -> Source:
+    """Loads the file `config.root`, its images at `config.image_size` pixels a side (0 = as stored).
+
+    Resized arrays are kept in the cache, under the hash of the file.
+
+    Raises:
+      UserError: there is no such file, or it is none of this kind; names the array.
+    """
+    arrays = _Arrays(config.root)
+    splits = [split for split in _FOR_TRAINING if f"{split}_images" in arrays.names]
+    labels = {split: arrays.labels(split) for split in (*splits, "test")}
+    class_names = arrays.class_names(max(int(values.max()) for values in labels.values()) + 1)
+
+    def read(chosen: Sequence[str]) -> tuple[Pixels, Labels]:
+        def resized() -> tuple[Pixels, Labels]:
+            images = [resize(arrays.images(split, len(labels[split])), config.image_size) for split in chosen]
+            if len({part.shape[1:] for part in images}) > 1:
+                shapes = ", ".join(f"{part.shape[1:]} in {split}" for split, part in zip(chosen, images, strict=True))
+                raise arrays.error(f"images differ in shape: {shapes}")
+            return np.concatenate(images), np.concatenate([labels[split] for split in chosen])
+
+        return cached(f"npz-{arrays.version}-{'-'.join(chosen)}-{config.image_size}px", resized)
+
+    train_images, train_labels = read(splits)
+    test_images, test_labels = read(["test"])
+    if train_images.shape[1:] != test_images.shape[1:]:
+        raise arrays.error(f"images are {train_images.shape[1:]} in train, {test_images.shape[1:]} in test")
+    return Source(
+        name=arrays.path.stem,
+        version=arrays.version,
+        class_names=class_names,
+        train_images=train_images,
+        train_labels=train_labels,
+        train_ids=np.arange(len(train_labels), dtype=np.int64),
+        train_pool="train",
+        test_images=test_images,
+        test_labels=test_labels,
+        test_ids=np.arange(len(test_labels), dtype=np.int64),
+        test_pool="test",
+        given=np.repeat(splits, [len(labels[split]) for split in splits]),
+    )
+
+
+class _Arrays:
+    """The arrays of one file, each checked as it is read."""
+
+    def __init__(self, root: str) -> None:
+        if not root:
+            raise UserError("data.root: missing; data.source = 'npz' needs the file")
+        self.path = Path(root).expanduser()
+        try:
+            with self.path.open("rb") as file:
+                self.version = hashlib.file_digest(file, "sha256").hexdigest()[:16]
+                file.seek(0)
+                with np.load(file) as members:
+                    self.names = tuple(members.files)
+        except (OSError, ValueError, TypeError, zipfile.BadZipFile) as error:  # TypeError: a bare array
+            raise self.error(f"not an .npz file that can be read ({error})") from error
+        for name in ("train_images", "train_labels", "test_images", "test_labels"):
+            if name not in self.names:
+                raise self.error(f"has no array {name}; it has: {', '.join(self.names) or 'none'}")
+
+    def error(self, message: str) -> UserError:
+        return UserError(f"data.root = {str(self.path)!r}: {message}")
+
+    def images(self, split: str, count: int) -> Pixels:
+        values = self._read(f"{split}_images")
+        if values.dtype != np.uint8 or values.ndim not in (3, 4) or not values.size:
+            raise self.error(
+                f"{split}_images is {values.dtype} {values.shape}; needs uint8 (0 to 255) of shape [N, H, W, C] or"
+                " [N, H, W]"
+            )
+        if len(values) != count:
+            raise self.error(f"{split}_images has {len(values)} images, {split}_labels {count}")
+        return values if values.ndim == 4 else values[..., None]
+
+    def labels(self, split: str) -> Labels:
+        values = self._read(f"{split}_labels")
+        if values.ndim == 2 and values.shape[1] == 1:
+            values = values[:, 0]
+        if not np.issubdtype(values.dtype, np.integer) or values.ndim != 1 or not len(values) or values.min() < 0:
+            raise self.error(f"{split}_labels is {values.dtype} {values.shape}; needs integers from 0 of shape [N]")
+        return values.astype(np.int32)
+
+    def class_names(self, count: int) -> tuple[str, ...]:
+        if "class_names" not in self.names:
+            return tuple(str(c) for c in range(count))
+        values = self._read("class_names")
+        if values.dtype.kind != "U" or values.ndim != 1 or len(values) < count:
+            raise self.error(f"class_names is {values.dtype} {values.shape}; needs at least {count} strings")
+        return tuple(values.tolist())
+
+    def _read(self, name: str) -> np.ndarray:
+        try:
+            with np.load(self.path) as file:
+                return file[name]
+        except (KeyError, OSError, ValueError, zlib.error, zipfile.BadZipFile) as error:
+            raise self.error(f"{name} cannot be read ({error})") from error

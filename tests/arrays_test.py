@@ -1,0 +1,122 @@
+"""Data sets in one file of arrays: what is in it is what is trained on, and what is wrong with it is named."""
+
+import importlib
+from pathlib import Path
+
+import chex
+import numpy as np
+import pytest
+
+from mfm_jax import config as config_lib
+from mfm_jax.data import build
+from mfm_jax.errors import UserError
+
+COUNTS = (20, 8, 4)
+
+
+def arrays(**changed) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    found = {}
+    for split, counts in (("train", COUNTS), ("test", (3, 3, 3))):
+        labels = np.repeat(np.arange(3, dtype=np.uint8), counts)
+        found |= {f"{split}_images": rng.integers(0, 256, (len(labels), 6, 6), np.uint8), f"{split}_labels": labels}
+    found |= changed
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def config_of(path, **fields):
+    config = config_lib.default()
+    config.data.update(source="npz", root=str(path), protocol="natural", imbalance_factor=1.0, val_fraction=0.25)
+    config.train.batch_size = config.meta.batch_size = 2
+    config.update_from_flattened_dict({name.replace("__", "."): value for name, value in fields.items()})
+    return config_lib.resolve(config)
+
+
+def saved(folder, **changed):
+    np.savez_compressed(folder / "set.npz", **arrays(**changed))
+    return folder / "set.npz"
+
+
+def test_what_is_in_the_file_is_trained_on(tmp_path):
+    path, given = saved(tmp_path, train_labels=arrays()["train_labels"][:, None]), arrays()  # MedMNIST's are [N, 1]
+    data = build(config_of(path))
+    assert (data.name, data.class_names, data.counts.tolist()) == ("set", ("0", "1", "2"), [15, 6, 3])
+    chex.assert_trees_all_equal(data.test_images, given["test_images"][..., None])
+    both = np.concatenate([data.train_images, data.val_images])
+    assert sorted(image.tobytes() for image in both) == sorted(image.tobytes() for image in given["train_images"])
+    where = {image.tobytes(): label for image, label in zip(given["train_images"], given["train_labels"], strict=True)}
+    assert [where[image.tobytes()] for image in data.train_images] == data.train_labels.tolist()
+    assert build(config_of(path, data__image_size=3)).train_images.shape == (24, 3, 3, 1)
+
+
+def test_its_own_splits_and_names_are_kept(tmp_path):
+    given = arrays()
+    extra = {f"{split}_{what}": given[f"test_{what}"] for split in ("val", "meta") for what in ("images", "labels")}
+    data = build(config_of(saved(tmp_path, **extra, class_names=np.array(["a", "b", "é"]))))
+    assert data.class_names == ("a", "b", "é")
+    assert data.counts.tolist() == list(COUNTS)
+    chex.assert_trees_all_equal(data.val_images, given["test_images"][..., None])
+    chex.assert_trees_all_equal(data.meta_labels, given["test_labels"].astype(np.int32))
+
+
+def test_a_large_one_is_streamed_from_the_cache(tmp_path):
+    path = saved(tmp_path)
+    small, large = build(config_of(path)), build(config_of(path, data__resident_mb=0))
+    assert not isinstance(large.train_images, np.ndarray)
+    chex.assert_trees_all_equal(np.stack([large.train_images[i] for i in range(24)]), np.asarray(small.train_images))
+
+
+def test_a_packed_benchmark_keeps_its_splits(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    config = config_lib.default()
+    config.data.update(source="digits", name="digits", imbalance_factor=20.0, val_images_per_class=3)
+    config.train.batch_size = 32
+    config = config_lib.resolve(config)
+    given = build(config)
+    importlib.import_module("subset").pack(given, tmp_path / "digits.npz")
+    packed = build(config_of(tmp_path / "digits.npz", data__val_fraction=0.0, data__imbalance_factor=20.0))
+    for name in ("train", "meta", "val", "test"):
+        chex.assert_trees_all_equal(getattr(packed, f"{name}_images"), getattr(given, f"{name}_images"))
+        chex.assert_trees_all_equal(getattr(packed, f"{name}_labels"), getattr(given, f"{name}_labels"))
+    chex.assert_trees_all_close(packed.mean, given.mean)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"test_labels": None}, "has no array test_labels; it has: train_images, train_labels, test_images"),
+        ({"train_images": np.zeros((32, 6, 6))}, r"train_images is float64 \(32, 6, 6\); needs uint8"),
+        ({"train_images": np.zeros((31, 6, 6), np.uint8)}, "train_images has 31 images, train_labels 32"),
+        ({"train_labels": np.zeros((32, 2), int)}, r"train_labels is int64 \(32, 2\); needs integers"),
+        ({"train_labels": np.full(32, -1)}, "train_labels is int64 .* from 0"),
+        ({"train_labels": np.array([{}] * 32)}, "train_labels cannot be read"),
+        ({"class_names": np.array(["a", "b"])}, "class_names is .* needs at least 3 strings"),
+        ({"class_names": np.array(["a", "b", "c", "d"])}, "class 3 has no training image"),
+        ({"test_images": np.zeros((9, 5, 6), np.uint8)}, r"images are \(6, 6, 1\) in train, \(5, 6, 1\) in test"),
+        (
+            {"val_images": np.zeros((1, 6, 6, 3), np.uint8), "val_labels": np.zeros(1, int)},
+            r"\(6, 6, 1\) in train, \(6, 6, 3\) in val",
+        ),
+        ({"val_images": np.zeros((1, 6, 6), np.uint8)}, "val_labels cannot be read"),
+    ],
+)
+def test_what_is_wrong_is_named(tmp_path, changed, message):
+    with pytest.raises(UserError, match=message):
+        build(config_of(saved(tmp_path, **changed)))
+
+
+def test_a_file_of_another_kind_is_refused(tmp_path):
+    np.save(tmp_path / "one.npy", np.zeros(3))
+    (tmp_path / "text.npz").write_text("no archive")
+    whole = saved(tmp_path).read_bytes()
+    (tmp_path / "cut.npz").write_bytes(whole[: len(whole) // 2])
+    for name in ("one.npy", "text.npz", "cut.npz", "absent.npz"):
+        with pytest.raises(UserError, match=f"data.root = '.*{name}': not an .npz file that can be read"):
+            build(config_of(tmp_path / name))
+    damaged = bytearray(whole)
+    damaged[len(whole) // 3] ^= 255
+    (tmp_path / "damaged.npz").write_bytes(bytes(damaged))
+    with pytest.raises(UserError, match="train_images cannot be read"):
+        build(config_of(tmp_path / "damaged.npz"))
+    with pytest.raises(UserError, match=r"data.root: missing; data.source = 'npz' needs the file"):
+        build(config_of(""))
