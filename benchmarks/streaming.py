@@ -31,6 +31,7 @@ _STEPS = flags.DEFINE_integer("steps", 12, "Steps of training, a quarter of whic
 _MODEL = flags.DEFINE_string("model", "resnet50", "The network.")
 
 SIDE, WHOLE, CLASSES = 224, 256, 4
+_STARTED = 20  # batches, after which every process has started
 
 
 def main(argv: Sequence[str]) -> None:
@@ -99,17 +100,18 @@ def _together(function: Callable[[], jax.Array], count: int) -> float:
 
 
 def rate(root: Path, paths: Sequence[Path], workers: int) -> float:
-    """Returns pictures a second, random parts, from the second batch on: processes have started by then."""
+    """Returns pictures a second, random parts, once all processes have started."""
     names = streaming.paths([str(path.relative_to(root)) for path in paths])
     files = streaming.Files(root, names, SIDE, 3, "crop")
-    order = list(np.random.default_rng(0).integers(0, len(paths), (24, _BATCH.value)))
+    order = list(np.random.default_rng(0).integers(0, len(paths), (_STARTED + 80, _BATCH.value)))
     picks = streaming.Picks(files, order, streaming.RandomPart(0.08, (0,), np.arange(_BATCH.value)))
     with streaming.stream([picks], workers=workers) as steps:
-        next(steps)
+        for _ in range(_STARTED):
+            next(steps)
         began = time.perf_counter()
         for _ in steps:
             pass
-    return (len(order) - 1) * _BATCH.value / (time.perf_counter() - began)
+    return (len(order) - _STARTED) * _BATCH.value / (time.perf_counter() - began)
 
 
 def trained(root: Path, workdir: Path) -> tuple[dict, float]:
