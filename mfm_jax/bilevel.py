@@ -16,7 +16,9 @@ Batch-norm policy, which decides whether the meta-gradient means anything:
 
   1. The meta pass is normalised as a test pass is: by the running averages, as they stand at the start of the step.
      A balanced batch normalised by its own statistics is not the network that will be tested. The meta pass writes
-     no statistics. (`bn="batch"` keeps the other choice measurable.)
+     no statistics. (`bn="batch"` keeps the other choice measurable.) Running averages are those of the last ten or so
+     steps' networks, which at a large learning rate are not w_hat; `bn="fresh"` takes the statistics of a plain pass
+     over the training batch at w_hat, which are constants for the meta-gradient.
   2. The running averages always describe the plain network: they come from a plain pass over the training batch.
      Where every modulated site lies behind the last batch norm, the training pass gathers the same numbers and no
      other is run; a site before a batch norm costs one more forward pass.
@@ -119,7 +121,7 @@ def make_step(
       lagged: take w_hat as the real step; otherwise repeat the step under the new phi.
       virtual_groups: top-level groups of `params` that move in the virtual step; None for all. The real step moves
         all parameters in any case.
-      bn: statistics of the meta pass, "running" or "batch".
+      bn: statistics of the meta pass, "running", "fresh" or "batch" (above).
       parts: compute each pass over so many equal parts of its batch, one after another, and their activations again in
         the backward pass: less memory, a third more time, and the same losses, derivatives and update but that batch
         norm sees a part at a time (its running averages move by the mean of the parts' statistics).
@@ -134,13 +136,17 @@ def make_step(
         raise ValueError("lagged = True: the weights belong to one batch, the next step cannot use them")
     forward = _forward(apply_fn, axis_name)
     gradient_step = _gradient_step(forward, loss_fn, tx, learner, parts, axis_name, class_weights)
-    plain_statistics = _plain_statistics(forward, parts)
+    plain_statistics, fresh_statistics = _plain_statistics(forward, parts), _fresh_statistics(forward, parts)
     outer = optax.with_extra_args_support(mod_tx)
 
     def step(state: BilevelState, batch: Batch, meta_batch: Batch) -> tuple[BilevelState, Metrics]:
         def meta_loss(params: PyTree) -> tuple[jax.Array, None]:
+            measured = state
+            if bn == "fresh":
+                measured = state.replace(batch_stats=fresh_statistics(state, jax.lax.stop_gradient(params), batch))
+
             def logits_of(part: Batch) -> tuple[jax.Array, PyTree]:
-                return forward(state, params, part, no_modulation, train=bn == "batch")
+                return forward(measured, params, part, no_modulation, train=bn == "batch")
 
             logits, _ = _in_parts(logits_of, meta_batch, parts)
             return _mean(meta_loss_fn(logits, meta_batch.label), meta_batch, axis_name), None
@@ -375,6 +381,28 @@ def _plain_statistics(
         if not _depends(lambda phi: train_loss(state.params, phi)[1][1], mod_params):
             return written
         return _in_parts(lambda part: forward(state, state.params, part, no_modulation, train=True), batch, parts)[1]
+
+    return statistics
+
+
+def _fresh_statistics(forward: Callable, parts: int) -> Callable[[BilevelState, PyTree, Batch], PyTree]:
+    """Returns `(state, params, batch) -> statistics` of a plain training pass alone, without what the averages were.
+
+    Running averages are linear in what they were, old' = m old + (1 - m) new, so two passes that differ in `old` tell
+    `new`, whatever the momentum; nothing else in them differs, and `vmap` computes that once.
+    """
+
+    def statistics(state: BilevelState, params: PyTree, batch: Batch) -> PyTree:
+        def averages(old: jax.Array) -> PyTree:
+            start = jax.tree.map(lambda leaf: jnp.full_like(leaf, old), state.batch_stats)
+            before = state.replace(batch_stats=start)
+            return _in_parts(lambda part: forward(before, params, part, no_modulation, train=True), batch, parts)[1]
+
+        def fresh(of_0_and_1: jax.Array, running: jax.Array) -> jax.Array:
+            share = 1 - (of_0_and_1[1] - of_0_and_1[0])  # 1 - m; 0 in a frozen layer, which is tested with its averages
+            return jnp.where(share > 1e-6, of_0_and_1[0] / jnp.where(share > 1e-6, share, 1), running)
+
+        return jax.tree.map(fresh, jax.vmap(averages)(jnp.array([0.0, 1.0])), state.batch_stats)
 
     return statistics
 

@@ -155,7 +155,7 @@ class Meta:
     start_epoch: int = _between(0, 0)  # no modulator update before this epoch
     lagged: bool = True  # the real step re-uses the virtual one
     virtual: str = _one_of("all", "last_stage", "head")  # parameters that move in the virtual step
-    bn: str = _one_of("running", "batch")  # statistics that normalise the meta pass
+    bn: str = _one_of("running", "fresh", "batch")  # statistics that normalise the meta pass (see `bilevel`)
     loss: str = _one_of("ce", "gce")
     temperature: float = _between(1.0, 1e-3)  # divides the logits in the meta loss
     learning_rate: float = _between(0.0, 0.0)  # of phi's Adam, for each training step; 0 = the method's own

@@ -96,17 +96,33 @@ def test_statistics_behind_a_modulated_site_would_differ():
     assert max(jax.tree.leaves(gaps)) > 1e-2
 
 
-@pytest.mark.parametrize("bn", ["running", "batch"])
+@pytest.mark.parametrize("bn", ["running", "fresh", "batch"])
 def test_meta_pass_is_plain_and_normalised_as_stated(bn):
     """The reported meta loss is that of the plain network at w_hat, under the statistics that `bn` names."""
     state, tx, modulator, mod_tx = setup("network", ("stage3", "pooled"), noise=0.5)
     state = state.replace(batch_stats=plain_statistics(state, batch(5)))
     step = bilevel.make_step(MODULE.apply, losses.cross_entropy, tx, modulator, mod_tx, bn=bn)
     after, metrics = jax.jit(step)(state, batch(0), batch(1))
-    variables = {"params": after.params, "batch_stats": state.batch_stats}  # lagged: the new params are w_hat
+    statistics = state.batch_stats
+    if bn == "fresh":  # those of the training batch; averages that were zero keep a tenth of them
+        blank = state.replace(params=after.params, batch_stats=jax.tree.map(jnp.zeros_like, statistics))
+        statistics = jax.tree.map(lambda tenth: 10 * tenth, plain_statistics(blank, batch(0)))
+    variables = {"params": after.params, "batch_stats": statistics}  # lagged: the new params are w_hat
     logits = MODULE.apply(variables, batch(1).image, train=bn == "batch", mutable=["batch_stats"])[0]
     want = losses.cross_entropy(logits, batch(1).label).mean()
     np.testing.assert_allclose(metrics["meta_loss"], want, rtol=1e-5)
+
+
+def test_fresh_statistics_of_a_frozen_layer_are_its_averages():
+    """In training, too, `models.frozen` normalises by them and leaves them as they are."""
+    state, tx, modulator, mod_tx = setup("direct", ("pooled",), noise=0.5)
+    state = state.replace(batch_stats=plain_statistics(state, batch(5)))
+    frozen = models.frozen(MODULE.apply, "head")
+    losses_of = []
+    for bn in ("running", "fresh"):
+        step = bilevel.make_step(frozen, losses.cross_entropy, tx, modulator, mod_tx, bn=bn)
+        losses_of.append(jax.jit(step)(state, batch(0), batch(1))[1]["meta_loss"])
+    np.testing.assert_allclose(*losses_of, rtol=1e-6)
 
 
 def test_eval_step_is_plain():

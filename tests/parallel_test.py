@@ -158,6 +158,10 @@ def test_weights_of_a_padded_batch(tiny, monkeypatch):
     check_step("l2rw", 8, 91, monkeypatch)
 
 
+def test_fresh_statistics_of_a_padded_batch(tiny, monkeypatch):
+    check_step("mfm", 8, 91, monkeypatch, meta__bn="fresh")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("devices", "batch"), [(2, 96), (4, 96), (8, 96), (8, 91)])
 @pytest.mark.parametrize("name", ALL)
@@ -165,10 +169,10 @@ def test_every_method_takes_the_same_step_in_float32(name, devices, batch, tiny,
     check_step(name, devices, batch, monkeypatch)
 
 
-def check_step(name, devices, batch, monkeypatch):
+def check_step(name, devices, batch, monkeypatch, **overrides):
     # SGD, since the first step of Adam blows the rounding of a gradient near zero up to the size of a whole step.
     monkeypatch.setattr(optim, "modulator", lambda *_: optax.sgd(0.1))
-    config = several_epochs(name, batch)
+    config = several_epochs(name, batch, **overrides)
     data, mesh = data_of(config), parallel.data_mesh(jax.devices()[:devices])
     one, many = (experiment_lib.build(config, data, where) for where in (None, mesh))
     for kind in kinds(one):
