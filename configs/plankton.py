@@ -22,6 +22,7 @@ def get_config():
     config.train.epochs = 12
     config.train.batch_size = 50
     config.meta.batch_size = 100
+    config.meta.bn = "fresh"
     config.meta.every = 24
     config.meta.learning_rate = 1.25e-3
     config.eval.every_epochs = 2
