@@ -96,7 +96,7 @@ def test_statistics_behind_a_modulated_site_would_differ():
     assert max(jax.tree.leaves(gaps)) > 1e-2
 
 
-@pytest.mark.parametrize("bn", ["running", "fresh", "batch"])
+@pytest.mark.parametrize("bn", [slow("running"), "fresh", slow("batch")])
 def test_meta_pass_is_plain_and_normalised_as_stated(bn):
     """The reported meta loss is that of the plain network at w_hat, under the statistics that `bn` names."""
     state, tx, modulator, mod_tx = setup("network", ("stage3", "pooled"), noise=0.5)
@@ -113,6 +113,7 @@ def test_meta_pass_is_plain_and_normalised_as_stated(bn):
     np.testing.assert_allclose(metrics["meta_loss"], want, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_fresh_statistics_of_a_frozen_layer_are_its_averages():
     """In training, too, `models.frozen` normalises by them and leaves them as they are."""
     state, tx, modulator, mod_tx = setup("direct", ("pooled",), noise=0.5)
