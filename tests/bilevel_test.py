@@ -168,7 +168,7 @@ def test_step_that_is_not_lagged_is_the_definition():
 
 
 @pytest.mark.parametrize("route", [hypergrad.mixed_mode, slow(hypergrad.reverse_over_reverse)])
-@pytest.mark.parametrize("form", ["direct", "network"])
+@pytest.mark.parametrize("form", [slow("direct"), "network"])
 def test_four_devices_equal_one(form, route):
     sites = ("stage1", "pooled")
     state, tx, modulator, _ = setup(form, sites, noise=0.3)
@@ -263,6 +263,7 @@ def test_parts_of_a_batch_norm_are_normalised_by_themselves():
     chex.assert_trees_all_close(step(state, data)[0].batch_stats, expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_parts_need_less_memory():
     state, tx, _, _ = setup()
     data = Batch(jnp.zeros((64, 16, 16, 3)), jnp.zeros(64, jnp.int32))

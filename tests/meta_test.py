@@ -31,6 +31,7 @@ def state_of(learner, tx, mod_tx):
     return bilevel.init_state(jax.random.key(2), variables, tx, learner, mod_tx)
 
 
+@pytest.mark.slow
 def test_l2ac_is_the_network_form_of_mfm_with_the_shift_alone():
     """The same inputs and weights: training loss and meta-gradient agree."""
     mfm = modulation.learner(modulation.network({"logits": CLASSES}, hidden=7, shift_only=True))
@@ -102,7 +103,9 @@ def test_positive_part_by_hand():
     chex.assert_trees_all_equal(tx.update(-jnp.abs(gradient) * 0, tx.init({}), gradient)[0], jnp.zeros(4))
 
 
-@pytest.mark.parametrize("route", [hypergrad.mixed_mode, hypergrad.reverse_over_reverse])
+@pytest.mark.parametrize(
+    "route", [hypergrad.mixed_mode, pytest.param(hypergrad.reverse_over_reverse, marks=pytest.mark.slow)]
+)
 def test_l2rw_is_the_gradients_inner_product(route):
     """With plain SGD, weight i is in proportion to max(0, <grad l_i(w), grad L_meta(w)>), and the step takes them."""
     learner, rate = meta.l2rw(), 0.1
