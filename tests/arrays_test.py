@@ -1,6 +1,7 @@
 """Data sets in one file of arrays: what is in it is what is trained on, and what is wrong with it is named."""
 
 import importlib
+import json
 from pathlib import Path
 
 import chex
@@ -57,6 +58,22 @@ def test_its_own_splits_and_names_are_kept(tmp_path):
     assert data.counts.tolist() == list(COUNTS)
     chex.assert_trees_all_equal(data.val_images, given["test_images"][..., None])
     chex.assert_trees_all_equal(data.meta_labels, given["test_labels"].astype(np.int32))
+
+
+def test_a_held_out_meta_set_is_trained_on_where_asked_for(tmp_path):
+    """By a baseline; a manifest of either run gives the same split again."""
+    path = saved(tmp_path)
+    held = build(config_of(path, data__meta_fraction=0.2))
+    assert held.counts.tolist() == [12, 5, 2]  # of 15, 6, 3
+    assert np.bincount(held.meta_labels).tolist() == [3, 1, 1]
+    given = build(config_of(path, data__meta_fraction=0.2, data__train_on_meta=True))
+    assert given.counts.tolist() == build(config_of(path)).counts.tolist() == [15, 6, 3]
+    chex.assert_trees_all_equal(given.meta_images, held.meta_images)
+    (tmp_path / "split.json").write_text(json.dumps(given.manifest))
+    again = build(config_of(path, data__meta_fraction=0.2, data__manifest=str(tmp_path / "split.json")))
+    assert again.manifest == held.manifest
+    with pytest.raises(UserError, match=r"data.meta_fraction = 0.0: the manifest .* was made with 0.2"):
+        build(config_of(path, data__manifest=str(tmp_path / "split.json")))
 
 
 def test_a_large_one_is_streamed_from_the_cache(tmp_path):
