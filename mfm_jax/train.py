@@ -41,7 +41,7 @@ from mfm_jax.experiment import Experiment
 from mfm_jax.feed import Feed
 from mfm_jax.interruption import EXIT_INTERRUPTED, Interrupted, listening
 from mfm_jax.logs import MetricLog, RowList
-from mfm_jax.longtail import read_manifest, write_manifest
+from mfm_jax.longtail import manifest_hash, read_manifest, write_manifest
 from mfm_jax.loop import DeviceData, LoopState
 from mfm_jax.ownership import owned
 from mfm_jax.types import META_METRICS, BilevelState
@@ -186,7 +186,11 @@ def check_split(data: LongTailData, workdir: Path) -> None:
       UserError: the manifest in `workdir` is another.
     """
     path = workdir / "manifest.json"
-    if (workdir / "config.json").exists() and read_manifest(path)["hash"] != data.manifest["hash"]:
+    if not (workdir / "config.json").exists():
+        return
+    # A folder may have been given another name; what is in it, the version says.
+    began, now = (manifest_hash({**manifest, "dataset": ""}) for manifest in (read_manifest(path), data.manifest))
+    if began != now:
         raise UserError(f"{path}: the data or its split is not what this run began with; choose a new --workdir")
 
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import types
 
 import jax
 import pytest
@@ -9,7 +10,7 @@ from PIL import Image
 from predict_test import changed
 
 from mfm_jax import data as data_lib
-from mfm_jax import evaluation, integrity
+from mfm_jax import evaluation, integrity, train
 from mfm_jax.data import sources
 from mfm_jax.errors import UserError
 
@@ -40,6 +41,15 @@ def test_gives_the_numbers_of_training_and_touches_none_of_its_files(trained_run
             same(results[which][split], recorded[which][split])
     after = dict(integrity._digests(workdir))
     assert {name: digest for name, digest in after.items() if not name.startswith("eval/")} == before
+
+
+def test_a_folder_of_pictures_may_have_been_given_another_name(trained_run):
+    """`data.root` is not compared, and the name that the manifest takes from it is not either; other images are."""
+    _, workdir, _ = trained_run
+    manifest = json.loads((workdir / "manifest.json").read_text())
+    train.check_split(types.SimpleNamespace(manifest={**manifest, "dataset": "another name"}), workdir)
+    with pytest.raises(UserError, match="not what this run began with"):
+        train.check_split(types.SimpleNamespace(manifest={**manifest, "version": "2"}), workdir)
 
 
 def test_the_training_split_has_a_report_of_its_own(trained_run, tmp_path):
