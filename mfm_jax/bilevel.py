@@ -374,15 +374,25 @@ def _plain_statistics(
     It takes the state, phi, the batch, the training loss and the statistics that the training pass wrote; those are the
     plain ones if the modulation cannot reach them, and otherwise a plain pass is run.
     """
+    plain_pass = _plain_pass(forward, parts)
 
     def statistics(
         state: BilevelState, mod_params: PyTree, batch: Batch, train_loss: Callable, written: PyTree
     ) -> PyTree:
         if not _depends(lambda phi: train_loss(state.params, phi)[1][1], mod_params):
             return written
-        return _in_parts(lambda part: forward(state, state.params, part, no_modulation, train=True), batch, parts)[1]
+        return plain_pass(state, state.params, batch)
 
     return statistics
+
+
+def _plain_pass(forward: Callable, parts: int) -> Callable[[BilevelState, PyTree, Batch], PyTree]:
+    """Returns `(state, params, batch) -> running averages` after a plain training pass."""
+
+    def averages(state: BilevelState, params: PyTree, batch: Batch) -> PyTree:
+        return _in_parts(lambda part: forward(state, params, part, no_modulation, train=True), batch, parts)[1]
+
+    return averages
 
 
 def _fresh_statistics(forward: Callable, parts: int) -> Callable[[BilevelState, PyTree, Batch], PyTree]:
@@ -392,11 +402,12 @@ def _fresh_statistics(forward: Callable, parts: int) -> Callable[[BilevelState, 
     `new`, whatever the momentum; nothing else in them differs, and `vmap` computes that once.
     """
 
+    plain_pass = _plain_pass(forward, parts)
+
     def statistics(state: BilevelState, params: PyTree, batch: Batch) -> PyTree:
         def averages(old: jax.Array) -> PyTree:
             start = jax.tree.map(lambda leaf: jnp.full_like(leaf, old), state.batch_stats)
-            before = state.replace(batch_stats=start)
-            return _in_parts(lambda part: forward(before, params, part, no_modulation, train=True), batch, parts)[1]
+            return plain_pass(state.replace(batch_stats=start), params, batch)
 
         def fresh(of_0_and_1: jax.Array, running: jax.Array) -> jax.Array:
             share = 1 - (of_0_and_1[1] - of_0_and_1[0])  # 1 - m; 0 in a frozen layer, which is tested with its averages

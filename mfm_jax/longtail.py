@@ -157,14 +157,17 @@ def natural_split(
       UserError: a class has no training image, or none in the meta set.
     """
     train, val, meta = (np.flatnonzero(given == name).astype(np.int64) for name in ("train", "val", "meta"))
+
+    def divided(records: Ints, fraction: float, most: int | None = None) -> tuple[Ints, Ints]:
+        of_records = [groups[int(i)] for i in records]
+        held = hold_out(labels[records], num_classes, of_records, fraction, seed, most)
+        return records[~held], records[held]
+
     if not len(val) and val_fraction:
-        held = hold_out(labels[train], num_classes, [groups[int(i)] for i in train], val_fraction, seed)
-        train, val = train[~held], train[held]
+        train, val = divided(train, val_fraction)
     train = _longer(train, labels, num_classes, imbalance_factor, seed)
     if not len(meta) and meta_fraction:
-        grouped = [groups[int(i)] for i in train]
-        held = hold_out(labels[train], num_classes, grouped, meta_fraction, seed, most=meta_images_per_class)
-        train, meta = train[~held], train[held]
+        train, meta = divided(train, meta_fraction, most=meta_images_per_class)
     for name, part in (("training", train), ("meta", meta)):
         missing = np.flatnonzero(np.bincount(labels[part], minlength=num_classes) == 0)
         if len(part) and len(missing):

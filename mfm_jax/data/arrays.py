@@ -8,12 +8,13 @@ import hashlib
 import zipfile
 import zlib
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from mfm_jax.config import Data
-from mfm_jax.data.sources import Labels, Pixels, Source, cached, resize
+from mfm_jax.data.sources import Labels, Pixels, Source, cached, in_two_pools, resize
 from mfm_jax.errors import UserError
 
 _FOR_TRAINING = ("train", "val", "meta")
@@ -42,24 +43,11 @@ def load(config: Data) -> Source:
 
         return cached(f"npz-{arrays.version}-{'-'.join(chosen)}-{config.image_size}px", resized)
 
-    train_images, train_labels = read(splits)
-    test_images, test_labels = read(["test"])
-    if train_images.shape[1:] != test_images.shape[1:]:
-        raise arrays.error(f"images are {train_images.shape[1:]} in train, {test_images.shape[1:]} in test")
-    return Source(
-        name=arrays.path.stem,
-        version=arrays.version,
-        class_names=class_names,
-        train_images=train_images,
-        train_labels=train_labels,
-        train_ids=np.arange(len(train_labels), dtype=np.int64),
-        train_pool="train",
-        test_images=test_images,
-        test_labels=test_labels,
-        test_ids=np.arange(len(test_labels), dtype=np.int64),
-        test_pool="test",
-        given=np.repeat(splits, [len(labels[split]) for split in splits]),
-    )
+    train, test = read(splits), read(["test"])
+    if train[0].shape[1:] != test[0].shape[1:]:
+        raise arrays.error(f"images are {train[0].shape[1:]} in train, {test[0].shape[1:]} in test")
+    source = in_two_pools(arrays.path.stem, arrays.version, class_names, train, test)
+    return replace(source, given=np.repeat(splits, [len(labels[split]) for split in splits]))
 
 
 class _Arrays:

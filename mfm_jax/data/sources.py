@@ -147,21 +147,33 @@ def _load_tfds(config: Data) -> Source:
                 f"data.name = {config.name!r}: needs the splits train and test (or validation); it has:"
                 f" {', '.join(splits)}"
             )
-        train_images, train_labels = _decoded(builder, "train", config)
-        test_images, test_labels = _decoded(builder, test, config)
+        records = _decoded(builder, "train", config), _decoded(builder, test, config)
     name, version = builder.info.full_name.rsplit("/", 1)
+    class_names = tuple(builder.info.features["label"].names)
+    return in_two_pools(name, version, class_names, *records, test)
+
+
+def in_two_pools(
+    name: str,
+    version: str,
+    class_names: tuple[str, ...],
+    train: tuple[Pixels, Labels],
+    test: tuple[Pixels, Labels],
+    test_pool: str = "test",
+) -> Source:
+    """Returns the source whose training and test records are numbered apart, each in their order."""
     return Source(
         name=name,
         version=version,
-        class_names=tuple(builder.info.features["label"].names),
-        train_images=train_images,
-        train_labels=train_labels,
-        train_ids=np.arange(len(train_labels), dtype=np.int64),
+        class_names=class_names,
+        train_images=train[0],
+        train_labels=train[1],
+        train_ids=np.arange(len(train[1]), dtype=np.int64),
         train_pool="train",
-        test_images=test_images,
-        test_labels=test_labels,
-        test_ids=np.arange(len(test_labels), dtype=np.int64),
-        test_pool=test,
+        test_images=test[0],
+        test_labels=test[1],
+        test_ids=np.arange(len(test[1]), dtype=np.int64),
+        test_pool=test_pool,
     )
 
 
