@@ -127,7 +127,7 @@ def make_split(
 
 def natural_split(
     labels: npt.NDArray[np.integer],
-    num_classes: int,
+    class_names: Sequence[str],
     *,
     given: npt.NDArray[np.str_],
     groups: Sequence[str],
@@ -141,7 +141,7 @@ def natural_split(
 
     Args:
       labels: the classes of the records.
-      num_classes: K.
+      class_names: of the K classes.
       given: the split of each record: "train", or "val" or "meta" where the data says so itself.
       groups: the group of each record, "" for none: records of a group are never divided.
       imbalance_factor: 1 keeps the training set as it is. A larger factor f keeps of the class with the r-th most
@@ -157,6 +157,7 @@ def natural_split(
       UserError: a class has no training image, or none in the meta set.
     """
     train, val, meta = (np.flatnonzero(given == name).astype(np.int64) for name in ("train", "val", "meta"))
+    num_classes = len(class_names)
 
     def divided(records: Ints, fraction: float, most: int | None = None) -> tuple[Ints, Ints]:
         of_records = [groups[int(i)] for i in records]
@@ -172,7 +173,9 @@ def natural_split(
         missing = np.flatnonzero(np.bincount(labels[part], minlength=num_classes) == 0)
         if len(part) and len(missing):
             way_out = ", or set data.meta_fraction = 0" if name == "meta" and meta_fraction else ""
-            raise UserError(f"data: class {missing[0]} has no {name} image; every class needs at least one{way_out}")
+            raise UserError(
+                f"data: class {class_names[missing[0]]!r} has no {name} image; every class needs at least one{way_out}"
+            )
     redrawn = not len(meta)
     if redrawn:
         meta = np.sort(train[redraw_meta(labels[train], num_classes, meta_images_per_class, seed, 0)].ravel())

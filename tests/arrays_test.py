@@ -108,7 +108,7 @@ def test_a_packed_benchmark_keeps_its_splits(tmp_path, monkeypatch):
         ({"train_labels": np.full(32, -1)}, "train_labels is int64 .* from 0"),
         ({"train_labels": np.array([{}] * 32)}, "train_labels cannot be read"),
         ({"class_names": np.array(["a", "b"])}, "class_names is .* needs at least 3 strings"),
-        ({"class_names": np.array(["a", "b", "c", "d"])}, "class 3 has no training image"),
+        ({"class_names": np.array(["a", "b", "c", "d"])}, "class 'd' has no training image"),
         ({"test_images": np.zeros((9, 5, 6), np.uint8)}, r"images are \(6, 6, 1\) in train, \(5, 6, 1\) in test"),
         (
             {"val_images": np.zeros((1, 6, 6, 3), np.uint8), "val_labels": np.zeros(1, int)},

@@ -303,7 +303,7 @@ def natural(labels, given=None, groups=None, **fields):
     settings_ = {"val_fraction": 0.25, "meta_fraction": 0.0, **settings_}
     given = np.full(len(labels), "train") if given is None else np.asarray(given)
     groups = groups or ("",) * len(labels)
-    return longtail.natural_split(labels, int(labels.max()) + 1, given=given, groups=groups, **settings_)
+    return longtail.natural_split(labels, [f"class{c}" for c in range(labels.max() + 1)], given=given, groups=groups, **settings_)
 
 
 def test_natural_data_is_taken_as_it_is():
@@ -329,7 +329,7 @@ def test_a_meta_set_is_held_out_where_asked_for():
     groups = ["a"] * 8 + [f"b{i // 2}" for i in range(8)]
     split = natural(np.repeat([1, 0], [8, 8]), groups=groups, val_fraction=0.0)
     assert split.redrawn
-    with pytest.raises(UserError, match=r"class 1 has no meta image; .*, or set data.meta_fraction = 0$"):
+    with pytest.raises(UserError, match=r"class 'class1' has no meta image; .*, or set data.meta_fraction = 0$"):
         natural(np.repeat([1, 0], [8, 8]), groups=groups, val_fraction=0.0, meta_fraction=0.2)
 
 
@@ -349,9 +349,9 @@ def test_a_larger_imbalance_factor_makes_it_longer():
 
 
 def test_a_class_without_an_image_is_refused():
-    with pytest.raises(UserError, match="class 1 has no training image"):
+    with pytest.raises(UserError, match="class 'class1' has no training image"):
         natural([0, 0, 1], ["train", "train", "val"])
-    with pytest.raises(UserError, match="class 0 has no meta image"):
+    with pytest.raises(UserError, match="class 'class0' has no meta image"):
         natural([0, 0, 1, 1], ["train", "train", "train", "meta"])
 
 

@@ -131,17 +131,17 @@ def _settings(config: Config) -> dict[str, Any]:
 
 
 def _draw_split(config: Config, source: Source) -> Split:
-    labels, num_classes, settings = source.train_labels, len(source.class_names), _settings(config)
+    labels, settings = source.train_labels, _settings(config)
     given = np.full(len(labels), "train") if source.given is None else source.given
     if settings.pop("protocol") == "natural":
         groups = source.groups or ("",) * len(labels)
-        return longtail.natural_split(labels, num_classes, given=given, groups=groups, **settings)
+        return longtail.natural_split(labels, source.class_names, given=given, groups=groups, **settings)
     if (given != "train").any() or source.groups:
         raise UserError(
             f"data.protocol = {config.data.protocol!r}: draws from all images alike, and {source.name} has splits,"
             " groups or copies of one picture (see --mode=check); set data.protocol = 'natural', or remove the copies"
         )
-    return longtail.make_split(labels, num_classes, protocol=config.data.protocol, **settings)
+    return longtail.make_split(labels, len(source.class_names), protocol=config.data.protocol, **settings)
 
 
 def _read_split(config: Config, source: Source) -> Split:
