@@ -6,7 +6,7 @@ Started again with the same folder it goes on where it was. Tiers (`--tiers=main
 
   main      factor 100, 5 seeds: CE, logit adjustment and MFM, each as validation chose
   factors   factors 200 and 50, 3 seeds: the same
-  peers     factor 100, 3 seeds: LDAM-DRW and Meta-Weight-Net as validation chose, and logit adjustment as published
+  peers     factor 100, 5 seeds: LDAM-DRW and Meta-Weight-Net as validation chose, and logit adjustment as published
   transfer  factors 200 and 50, 2 seeds: MFM with the modulator of main's seed 0, frozen, and fine-tuned
   borrowed  the config's factor, 5 seeds: CE, MFM, and MFM with the modulator of the run `--source`, frozen, fine-tuned
   others    factor 100, 1 seed: every other method at its defaults
@@ -80,7 +80,7 @@ def tiers(own_factor: float, source: str) -> dict[str, list[Row]]:
     return {
         "main": chosen(MAIN, 100.0, 5),
         "factors": [row for factor in (200.0, 50.0) for row in chosen(MAIN, factor, 3)],
-        "peers": [*chosen(PEERS, 100.0, 3), Row("logit_adjusted_natural", "logit_adjusted", 100.0, 3)],
+        "peers": [*chosen(PEERS, 100.0, 5), Row("logit_adjusted_natural", "logit_adjusted", 100.0, 5)],
         "transfer": [row for factor in (200.0, 50.0) for row in transferred(factor, 2)],
         "borrowed": chosen(("ce", "mfm"), own_factor, 5) + transferred(own_factor, 5),
         "others": [Row(name, name, 100.0, 1) for name in METHODS if name not in MAIN + PEERS],
