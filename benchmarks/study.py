@@ -19,6 +19,7 @@ import csv
 import math
 import shlex
 import statistics
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -171,6 +172,7 @@ def shell(row: Row) -> str:
     values = {"data.imbalance_factor": row.factor, **row.values}
     source = config_flags.get_config_filename(flags.FLAGS["config"])
     words = [f"--config={source}", f"--methods={row.method}", f"--seeds={','.join(map(str, range(row.seeds)))}"]
+    words += [word for word in sys.argv[1:] if word.startswith("--config.")]
     words += [f"--config.{path}={value}" for path, value in values.items()]
     return shlex.join(["python", "-m", "mfm_jax.compare", *words, "--workdir=WORKDIR"])
 

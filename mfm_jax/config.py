@@ -62,8 +62,9 @@ class Data:
     @property
     def validates(self) -> bool:
         """Whether images are set aside for validation, or the data may bring them."""
-        drawn = self.val_fraction if self.protocol == "natural" else self.val_images_per_class
-        return bool(self.val_list or drawn)
+        if self.protocol != "natural":
+            return self.val_images_per_class > 0
+        return bool(self.val_list or self.val_fraction) or self.source in ("folder", "npz")
 
 
 @dataclass(frozen=True)
@@ -193,7 +194,7 @@ class Train:
 
 @dataclass(frozen=True)
 class Parallel:
-    """How a step is spread over several devices (see `parallel`). On one device neither field changes anything."""
+    """How a step is spread over several devices (see `parallel`)."""
 
     batch_norm: str = _one_of("sync", "local")  # statistics of the whole batch, or of each device's part
     fsdp: int = _between(1, 1)  # divide parameters and optimizer state over this many devices; 1 = off
@@ -343,6 +344,26 @@ def _check_together(config: Config) -> None:
             "meta.lagged = True: l2rw's weights belong to one batch, so the next step cannot use them;"
             " set meta.lagged = False"
         )
+    if config.method.name == "l2rw" and config.optim.clip_norm:
+        raise UserError(
+            f"optim.clip_norm = {config.optim.clip_norm}: l2rw's virtual step starts from a gradient of zero, where"
+            " clipping has no derivative; set it to 0"
+        )
+    if config.modulation.use_count and config.modulation.form != "network":
+        raise UserError(
+            f"modulation.use_count = True: only modulation.form = 'network' joins the count to its input, not"
+            f" {config.modulation.form!r}"
+        )
+    natural = config.data.protocol == "natural"
+    for field, value in (
+        ("val_images_per_class", natural and config.data.val_images_per_class),
+        ("meta_fraction", not natural and config.data.meta_fraction),
+    ):
+        if value:
+            raise UserError(
+                f"data.{field} = {value}: not read under data.protocol = {config.data.protocol!r}; choose another"
+                f" protocol, or {'data.val_fraction' if natural else 'meta.images_per_class'}"
+            )
     if config.augment.crop == "resized" and config.data.source not in ("folder", "list"):
         raise UserError(
             f"augment.crop = 'resized': needs whole pictures, which only data.source = 'folder' or 'list' has, not"

@@ -18,7 +18,7 @@ from mfm_jax import config as config_lib
 from mfm_jax import data as data_lib
 from mfm_jax.classifier import Classifier
 from mfm_jax.config import Config
-from mfm_jax.data import batches
+from mfm_jax.data import batches, listing
 from mfm_jax.errors import UserError
 
 # A classifier -> (its probabilities [N, K], the labels [N]).
@@ -149,7 +149,8 @@ def _of_folder(folder: Path, class_names: Sequence[str], config: Config, unread:
 def _check_classes(folder: Path, class_names: Sequence[str]) -> None:
     if not folder.is_dir():
         raise UserError(f"--eval_folder={folder}: no such folder")
-    there, known = {path.name for path in folder.iterdir() if path.is_dir()}, set(class_names)
+    there = {path.name for path in folder.iterdir() if path.is_dir() and not listing.passed_over(path.name)}
+    known = set(class_names)
     if there != known:
         differences = (("missing", known - there), ("unknown", there - known))
         told = "; ".join(f"{word}: {', '.join(sorted(names))}" for word, names in differences if names)

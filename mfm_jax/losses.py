@@ -55,8 +55,8 @@ def focal(gamma: float = 2.0) -> LossFn:
 
     def loss(logits: jax.Array, labels: jax.Array) -> jax.Array:
         nats = cross_entropy(logits, labels)
-        # Away from zero, where the power has an infinite derivative for gamma below 1.
-        miss = jnp.maximum(-jnp.expm1(-nats), jnp.finfo(logits.dtype).tiny)
+        # Away from zero, where the power's derivatives are infinite for a gamma below 1, and its second below 2.
+        miss = jnp.maximum(-jnp.expm1(-nats), jnp.finfo(logits.dtype).eps)
         return miss**gamma * nats
 
     return loss

@@ -169,8 +169,9 @@ def network(
       channels: C of each site to modulate.
       counts: training images of each class, `[K]`, to join `z_y` to the input; None leaves it out.
       hidden: units of the hidden layer.
-      detach_inputs: stop the gradient into `u`. With one site the meta-gradient is the same; with several it drops
-        how later inputs depend on earlier sites' parameters, and is the gradient of that truncated function.
+      detach_inputs: stop the gradient into `u`. The classifier's gradient then does not go through the modulator's
+        input, and the meta-gradient is that of this step; with several sites it also drops how later inputs depend on
+        earlier sites' parameters.
       shift_only: generate beta alone; gamma is zero.
 
     References:

@@ -103,6 +103,7 @@ def test_a_packed_benchmark_keeps_its_splits(tmp_path, monkeypatch):
     [
         ({"test_labels": None}, "has no array test_labels; it has: train_images, train_labels, test_images"),
         ({"train_images": np.zeros((32, 6, 6))}, r"train_images is float64 \(32, 6, 6\); needs uint8"),
+        ({"train_images": np.zeros((32, 6, 6, 4), np.uint8)}, r"uint8 \(32, 6, 6, 4\); needs .* or \[N, H, W, 3\]"),
         ({"train_images": np.zeros((31, 6, 6), np.uint8)}, "train_images has 31 images, train_labels 32"),
         ({"train_labels": np.zeros((32, 2), int)}, r"train_labels is int64 \(32, 2\); needs integers"),
         ({"train_labels": np.full(32, -1)}, "train_labels is int64 .* from 0"),

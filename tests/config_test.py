@@ -155,6 +155,26 @@ def test_what_a_model_does_not_have_is_refused():
     )
 
 
+def test_what_would_not_be_read_is_refused():
+    assert refusal({"modulation": {"use_count": True}}) == (
+        "modulation.use_count = True: only modulation.form = 'network' joins the count to its input, not 'frequency'"
+    )
+    assert refusal({"data": {"meta_fraction": 0.1}}) == (
+        "data.meta_fraction = 0.1: not read under data.protocol = 'meta_held_out'; choose another protocol, or"
+        " meta.images_per_class"
+    )
+    assert refusal({"data": {"protocol": "natural", "val_images_per_class": 5}}) == (
+        "data.val_images_per_class = 5: not read under data.protocol = 'natural'; choose another protocol, or"
+        " data.val_fraction"
+    )
+
+
+def test_validation_may_come_with_the_data():
+    natural = {"protocol": "natural", "val_fraction": 0.0}
+    assert config_lib.resolve({"data": natural | {"source": "npz"}, "eval": {"test": False}}).data.validates
+    assert "there is nothing else to show" in refusal({"data": natural, "eval": {"test": False}})
+
+
 @pytest.mark.parametrize("sites", ["", "stage3,", "pooled, pooled", ",logits"])
 def test_sites_must_be_distinct_names(sites):
     message = f"modulation.sites = {sites!r}: expected distinct, comma-separated site names"

@@ -75,6 +75,7 @@ def folder(trained_run, tmp_path):
 def test_folders_of_pictures_give_the_numbers_of_their_pixels_without_the_data(trained_run, folder, monkeypatch):
     monkeypatch.setattr(sources, "load", None)
     config, workdir, recorded = trained_run
+    (folder / ".ipynb_checkpoints").mkdir()
     results, page = evaluation.evaluate_run(config, workdir, folder=folder)
     assert page.parent == workdir / "eval" / "outside-mine"
     assert results["unread"].keys() == {str(folder / "7" / "broken.png")}

@@ -303,7 +303,9 @@ def natural(labels, given=None, groups=None, **fields):
     settings_ = {"val_fraction": 0.25, "meta_fraction": 0.0, **settings_}
     given = np.full(len(labels), "train") if given is None else np.asarray(given)
     groups = groups or ("",) * len(labels)
-    return longtail.natural_split(labels, [f"class{c}" for c in range(labels.max() + 1)], given=given, groups=groups, **settings_)
+    return longtail.natural_split(
+        labels, [f"class{c}" for c in range(labels.max() + 1)], given=given, groups=groups, **settings_
+    )
 
 
 def test_natural_data_is_taken_as_it_is():

@@ -143,6 +143,8 @@ def test_certainty_has_a_finite_gradient(loss):
     logits = np.array([[1e4, 0.0]], np.float32)
     chex.assert_tree_all_finite(jax.grad(lambda z: loss(z, np.array([0]))[0])(logits))
     chex.assert_tree_all_finite(jax.grad(lambda z: loss(z, np.array([1]))[0])(logits))
+    learned = np.array([[30.0, 0.0]], np.float32)  # the loss rounds to zero; meta learners need the second derivative
+    chex.assert_tree_all_finite(jax.jacfwd(jax.grad(lambda z: loss(z, np.array([0]))[0]))(learned))
 
 
 def test_class_weights_by_hand():

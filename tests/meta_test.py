@@ -8,7 +8,8 @@ import optax
 import pytest
 
 from mfm_jax import bilevel, hypergrad, losses, models, modulation
-from mfm_jax.methods import meta
+from mfm_jax import config as config_lib
+from mfm_jax.methods import METHODS, meta
 from mfm_jax.types import Batch, MetaLearner
 
 CLASSES, BATCH, WIDTH = 4, 12, 4
@@ -94,6 +95,20 @@ def test_semantic_augmentation_by_its_sum():
     chex.assert_trees_all_close(out, want.astype(np.float32), rtol=1e-5, atol=1e-5)
     own = jnp.take_along_axis(out - logits, LABELS[:, None], axis=1)
     chex.assert_trees_all_close(own, jnp.zeros_like(own), atol=1e-6)  # the label's own logit stays
+
+
+def test_semantic_augmentation_of_a_cosine_classifier_sees_directions():
+    config = config_lib.resolve({"method": {"name": "metasaug", "base": "ldam", "ldam_scale": 10.0}})
+    learner = METHODS["metasaug"].learner(config, jnp.ones(CLASSES), {"pooled": 5})
+    phi = noisy(learner.init(jax.random.key(0)), 2.0)
+    kernel = jax.random.normal(jax.random.key(3), (5, CLASSES))
+    logits = jax.random.normal(jax.random.key(4), (BATCH, CLASSES))
+    plain = meta.metasaug(CLASSES, 5, config.method.isda_strength)
+    unit = {"head": {"kernel": 10 * kernel / jnp.linalg.norm(kernel, axis=0, keepdims=True)}}
+    want = plain.modulate(phi, unit, LABELS)("logits", logits)
+    for length in (1.0, 0.01):
+        out = learner.modulate(phi, {"head": {"kernel": length * kernel}}, LABELS)("logits", logits)
+        chex.assert_trees_all_close(out, want, rtol=1e-4, atol=1e-4)
 
 
 def test_positive_part_by_hand():

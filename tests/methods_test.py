@@ -260,6 +260,21 @@ def test_weights_of_one_batch_cannot_be_lagged():
         configured("l2rw", meta__lagged=True)
 
 
+def test_smote_ends_on_synthetic_features_under_any_sampling():
+    config = configured("smote", method__sampling="square_root", train__batch_size=50)
+    data = data_lib.build(config)
+    order = experiment_lib.build(config, data).order
+    first, second = (np.asarray(order(jax.random.key(0), epoch)) for epoch in (0, 1))
+    images = len(data.train_labels)
+    assert first.max() < images <= second.max() < data.num_classes * data.counts.max()
+    assert len(np.unique(second)) == second.size  # each once, not by the counts
+
+
+def test_clipping_a_gradient_of_zero_has_no_derivative():
+    with pytest.raises(UserError, match=r"optim.clip_norm = 1.0: l2rw's virtual step starts from a gradient of zero"):
+        configured("l2rw", optim__clip_norm=1.0)
+
+
 @pytest.mark.parametrize("name", config_lib.STAGED)
 def test_a_second_stage_needs_an_epoch(name):
     with pytest.raises(UserError, match=r"method.first_stage = 0.5: leaves .* no epoch of train.epochs = 1"):

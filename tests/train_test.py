@@ -239,6 +239,8 @@ def test_transfer_starts_from_the_modulator_and_freeze_keeps_it(finished, tmp_pa
     assert ours.bilevel.mod_opt_state == ()
     resolved = config_lib.resolve(config)
     assert experiment_lib.build(resolved, data_lib.build(resolved)).meta_step is None
+    with pytest.raises(UserError, match=r"meta.freeze = True: would keep a modulator that does nothing"):
+        train.train_and_evaluate(tiny(meta__freeze=True), tmp_path / "nothing")
 
 
 @pytest.mark.parametrize(
@@ -278,9 +280,7 @@ def test_a_manifest_is_taken_from_a_file(finished, tmp_path):
         slow(
             {"method__name": "smote", "method__first_stage": 0.5, "train__steps_per_call": 4, "data__protocol": "full"}
         ),
-        slow(
-            {"method__name": "meta_weight_net", "method__base": "ldam", "meta__virtual": "head", "meta__freeze": True}
-        ),
+        slow({"method__name": "meta_weight_net", "method__base": "ldam", "meta__virtual": "head"}),
         {"train__max_steps": 7, "optim__warmup_epochs": 1},
     ],
     ids=lambda overrides: "+".join(str(value) for value in overrides.values()),

@@ -91,8 +91,7 @@ def build(config: Config) -> LongTailData:
         in_training = np.union1d(split.train, split.meta)
     manifest = _manifest(config, source, split, in_training)
     longtail.check_leakage(manifest)
-    meta_counts = manifest["splits"]["meta"]["class_counts"]
-    _check_batches(config, len(in_training), len(meta_counts) * min(config.meta.images_per_class, *meta_counts))
+    _check_batch(config, len(in_training))
     if not config.eval.test and not len(split.val):
         raise UserError("eval.test = False: there is nothing else to show, no class has images enough for validation")
     images, labels = source.train_images, source.train_labels
@@ -225,15 +224,11 @@ def _manifest(config: Config, source: Source, split: Split, in_training: longtai
     )
 
 
-def _check_batches(config: Config, num_train: int, num_meta: int) -> None:
+def _check_batch(config: Config, num_train: int) -> None:
     if config.train.batch_size > num_train:
         raise UserError(
             f"train.batch_size = {config.train.batch_size}: there are {num_train} training images;"
             f" choose at most {num_train}"
-        )
-    if config.meta.batch_size > num_meta:
-        raise UserError(
-            f"meta.batch_size = {config.meta.batch_size}: the meta set has {num_meta} images; choose at most {num_meta}"
         )
 
 
@@ -244,7 +239,10 @@ def _mean_std(config: Config, name: str, images: Images) -> tuple[npt.NDArray[np
     alone, exactly, through the 256 values a pixel can have, or, where they are streamed, from some of them; a constant
     channel gets the standard deviation 1.
     """
-    published = _NORMALIZATION.get(name if config.data.normalize == "own" else config.data.normalize)
+    of = config.data.normalize
+    if of == "own" and config.data.source in ("tfds", "npz"):  # a folder may have any name
+        of = name
+    published = _NORMALIZATION.get(of)
     if published:
         channels = images.shape[-1]
         mean, std = (np.array(values, np.float32) for values in published)

@@ -1,7 +1,8 @@
 """A data set in one `.npz` file: arrays under the names that MedMNIST gives them.
 
-`train_images` (uint8, `[N, H, W]` or `[N, H, W, C]`), `train_labels` (integers from 0, `[N]` or `[N, 1]`), the same of
-`test`, and, where there are such splits, of `val` and `meta`; `class_names` (strings, `[K]`) may be left out.
+`train_images` (uint8, `[N, H, W]` or `[N, H, W, C]` with 1 or 3 channels), `train_labels` (integers from 0, `[N]` or
+`[N, 1]`), the same of `test`, and, where there are such splits, of `val` and `meta`; `class_names` (strings, `[K]`) may
+be left out.
 """
 
 import hashlib
@@ -74,14 +75,15 @@ class _Arrays:
 
     def images(self, split: str, count: int) -> Pixels:
         values = self._read(f"{split}_images")
-        if values.dtype != np.uint8 or values.ndim not in (3, 4) or not values.size:
+        images = values[..., None] if values.ndim == 3 else values
+        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3) or not images.size:
             raise self.error(
-                f"{split}_images is {values.dtype} {values.shape}; needs uint8 (0 to 255) of shape [N, H, W, C] or"
-                " [N, H, W]"
+                f"{split}_images is {values.dtype} {values.shape}; needs uint8 (0 to 255) of shape [N, H, W],"
+                " [N, H, W, 1] or [N, H, W, 3]"
             )
-        if len(values) != count:
-            raise self.error(f"{split}_images has {len(values)} images, {split}_labels {count}")
-        return values if values.ndim == 4 else values[..., None]
+        if len(images) != count:
+            raise self.error(f"{split}_images has {len(images)} images, {split}_labels {count}")
+        return images
 
     def labels(self, split: str) -> Labels:
         values = self._read(f"{split}_labels")

@@ -247,6 +247,11 @@ def _too_few(root: Path, names: list[str]) -> str:
     return f"only one class, {names[0]!r}{hint}"
 
 
+def passed_over(name: str) -> bool:
+    """Whether a file or folder of this name is no part of a data set: hidden, or left behind by a system."""
+    return name.startswith(".") or name.lower() in _LEFT_BEHIND
+
+
 def _scan(root: Path, inside: str, problems: list[Problem]) -> tuple[list[str], list[str]]:
     """Returns the folders and the regular files in a folder, sorted, relative to `root`; links are followed."""
     folders: list[str] = []
@@ -258,7 +263,7 @@ def _scan(root: Path, inside: str, problems: list[Problem]) -> tuple[list[str], 
         return [], []
     for entry in entries:
         path = posixpath.join(inside, entry.name)
-        if entry.name.startswith(".") or entry.name.lower() in _LEFT_BEHIND:
+        if passed_over(entry.name):
             continue
         wrong = _unusable(entry)
         if wrong:

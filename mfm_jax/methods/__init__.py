@@ -139,7 +139,10 @@ def _l2ac(config: Config, counts: jax.Array, channels: Mapping[str, int]) -> Met
 
 
 def _metasaug(config: Config, counts: jax.Array, channels: Mapping[str, int]) -> MetaLearner:
-    return meta.metasaug(len(counts), channels["pooled"], config.method.isda_strength)
+    size, strength = (len(counts), channels["pooled"]), config.method.isda_strength
+    if METHODS[config.method.base].cosine_head:
+        return meta.metasaug(*size, strength, lambda params: heads.cosine_kernel(params, config.method.ldam_scale))
+    return meta.metasaug(*size, strength)
 
 
 def modulator(config: Config, counts: jax.Array, channels: Mapping[str, int]) -> Modulator:

@@ -75,10 +75,7 @@ def cosine(apply_fn: ApplyFn, scale: float) -> ApplyFn:
 
     def apply(variables: PyTree, image: jax.Array, *, modulate: Modulate = no_modulation, **options) -> PyTree:
         params = variables["params"]
-        kernel = params["head"]["kernel"]
-        unit = _with_head(
-            params, kernel=scale * kernel / _norms(kernel)[None, :], bias=jnp.zeros_like(params["head"]["bias"])
-        )
+        unit = _with_head(params, kernel=cosine_kernel(params, scale), bias=jnp.zeros_like(params["head"]["bias"]))
 
         def normalize(site: str, features: jax.Array) -> jax.Array:
             features = modulate(site, features)
@@ -87,6 +84,12 @@ def cosine(apply_fn: ApplyFn, scale: float) -> ApplyFn:
         return apply_fn({**variables, "params": unit}, image, modulate=normalize, **options)
 
     return apply
+
+
+def cosine_kernel(params: PyTree, scale: float) -> jax.Array:
+    """Returns the weights that a cosine classifier multiplies unit features with: each class's of length `scale`."""
+    kernel = params["head"]["kernel"]
+    return scale * kernel / _norms(kernel)[None, :]
 
 
 def on_features(apply_fn: ApplyFn, image_shape: tuple[int, ...]) -> ApplyFn:

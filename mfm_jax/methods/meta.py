@@ -97,21 +97,28 @@ def l2ac(num_classes: int, hidden: int = 100) -> MetaLearner:
     return MetaLearner(init, modulate)
 
 
-def metasaug(num_classes: int, channels: int, strength: float = 0.5) -> MetaLearner:
+def metasaug(
+    num_classes: int,
+    channels: int,
+    strength: float = 0.5,
+    kernel_of: Callable[[PyTree], jax.Array] = lambda params: params["head"]["kernel"],
+) -> MetaLearner:
     """Implicit semantic augmentation, each class's feature covariance learned on the meta set.
 
     Augmenting the features of class y by draws from `N(0, strength * Sigma_y)`, infinitely often, has the upper bound
 
         loss(z'),  z'_k = z_k + strength / 2 (w_k - w_y)^T Sigma_y (w_k - w_y)
 
-    with w the head's weights. Here Sigma_y is diagonal, `softplus(rho_y)` `[C]`, and rho `[K, C]` is all of phi: where
-    the paper estimates covariances from features and has the meta-gradient correct them, they are learned from the
-    meta-gradient alone, and the strength is constant where the paper lets it grow with the epoch.
+    with w the weights that the logits are made with. Here Sigma_y is diagonal, `softplus(rho_y)` `[C]`, and rho
+    `[K, C]` is all of phi: where the paper estimates covariances from features and has the meta-gradient correct them,
+    they are learned from the meta-gradient alone, and the strength is constant where the paper lets it grow with the
+    epoch.
 
     Args:
       num_classes: K.
       channels: C, width of the features below the head.
       strength: lambda; 0 leaves the loss as it is.
+      kernel_of: `params -> w [C, K]`; by default the head's own weights.
 
     References:
       Li et al., MetaSAug: meta semantic augmentation for long-tailed visual recognition, CVPR 2021.
@@ -123,7 +130,7 @@ def metasaug(num_classes: int, channels: int, strength: float = 0.5) -> MetaLear
         return {"rho": jnp.full((num_classes, channels), -4.0, jnp.float32)}  # a variance of 0.018
 
     def modulate(phi: PyTree, params: PyTree, labels: jax.Array) -> Modulate:
-        kernel = params["head"]["kernel"]
+        kernel = kernel_of(params)
         variance = jax.nn.softplus(phi["rho"]).astype(kernel.dtype)
         # sum_c variance_yc (w_ck - w_cy)^2, multiplied out: [K, K] for the classes, then a row for each example.
         square = variance @ kernel**2

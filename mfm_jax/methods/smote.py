@@ -2,8 +2,6 @@
 
 import numpy as np
 
-from mfm_jax.errors import UserError
-
 
 def oversample(features: np.ndarray, labels: np.ndarray, neighbors: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Returns features with synthetic ones added until every class has as many as the largest.
@@ -20,17 +18,11 @@ def oversample(features: np.ndarray, labels: np.ndarray, neighbors: int, seed: i
     Returns:
       (float32 [K n_max, C], int32 [K n_max]), the given ones first.
 
-    Raises:
-      UserError: imbalanced-learn is not installed.
-
     References:
       Chawla et al., SMOTE: synthetic minority over-sampling technique, JAIR 2002. In the feature space of a trained
       network, as for classifier retraining (Kang et al. 2020), it is this project's adaptation.
     """
-    try:
-        from imblearn.over_sampling import SMOTE
-    except ImportError:
-        raise UserError("method.name = 'smote': needs imbalanced-learn; pip install imbalanced-learn") from None
+    from imblearn.over_sampling import SMOTE
 
     counts = np.bincount(labels)
     most = counts.max()
