@@ -115,11 +115,10 @@ def cases():
         if form in LEARNERS and sites != SITES:
             continue
         quick = (
-            (sites == SITES and optimizer == "adamw" and form != "network")
-            or (form == "network" and optimizer == "adamw" and sites == ("pooled",))
-            or (form == "direct" and optimizer == "nesterov_decay" and sites in (("stem",), ("logits",)))
-            or (form == "direct_per_class" and sites == ("pooled",) and optimizer == "adamw")
-            or (form == "frequency" and optimizer in ("sgd", "clipped") and sites == ("logits",))
+            (form in ("network_attached", *LEARNERS) and optimizer == "adamw" and sites == SITES)
+            or (form in ("network", "network_count", "direct_per_class") and (optimizer, *sites) == ("adamw", "pooled"))
+            or (form == "direct" and (optimizer, *sites) == ("nesterov_decay", "logits"))
+            or (form == "frequency" and (optimizer, *sites) in (("sgd", "logits"), ("clipped", "logits")))
         )
         marks = () if quick else (pytest.mark.slow,)
         yield pytest.param(form, optimizer, sites, marks=marks, id=f"{form}-{optimizer}-{'+'.join(sites)}")
@@ -142,7 +141,8 @@ def test_mixed_mode_equals_reverse_over_reverse(form, optimizer, sites):
     ("form", "sites", "optimizer"),
     [(form, ("pooled",), "nesterov_decay") for form in FORMS]
     + [("frequency", ("logits",), name) for name in OPTIMIZERS]
-    + [(form, SITES, "adamw") for form in ("direct", "frequency", "network_attached", *LEARNERS)],
+    + [(form, SITES, "adamw") for form in ("network_attached", *LEARNERS)]
+    + [pytest.param(form, SITES, "adamw", marks=pytest.mark.slow) for form in ("direct", "frequency")],
 )
 def test_mixed_mode_equals_central_difference(form, sites, optimizer):
     with jax.enable_x64(True):
@@ -170,7 +170,7 @@ def test_dead_unit_has_zero_gradient_and_adam_stays_finite():
     chex.assert_tree_all_finite(mixed.grad)
 
 
-@pytest.mark.parametrize("optimizer", ["nesterov_decay", "adamw"])
+@pytest.mark.parametrize("optimizer", [pytest.param("nesterov_decay", marks=pytest.mark.slow), "adamw"])
 def test_restricted_virtual_step(optimizer):
     with jax.enable_x64(True):
         params = problem("direct", SITES, optimizer, "float64")[3]
