@@ -38,8 +38,8 @@ def config() -> ml_collections.ConfigDict:
 
 
 def workdir() -> Path:
-    """Returns `--workdir`."""
-    return Path(_WORKDIR.value or "")
+    """Returns `--workdir`; a leading `~` is the home folder, which a shell leaves as it is after `=`."""
+    return Path(os.path.expanduser(_WORKDIR.value or ""))
 
 
 def run(main: Callable[[Sequence[str]], int]) -> None:
@@ -82,7 +82,7 @@ def _status(main: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
     logging.set_verbosity(logging.FATAL)  # Orbax tells every step of every save, and of a failed one its tracebacks
     # A program that was compiled once is not compiled again, by this run's continuation or by the next seed's.
     if not jax.config.values["jax_compilation_cache_dir"]:
-        cache = os.environ.get("MFM_JAX_CACHE") or platformdirs.user_cache_dir("mfm_jax")
+        cache = os.path.expanduser(os.environ.get("MFM_JAX_CACHE") or platformdirs.user_cache_dir("mfm_jax"))
         jax.config.update("jax_compilation_cache_dir", os.path.join(cache, "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # the many small programs of a start too
     try:

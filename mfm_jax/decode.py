@@ -38,11 +38,11 @@ def files(places: Iterable[Path]) -> Iterator[Path]:
     and links to folders are not followed.
 
     Raises:
-      UserError: there is no such file or folder.
+      UserError: there is no such file or folder, or a folder cannot be read.
     """
     for place in places:
         if place.is_dir():
-            for folder, inside, names in os.walk(place):
+            for folder, inside, names in os.walk(place, onerror=_refuse):
                 inside[:] = sorted(name for name in inside if not name.startswith("."))
                 found = (n for n in sorted(names) if n.lower().endswith(pictures.SUFFIXES) and not n.startswith("."))
                 yield from (Path(folder, name) for name in found)
@@ -50,6 +50,10 @@ def files(places: Iterable[Path]) -> Iterator[Path]:
             yield place
         else:
             raise UserError(f"{place}: no such file or folder")
+
+
+def _refuse(error: OSError) -> None:
+    raise UserError(f"{error.filename}: cannot be read: {error.strerror}")
 
 
 def decoded(paths: Iterable[Path], size: int, channels: int, fit: str, workers: int) -> Iterator[Decoded]:

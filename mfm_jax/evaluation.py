@@ -46,12 +46,12 @@ def evaluate_run(
       is "outside" for a folder, and `unread` then lists the files that could not be read, with the reasons.
 
     Raises:
-      UserError: no such run or split, another config or other data than the run's, other class names, or `out` is the
-        workdir.
+      UserError: no such run or split, another config or other data than the run's, other class names, or `out` holds a
+        run.
     """
     out = out or workdir / "eval" / (f"outside-{folder.resolve().name}" if folder else split)
-    if out.resolve() == workdir.resolve():
-        raise UserError(f"--out={out}: holds the run's own results; choose another folder")
+    if (out / "config.json").exists():
+        raise UserError(f"--out={out}: holds a run; choose another folder")
     given = _same_config(config, workdir)
     last, best = classifier.load(workdir), _load_best(workdir)
     unread: dict[str, str] = {}

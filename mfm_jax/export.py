@@ -43,9 +43,12 @@ def export(workdir: Path, out: Path, which: str = "last", *, onnx: bool = False,
       The bytes of each file of the classifier.
 
     Raises:
-      UserError: the run has not finished or cannot be loaded, or what `--onnx` needs is not installed.
+      UserError: the run has not finished or cannot be loaded, `out` holds a run, or what `--onnx` needs is not
+        installed.
       RuntimeError: a file's probabilities differ from the checkpoint's by more than 1e-5.
     """
+    if (out / "config.json").exists():
+        raise UserError(f"--out={out}: holds a run; choose another folder")
     trained, run = classifier.load(workdir, which), report.read_run(workdir)
     found = run.results[which]
     if trained.step != found["step"]:

@@ -159,7 +159,7 @@ def draw_classes(figure: "Figure", classes: Classes, found: dict[str, Any]) -> s
     top.legend(**above, ncols=3)
     bottom.axhline(np.nanmean(accuracy), color=_MUTED, linestyle="--", linewidth=1.2, label="balanced accuracy")
     bottom.set_ylim(-4, 104)
-    bottom.set_title("Test accuracy, last epoch (%)")
+    bottom.set_title("Accuracy, last epoch (%)")
     bottom.legend(**above)
     bottom.set_xlim(-0.8, len(counts) - 0.2)
     bottom.set_xlabel("class, from most to fewest training images")

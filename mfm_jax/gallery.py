@@ -4,6 +4,8 @@ A mean accuracy of the rare classes does not say whether a model confuses two sp
 some pictures does.
 """
 
+import zipfile
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -61,5 +63,5 @@ def read(path: Path) -> Gallery | None:
     try:
         with np.load(path) as arrays:
             return Gallery(**arrays)
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error):
         return None

@@ -51,6 +51,11 @@ _PROCESS = flags.DEFINE_integer("process", None, "The number of this process, fr
 
 def main(argv: Sequence[str]) -> int:
     del argv
+    for flag in (_SPLIT, _EVAL_FOLDER, _OUT):
+        if flag.present and _MODE.value != "eval":
+            raise UserError(f"--{flag.name}={flag.value}: only with --mode=eval")
+    if _SPLIT.present and _EVAL_FOLDER.value:
+        raise UserError(f"--split={_SPLIT.value}: --eval_folder takes the place of a split; leave one of them out")
     if _MODE.value == "check":
         return check.check(command.config(), command.workdir())
     if _MODE.value == "eval" and _COORDINATOR.value:
@@ -77,7 +82,7 @@ def _evaluate(config: ml_collections.ConfigDict) -> int:
     results, page = evaluation.evaluate_run(config, command.workdir(), _SPLIT.value, folder, out)
     print_results(results)
     for path, problem in results["unread"].items():
-        print(f"could not be read: {path}: {problem}")
+        print(f"could not be read: {path.encode(errors='backslashreplace').decode()}: {problem}")
     print(f"report: {page}")
     return 1 if results["unread"] else 0
 

@@ -64,6 +64,8 @@ def write_csv(
       UserError: a place that does not exist, no pictures, a classifier of images that are not square, or a file that
         cannot be written.
     """
+    if out.is_dir():
+        raise UserError(f"--out={out}: a folder; name a file")
     total = sum(1 for _ in decode.files(places))
     if not total:
         raise UserError(f"{', '.join(map(str, places))}: no pictures there")

@@ -14,6 +14,7 @@ import pickle
 import re
 import sys
 import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,10 @@ from mfm_jax.errors import UserError
 from mfm_jax.types import PyTree
 
 _WRAPPERS = ("state_dict", "model")
-_UNREADABLE = (OSError, ValueError, RuntimeError, EOFError, zipfile.BadZipFile, pickle.UnpicklingError)
+_UNREADABLE = (
+    *(OSError, ValueError, AttributeError, RuntimeError, EOFError),
+    *(zipfile.BadZipFile, zlib.error, pickle.UnpicklingError),
+)
 
 # torchvision's names of a vision transformer, in timm's. Published files have the MLP's layers under an older name.
 _TIMM = (
@@ -80,7 +84,7 @@ def load(path: str | Path, params: PyTree, batch_stats: PyTree, model_name: str)
     Raises:
       UserError: no such file, one that cannot be read, or tensors that are missing, unknown or of another shape.
     """
-    tensors = _canonical(_read(Path(path)))
+    tensors = _read(Path(path))
     names = _VIT if model_name.startswith("vit") else _RESNET
     variables = {"params": params, "batch_stats": batch_stats}
     leaves, structure = jax.tree_util.tree_flatten_with_path(variables)
@@ -113,17 +117,19 @@ def load(path: str | Path, params: PyTree, batch_stats: PyTree, model_name: str)
     return loaded["params"], loaded["batch_stats"]
 
 
-def _read(path: Path) -> Mapping[str, Any]:
-    """Returns the named arrays in a file."""
+def _read(path: Path) -> dict[str, np.ndarray]:
+    """Returns the arrays in a file, named as in `_canonical`."""
     if not path.is_file():
         raise UserError(f"model.pretrained = {str(path)!r}: no such file")
     try:
         if path.suffix == ".safetensors":
-            return safetensors.numpy.load_file(path)
-        if path.suffix == ".npz":
+            found: Mapping[str, Any] = safetensors.numpy.load_file(path)
+        elif path.suffix == ".npz":
             with np.load(path, allow_pickle=False) as file:
-                return dict(file)
-        return _read_torch(path)
+                found = dict(file)
+        else:
+            found = _read_torch(path)
+        return _canonical(found)
     except UserError:
         raise
     except (*_UNREADABLE, safetensors.SafetensorError) as error:

@@ -108,7 +108,7 @@ def train_all(groups: Sequence[Sequence[Run]], jobs: int = 1) -> list[Outcome]:
                     if status == EXIT_INTERRUPTED:
                         stop()
                     free.append(job.cores)
-                    live.console.print(f"{_told(job)}; {_overall(planned, began)}")
+                    live.console.print(f"{_told(job)}; {_overall(planned, began)}", markup=False)
                 if job.process is None and job.outcomes is None and stopped():
                     job.outcomes = [Outcome(None, "not started")] * len(job.runs)
                 elif job.process is None and job.outcomes is None and free:
@@ -171,7 +171,7 @@ def _finished(job: _Job, status: int) -> list[Outcome]:
 
 @contextlib.contextmanager
 def _stopping(jobs: list[_Job]) -> Iterator[Any]:
-    """Passes SIGTERM and Ctrl-C on to the processes that run; yields whether one has arrived, and what acts so."""
+    """Passes SIGTERM, Ctrl-C and the terminal's end on to the processes; yields whether one came, and what acts so."""
     received: list[int] = []
 
     def note(number: int = signal.SIGTERM, frame: Any = None) -> None:
@@ -180,9 +180,13 @@ def _stopping(jobs: list[_Job]) -> Iterator[Any]:
             if job.process and job.process.poll() is None:
                 job.process.terminate()
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    ends = [signal.SIGTERM, signal.SIGINT, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
+    before = {number: signal.signal(number, note) for number in ends}
     try:
         yield lambda: bool(received), note
+    except BaseException:
+        note()  # or they would go on unseen
+        raise
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -228,8 +232,9 @@ def _progress(workdir: Path) -> tuple[int, str]:
 
 def peak_memory(workdir: Path) -> int | None:
     """Returns the peak memory in bytes of a run that had a process of its own; None of one that had not."""
-    path = workdir / "peak_memory.json"
-    return json.loads(path.read_text())["bytes"] if path.exists() else None
+    with contextlib.suppress(OSError, UserError):
+        return train.read_object(workdir / "peak_memory.json")["bytes"]
+    return None
 
 
 def _measure() -> dict[str, Any]:
@@ -253,7 +258,7 @@ def main(argv: Sequence[str]) -> int:
     fresh = not (workdirs[0] / "checkpoints").exists()
     train.train_together(configs, workdirs)
     if fresh and len(workdirs) == 1:  # neither a run in two halves nor one of several has a peak of its own
-        (workdirs[0] / "peak_memory.json").write_text(json.dumps(_measure()))
+        train.write(workdirs[0] / "peak_memory.json", json.dumps(_measure()))
     return 0
 
 

@@ -61,13 +61,19 @@ def tune(method: str, fields: Fields, trials: int, folder: Path, jobs: int = 1) 
         for trial, outcome in zip(asked, runs.train_all(planned, jobs), strict=True):
             if outcome.results is None:
                 error = outcome.error
+                print(f"{method} trial {trial.number + 1} counts for nothing: {error}")
                 study.tell(trial, state=optuna.trial.TrialState.FAIL)
             else:
                 study.tell(trial, outcome.results["last"]["val"]["balanced_accuracy"])
     scored = [trial for trial in study.trials if trial.value is not None]
     if not scored:
         raise UserError(f"--tune={trials}: every trial of {method} failed; the last: {error}")
-    best = {"values": study.best_params, "val_balanced_accuracy": study.best_value, "trials": trials}
+    best = {
+        "values": study.best_params,
+        "val_balanced_accuracy": study.best_value,
+        "trials": trials,
+        "scored": len(scored),
+    }
     (folder / "best.json").write_text(json.dumps(best, indent=1))
     return study.best_params
 

@@ -108,6 +108,9 @@ def test_a_packed_benchmark_keeps_its_splits(tmp_path, monkeypatch):
         ({"train_labels": np.zeros((32, 2), int)}, r"train_labels is int64 \(32, 2\); needs integers"),
         ({"train_labels": np.full(32, -1)}, "train_labels is int64 .* from 0"),
         ({"train_labels": np.array([{}] * 32)}, "train_labels cannot be read"),
+        ({"train_labels": np.full(32, 2**32)}, "labels reach 4294967296, with .* images in all; classes are numbered"),
+        ({"train_labels": np.zeros(32, int), "test_labels": np.zeros(9, int)}, "has only one class, '0'"),
+        ({"validation_labels": np.zeros(1, int)}, "validation_labels belongs to no split; they are train, val, meta"),
         ({"class_names": np.array(["a", "b"])}, "class_names is .* needs at least 3 strings"),
         ({"class_names": np.array(["a", "b", "c", "d"])}, "class 'd' has no training image"),
         ({"test_images": np.zeros((9, 5, 6), np.uint8)}, r"images are \(6, 6, 1\) in train, \(5, 6, 1\) in test"),
@@ -126,9 +129,10 @@ def test_what_is_wrong_is_named(tmp_path, changed, message):
 def test_a_file_of_another_kind_is_refused(tmp_path):
     np.save(tmp_path / "one.npy", np.zeros(3))
     (tmp_path / "text.npz").write_text("no archive")
+    (tmp_path / "empty.npz").touch()
     whole = saved(tmp_path).read_bytes()
     (tmp_path / "cut.npz").write_bytes(whole[: len(whole) // 2])
-    for name in ("one.npy", "text.npz", "cut.npz", "absent.npz"):
+    for name in ("one.npy", "text.npz", "empty.npz", "cut.npz", "absent.npz"):
         with pytest.raises(UserError, match=f"data.root = '.*{name}': not an .npz file that can be read"):
             build(config_of(tmp_path / name))
     damaged = bytearray(whole)

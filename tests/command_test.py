@@ -63,6 +63,7 @@ MISTAKES = {
         "model.name = 'resnet9': allowed: resnet10, resnet101, resnet152, resnet18, resnet20, resnet32, resnet44,"
         " resnet50, resnet56, resnet8, resnext50, vit_b16"
     ),
+    "--split=val": "--split=val: only with --mode=eval",
     # that only the data can tell
     "--config.meta.batch_size=104": "meta.batch_size = 104: the meta set has 100 images; choose at most 100",
     "--config.meta.images_per_class=200": ("meta.images_per_class = 200: class 8 holds 124 images; choose at most 123"),

@@ -98,7 +98,7 @@ def test_what_is_not_the_run_s_is_refused(trained_run, tmp_path):
     config, workdir, _ = trained_run
     with pytest.raises(UserError, match=r"belongs to another config \(train.seed: 0 -> 1\)"):
         evaluation.evaluate_run(changed(config, train={"seed": 1}), workdir)
-    with pytest.raises(UserError, match=r"--out=.*: holds the run's own results"):
+    with pytest.raises(UserError, match=r"--out=.*: holds a run; choose another folder"):
         evaluation.evaluate_run(config, workdir, out=workdir)
     with pytest.raises(UserError, match=r"no such folder"):
         evaluation.evaluate_run(config, workdir, folder=tmp_path / "nowhere")

@@ -205,6 +205,11 @@ def test_a_card_without_validation_and_without_rare_classes(trained_run, tmp_pat
         card.write_card(tmp_path, tmp_path / "card.md", "best", "it", {})
 
 
+def test_a_run_is_not_overwritten(trained_run):
+    with pytest.raises(UserError, match=r"--out=.*: holds a run; choose another folder"):
+        export.export(trained_run.workdir, trained_run.workdir)
+
+
 def test_a_run_that_has_not_finished_is_not_exported(trained_run, tmp_path):
     for name in ("config.json", classifier.FILE, "manifest.json"):
         (tmp_path / name).write_bytes((trained_run.workdir / name).read_bytes())

@@ -1,5 +1,6 @@
 """One's own pictures as a data set: folders and lists, their splits, and the streamed path against the resident one."""
 
+import functools
 import json
 import multiprocessing
 import os
@@ -19,7 +20,7 @@ from mfm_jax import experiment as experiment_lib
 from mfm_jax import feed as feed_lib
 from mfm_jax import interruption, longtail, train
 from mfm_jax import loop as loop_lib
-from mfm_jax.data import listing, streaming
+from mfm_jax.data import files, listing, streaming
 from mfm_jax.errors import UserError
 
 COUNTS = {"ant": 40, "bee": 12, "cricket": 5}
@@ -115,6 +116,14 @@ def test_copies_of_a_picture_are_in_one_split(root):
     assert len(copies) == 21
     having = [name for name in ("train", "val", "test") if copies & set(data.manifest["splits"][name]["ids"])]
     assert len(having) == 1
+
+
+def test_pictures_of_the_test_split_with_a_duplicate_outside_are_counted():
+    pairs = [("alike", "a", "b"), ("alike", "a", "c"), ("alike", "d", "e"), ("copy", "a", "b")]
+    count = functools.partial(files._straddling, pairs, "abcde")
+    assert count(np.array([1, 0, 0, 0, 0], bool)) == {"alike": 1, "copy": 1}
+    assert count(np.array([1, 1, 0, 0, 1], bool)) == {"alike": 3}
+    assert count(np.ones(5, bool)) == {}
 
 
 def test_groups_are_not_divided(root):

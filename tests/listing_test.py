@@ -67,6 +67,14 @@ def test_folders_that_are_all_splits_hold_the_classes(tmp_path):
     assert found.problems == (Problem("emu", "a class without a training picture"),)
 
 
+def test_what_lies_beside_splits_is_told(tmp_path):
+    root = tree(tmp_path, "train/cat/1.jpg", "train/dog/2.jpg", "stray.jpg", "README.txt")
+    (root / "test").symlink_to(tmp_path / "gone")
+    found = listing.folder(root)
+    assert {problem.path: problem.reason for problem in found.problems}.keys() == {"README.txt", "stray.jpg", "test"}
+    assert Problem("stray.jpg", "lies in no class folder") in found.problems
+
+
 def test_a_class_may_be_called_as_a_split(tmp_path):
     found = listing.folder(tree(tmp_path, "bus/1.jpg", "train/2.jpg", "test/3.jpg"))
     assert found.class_names == ("bus", "test", "train")
@@ -81,6 +89,10 @@ def test_what_a_folder_does_not_tell_is_refused(tmp_path, pets):
         listing.folder(pets.parent)
     with pytest.raises(UserError, match="no picture in a class folder"):
         listing.folder(pets / "cat")
+    with pytest.raises(UserError, match=r"only one class, 'cat'; not usable: 2, the first dog/1.heic: not a picture"):
+        listing.folder(tree(tmp_path / "d", "cat/1.jpg", "dog/1.heic"))
+    with pytest.raises(UserError, match=r"data\.root = '~no-such-user/x': no such folder"):
+        listing.folder("~no-such-user/x")
     root = tree(tmp_path / "a", "train/cat/1.jpg", "train/dog/1.jpg", "test/cat/2.jpg", "old/cat/3.jpg")
     with pytest.raises(
         UserError, match=r"'test' holds folders, as a split does, but 'old' beside it is no split \(train,"
@@ -252,3 +264,6 @@ def test_names_that_are_not_utf_8_are_kept_as_they_are(tmp_path):
     assert [os.fsencode(path) for path in listing.folder(root).paths] == [b"cat/a.jpg", b"cat/\xff.jpg", b"dog/a.jpg"]
     found = listing.lists(root, written(root, b"cat/\xff.jpg 0\ndog/a.jpg 1"))
     assert [os.fsencode(path) for path in found.paths] == [b"cat/\xff.jpg", b"dog/a.jpg"]
+    os.rename(root / "dog", os.fsencode(root) + b"/\xe9t\xe9")
+    with pytest.raises(UserError, match=r"the name of class '\\udce9t\\udce9' is not UTF-8; rename its folder"):
+        listing.folder(root)  # a class's name is drawn and printed

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import os
 import shutil
 import signal
 import subprocess
@@ -229,6 +230,20 @@ def test_mistakes_in_the_places(trained_run, folder, tmp_path):
     with pytest.raises(UserError, match="void: no pictures there"):
         predict.write_csv(loaded, [tmp_path / "void"], tmp_path / "out.csv")
     assert [path.name for path in tmp_path.iterdir()] == ["void"]
+    with pytest.raises(UserError, match=r"--out=.*: a folder; name a file"):
+        predict.write_csv(loaded, [folder], tmp_path)
+
+
+def test_a_folder_that_cannot_be_read_is_told(folder, monkeypatch):
+    def scandir(place):
+        if os.fspath(place).endswith("b"):
+            raise PermissionError(13, "Permission denied", place)
+        return scan(place)
+
+    scan = os.scandir
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(UserError, match="b: cannot be read: Permission denied"):
+        list(decode.files([folder]))
 
 
 # --- the command ----------------------------------------------------------------------------------

@@ -253,8 +253,10 @@ def test_another_architecture_is_refused(tmp_path):
 def test_files_that_cannot_be_read(tmp_path):
     with pytest.raises(UserError, match="no such file"):
         pretrained.load(tmp_path / "none.npz", {}, {}, "resnet50")
+    np.savez(tmp_path / "words.npz", arch="resnet50")
     for name in ("damaged.safetensors", "damaged.npz"):
         (tmp_path / name).write_bytes(b"\x07" * 50)
+    for name in ("damaged.safetensors", "damaged.npz", "words.npz"):
         with pytest.raises(UserError, match=f"{name}.*: cannot be read"):
             pretrained.load(tmp_path / name, {}, {}, "resnet50")
 

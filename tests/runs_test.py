@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -59,7 +60,7 @@ def test_cores_are_shared_out():
 
 @pytest.fixture
 def _one_device(monkeypatch):
-    monkeypatch.setenv("XLA_FLAGS", os.environ["XLA_FLAGS"].replace("count=4", "count=1"))
+    monkeypatch.setenv("XLA_FLAGS", re.sub(r"device_count=\d+", "device_count=1", os.environ["XLA_FLAGS"]))
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", jax.config.values["jax_compilation_cache_dir"])
     monkeypatch.setattr(jax, "device_count", lambda: 1)
 
@@ -123,6 +124,20 @@ def test_the_end_of_an_interrupted_run_stops_the_rest(tmp_path, monkeypatch):
     monkeypatch.setattr(runs, "_start", start)
     with pytest.raises(interruption.Interrupted, match="every run is saved"):
         runs.train_all([[run(tmp_path, name)] for name in ("one", "two", "three")], jobs=2)
+
+
+def test_nothing_runs_on_where_this_process_fails(tmp_path, monkeypatch):
+    started = []
+
+    def start(job, cores):
+        job.cores, job.process = cores, subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+        started.append(job.process)
+
+    monkeypatch.setattr(runs, "_start", start)
+    monkeypatch.setattr(runs, "_table", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        runs.train_all([[run(tmp_path, "one")]])
+    assert started[0].wait(10) == -signal.SIGTERM
 
 
 PARENT = """

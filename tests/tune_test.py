@@ -74,7 +74,7 @@ def test_every_method_gets_the_same_number_of_trials_and_its_own_best(fields, tr
     assert [run.config.eval.test for run in trained] == [False] * 6 + [True] * 4
 
 
-def test_a_trial_that_fails_is_one_of_the_trials(fields, tmp_path, monkeypatch):
+def test_a_trial_that_fails_is_one_of_the_trials(fields, tmp_path, monkeypatch, capsys):
     def train_all(planned, jobs):
         ((run,),) = planned
         run.workdir.mkdir(parents=True)
@@ -84,6 +84,8 @@ def test_a_trial_that_fails_is_one_of_the_trials(fields, tmp_path, monkeypatch):
 
     monkeypatch.setattr(runs, "train_all", train_all)
     assert set(tune.tune("ce", fields, 2, tmp_path / "one")) == {"optim.learning_rate"}
+    assert "ce trial 1 counts for nothing: loss became non-finite" in capsys.readouterr().out
+    assert json.loads((tmp_path / "one/best.json").read_text())["scored"] == 1
     with pytest.raises(UserError, match=r"--tune=1: every trial of ce failed; the last: loss became non-finite"):
         tune.tune("ce", fields, 1, tmp_path / "two")
 

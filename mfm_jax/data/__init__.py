@@ -85,6 +85,8 @@ def build(config: Config) -> LongTailData:
         source = sources.streamed_if_large(config.data, arrays.load(config.data))
     else:
         source = sources.load(config.data)
+    if len(source.class_names) < 2:
+        raise UserError(f"data: {source.name} has only one class, {source.class_names[0]!r}")
     split = _read_split(config, source) if config.data.manifest else _draw_split(config, source)
     in_training = split.train
     if config.data.train_on_meta:

@@ -6,6 +6,7 @@ be left out.
 """
 
 import hashlib
+import os
 import zipfile
 import zlib
 from collections.abc import Sequence
@@ -30,9 +31,16 @@ def load(config: Data) -> Source:
       UserError: there is no such file, or it is none of this kind; names the array.
     """
     arrays = _Arrays(config.root)
+    for name in arrays.names:
+        if name.endswith(("_images", "_labels")) and name.rpartition("_")[0] not in (*_FOR_TRAINING, "test"):
+            raise arrays.error(f"{name} belongs to no split; they are train, val, meta and test")
     splits = [split for split in _FOR_TRAINING if f"{split}_images" in arrays.names]
-    labels = {split: arrays.labels(split) for split in (*splits, "test")}
-    class_names = arrays.class_names(max(int(values.max()) for values in labels.values()) + 1)
+    found = {split: arrays.labels(split) for split in (*splits, "test")}
+    classes, images = max(int(values.max()) for values in found.values()) + 1, sum(map(len, found.values()))
+    if classes > images:
+        raise arrays.error(f"labels reach {classes - 1}, with {images} images in all; classes are numbered from 0")
+    class_names = arrays.class_names(classes)
+    labels = {split: values.astype(np.int32) for split, values in found.items()}
 
     def read(chosen: Sequence[str]) -> tuple[Pixels, Labels]:
         def resized() -> tuple[Pixels, Labels]:
@@ -57,14 +65,14 @@ class _Arrays:
     def __init__(self, root: str) -> None:
         if not root:
             raise UserError("data.root: missing; data.source = 'npz' needs the file")
-        self.path = Path(root).expanduser()
+        self.path = Path(os.path.expanduser(root))
         try:
             with self.path.open("rb") as file:
                 self.version = hashlib.file_digest(file, "sha256").hexdigest()[:16]
                 file.seek(0)
                 with np.load(file) as members:
                     self.names = tuple(members.files)
-        except (OSError, ValueError, TypeError, zipfile.BadZipFile) as error:  # TypeError: a bare array
+        except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:  # TypeError: a bare array
             raise self.error(f"not an .npz file that can be read ({error})") from error
         for name in ("train_images", "train_labels", "test_images", "test_labels"):
             if name not in self.names:
@@ -85,13 +93,13 @@ class _Arrays:
             raise self.error(f"{split}_images has {len(images)} images, {split}_labels {count}")
         return images
 
-    def labels(self, split: str) -> Labels:
+    def labels(self, split: str) -> np.ndarray:
         values = self._read(f"{split}_labels")
         if values.ndim == 2 and values.shape[1] == 1:
             values = values[:, 0]
         if not np.issubdtype(values.dtype, np.integer) or values.ndim != 1 or not len(values) or values.min() < 0:
             raise self.error(f"{split}_labels is {values.dtype} {values.shape}; needs integers from 0 of shape [N]")
-        return values.astype(np.int32)
+        return values
 
     def class_names(self, count: int) -> tuple[str, ...]:
         if "class_names" not in self.names:

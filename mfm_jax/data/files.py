@@ -81,9 +81,16 @@ def load(config: Data, *, whole: bool) -> Source:
 def _straddling(
     duplicates: Sequence[tuple[str, str, str]], paths: Sequence[str], is_test: npt.NDArray[np.bool_]
 ) -> dict[str, int]:
-    """Returns how many pairs (kind, path, path) of duplicates the test split divides from the rest, by kind."""
+    """Returns how many pictures of the test split have a duplicate (kind, path, path) outside, by kind."""
     where = dict(zip(paths, is_test.tolist(), strict=True))
-    return dict(Counter(kind for kind, first, second in duplicates if where[first] != where[second]))
+    alike: dict[tuple[str, str], set[str]] = {}
+    for kind, first, second in duplicates:
+        alike.setdefault((kind, first), {first}).add(second)
+    found: Counter[str] = Counter()
+    for (kind, _), members in alike.items():
+        tested = sum(where[path] for path in members)
+        found[kind] += tested if tested < len(members) else 0
+    return {kind: count for kind, count in found.items() if count}
 
 
 class _Sound(NamedTuple):

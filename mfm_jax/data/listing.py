@@ -92,8 +92,8 @@ def load(config: Data) -> Listing:
         return folder(config.root, config.group)
     if not config.train_list:
         raise UserError("data.train_list: missing; data.source = 'list' needs a file of `path label` lines")
-    named = {split: Path(getattr(config, f"{split}_list")).expanduser() for split in SPLITS}
-    beside = {split: Path(config.root).expanduser() / file for split, file in named.items() if file.name}
+    named = {split: _path(getattr(config, f"{split}_list")) for split in SPLITS}
+    beside = {split: _path(config.root) / file for split, file in named.items() if file.name}
     files = {split: path if path.is_file() else named[split] for split, path in beside.items()}
     return lists(config.root, files, config.group)
 
@@ -106,14 +106,15 @@ def folder(root: str | Path, group: str = "") -> Listing:
       group: regular expression; a picture's group is its first capture group, or its whole match, in the path.
 
     Raises:
-      UserError: `root` is no folder or holds fewer than two classes, or `group` is no pattern or matches nowhere.
+      UserError: `root` is no folder or holds fewer than two classes, a class's name is no UTF-8, or `group` is no
+        pattern or matches nowhere.
     """
     root, pattern = _existing(root), _pattern(group)
     problems: list[Problem] = []
     rows: list[_Row] = []
-    for level, split in _levels(root):
+    for level, split in _levels(root, problems):
         folders, files = _scan(root, level, problems)
-        problems += [Problem(file, _not_a_picture(file) or "lies in no class folder") for file in files]
+        problems += _strays(files)
         for path in folders:
             found = list(_below(root, path, problems))
             if not found:
@@ -122,7 +123,7 @@ def folder(root: str | Path, group: str = "") -> Listing:
             rows += [_Row(picture, name, split, "", picture) for picture in found]
     names = sorted({row.label for row in rows})
     if len(names) < 2:
-        raise UserError(f"data.root = {str(root)!r}: {_too_few(root, names)}")
+        raise UserError(f"data.root = {str(root)!r}: {_too_few(root, names, problems)}")
     trained = {row.label for row in rows if row.split == "train"}
     problems += [Problem(name, "a class without a training picture") for name in names if name not in trained]
     return _listing(root, names, rows, problems, pattern)
@@ -169,10 +170,14 @@ def lists(root: str | Path, files: Mapping[str, str | Path], group: str = "") ->
 
 
 def _existing(root: str | Path) -> Path:
-    path = Path(root).expanduser()
+    path = _path(root)
     if not path.is_dir():
         raise UserError(f"data.root = {str(root)!r}: {'not a folder' if path.exists() else 'no such folder'}")
     return path
+
+
+def _path(name: str | Path) -> Path:
+    return Path(os.path.expanduser(name))  # the method of `Path` raises where there is no such user
 
 
 def _pattern(group: str) -> re.Pattern[str] | None:
@@ -194,9 +199,13 @@ def _listing(
     if pattern and not any(groups):
         raise UserError(f"data.group = {pattern.pattern!r}: matches none of the paths; the first is {rows[0].path!r}")
     number = {name: i for i, name in enumerate(names)}
+    class_names = tuple(names.values() if isinstance(names, dict) else names)
+    for name in class_names:
+        if name.encode(errors="ignore").decode() != name:
+            raise UserError(f"data.root = {str(root)!r}: the name of class {name!r} is not UTF-8; rename its folder")
     return Listing(
         root=root,
-        class_names=tuple(names.values() if isinstance(names, dict) else names),
+        class_names=class_names,
         paths=tuple(row.path for row in rows),
         labels=np.array([number[row.label] for row in rows], np.int32),
         splits=np.array([row.split for row in rows]),
@@ -218,9 +227,13 @@ def _group(pattern: re.Pattern[str] | None, path: str) -> str:
 # Folders
 
 
-def _levels(root: Path) -> list[tuple[str, str]]:
-    """Returns the folders that hold class folders, relative to `root`, each with its split."""
-    folders, _ = _scan(root, "", [])
+def _levels(root: Path, problems: list[Problem]) -> list[tuple[str, str]]:
+    """Returns the folders that hold class folders, relative to `root`, each with its split.
+
+    What lies in `root` beside splits is added to `problems`.
+    """
+    beside: list[Problem] = []
+    folders, files = _scan(root, "", beside)
     splits = [(name, _SPLIT_FOLDERS[name.lower()]) for name in folders if name.lower() in _SPLIT_FOLDERS]
     found = {split for _, split in splits}
     others = sorted(set(folders) - {name for name, _ in splits})
@@ -235,16 +248,22 @@ def _levels(root: Path) -> list[tuple[str, str]]:
         return [("", "train")]
     if "train" not in found:
         raise UserError(f"data.root = {str(root)!r}: holds the splits {', '.join(sorted(found))} but no folder 'train'")
+    problems += beside + _strays(files)
     return splits
 
 
-def _too_few(root: Path, names: list[str]) -> str:
+def _strays(files: Iterable[str]) -> list[Problem]:
+    return [Problem(file, _not_a_picture(file) or "lies in no class folder") for file in files]
+
+
+def _too_few(root: Path, names: list[str], problems: list[Problem]) -> str:
     """Returns why fewer than two classes were found, and the way out."""
+    first = f"; not usable: {len(problems)}, the first {': '.join(problems[0])}" if problems else ""
     if not names:
-        return "no picture in a class folder; put each class into a folder of its own"
+        return f"no picture in a class folder; put each class into a folder of its own{first}"
     inner, _ = _scan(root, names[0], []) if (root / names[0]).is_dir() else ([], [])
     hint = f"; is {str(root / names[0])!r} meant?" if len(inner) > 1 else ""
-    return f"only one class, {names[0]!r}{hint}"
+    return f"only one class, {names[0]!r}{hint}{first}"
 
 
 def passed_over(name: str) -> bool:
@@ -325,7 +344,7 @@ def _lines(split: str, file: Path, problems: list[Problem]) -> list[_Row]:
     """Returns the lines of a list; those that are not understood become problems."""
     field = f"data.{split}_list = {str(file)!r}"
     try:
-        content = file.expanduser().read_bytes()
+        content = _path(file).read_bytes()
     except OSError as error:
         raise UserError(f"{field}: {error.strerror}") from error
     encoding = "utf-16" if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"

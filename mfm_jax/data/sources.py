@@ -18,6 +18,7 @@ import logging
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -334,6 +335,9 @@ def _read_entry(entry: Path) -> tuple[Pixels, Labels] | None:
 
 def _write_entry(entry: Path, images: Pixels, labels: Labels) -> None:
     entry.parent.mkdir(parents=True, exist_ok=True)
+    for left in entry.parent.glob(".building-*"):  # of a process that was killed
+        if left.stat().st_mtime < time.time() - 86_400:
+            shutil.rmtree(left, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix=".building-", dir=entry.parent) as scratch:
         new = Path(scratch) / "entry"
         new.mkdir()
