@@ -180,7 +180,9 @@ def _stopping(jobs: list[_Job]) -> Iterator[Any]:
             if job.process and job.process.poll() is None:
                 job.process.terminate()
 
-    ends = [signal.SIGTERM, signal.SIGINT, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
+    ends = [signal.SIGTERM, signal.SIGINT]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as under nohup
+        ends.append(signal.SIGHUP)
     before = {number: signal.signal(number, note) for number in ends}
     try:
         yield lambda: bool(received), note

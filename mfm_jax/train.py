@@ -142,7 +142,7 @@ def _start(config: Config, workdir: Path, data: LongTailData, device_data: Devic
     """Returns the run, restored if it was interrupted; leaves its config, manifest and classifier's facts there."""
     experiment = experiment_lib.build(config, data, mesh)
     if experiment.modulator and config.meta.freeze and not config.modulation.init_from:
-        raise UserError("meta.freeze = True: would keep a modulator that does nothing; name a run to take one from")
+        raise UserError("meta.freeze = True: would keep a modulator that does nothing; set modulation.init_from")
     check_split(data, workdir)
     run = _Run(config, workdir, data, experiment, device_data, mesh)
     path = workdir / "config.json"
