@@ -9,7 +9,7 @@ Started again with the same folder it goes on where it was. Tiers (`--tiers=main
   peers     factor 100, 5 seeds: LDAM-DRW and Meta-Weight-Net as validation chose, and logit adjustment as published
   transfer  factors 200 and 50, 2 seeds: MFM with the modulator of main's seed 0, frozen, and fine-tuned
   borrowed  the config's factor, 5 seeds: CE, MFM, and MFM with the modulator of the run `--source`, frozen, fine-tuned
-  others    factor 100, 1 seed: every other method at its defaults
+  others    factor 100, 1 seed: every other method at its defaults, untuned
 
 `--max_seeds=1 --config.train.epochs=2` makes a trial of it; `--jobs=N` has N runs side by side. After each tier the
 rows that are there are written to WORKDIR/study.md, with differences paired by seed, and to `--csv`.
@@ -50,6 +50,7 @@ CHOSEN: dict[str, Values] = {
     "ldam_drw": {"method.sampling": "square_root"},
     "meta_weight_net": {"method.sampling": "square_root", "meta.learning_rate": 2.5e-4},
 }
+UNTUNED: dict[str, Values] = {"l2ac": {"meta.learning_rate": 2.5e-4}}  # its phi is a network, as Meta-Weight-Net's
 MAIN = ("ce", "logit_adjusted", "mfm")
 PEERS = ("ldam_drw", "meta_weight_net")
 
@@ -84,7 +85,7 @@ def tiers(own_factor: float, source: str) -> dict[str, list[Row]]:
         "peers": [*chosen(PEERS, 100.0, 5), Row("logit_adjusted_natural", "logit_adjusted", 100.0, 5)],
         "transfer": [row for factor in (200.0, 50.0) for row in transferred(factor, 2)],
         "borrowed": chosen(("ce", "mfm"), own_factor, 5) + transferred(own_factor, 5),
-        "others": [Row(name, name, 100.0, 1) for name in METHODS if name not in MAIN + PEERS],
+        "others": [Row(name, name, 100.0, 1, UNTUNED.get(name, {})) for name in METHODS if name not in MAIN + PEERS],
     }
 
 
