@@ -103,8 +103,8 @@ def build(config: Config, data: LongTailData, mesh: Mesh | None = None) -> Exper
     """Returns the experiment that `config` describes on `data`, its steps spread over `mesh` if given.
 
     Raises:
-      UserError: a site that the model does not have; padding as wide as the images; a meta batch larger than the meta
-        set; local batch norm on a batch that does not divide by the devices.
+      UserError: a site that the model does not have; padding as wide as the images; local batch norm on a batch that
+        does not divide by the devices.
     """
     method, objective, counts = METHODS[config.method.name], methods.objective(config), jnp.asarray(data.counts)
     _check_images(config, method, data)
@@ -117,8 +117,6 @@ def build(config: Config, data: LongTailData, mesh: Mesh | None = None) -> Exper
     channels = _channels(config, local, image)  # checks the sites for every method
     learner = method.learner(config, counts, channels) if method.learner else None
     learns = learner is not None and not config.meta.freeze
-    if learns:
-        _check_meta_batch(config, data)
     per_epoch = batches.steps_per_epoch(len(data.train_labels), config.train.batch_size)
     first, second, learning_rate = _schedules(config, method, per_epoch)
     tx = optim.classifier(config.optim, first)
@@ -315,14 +313,6 @@ def _check_images(config: Config, method: Method, data: LongTailData) -> None:
         raise UserError(f"augment.pad = {config.augment.pad}: images are {side} pixels wide; choose at most {side - 1}")
     if streamed and method.retraining and method.retraining.synthetic:
         raise UserError(f"method.name = {config.method.name!r}: needs all images at once; raise data.resident_mb")
-
-
-def _check_meta_batch(config: Config, data: LongTailData) -> None:
-    images = data.meta_table(0).size
-    if config.meta.batch_size > images:
-        raise UserError(
-            f"meta.batch_size = {config.meta.batch_size}: the meta set has {images} images; choose at most {images}"
-        )
 
 
 def _check_divisible(config: Config, devices: int) -> None:

@@ -141,8 +141,7 @@ def train_together(configs: Sequence[Config], workdirs: Sequence[Path]) -> list[
 def _start(config: Config, workdir: Path, data: LongTailData, device_data: DeviceData, mesh: Mesh | None) -> "_Run":
     """Returns the run, restored if it was interrupted; leaves its config, manifest and classifier's facts there."""
     experiment = experiment_lib.build(config, data, mesh)
-    if experiment.modulator and config.meta.freeze and not config.modulation.init_from:
-        raise UserError("meta.freeze = True: would keep a modulator that does nothing; set modulation.init_from")
+    _check_meta(config, data, experiment)
     check_split(data, workdir)
     run = _Run(config, workdir, data, experiment, device_data, mesh)
     path = workdir / "config.json"
@@ -211,6 +210,17 @@ def claim_workdir(config: Config, workdir: Path) -> None:
         changed = list(config_lib.differences(read_object(path), config.to_dict()))
         if changed:
             raise UserError(f"--workdir={workdir} belongs to another config ({'; '.join(changed)}); choose a new one")
+
+
+def _check_meta(config: Config, data: LongTailData, experiment: Experiment) -> None:
+    """Refuses to keep a modulator that does nothing, and meta batches larger than the meta set."""
+    if experiment.modulator and config.meta.freeze and not config.modulation.init_from:
+        raise UserError("meta.freeze = True: would keep a modulator that does nothing; set modulation.init_from")
+    images = data.meta_table(0).size
+    if experiment.meta_step and config.meta.batch_size > images:
+        raise UserError(
+            f"meta.batch_size = {config.meta.batch_size}: the meta set has {images} images; choose at most {images}"
+        )
 
 
 def _summary(config: Config, data: LongTailData) -> str:

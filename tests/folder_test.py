@@ -153,10 +153,10 @@ def test_a_meta_set_of_ones_own_is_as_large_as_its_smallest_class_allows(root):
     data = build(root.parent / "split")
     assert counts_of(data)["meta"] == [1, 2, 3]
     chex.assert_shape(data.meta_table(0), (3, 1))
+    learning, without = (config_lib.resolve(config(root.parent / "split", method__name=n)) for n in ("mfm", "ce"))
     with pytest.raises(UserError, match=r"meta\.batch_size = 6: the meta set has 3 images"):
-        experiment_lib.build(config_lib.resolve(config(root.parent / "split")), data)
-    without = config_lib.resolve(config(root.parent / "split", method__name="ce"))
-    experiment_lib.build(without, data)  # which reads no meta set
+        train._check_meta(learning, data, experiment_lib.build(learning, data))
+    train._check_meta(without, data, experiment_lib.build(without, data))  # which reads no meta set
 
 
 def test_nothing_to_show_is_refused_before_training(root):
