@@ -164,8 +164,8 @@ def write_csv(finished: Finished, path: Path) -> None:
         writer = csv.writer(file)
         writer.writerow(COLUMNS)
         for row, results in finished:
-            found = summary(results)
-            writer.writerow([row.name, f"{row.factor:g}", row.seeds, *(f"{found[n]:.2f}" for n in found), shell(row)])
+            numbers = ["" if math.isnan(value) else f"{value:.2f}" for value in summary(results).values()]
+            writer.writerow([row.name, f"{row.factor:g}", row.seeds, *numbers, shell(row)])
 
 
 def shell(row: Row) -> str:
