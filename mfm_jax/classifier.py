@@ -30,6 +30,16 @@ class NoBest(UserError):
     """The run has no checkpoint that was best on validation."""
 
 
+def refuse_run(out: Path) -> None:
+    """Checks that what is made of a run does not go into a run's own workdir.
+
+    Raises:
+      UserError: `out` holds a run.
+    """
+    if (out / "config.json").exists():
+        raise UserError(f"--out={out}: holds a run; choose another folder")
+
+
 @dataclasses.dataclass(frozen=True)
 class Facts:
     """What the training data told: the content of `classifier.json`.

@@ -12,11 +12,10 @@ from typing import NoReturn
 
 import jax
 import ml_collections
-import platformdirs
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from mfm_jax import cluster
+from mfm_jax import cache, cluster
 from mfm_jax.config import GROUPS, field_type
 from mfm_jax.errors import UserError
 from mfm_jax.interruption import EXIT_INTERRUPTED, NOTICE, Interrupted, terminable
@@ -82,8 +81,7 @@ def _status(main: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
     logging.set_verbosity(logging.FATAL)  # Orbax tells every step of every save, and of a failed one its tracebacks
     # A program that was compiled once is not compiled again, by this run's continuation or by the next seed's.
     if not jax.config.values["jax_compilation_cache_dir"]:
-        cache = os.path.expanduser(os.environ.get("MFM_JAX_CACHE") or platformdirs.user_cache_dir("mfm_jax"))
-        jax.config.update("jax_compilation_cache_dir", os.path.join(cache, "xla"))
+        jax.config.update("jax_compilation_cache_dir", str(cache.folder() / "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # the many small programs of a start too
     try:
         with terminable():

@@ -355,15 +355,14 @@ def _check_together(config: Config) -> None:
             f" {config.modulation.form!r}"
         )
     natural = config.data.protocol == "natural"
-    for field, value in (
-        ("val_images_per_class", natural and config.data.val_images_per_class),
-        ("meta_fraction", not natural and config.data.meta_fraction),
-    ):
-        if value:
-            raise UserError(
-                f"data.{field} = {value}: not read under data.protocol = {config.data.protocol!r}; choose another"
-                f" protocol, or {'data.val_fraction' if natural else 'meta.images_per_class'}"
-            )
+    unread, instead = (
+        ("val_images_per_class", "data.val_fraction") if natural else ("meta_fraction", "meta.images_per_class")
+    )
+    if value := getattr(config.data, unread):
+        raise UserError(
+            f"data.{unread} = {value}: not read under data.protocol = {config.data.protocol!r}; choose another"
+            f" protocol, or {instead}"
+        )
     if config.augment.crop == "resized" and config.data.source not in ("folder", "list"):
         raise UserError(
             f"augment.crop = 'resized': needs whole pictures, which only data.source = 'folder' or 'list' has, not"

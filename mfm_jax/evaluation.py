@@ -50,8 +50,7 @@ def evaluate_run(
         run.
     """
     out = out or workdir / "eval" / (f"outside-{folder.resolve().name}" if folder else split)
-    if (out / "config.json").exists():
-        raise UserError(f"--out={out}: holds a run; choose another folder")
+    classifier.refuse_run(out)
     given = _same_config(config, workdir)
     last, best = classifier.load(workdir), _load_best(workdir)
     unread: dict[str, str] = {}

@@ -47,8 +47,7 @@ def export(workdir: Path, out: Path, which: str = "last", *, onnx: bool = False,
         installed.
       RuntimeError: a file's probabilities differ from the checkpoint's by more than 1e-5.
     """
-    if (out / "config.json").exists():
-        raise UserError(f"--out={out}: holds a run; choose another folder")
+    classifier.refuse_run(out)
     trained, run = classifier.load(workdir, which), report.read_run(workdir)
     found = run.results[which]
     if trained.step != found["step"]:

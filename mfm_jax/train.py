@@ -216,8 +216,7 @@ def _check_meta(config: Config, data: LongTailData, experiment: Experiment) -> N
     """Refuses to keep a modulator that does nothing, and meta batches larger than the meta set."""
     if experiment.modulator and config.meta.freeze and not config.modulation.init_from:
         raise UserError("meta.freeze = True: would keep a modulator that does nothing; set modulation.init_from")
-    images = data.meta_table(0).size
-    if experiment.meta_step and config.meta.batch_size > images:
+    if experiment.meta_step and config.meta.batch_size > (images := data.meta_table(0).size):
         raise UserError(
             f"meta.batch_size = {config.meta.batch_size}: the meta set has {images} images; choose at most {images}"
         )

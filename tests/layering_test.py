@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "mfm_jax"
 ORDER = (
     ("errors",),
-    ("integrity", "ownership"),
+    ("cache", "integrity", "ownership"),
     ("types",),
     ("config",),
     ("longtail",),

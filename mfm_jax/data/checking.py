@@ -20,10 +20,10 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import platformdirs
 from rich.console import Console
 from rich.progress import Progress, TextColumn
 
+from mfm_jax import cache as cache_lib
 from mfm_jax.data import workers as processes
 from mfm_jax.data.listing import SPLITS, Listing, Problem
 from mfm_jax.data.pictures import FORMAT, Facts, facts_or_reason
@@ -128,9 +128,8 @@ def _bar(total: int, progress: bool) -> Iterator[Callable[[], None]]:
 
 
 def _cache_file(root: Path) -> Path:
-    folder = Path(os.environ.get("MFM_JAX_CACHE") or platformdirs.user_cache_dir("mfm_jax")).expanduser()
     name = hashlib.sha256(os.fsencode(os.path.realpath(root))).hexdigest()[:16]
-    return folder / f"checked-{FORMAT}-{name}.txt"
+    return cache_lib.folder() / f"checked-{FORMAT}-{name}.txt"
 
 
 def _remembered(cache: Path) -> dict[Key, Facts]:

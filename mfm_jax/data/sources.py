@@ -26,10 +26,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import platformdirs
 from rich.console import Console
 from rich.progress import Progress
 
+from mfm_jax import cache
 from mfm_jax.config import Data
 from mfm_jax.data.streaming import Rows, Streamed
 from mfm_jax.errors import UserError
@@ -310,7 +310,7 @@ def cached(name: str, build: Callable[[], tuple[Pixels, Labels]]) -> tuple[Pixel
     at once: the first to finish is kept, the others use their own arrays. An entry whose checksums do not fit
     is replaced. A folder that cannot be written costs the cache, not the run.
     """
-    root = Path(os.environ.get("MFM_JAX_CACHE") or platformdirs.user_cache_dir("mfm_jax")).expanduser()
+    root = cache.folder()
     entry = root / name
     found = _read_entry(entry)
     if found is not None:
