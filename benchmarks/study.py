@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 from absl import flags
 from ml_collections import config_flags
 
-from mfm_jax import command, compare, runs, tune
+from mfm_jax import command, compare, comparison, runs, tune
 from mfm_jax import config as config_lib
 from mfm_jax.methods import METHODS
 
@@ -135,7 +135,7 @@ def summary(results: Results) -> dict[str, float]:
 def difference(results: Results, baseline: Results) -> str:
     """Returns the difference in balanced accuracy, paired by seed, with its 95 % interval, in words."""
     rows = compare.table({"baseline": baseline[: len(results)], "row": results})
-    return compare.interval(next(row for row in rows if (row["method"], row["epoch"]) == ("row", "last")))
+    return comparison.interval(next(row for row in rows if (row["method"], row["epoch"]) == ("row", "last")))
 
 
 def markdown(finished: Finished) -> str:

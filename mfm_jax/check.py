@@ -63,7 +63,8 @@ def _print_pictures(console: Console, found: Listing, checked: Checked) -> None:
     console.print(_class_table(found.class_names, counts))
     groups = longtail.shot_groups(counts["train"])
     for name, what in (("many", "more than 100"), ("medium", "20 to 100"), ("few", "fewer than 20")):
-        console.print(f"{name} ({what} training pictures): {len(groups[name]):,} classes")
+        size = len(groups[name])
+        console.print(f"{name} ({what} training pictures): {size:,} {'class' if size == 1 else 'classes'}")
 
 
 def _color(facts: Sequence[Facts]) -> str:
@@ -94,7 +95,7 @@ def _print_problems(console: Console, checked: Checked, workdir: Path) -> None:
     if not checked.problems:
         console.print("no problems")
         return
-    console.print(f"{len(checked.problems):,} problems:")
+    console.print(f"{len(checked.problems):,} problem{'s' * (len(checked.problems) > 1)}:")
     for path, reason in checked.problems[:_SHOWN]:
         console.print(Text("  ") + _shown(path) + Text(": ") + _shown(reason), soft_wrap=True)
     if len(checked.problems) > _SHOWN:

@@ -125,7 +125,7 @@ def _load(argv: Sequence[str]) -> Sequence[str]:
     """Parses the flags, which runs the config file.
 
     Raises:
-      UserError: the config file is not Python, has no `get_config`, or an override does not fit it.
+      UserError: the config file is not Python, has no `get_config` or fails, or an override does not fit it.
     """
     try:
         return flags.FLAGS(argv)
@@ -133,8 +133,12 @@ def _load(argv: Sequence[str]) -> Sequence[str]:
         if error.flagname.startswith("config."):  # fields are flags only where there is a config
             raise UserError(_NO_CONFIG) from error
         raise
-    except (AttributeError, ImportError, KeyError, OSError, SyntaxError, TypeError, ValueError) as error:
-        raise UserError(f"--config: the config file or an override cannot be used: {error}") from error
+    except flags.Error:
+        raise
+    except Exception as error:  # a config file is a program, which can raise anything
+        lines = [f"line {f.lineno}: " for f in traceback.extract_tb(error.__traceback__) if f.name == "get_config"]
+        what = f"{''.join(lines[-1:])}{type(error).__name__}: {error}"
+        raise UserError(f"--config: the config file or an override cannot be used: {what}") from error
 
 
 def _check_overrides(arguments: Sequence[str]) -> None:

@@ -26,10 +26,11 @@ from typing import Any
 
 import scipy.stats
 from absl import flags
+from rich import box
 from rich.console import Console
 from rich.table import Column, Table
 
-from mfm_jax import command, comparison, runs, tune
+from mfm_jax import command, comparison, runs, train, tune
 from mfm_jax import config as config_lib
 from mfm_jax.errors import UserError
 from mfm_jax.longtail import read_manifest
@@ -66,7 +67,7 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(f"--methods={','.join(methods)}: every method failed; {methods[0]}: {failed[methods[0]]}")
     rows = table(results, methods[0], {name: peak_memory(workdir / name, seeds) for name in results})
     write(rows, seeds, workdir, methods[0], failed, tuned)
-    print_table(rows, methods[0], failed)
+    print_table(rows, methods[0], failed, tuned)
     manifest = read_manifest(workdir / next(iter(results)) / f"seed{seeds[0]}" / "manifest.json")
     page = comparison.write_page(workdir, rows, results, failed, tuned, manifest, methods[0])
     print(f"table: {workdir}/compare.md, {workdir}/compare.csv; figures: {page}")
@@ -104,6 +105,8 @@ def run_all(
     failed: dict[str, str] = {}
     best: dict[str, dict[str, Any]] = {method: {} for method in methods}
     for method in methods if trials else ():
+        _check_tuned(workdir / method, trials)
+    for method in methods if trials else ():
         try:
             best[method] = tune.tune(method, given[method, seeds[0]], trials, workdir / method / "tune", jobs)
         except UserError as error:
@@ -123,6 +126,14 @@ def run_all(
         else:
             results[method].append(outcome.results)
     return {method: found for method, found in results.items() if method not in failed}, failed, best
+
+
+def _check_tuned(folder: Path, trials: int) -> None:
+    """Refuses to tune a method of which there are runs that were tuned otherwise: they would be another config's."""
+    path = folder / "tune" / "best.json"
+    done = train.read_object(path)["trials"] if path.exists() else 0
+    if done != trials and any(folder.glob("seed*/config.json")):
+        raise UserError(f"--tune={trials}: {folder} has runs that followed {done} trials; choose a new --workdir")
 
 
 def run_fields(config: Any, method: str, seed: int) -> dict[str, dict[str, Any]]:
@@ -210,12 +221,12 @@ def write(
     head = ["method", "epoch", *_COLUMNS, f"balanced - {baseline}", "time", "memory"]
     lines = [head, ["---"] * len(head)]
     for row in rows:
-        cells = [cell(row[f"{name}_mean"], row[f"{name}_std"]) for name in _COLUMNS]
+        cells = [comparison.cell(row[f"{name}_mean"], row[f"{name}_std"]) for name in _COLUMNS]
         ratios = ["–" if row[name] is None else f"{row[name]:.2f}" for name in ("time_ratio", "memory_ratio")]
-        lines.append([row["method"], row["epoch"], *cells, interval(row), *ratios])
+        lines.append([row["method"], row["epoch"], *cells, comparison.interval(row), *ratios])
     text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     note = (
-        f"Percent; mean ± standard deviation over seeds {', '.join(map(str, seeds))}; the difference in balanced"
+        f"Percent; mean ± standard deviation over the seeds {', '.join(map(str, seeds))}; the difference in balanced"
         f" accuracy is paired by seed, with Student's 95 % interval; training time and peak memory are multiples of"
         f" {baseline}'s."
     )
@@ -229,33 +240,27 @@ def _in_words(values: Mapping[str, Any]) -> str:
     return ", ".join(f"{path} = {v:.4g}" if isinstance(v, float) else f"{path} = {v}" for path, v in values.items())
 
 
-def print_table(rows: list[dict[str, Any]], baseline: str, failed: Mapping[str, str] = _NOTHING) -> None:
+def print_table(
+    rows: list[dict[str, Any]], baseline: str, failed: Mapping[str, str] = _NOTHING, tuned: Tuned = _NOTHING
+) -> None:
     """Prints the accuracies that matter most, in percent, narrow enough for a terminal."""
-    groups = ("balanced", "many", "medium", "few", "rarest third")
-    shown = Table(Column("method", no_wrap=True), "epoch", *groups, f"balanced - {baseline}")
+    groups = ("balanced", "many", "medium", "few", "rarest", f"- {baseline}")
+    columns = [Column(name, no_wrap=True) for name in ("method", "epoch", *groups)]
+    shown = Table(*columns, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for row in rows:
-        cells = [cell(row[f"{name}_mean"], None) for name in ("many", "medium", "few", "rarest_third")]
-        balanced = cell(row["balanced_accuracy_mean"], row["balanced_accuracy_std"])
-        shown.add_row(row["method"], row["epoch"], balanced, *cells, interval(row))
+        cells = [comparison.cell(row[f"{name}_mean"], None) for name in ("many", "medium", "few", "rarest_third")]
+        balanced = comparison.cell(row["balanced_accuracy_mean"], row["balanced_accuracy_std"])
+        shown.add_row(row["method"], row["epoch"], balanced, *cells, comparison.interval(row))
     for method in failed:
         shown.add_row(method, "failed")
     Console().print(shown)
-    print(f"%; ± standard deviation over {rows[0]['seeds']} seeds; [95 % interval of the paired difference]")
+    spread = f"± standard deviation over {rows[0]['seeds']} seeds, [95 % interval of the paired difference]"
+    print(f"balanced accuracy, %, also of the rarest third{f'; {spread}' if rows[0]['seeds'] > 1 else '; one seed'}")
+    for method, values in tuned.items():
+        if values:
+            print(f"tuned: {method}: {_in_words(values)}")
     for method, reason in failed.items():
         print(f"failed: {method} ({reason})")
-
-
-def interval(row: Mapping[str, Any]) -> str:
-    """Returns a row's difference to the baseline, in percent, and its 95 % interval."""
-    mean, half = row["difference"], row["difference_t95"]
-    text = cell(mean, None)
-    return text if half is None else f"{text} [{100 * (mean - half):.1f}, {100 * (mean + half):.1f}]"
-
-
-def cell(mean: float | None, spread: float | None) -> str:
-    if mean is None:
-        return "–"
-    return f"{100 * mean:.1f}" + ("" if spread is None else f" ± {100 * spread:.1f}")
 
 
 if __name__ == "__main__":

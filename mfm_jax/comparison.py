@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from mfm_jax import figures
+from mfm_jax import figures, longtail
 from mfm_jax.figures import Classes, Compared
 from mfm_jax.report import SPLITS, template
 
@@ -42,11 +42,13 @@ def write_page(
     methods = [compared(name, results[name], costs[name]) for name in order]
     content = {
         "manifest": manifest,
-        "factor": f"{manifest['imbalance_factor']:g}",
+        "factor": longtail.factor_in_words(manifest),
         "seeds": [run["seed"] for run in results[order[0]]],
         "baseline": baseline,
         "split": SPLITS[results[order[0]][0]["split"]],
         "rows": rows,
+        "cell": cell,
+        "interval": interval,
         "failed": failed,
         "tuned": {name: values for name, values in tuned.items() if values},
         "pictures": {
@@ -58,6 +60,20 @@ def write_page(
     path = workdir / "compare.html"
     path.write_text(template("compare.html.jinja").render(**content), encoding="utf-8")
     return path
+
+
+def interval(row: Mapping[str, Any]) -> str:
+    """Returns a row's difference to the baseline, in percent, and its 95 % interval."""
+    mean, half = row["difference"], row["difference_t95"]
+    text = cell(mean, None)
+    return text if half is None else f"{text} [{100 * (mean - half):.1f}, {100 * (mean + half):.1f}]"
+
+
+def cell(mean: float | None, spread: float | None) -> str:
+    """Returns a mean and its standard deviation, fractions, in percent with one decimal; a dash for None."""
+    if mean is None:
+        return "–"
+    return f"{100 * mean:.1f}" + ("" if spread is None else f" ± {100 * spread:.1f}")
 
 
 def compared(name: str, runs: Sequence[dict[str, Any]], cost: float | None) -> Compared:

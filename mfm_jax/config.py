@@ -354,6 +354,13 @@ def _check_together(config: Config) -> None:
             f"modulation.use_count = True: only modulation.form = 'network' joins the count to its input, not"
             f" {config.modulation.form!r}"
         )
+    for name in ("train_list", "val_list", "meta_list", "test_list", "group"):
+        sources = ("folder", "list") if name == "group" else ("list",)
+        if (value := getattr(config.data, name)) and config.data.source not in sources:
+            raise UserError(
+                f"data.{name} = {value!r}: not read with data.source = {config.data.source!r}; only with"
+                f" {' or '.join(map(repr, sources))}"
+            )
     natural = config.data.protocol == "natural"
     unread, instead = (
         ("val_images_per_class", "data.val_fraction") if natural else ("meta_fraction", "meta.images_per_class")
@@ -370,7 +377,9 @@ def _check_together(config: Config) -> None:
         )
     if 0 < config.train.spike_factor <= 1:
         raise UserError(f"train.spike_factor = {config.train.spike_factor}: allowed: more than 1, or 0 for none")
-    if config.method.name in STAGED or config.method.sampling.endswith("_later"):
+    method = config.method
+    deferred = "ldam_drw" in (method.name, method.base) or method.sampling.endswith("_later")
+    if method.name in STAGED or deferred:
         _check_stages(config)
     if not config.eval.test and not config.data.validates:
         raise UserError(

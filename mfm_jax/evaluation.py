@@ -5,6 +5,7 @@ What training wrote stays as it is; an evaluation has a folder of its own, with 
 
 import dataclasses
 import json
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ Predicted = Callable[[Classifier], tuple[np.ndarray, np.ndarray]]
 def evaluate_run(
     config: ml_collections.ConfigDict | Mapping[str, Any] | Config,
     workdir: Path,
-    split: str = "test",
+    split: str | None = None,
     folder: Path | None = None,
     out: Path | None = None,
 ) -> tuple[dict[str, Any], Path]:
@@ -37,7 +38,8 @@ def evaluate_run(
     Args:
       config: of the run; `data.root`, `data.workers` and `eval.batch_size` may be others.
       workdir: of the run, finished or not.
-      split: "test", "val" or "train" (without augmentation) of its data.
+      split: "test", "val" or "train" (without augmentation) of its data; None for the one that the run itself shows:
+        test, and val where `eval.test` is False.
       folder: a folder with a folder of pictures for each class, in the place of the split; its data is not needed.
       out: the folder to write to; `workdir/eval/SPLIT`, or `workdir/eval/outside-FOLDER`, by default.
 
@@ -49,10 +51,13 @@ def evaluate_run(
       UserError: no such run or split, another config or other data than the run's, other class names, or `out` holds a
         run.
     """
+    given = _same_config(config, workdir)
+    split = split or ("test" if given.eval.test else "val")
     out = out or workdir / "eval" / (f"outside-{folder.resolve().name}" if folder else split)
     classifier.refuse_run(out)
-    given = _same_config(config, workdir)
     last, best = classifier.load(workdir), _load_best(workdir)
+    if not (workdir / "results.json").exists():
+        print(f"warning: the run in {workdir} has not finished; this is its step {last.step}", file=sys.stderr)
     unread: dict[str, str] = {}
     if folder:
         split, predicted = "outside", _of_folder(folder, last.class_names, given, unread)

@@ -130,6 +130,7 @@ def main(argv: Sequence[str]) -> int:
     sizes = export(options.checkpoint, options.out, options.which, onnx=options.onnx, made_by=made_by)
     for name, size in sizes.items():
         print(f"{options.out / name}: {size:,} bytes, the checkpoint's probabilities to {TOLERANCE:g}")
+    print(f"{options.out / 'how_to_use.py'}: names the classes of pictures with it, by what classifier.json tells")
     print(f"{options.out / 'MODEL_CARD.md'}: what it was trained on, how accurate it is, and its limits")
     return 0
 

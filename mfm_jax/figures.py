@@ -25,6 +25,7 @@ from mfm_jax.gallery import Gallery
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
@@ -153,8 +154,8 @@ def draw_classes(figure: "Figure", classes: Classes, found: dict[str, Any]) -> s
     top.set_yscale("log")
     # Bars on a log scale need a floor; this one leaves the rarest class a visible bar.
     top.set_ylim(counts[counts > 0].min() / 3, counts.max() * 1.5)
+    _plain_logs(top.yaxis)
     top.yaxis.set_major_formatter("{x:,.0f}")
-    top.yaxis.set_minor_formatter("")
     top.set_title("Training images (log scale)")
     top.legend(**above, ncols=3)
     bottom.axhline(np.nanmean(accuracy), color=_MUTED, linestyle="--", linewidth=1.2, label="balanced accuracy")
@@ -189,14 +190,30 @@ def draw_curves(figure: "Figure", train: Rows, val: Rows, best_step: int | None)
     if best_step is not None:
         accuracy.axvline(best_step, color=_PURPLE, linestyle=":", label="best on validation")
     for axes in (loss, accuracy):
-        axes.set_xlabel("step")
-        axes.xaxis.set_major_formatter("{x:,.0f}")
+        _along_steps(axes)
         if axes.lines:
             axes.legend()
     return (
         "Loss (left) and accuracy (right) over training. Training curves are of the batches as the method"
         " draws and modulates them, so head classes may dominate; validation is of the plain classifier."
     )
+
+
+def _along_steps(axes: "Axes") -> None:
+    """Labels the x axis as steps, which are whole."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.set_xlabel("step")
+    axes.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True))
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+
+
+def _plain_logs(axis: "Axis") -> None:
+    """Writes the numbers of a log axis without TeX, those between powers of ten too where it spans few of them."""
+    from matplotlib.ticker import LogFormatter
+
+    axis.set_major_formatter(LogFormatter())
+    axis.set_minor_formatter(LogFormatter())
 
 
 def _curve(axes: "Axes", rows: Rows, key: str, label: str, color: str, scale: float = 1.0) -> None:
@@ -274,7 +291,7 @@ def draw_modulation(figure: "Figure", classes: Classes, sites: dict[str, dict[st
         for axes, parameter in zip(panels, ("gamma", "beta"), strict=True):
             axes.set_title(f"{site}: {parameter}")
             axes.axhline(0, color=_MUTED, linewidth=0.8)
-            axes.xaxis.set_major_formatter("{x:,.0f}")
+            _along_steps(axes)
             if parameter not in values:
                 continue
             if site == "logits":
@@ -283,8 +300,8 @@ def draw_modulation(figure: "Figure", classes: Classes, sites: dict[str, dict[st
                 _channels(axes, values["step"], values[parameter])
         if named:
             panels[1].legend(*named, loc="upper left", bbox_to_anchor=(1.0, 1.05), fontsize=7, labelspacing=0.25)
-    for axes in grid[-1]:
-        axes.set_xlabel("step")
+    for axes in grid[:-1].flat:
+        axes.set_xlabel("")
     at_logits = "At logits a line is a class, from the most training images (blue) to the fewest (orange)."
     elsewhere = f"Elsewhere up to {_LINES} channels are a line each, more a median with bands of 50 % and 90 %."
     entries = [at_logits] * ("logits" in sites) + [elsewhere] * bool(sites.keys() - {"logits"})
@@ -299,14 +316,14 @@ def draw_meta_gradient(figure: "Figure", train: Rows) -> str:
     norm, agreement = figure.subplots(1, 2)
     _curve(norm, train, "hypergrad_norm", "norm", _ORANGE)
     norm.set_yscale("log")
+    _plain_logs(norm.yaxis)
     norm.set_title("Norm of the meta-gradient (log scale)")
     _curve(agreement, train, "hypergrad_agreement", "cosine", _BLUE)
     agreement.axhline(0, color=_MUTED, linewidth=0.8)
     agreement.set_ylim(-1, 1)
     agreement.set_title("Cosine with its running mean")
     for axes in (norm, agreement):
-        axes.set_xlabel("step")
-        axes.xaxis.set_major_formatter("{x:,.0f}")
+        _along_steps(axes)
     return (
         "The meta-gradient, means over each epoch: its norm, and the cosine between each meta-step's and Adam's running"
         " mean of those before it. Near 1 they pull one way; around 0 they are noise, and Adam turns noise into drift."
@@ -396,6 +413,7 @@ def draw_class_accuracies(figure: "Figure", classes: Classes, methods: Sequence[
         axes.plot(counts, accuracy, linewidth=2.4 if number == 0 else 1.2, label=one.name, **style)
     axes.set_xscale("log")
     axes.invert_xaxis()
+    _plain_logs(axes.xaxis)
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.set_ylim(-4, 104)
     axes.set_xlabel("training images of the class (log scale)")

@@ -80,8 +80,8 @@ def class_counts(n_max: int, num_classes: int, imbalance_factor: float) -> Ints:
     counts = np.array([int(n) for n in exact], np.int64)
     if counts.min() < 1:
         raise UserError(
-            f"data.imbalance_factor = {imbalance_factor:g}: class {int(np.argmin(counts))} is left without a"
-            f" training image (the largest class has {n_max}); choose at most {n_max}"
+            f"data.imbalance_factor = {imbalance_factor:g}: leaves the rarest class without a training image (the"
+            f" largest has {n_max}); choose at most {n_max}"
         )
     return counts
 
@@ -339,6 +339,14 @@ def manifest_hash(manifest: Mapping[str, Any]) -> str:
     rest = {key: value for key, value in manifest.items() if key != "hash"}
     canonical = json.dumps(rest, sort_keys=True, separators=(",", ":"))
     return "sha256:" + hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def factor_in_words(manifest: Mapping[str, Any]) -> str:
+    """Returns the imbalance factor of a split: as set, or, of data taken as it is, that of its training counts."""
+    if manifest.get("protocol") != "natural" or manifest["imbalance_factor"] > 1:
+        return f"{manifest['imbalance_factor']:g}"
+    counts = manifest["splits"]["train"]["class_counts"]
+    return f"{round(max(counts) / min(counts), 1):g} (natural)"
 
 
 def write_manifest(manifest: Mapping[str, Any], path: str | os.PathLike[str]) -> None:

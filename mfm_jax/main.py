@@ -37,7 +37,12 @@ _INIT_FROM = flags.DEFINE_string(
 )
 
 
-_SPLIT = flags.DEFINE_enum("split", "test", ["test", "val", "train"], "With --mode=eval: which split of its data.")
+_SPLIT = flags.DEFINE_enum(
+    "split",
+    None,
+    ["test", "val", "train"],
+    "With --mode=eval: which split of its data; by default test, and val where eval.test = False.",
+)
 _EVAL_FOLDER = flags.DEFINE_string(
     "eval_folder", "", "With --mode=eval: a folder with a folder of pictures for each class, in the place of a split."
 )
@@ -66,6 +71,8 @@ def main(argv: Sequence[str]) -> int:
     config = command.config()
     if _INIT_FROM.value:
         config.modulation.init_from = _INIT_FROM.value
+        if config.method.name != "mfm":
+            raise UserError(f"--init_modulator_from={_INIT_FROM.value}: {config.method.name} has no modulator; mfm has")
     if _MODE.value == "eval":
         return _evaluate(config)
     results = train.train_and_evaluate(config, command.workdir())

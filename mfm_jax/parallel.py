@@ -65,7 +65,9 @@ def data_mesh(devices: Sequence[jax.Device] | None = None, fsdp: int = 1) -> Mes
     """
     devices = jax.devices() if devices is None else devices
     if len(devices) % fsdp:
-        raise UserError(f"parallel.fsdp = {fsdp}: does not divide the {len(devices)} devices; use a divisor or 1")
+        raise UserError(
+            f"parallel.fsdp = {fsdp}: does not divide the number of devices, {len(devices)}; use a divisor or 1"
+        )
     shape, names = ((len(devices) // fsdp, fsdp), (AXIS, MODEL_AXIS)) if fsdp > 1 else ((len(devices),), (AXIS,))
     return jax.make_mesh(shape, names, devices=devices, axis_types=(AxisType.Auto,) * len(names))
 

@@ -71,6 +71,7 @@ def write_csv(
         raise UserError(f"{', '.join(map(str, places))}: no pictures there")
     names, top, unread = classifier.class_names, min(top, len(classifier.class_names)), 0
     part = out.with_name(f"{out.name}.part")
+    part.parent.mkdir(parents=True, exist_ok=True)
     with part.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file, _progress_bar() as bar:
         writer, task = csv.writer(file), bar.add_task(out.name, total=total)
         writer.writerow(_header(names, top, all_classes))

@@ -27,7 +27,7 @@ from typing import Any
 import jinja2
 import numpy as np
 
-from mfm_jax import figures, gallery
+from mfm_jax import figures, gallery, longtail
 from mfm_jax.errors import UserError
 from mfm_jax.figures import Classes, Picture
 from mfm_jax.gallery import Gallery
@@ -105,7 +105,7 @@ def template(name: str) -> jinja2.Template:
 
 def _content(run: Run) -> dict[str, Any]:
     """What the template shows: plain values and finished figures, no decisions left but layout."""
-    best, factor = run.results.get("best"), run.manifest.get("imbalance_factor")
+    best = run.results.get("best")
     evaluations = [
         (f"{SPLITS[split].capitalize()}, {title}", source, split)
         for split in SPLITS
@@ -115,7 +115,7 @@ def _content(run: Run) -> dict[str, Any]:
     return {
         "manifest": run.manifest,
         "split": SPLITS[run.split],
-        "factor": f"{factor:g}" if isinstance(factor, int | float) else "–",
+        "factor": longtail.factor_in_words(run.manifest) if "imbalance_factor" in run.manifest else "–",
         "results": run.results,
         "best": best,
         "columns": [(title, source.get("epoch"), source[split]) for title, source, split in evaluations],
@@ -185,7 +185,7 @@ def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file; the report is built from a workdir whose run has finished") from None
+        raise UserError(f"{path}: no such file: no run there has finished; run the training command again") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from None
 

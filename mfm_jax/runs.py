@@ -220,7 +220,7 @@ def _overall(jobs: Sequence[_Job], began: float) -> str:
     left = sum(job.epochs - job.epoch for job in jobs if job.outcomes is None)
     pace = (time.monotonic() - began) / trained if trained else None
     text = f"{done} of {len(jobs)} done"
-    return f"{text}, about {pace * left / 60:.0f} minutes left" if pace and left else text
+    return f"{text}, about {max(pace * left / 60, 1):.0f} min left" if pace and left else text
 
 
 def _progress(workdir: Path) -> tuple[int, str]:

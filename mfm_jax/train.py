@@ -41,7 +41,7 @@ from mfm_jax.experiment import Experiment
 from mfm_jax.feed import Feed
 from mfm_jax.interruption import EXIT_INTERRUPTED, Interrupted, listening
 from mfm_jax.logs import MetricLog, RowList
-from mfm_jax.longtail import manifest_hash, read_manifest, write_manifest
+from mfm_jax.longtail import factor_in_words, manifest_hash, read_manifest, write_manifest
 from mfm_jax.loop import DeviceData, LoopState
 from mfm_jax.ownership import owned
 from mfm_jax.types import META_METRICS, BilevelState
@@ -226,7 +226,7 @@ def _summary(config: Config, data: LongTailData) -> str:
     """Returns one line on the data: which set, which protocol, how many images, where they are."""
     counts, parts = data.counts, [len(x) for x in (data.train_labels, data.val_labels, data.test_labels)]
     where = "streamed" if isinstance(data.train_images, Streamed) else "resident"
-    factor = f"{config.data.imbalance_factor:g}"
+    factor = factor_in_words(data.manifest)
     if config.data.protocol == "natural" and config.data.imbalance_factor > 1:
         factor += " (1 takes all images)"
     duplicates = data.manifest.get("duplicates_in_test", {})

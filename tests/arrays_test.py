@@ -98,6 +98,14 @@ def test_a_packed_benchmark_keeps_its_splits(tmp_path, monkeypatch):
     chex.assert_trees_all_close(packed.mean, given.mean)
 
 
+def test_only_cifar_s_name_decides_how_images_are_normalised(tmp_path):
+    own = build(config_of(saved(tmp_path)))
+    for name in ("imagenet", "half", "cifar10"):
+        named = build(config_of((tmp_path / "set.npz").rename(tmp_path / f"{name}.npz")))
+        assert np.array_equal(named.mean, own.mean) == (name != "cifar10")
+        (tmp_path / f"{name}.npz").rename(tmp_path / "set.npz")
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
@@ -119,6 +127,7 @@ def test_a_packed_benchmark_keeps_its_splits(tmp_path, monkeypatch):
             r"\(6, 6, 1\) in train, \(6, 6, 3\) in val",
         ),
         ({"val_images": np.zeros((1, 6, 6), np.uint8)}, "val_labels cannot be read"),
+        ({"train_labels": np.repeat([1, 2, 3], [16, 8, 8])}, "train_labels has no 0; classes are numbered from 0"),
     ],
 )
 def test_what_is_wrong_is_named(tmp_path, changed, message):

@@ -64,6 +64,8 @@ MISTAKES = {
         " resnet50, resnet56, resnet8, resnext50, vit_b16"
     ),
     "--split=val": "--split=val: only with --mode=eval",
+    "--config.data.group=a": "data.group = 'a': not read with data.source = 'digits'; only with 'folder' or 'list'",
+    "--config.data.test_list=a": "data.test_list = 'a': not read with data.source = 'digits'; only with 'list'",
     # that only the data can tell
     "--config.meta.batch_size=104": "meta.batch_size = 104: the meta set has 100 images; choose at most 100",
     "--config.meta.images_per_class=200": ("meta.images_per_class = 200: class 8 holds 124 images; choose at most 123"),
@@ -138,6 +140,7 @@ def test_a_config_file_that_does_not_exist(run, tmp_path):
         ([], "get_config"),  # no such function
         (["def get_config():", "  pass"], "--config"),
         (["def get_config():", "  config = default()", "  config.optim.lr = 1.0", "  return config"], "lr"),
+        (["def get_config():", "  config = default()", "  config.train.epochs = ten"], "line 4: NameError"),
         (["def get_config():", "  config = default()", "  config.train.epochs = 'ten'", "  return config"], "int"),
     ],
 )
@@ -172,6 +175,11 @@ def test_a_workdir_that_is_a_file(run, tmp_path):
 
 
 # --- what reaches the run -------------------------------------------------------------------------
+
+
+def test_a_modulator_is_taken_over_by_none_but_mfm(run, tmp_path):
+    arguments = (f"--workdir={tmp_path / 'run'}", "--config.method.name=ce", "--init_modulator_from=runs/a")
+    check_refusal(run(DIGITS, *arguments), "--init_modulator_from=runs/a: ce has no modulator; mfm has")
 
 
 def test_overrides_reach_the_run_and_its_status_is_returned(run, tmp_path, monkeypatch):

@@ -53,9 +53,9 @@ def results():
 def test_differences_with_their_interval_and_costs_as_ratios(tmp_path, results):
     found = rows_of(page(tmp_path, results, memory={"ce": 100.0, "mfm": 150.0}))
     # Gaps 20, 20, 30: mean 23.33, standard error 3.333; t(0.975, 2) is 4.3027, half the width 14.34.
-    assert found["mfm"][-3:] == ["23.33 [8.99, 37.68]", "2.50", "1.50"]
+    assert found["mfm"][-3:] == ["23.3 [9.0, 37.7]", "2.50", "1.50"]
     assert found["ce"][-3:] == ["–", "1.00", "1.00"]
-    assert found["ce"][1] == "40.00 ± 10.00"
+    assert found["ce"][1] == "40.0 ± 10.0"
     head = ["balanced", "many", "medium", "few", "rarest third", "macro F1", "ROC AUC", "ECE"]
     assert re.findall(r"<th>([^<]*)", page(tmp_path, results))[: len(head) + 1] == ["method", *head]
     assert "±" in found["mfm"][6]
@@ -64,16 +64,24 @@ def test_differences_with_their_interval_and_costs_as_ratios(tmp_path, results):
 def test_memory_that_was_not_measured_and_a_single_seed(tmp_path, results):
     one_seed = {name: runs[:1] for name, runs in results.items()}
     found = rows_of(page(tmp_path, one_seed, memory={"ce": None, "mfm": 1.0}))
-    assert found["mfm"][-3:] == ["20.00", "2.00", "–"]
+    assert found["mfm"][-3:] == ["20.0", "2.00", "–"]
 
 
 def test_it_is_one_page_with_three_figures_and_escapes_names(tmp_path, results):
     html = page(tmp_path, results, failed={"focal": "focal seed 1: <b>loss</b> became non-finite"})
     assert html.count("<svg") == 3
+    assert "mathdefault" not in html  # TeX, which a browser shows as it is
     assert "made &lt;up&gt;" in html
     assert "<b>loss" not in html
     assert "focal: focal seed 1: &lt;b&gt;loss" in html
     assert not re.search(r"<script|https?://(?!www\.w3\.org)", html)
+
+
+def test_data_taken_as_it_is_has_the_factor_of_its_counts(tmp_path, results, monkeypatch):
+    assert "<li>imbalance factor 71.4</li>" in page(tmp_path, results)
+    monkeypatch.setitem(MANIFEST, "protocol", "natural")
+    monkeypatch.setitem(MANIFEST, "imbalance_factor", 1.0)
+    assert "<li>imbalance factor 71.4 (natural)</li>" in page(tmp_path, results)  # 500 / 7
 
 
 def test_what_tuning_chose_is_said(tmp_path, results):

@@ -400,7 +400,7 @@ def test_a_manifest_that_does_not_fit_is_refused(tmp_path, edit, line):
         (digits(val_images_per_class=124), "data.val_images_per_class = 124: class "),
         (
             digits(imbalance_factor=115.0),
-            "data.imbalance_factor = 115: class 9 is left without a training image",
+            "data.imbalance_factor = 115: leaves the rarest class without a training image",
         ),
     ],
 )

@@ -1,5 +1,6 @@
 """A trained run is evaluated again, on its splits and on folders of pictures, and its own results stay as they are."""
 
+import dataclasses
 import json
 import shutil
 import types
@@ -11,6 +12,7 @@ from predict_test import changed
 
 from mfm_jax import data as data_lib
 from mfm_jax import evaluation, integrity, train
+from mfm_jax.config import Eval
 from mfm_jax.data import sources
 from mfm_jax.errors import UserError
 
@@ -41,6 +43,17 @@ def test_gives_the_numbers_of_training_and_touches_none_of_its_files(trained_run
             same(results[which][split], recorded[which][split])
     after = dict(integrity._digests(workdir))
     assert {name: digest for name, digest in after.items() if not name.startswith("eval/")} == before
+
+
+def test_without_being_asked_the_split_that_the_run_shows_is_read(trained_run, tmp_path, capsys):
+    undecided = dataclasses.replace(trained_run.config, eval=Eval(test=False))
+    for config, split in ((trained_run.config, "test"), (undecided, "val")):
+        workdir = tmp_path / split
+        shutil.copytree(trained_run.workdir, workdir)
+        (workdir / "config.json").write_text(json.dumps(config.to_dict()))
+        (workdir / "results.json").unlink()
+        assert evaluation.evaluate_run(config, workdir)[0]["split"] == split
+        assert f"the run in {workdir} has not finished; this is its step" in capsys.readouterr().err
 
 
 def test_a_folder_of_pictures_may_have_been_given_another_name(trained_run):

@@ -106,7 +106,9 @@ def test_the_script_decodes_and_predicts_as_the_package_does(fit, trained_run, f
         exif = Image.Exif()
         exif[0x0112] = 6
         Image.fromarray(rng.integers(0, 256, shape, np.uint8)).save(paths[-1], exif=exif)
-    printed = alone(tmp_path, "how_to_use.py", *paths)
+    (tmp_path / "text.png").write_text("no picture")
+    printed = alone(tmp_path, "how_to_use.py", tmp_path / "text.png", *paths)
+    assert "text.png  cannot be read: " in printed
     told = re.findall(r"^(.*)  +([\d.]+) %  (\d)$", printed, re.MULTILINE)
     assert len(told) == 5 * len(paths)
     for path, percent, name in told:

@@ -4,6 +4,7 @@ import functools
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -163,7 +164,7 @@ def test_nothing_to_show_is_refused_before_training(root):
     for path in root.glob("*/*.png"):  # of two pictures one is for training, and one for testing
         if path.stem not in ("00", "01"):
             path.unlink()
-    with pytest.raises(UserError, match=r"eval\.test = False: there is nothing else to show"):
+    with pytest.raises(UserError, match=r"eval\.test = False, as in tuning: there is no validation split"):
         build(root, eval__test=False, train__batch_size=3, meta__batch_size=3)
 
 
@@ -187,13 +188,24 @@ def test_a_balanced_folder_can_be_made_long_tailed_as_the_benchmarks_are(root):
 def test_a_broken_picture_ends_the_run_or_is_left_out_but_never_in_silence(root, capsys):
     broken = root / "ant" / "03.png"
     broken.write_bytes(broken.read_bytes()[:60])
-    with pytest.raises(UserError, match=r"(?s)1 problems; .*on_bad_image = 'skip'.*ant/03\.png: "):
+    with pytest.raises(UserError, match=r"(?s)1 problem; .*on_bad_image = 'skip'.*ant/03\.png: "):
         build(root)
     data = build(root, data__on_bad_image="skip")
     assert sum(sum(counts) for name, counts in counts_of(data).items() if name != "meta") == sum(COUNTS.values()) - 1
     assert "ant/03.png" not in data.manifest["files"]
     assert [line.split(":")[0] for line in data.manifest["left_out"]] == ["ant/03.png"]
     assert "ant/03.png" in capsys.readouterr().err
+
+
+def test_a_class_that_is_only_tested_cannot_be_left_out(root):
+    for name in ("ant", "bee"):
+        (root / "train" / name).parent.mkdir(exist_ok=True)
+        (root / name).rename(root / "train" / name)
+    (root / "cricket").rename(root / "train" / "cricket")
+    (root / "test").mkdir()
+    shutil.copytree(root / "train" / "ant", root / "test" / "wasp")
+    with pytest.raises(UserError, match=r"(?s)problem; repair or remove what is named\n  wasp: a class without"):
+        build(root)
 
 
 def test_a_class_that_loses_all_its_pictures_ends_the_run(root):

@@ -151,7 +151,7 @@ def test_redraw_meta_depends_on_seed_and_epoch_alone():
         ({"imbalance_factor": 0.5}, "data.imbalance_factor = 0.5: allowed: 1 or more"),
         (
             {"imbalance_factor": 50.0},
-            "data.imbalance_factor = 50: class 1 is left without a training image (the largest class has 7);"
+            "data.imbalance_factor = 50: leaves the rarest class without a training image (the largest has 7);"
             " choose at most 7",
         ),
         (

@@ -283,6 +283,12 @@ def test_a_second_stage_needs_an_epoch(name):
         configured(name, optim__warmup_epochs=1)
 
 
+@pytest.mark.parametrize(("name", "base"), [("ldam_drw", "ce"), ("mfm", "ldam_drw")])
+def test_deferred_weights_need_an_epoch(name, base):
+    with pytest.raises(UserError, match=r"method.first_stage = 0.5: leaves .* no epoch of train.epochs = 1"):
+        configured(name, method__base=base, train__epochs=1)
+
+
 def test_only_the_network_form_can_leave_the_scale_out():
     with pytest.raises(UserError, match=r"modulation.shift_only = True: modulation.form = 'direct' cannot"):
         configured("mfm", modulation__shift_only=True, modulation__form="direct")

@@ -110,7 +110,7 @@ def test_the_table_tells_what_runs_and_when_it_will_be_done(tmp_path, monkeypatc
     # Four epochs in 240 s, four are left.
     assert [list(column.cells) for column in table.columns] == [["running"], ["6/10"], ["50.0"], ["4.0"], ["4.0"]]
     # 14 epochs in 280 s: 20 s an epoch, and 4 + 10 are left.
-    assert table.caption == "1 of 3 done, about 5 minutes left"
+    assert table.caption == "1 of 3 done, about 5 min left"
 
 
 def test_the_end_of_an_interrupted_run_stops_the_rest(tmp_path, monkeypatch):

@@ -276,7 +276,12 @@ def test_a_manifest_is_taken_from_a_file(finished, tmp_path):
         slow({"meta__virtual": "last_stage", "optim__clip_norm": 1.0}),
         {"data__protocol": "full", "data__val_images_per_class": 0},
         {"train__dtype": "bfloat16", "data__train_on_meta": True, "optim__name": "adamw", "optim__schedule": "step"},
-        {"method__name": "ldam_drw", "augment__mixup": 0.4, "method__label_smoothing": 0.1},
+        {
+            "method__name": "ldam_drw",
+            "method__first_stage": 0.5,
+            "augment__mixup": 0.4,
+            "method__label_smoothing": 0.1,
+        },
         slow(
             {"method__name": "smote", "method__first_stage": 0.5, "train__steps_per_call": 4, "data__protocol": "full"}
         ),

@@ -74,6 +74,18 @@ def test_every_method_gets_the_same_number_of_trials_and_its_own_best(fields, tr
     assert [run.config.eval.test for run in trained] == [False] * 6 + [True] * 4
 
 
+def test_runs_that_were_tuned_otherwise_are_not_gone_on_with(fields, trained, tmp_path):
+    (tmp_path / "ce" / "seed1").mkdir(parents=True)
+    (tmp_path / "ce" / "seed1" / "config.json").touch()
+    with pytest.raises(UserError, match=r"--tune=2: .*ce has runs that followed 0 trials; choose a new --workdir"):
+        compare.run_all(fields, ["logit_adjusted", "ce"], [0], tmp_path, trials=2)
+    assert trained == []
+    (tmp_path / "ce" / "tune").mkdir()
+    (tmp_path / "ce" / "tune" / "best.json").write_text('{"trials": 2}')
+    compare.run_all(fields, ["ce"], [0], tmp_path, trials=2)
+    assert len(trained) == 3
+
+
 def test_a_trial_that_fails_is_one_of_the_trials(fields, tmp_path, monkeypatch, capsys):
     def train_all(planned, jobs):
         ((run,),) = planned

@@ -21,12 +21,11 @@ from mfm_jax.data.streaming import Streamed
 from mfm_jax.errors import UserError
 from mfm_jax.longtail import Records, Split
 
-# Mean and standard deviation by data set or `data.normalize`, in units of 0..255: those of the CIFAR long-tail
-# literature, and those that published weights were trained with.
+# Mean and standard deviation, in units of 0..255: by data set, those of the CIFAR long-tail literature; by
+# `data.normalize`, those that published weights were trained with.
 _CIFAR = (125.3, 123.0, 113.9), (63.0, 62.1, 66.7)
+_OF_SET = {"cifar10": _CIFAR, "cifar100": _CIFAR}
 _NORMALIZATION = {
-    "cifar10": _CIFAR,
-    "cifar100": _CIFAR,
     "imagenet": ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375)),
     "half": ((127.5,) * 3, (127.5,) * 3),
 }
@@ -95,7 +94,10 @@ def build(config: Config) -> LongTailData:
     longtail.check_leakage(manifest)
     _check_batch(config, len(in_training))
     if not config.eval.test and not len(split.val):
-        raise UserError("eval.test = False: there is nothing else to show, no class has images enough for validation")
+        raise UserError(
+            "eval.test = False, as in tuning: there is no validation split to read instead; the data brings none, and"
+            f" data.val_fraction = {config.data.val_fraction:g} makes none; choose more"
+        )
     images, labels = source.train_images, source.train_labels
     train_images, train_labels = images[in_training], labels[in_training]
     mean, std = _mean_std(config, source.name, train_images if split.redrawn else images[split.train])
@@ -237,14 +239,13 @@ def _check_batch(config: Config, num_train: int) -> None:
 def _mean_std(config: Config, name: str, images: Images) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
     """Returns each channel's mean and standard deviation, float32 [C], in units of 0..255.
 
-    With `data.normalize = "own"`, CIFAR's are the published ones. Others come from the long-tailed training `images`
-    alone, exactly, through the 256 values a pixel can have, or, where they are streamed, from some of them; a constant
-    channel gets the standard deviation 1.
+    With `data.normalize = "own"`, CIFAR's are the published ones, in an `.npz` file of its name too. Others come from
+    the long-tailed training `images` alone, exactly, through the 256 values a pixel can have, or, where streamed,
+    from some of them; a constant channel gets the standard deviation 1.
     """
-    of = config.data.normalize
-    if of == "own" and config.data.source in ("tfds", "npz"):  # a folder may have any name
-        of = name
-    published = _NORMALIZATION.get(of)
+    published = _NORMALIZATION.get(config.data.normalize)
+    if config.data.normalize == "own" and config.data.source in ("tfds", "npz"):  # a folder may have any name
+        published = _OF_SET.get(name)
     if published:
         channels = images.shape[-1]
         mean, std = (np.array(values, np.float32) for values in published)

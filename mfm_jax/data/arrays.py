@@ -39,6 +39,8 @@ def load(config: Data) -> Source:
     classes, images = max(int(values.max()) for values in found.values()) + 1, sum(map(len, found.values()))
     if classes > images:
         raise arrays.error(f"labels reach {classes - 1}, with {images} images in all; classes are numbered from 0")
+    if 0 not in found["train"] and "class_names" not in arrays.names:
+        raise arrays.error("train_labels has no 0; classes are numbered from 0")
     class_names = arrays.class_names(classes)
     labels = {split: values.astype(np.int32) for split, values in found.items()}
 

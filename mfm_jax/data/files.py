@@ -109,19 +109,24 @@ def _sound(config: Data, found: Listing) -> _Sound:
       UserError: something would be left out, and `data.on_bad_image` does not allow it; lists the first.
     """
     checked = checking.check(found, config.workers)
+    bad = [path for path, fact in zip(found.paths, checked.facts, strict=True) if fact is None]
+    sound = found.without(bad)
     lines = [f"{problem.path}: {problem.reason}" for problem in checked.problems]
     if lines:
         more = [f"and {len(lines) - _SHOWN} more; --mode=check lists all"] if len(lines) > _SHOWN else []
         shown = "\n  ".join([*lines[:_SHOWN], *more])
+        count = f"{len(lines)} problem{'s' * (len(lines) > 1)}"
         if config.on_bad_image == "error":
-            raise UserError(
-                f"data.root = {config.root!r}: {len(lines)} problems; repair or remove what is named, or leave it"
-                f" out with data.on_bad_image = 'skip'\n  {shown}"
-            )
-        print(f"warning: left out, {len(lines)} problems:\n  {shown}", file=sys.stderr)
-    bad = [path for path, fact in zip(found.paths, checked.facts, strict=True) if fact is None]
+            way_out = ", or leave it out with data.on_bad_image = 'skip'" if _trains_all(sound) else ""
+            raise UserError(f"data.root = {config.root!r}: {count}; repair or remove what is named{way_out}\n  {shown}")
+        print(f"warning: left out, {count}:\n  {shown}", file=sys.stderr)
     duplicates = [(kind, found.paths[first], found.paths[second]) for kind, first, second in checked.duplicates]
-    return _Sound(found.without(bad), [fact for fact in checked.facts if fact], lines, duplicates)
+    return _Sound(sound, [fact for fact in checked.facts if fact], lines, duplicates)
+
+
+def _trains_all(found: Listing) -> bool:
+    """Whether every class has a training picture."""
+    return set(found.labels[found.splits == "train"].tolist()) == set(range(len(found.class_names)))
 
 
 def _with_copies(groups: Sequence[str], facts: Sequence[Facts]) -> list[str]:
