@@ -245,8 +245,8 @@ def print_table(
 ) -> None:
     """Prints the accuracies that matter most, in percent, narrow enough for a terminal."""
     groups = ("balanced", "many", "medium", "few", "rarest", f"- {baseline}")
-    columns = [Column(name, no_wrap=True) for name in ("method", "epoch", *groups)]
-    shown = Table(*columns, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    columns = [Column(name, no_wrap=True, justify="right") for name in groups]
+    shown = Table(Column("method", no_wrap=True), "epoch", *columns, box=box.SIMPLE_HEAD, padding=0)
     for row in rows:
         cells = [comparison.cell(row[f"{name}_mean"], None) for name in ("many", "medium", "few", "rarest_third")]
         balanced = comparison.cell(row["balanced_accuracy_mean"], row["balanced_accuracy_std"])
