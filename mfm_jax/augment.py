@@ -86,7 +86,7 @@ def augment_batch(key: jax.Array, images: jax.Array, settings: Augment) -> jax.A
 
 
 def mixup(key: jax.Array, images: jax.Array, labels: jax.Array, alpha: float) -> tuple[jax.Array, ...]:
-    """Mixes each image with a random other one of the batch: `share x_i + (1 - share) x_j`.
+    """Mixes each image with another of the batch, at random, seldom itself: `share x_i + (1 - share) x_j`.
 
     The share is drawn for each pair from Beta(alpha, alpha) and, as a pair has no order, taken as the larger part: the
     first label is the one that the image has more of.

@@ -331,7 +331,9 @@ def _check_divisible(config: Config, devices: int) -> None:
 def _check_parts(config: Config, data: LongTailData, mesh: Mesh | None, *, has_meta_step: bool) -> None:
     """Refuses batches that do not divide into `train.accumulate` parts on every device, or are streamed and unequal."""
     parts, streamed = config.train.accumulate, isinstance(data.train_images, Streamed)
-    unit = parts * (mesh.shape[parallel.AXIS] if mesh else 1)
+    # Batches are padded for all devices; blanks in one part alone would spoil its batch statistics.
+    devices = 1 if mesh is None else mesh.size if parts > 1 else mesh.shape[parallel.AXIS]
+    unit = parts * devices
     for field, size in (("train.batch_size", config.train.batch_size), ("meta.batch_size", config.meta.batch_size)):
         if (parts > 1 or streamed) and size % unit and (has_meta_step or field == "train.batch_size"):
             raise UserError(

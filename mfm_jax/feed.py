@@ -32,6 +32,7 @@ class Feed:
         self._sharding: Sharding = parallel.split(mesh) if mesh else SingleDeviceSharding(jax.devices()[0])
         self._open = contextlib.ExitStack()
         self._seconds = self._waited = 0.0
+        self._no_meta: tuple[jax.Array, jax.Array] | None = None  # the empty arrays before the first meta-step
 
     def start_epoch(self, epoch: int, order: np.ndarray, meta_order: Sequence[np.ndarray], first: int) -> None:
         """Starts to decode what is left of an epoch.
@@ -76,8 +77,9 @@ class Feed:
         self._waited, self._seconds = self._waited + self._seen - began, self._seconds + self._seen - before
         label, meta_label = next(self._labels), next(self._meta_labels)
         data = data.replace(images=self._from_own(image, len(label)), labels=parallel.place(label, self._sharding))
-        if not len(meta_label):
-            return data
+        self._no_meta = self._no_meta or (data.meta_images, data.meta_labels)
+        if not len(meta_label):  # of one shape at every plain step, or the step would be compiled once more
+            return data.replace(meta_images=self._no_meta[0], meta_labels=self._no_meta[1])
         return data.replace(
             meta_images=self._from_own(meta_image, len(meta_label)),
             meta_labels=parallel.place(meta_label, self._sharding),

@@ -263,7 +263,8 @@ def redraw_meta(
     `m = min(images_per_class, smallest class)`; row c holds distinct images of class c, sorted. The draw
     depends on (seed, epoch) and the labels alone, so a resumed run sees an uninterrupted one's meta sets.
     """
-    members = [np.flatnonzero(train_labels == c) for c in range(num_classes)]
+    sizes = np.bincount(train_labels, minlength=num_classes)
+    members = np.split(np.argsort(train_labels, kind="stable"), np.cumsum(sizes)[:-1])
     m = min(images_per_class, *(len(member) for member in members))
     rows = [
         np.sort(np.random.default_rng([_REDRAW, seed, epoch, c]).permutation(member)[:m])

@@ -283,7 +283,10 @@ def synthetic_data(
 
 
 def describe(experiment: Experiment, state: BilevelState, data: DeviceData) -> dict[str, Metrics]:
-    """Returns gamma and beta `[C]` by site, averaged over the epoch's first batch, without augmentation."""
+    """Returns gamma and beta `[C]` by site, averaged over the epoch's first batch, without augmentation.
+
+    Of streamed data it is the last batch that was fed, as the workers cropped it.
+    """
     modulator = experiment.modulator
     assert modulator is not None
     first = slice(None) if data.order is None else data.order[0]

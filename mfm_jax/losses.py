@@ -110,7 +110,7 @@ def smoothed(loss: LossFn, amount: float) -> LossFn:
     """Returns `(1 - amount) loss(z, y) + amount / K sum_k loss(z, k)`; label smoothing, for any per-example loss.
 
     For the cross-entropy this is the cross-entropy to the smoothed label. It evaluates `loss` for every class: K times
-    the cost of the loss, `[K, B]` times its memory.
+    the cost of the loss; `[K, B]` of memory where the loss only looks the label up, `[K, B, K]` for LDAM.
 
     References:
       Szegedy et al., Rethinking the Inception architecture for computer vision, CVPR 2016, section 7.

@@ -164,7 +164,8 @@ def _finished(job: _Job, status: int) -> list[Outcome]:
     if status == EXIT_INTERRUPTED:
         return [Outcome(None, "interrupted")] * len(job.runs)
     lines = [line for line in job.log.read_text(errors="replace").splitlines() if line.strip()]
-    last = lines[-1].removeprefix("error: ") if lines else "no output"
+    told = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]  # a list may follow
+    last = (told or lines or ["no output"])[-1]
     killed = f"killed by signal {-status}; " if status < 0 else ""
     return [Outcome(None, f"{killed}{last} ({job.log})")] * len(job.runs)
 

@@ -43,6 +43,7 @@ from mfm_jax.interruption import EXIT_INTERRUPTED, Interrupted, listening
 from mfm_jax.logs import MetricLog, RowList
 from mfm_jax.longtail import factor_in_words, manifest_hash, read_manifest, write_manifest
 from mfm_jax.loop import DeviceData, LoopState
+from mfm_jax.methods import METHODS
 from mfm_jax.ownership import owned
 from mfm_jax.types import META_METRICS, BilevelState
 
@@ -214,8 +215,13 @@ def claim_workdir(config: Config, workdir: Path) -> None:
 
 def _check_meta(config: Config, data: LongTailData, experiment: Experiment) -> None:
     """Refuses to keep a modulator that does nothing, and meta batches larger than the meta set."""
-    if experiment.modulator and config.meta.freeze and not config.modulation.init_from:
-        raise UserError("meta.freeze = True: would keep a modulator that does nothing; set modulation.init_from")
+    if config.meta.freeze and METHODS[config.method.name].learner:
+        if not experiment.modulator:
+            raise UserError(
+                f"meta.freeze = True: {config.method.name} would learn nothing from the meta set; only mfm can"
+            )
+        if not config.modulation.init_from:
+            raise UserError("meta.freeze = True: would keep a modulator that does nothing; set modulation.init_from")
     if experiment.meta_step and config.meta.batch_size > (images := data.meta_table(0).size):
         raise UserError(
             f"meta.batch_size = {config.meta.batch_size}: the meta set has {images} images; choose at most {images}"
@@ -245,6 +251,8 @@ def _drive(runs: list["_Run"]) -> None:
     first = runs[0]
     total, per_epoch = first.experiment.total_steps, first.experiment.steps_per_epoch
     call = loop_lib.make_call(first.experiment, first.config, len(runs))
+    for run in runs:
+        run.began = time.perf_counter()  # others may have been trained since it was made
     with listening() as stopped, _progress_bar() as bar:
         task = bar.add_task(first.config.method.name, total=total, completed=first.step, loss="")
         while first.step < total:
@@ -272,7 +280,7 @@ def _run_epoch(
             bar.update(task, completed=step, loss=f"loss {_look(runs, loop):.3f}")
             looked = time.perf_counter()
     bar.update(task, completed=step, loss=f"loss {_look(runs, loop):.3f}")
-    stop = stopped(step) and step < runs[0].experiment.total_steps
+    stop = stopped(step)  # also after the last step: what is left is an evaluation, and time may be short
     for run, own in zip(runs, loop_lib.unstack(loop, len(runs)), strict=True):
         run.loop, run.step = own, step
         if step == end:
@@ -293,10 +301,13 @@ def _is_due(calls: int, looked: float) -> bool:
 
 def _look(runs: list["_Run"], loop: LoopState) -> float:
     """Waits for the device, checks that all is finite, and returns the mean loss of the epoch so far."""
+    found = jax.device_get((loop.bad, loop.sums["loss"], loop.sums["steps"]))
+    if len(runs) == 1:
+        found = jax.tree.map(lambda leaf: leaf[None], found)
     losses = []
-    for run, own in zip(runs, loop_lib.unstack(loop, len(runs)), strict=True):
-        run.check_sound(own)
-        losses.append(float(own.sums["loss"] / own.sums["steps"]))
+    for run, bad, loss, steps in zip(runs, *found, strict=True):
+        run.check_sound(bad)
+        losses.append(float(loss) / max(float(steps), 1))
     return sum(losses) / len(losses)
 
 
@@ -440,13 +451,13 @@ class _Run:
         record = {"rows": list(self.log.rows), "seconds": self.seconds(), "devices": _devices()}
         self.checkpoints.save(self.step, self.loop, self.loop.bilevel.mod_params, record, score)
 
-    def check_sound(self, loop: LoopState) -> None:
-        """Tells the steps that were skipped since the last look.
+    def check_sound(self, bad: np.ndarray) -> None:
+        """Tells the steps that were skipped since the last look; `bad` is `LoopState.bad`.
 
         Raises:
           NonFiniteError: the loop has met an anomaly, and is not to skip it.
         """
-        for step, anomaly in jax.device_get(loop.bad).tolist():
+        for step, anomaly in bad.tolist():
             if self.config.train.on_nonfinite == "stop" and step >= 0:
                 raise NonFiniteError(f"{loop_lib.ANOMALIES[anomaly]} at step {step}; {self._way_out()}")
             if step > self.told_step and cluster.is_primary():
@@ -485,8 +496,7 @@ class _Run:
     def _evaluation(self, found: np.ndarray, split: str, *, show: bool = False) -> dict[str, Any]:
         """Returns `metrics.evaluate` of a split's probabilities; with `show`, leaves some pictures for the report."""
         labels = getattr(self.data, f"{split}_labels")
-        # Shot groups by the training split, which has the meta images too where they are trained on.
-        counts = np.asarray(self.data.manifest["splits"]["train"]["class_counts"])
+        counts = self.data.counts  # shot groups go by what is trained on
         chosen = gallery.choose(found, labels, counts) if show else ()
         if len(chosen) and cluster.is_primary():
             images = np.stack([getattr(self.data, f"{split}_images")[i] for i in chosen])

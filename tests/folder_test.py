@@ -95,6 +95,9 @@ def test_a_manifest_gives_the_same_split_again_and_notices_a_changed_picture(roo
     longtail.write_manifest(data.manifest, tmp_path / "split.json")
     again = build(root, data__manifest=str(tmp_path / "split.json"))
     assert again.manifest == data.manifest
+    renamed = root.rename(root.with_name("elsewhere"))
+    build(renamed, data__manifest=str(tmp_path / "split.json"))  # the version tells what is in it
+    root = renamed.rename(root)
     picture(root / "ant" / "00.png", seed=999)
     with pytest.raises(UserError, match="made for version"):
         build(root, data__manifest=str(tmp_path / "split.json"))
@@ -375,10 +378,12 @@ def test_a_streamed_run_that_was_stopped_ends_as_if_nothing_had_happened(root, t
     """SIGTERM in the middle of the second epoch."""
     monkeypatch.setattr(jax, "device_count", lambda: 1)
     options = {"data__resident_mb": 0, "augment__crop": "resized", "augment__color_jitter": 0.4}
-    call = loop_lib.make_call
+    options |= {"meta__start_epoch": 1, "meta__every": 2}
+    call, programs = loop_lib.make_call, []
 
     def make_call(*built):
         compiled, done = call(*built), []
+        programs.append(compiled)
 
         def stepping(*arguments):
             done.append(None)
@@ -391,6 +396,7 @@ def test_a_streamed_run_that_was_stopped_ends_as_if_nothing_had_happened(root, t
     with monkeypatch.context() as patch, pytest.raises(interruption.Interrupted, match="saved at step 7"):
         patch.setattr(loop_lib, "make_call", make_call)
         train.train_and_evaluate(config(root, **options), tmp_path / "stopped")
+    assert programs[0]._cache_size() == 2  # the plain step before, between and after meta-steps is one
     stopped, whole = (
         train.train_and_evaluate(config(root, **options), tmp_path / name) for name in ("stopped", "whole")
     )

@@ -263,7 +263,7 @@ def test_each_divided_kernel_is_gathered_once_and_nothing_else_is(tiny):
 
 
 def test_devices_that_do_not_divide_are_refused():
-    with pytest.raises(UserError, match=r"parallel.fsdp = 3: does not divide the 8 devices"):
+    with pytest.raises(UserError, match=r"parallel.fsdp = 3: does not divide the number of devices, 8"):
         parallel.data_mesh(fsdp=3)
 
 

@@ -93,6 +93,13 @@ def test_a_group_is_one_program_and_what_has_finished_is_not_started_again(tmp_p
     assert "belongs to another config (train.epochs: 1 -> 3)" in refused.error
 
 
+def test_the_reason_of_a_failure_is_its_error_and_not_the_list_below(tmp_path):
+    job = runs._Job([run(tmp_path, "one")])
+    job.log.write_text("reading\nerror: data.root = 'x': 2 problems; repair\n  a.png: damaged\n  b.png: damaged\n")
+    (outcome,) = runs._finished(job, 2)
+    assert outcome.error == f"data.root = 'x': 2 problems; repair ({job.log})"
+
+
 def test_the_table_tells_what_runs_and_when_it_will_be_done(tmp_path, monkeypatch):
     jobs = [runs._Job([run(tmp_path, name, train__epochs=10)]) for name in ("done", "running", "waiting")]
     for job in jobs[:2]:

@@ -98,7 +98,7 @@ def test_workdir_of_another_config_is_refused(finished):
         train.train_and_evaluate(tiny(train__seed=1), finished[0])
 
 
-@pytest.mark.parametrize("stop_at", [1, 5, 6, 9])  # 6 is the last step of the first epoch
+@pytest.mark.parametrize("stop_at", [1, 5, 6, 9, 12])  # 6 and 12 are the last steps of the epochs
 def test_interrupted_and_resumed_is_bit_identical(finished, tmp_path, monkeypatch, stop_at):
     """SIGTERM after any step: the run saves, and the same command ends as if nothing had happened."""
     workdir, _ = finished
@@ -241,6 +241,16 @@ def test_transfer_starts_from_the_modulator_and_freeze_keeps_it(finished, tmp_pa
     assert experiment_lib.build(resolved, data_lib.build(resolved)).meta_step is None
     with pytest.raises(UserError, match=r"meta.freeze = True: would keep a modulator that does nothing"):
         train.train_and_evaluate(tiny(meta__freeze=True), tmp_path / "nothing")
+    with pytest.raises(
+        UserError, match=r"meta.freeze = True: l2ac would learn nothing from the meta set; only mfm can"
+    ):
+        train.train_and_evaluate(tiny(meta__freeze=True, method__name="l2ac"), tmp_path / "nothing")
+
+
+def test_parts_of_a_batch_that_is_padded_for_all_devices_are_refused():
+    resolved = config_lib.resolve(tiny(train__accumulate=2, train__batch_size=12, parallel__fsdp=4))
+    with pytest.raises(UserError, match=r"train.batch_size = 12: does not divide by 16, the devices times"):
+        experiment_lib.build(resolved, data_lib.build(resolved), parallel.data_mesh(fsdp=4))
 
 
 @pytest.mark.parametrize(

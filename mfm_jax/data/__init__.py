@@ -29,7 +29,7 @@ _NORMALIZATION = {
     "imagenet": ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375)),
     "half": ((127.5,) * 3, (127.5,) * 3),
 }
-_SAMPLE = 1_000  # streamed images that mean and standard deviation are taken from
+_SAMPLE = 1_000  # streamed images that mean and standard deviation are taken from; of others, so many at a time
 
 
 @dataclass(frozen=True, eq=False)
@@ -177,8 +177,9 @@ def _read_split(config: Config, source: Source) -> Split:
 
 def _check_agrees(config: Config, source: Source, manifest: dict[str, Any]) -> None:
     """Refuses a manifest of another set, another test split or other settings than the config's."""
+    own = config.data.source in ("folder", "list")  # these may have been given another name; the version tells them
     of_source = {
-        "dataset": source.name,
+        **({} if own else {"dataset": source.name}),
         "version": source.version,
         "class_names": list(source.class_names),
     }
@@ -254,8 +255,11 @@ def _mean_std(config: Config, name: str, images: Images) -> tuple[npt.NDArray[np
         some = np.random.default_rng(0).permutation(len(images))[:_SAMPLE]
         images = np.stack([images[i] for i in np.sort(some)])
     values = np.arange(256)
-    share = np.stack([np.bincount(images[..., c].ravel(), minlength=256) for c in range(images.shape[-1])])
-    share = share / share.sum(1, keepdims=True)
+    counts = np.zeros((images.shape[-1], 256), np.int64)
+    for start in range(0, len(images), _SAMPLE):  # at a time; counting makes each pixel eight bytes
+        part = images[start : start + _SAMPLE]
+        counts += np.stack([np.bincount(part[..., c].ravel(), minlength=256) for c in range(len(counts))])
+    share = counts / counts.sum(1, keepdims=True)
     mean = share @ values
     std = np.sqrt(share @ values**2 - mean**2)
     return mean.astype(np.float32), np.where(std < 1e-3, 1, std).astype(np.float32)
