@@ -27,12 +27,12 @@ from mfm_jax.loop import DeviceData
 class Feed:
     """The streams of one epoch after another."""
 
-    def __init__(self, data: LongTailData, config: Config, mesh: Mesh | None):
-        self._data, self._config = data, config
+    def __init__(self, data: LongTailData, config: Config, mesh: Mesh | None, empty: DeviceData):
+        """Makes none yet; `empty` is `data` on the device, its batches without an image."""
+        self._data, self._config, self._empty = data, config, empty
         self._sharding: Sharding = parallel.split(mesh) if mesh else SingleDeviceSharding(jax.devices()[0])
         self._open = contextlib.ExitStack()
         self._seconds = self._waited = 0.0
-        self._no_meta: tuple[jax.Array, jax.Array] | None = None  # the empty arrays before the first meta-step
 
     def start_epoch(self, epoch: int, order: np.ndarray, meta_order: Sequence[np.ndarray], first: int) -> None:
         """Starts to decode what is left of an epoch.
@@ -69,17 +69,21 @@ class Feed:
         held = self._sharding.addressable_devices_indices_map((size,)).values()
         return np.unique(np.concatenate([np.arange(size)[index] for index in held]))
 
-    def next(self, data: DeviceData) -> DeviceData:
-        """Returns `data` with the next batch, and with the next meta batch where the step has one."""
+    def next(self) -> DeviceData:
+        """Returns the next batch, and the next meta batch where the step has one, or else the empty one.
+
+        So all plain steps have arrays of one shape, and are compiled once.
+        """
         began = time.perf_counter()
         image, meta_image = next(self._steps)
         before, self._seen = self._seen, time.perf_counter()
         self._waited, self._seconds = self._waited + self._seen - began, self._seconds + self._seen - before
         label, meta_label = next(self._labels), next(self._meta_labels)
-        data = data.replace(images=self._from_own(image, len(label)), labels=parallel.place(label, self._sharding))
-        self._no_meta = self._no_meta or (data.meta_images, data.meta_labels)
-        if not len(meta_label):  # of one shape at every plain step, or the step would be compiled once more
-            return data.replace(meta_images=self._no_meta[0], meta_labels=self._no_meta[1])
+        data = self._empty.replace(
+            images=self._from_own(image, len(label)), labels=parallel.place(label, self._sharding)
+        )
+        if not len(meta_label):
+            return data
         return data.replace(
             meta_images=self._from_own(meta_image, len(meta_label)),
             meta_labels=parallel.place(meta_label, self._sharding),

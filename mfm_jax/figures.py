@@ -291,7 +291,6 @@ def draw_modulation(figure: "Figure", classes: Classes, sites: dict[str, dict[st
         for axes, parameter in zip(panels, ("gamma", "beta"), strict=True):
             axes.set_title(f"{site}: {parameter}")
             axes.axhline(0, color=_MUTED, linewidth=0.8)
-            _along_steps(axes)
             if parameter not in values:
                 continue
             if site == "logits":
@@ -300,8 +299,8 @@ def draw_modulation(figure: "Figure", classes: Classes, sites: dict[str, dict[st
                 _channels(axes, values["step"], values[parameter])
         if named:
             panels[1].legend(*named, loc="upper left", bbox_to_anchor=(1.0, 1.05), fontsize=7, labelspacing=0.25)
-    for axes in grid[:-1].flat:
-        axes.set_xlabel("")
+    for axes in grid[-1]:  # the others share its ticks
+        _along_steps(axes)
     at_logits = "At logits a line is a class, from the most training images (blue) to the fewest (orange)."
     elsewhere = f"Elsewhere up to {_LINES} channels are a line each, more a median with bands of 50 % and 90 %."
     entries = [at_logits] * ("logits" in sites) + [elsewhere] * bool(sites.keys() - {"logits"})

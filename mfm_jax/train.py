@@ -273,7 +273,7 @@ def _run_epoch(
     while step < end and not stopped(step):
         is_meta, retrain = runs[0].next_steps(step, end), step >= runs[0].experiment.retrain_from
         if runs[0].feed:
-            data = runs[0].device_data = runs[0].feed.next(data)
+            data = runs[0].device_data = runs[0].feed.next()
         loop = call(loop, data, *loop_lib.steps(is_meta, retrain=retrain))
         step, calls = step + len(is_meta), calls + 1
         if _is_due(calls, looked):
@@ -341,7 +341,8 @@ class _Run:
             self.loop, record = self.checkpoints.restore(latest, self.loop)
             _tell_elastic(latest, record["devices"])
         self.step = latest or 0
-        self.feed = Feed(data, config, mesh) if isinstance(data.train_images, Streamed) else None
+        streamed = isinstance(data.train_images, Streamed)
+        self.feed = Feed(data, config, mesh, self.device_data) if streamed else None
         self.has_own_data = experiment.synthetic or self.feed is not None  # not shared by runs that differ in the seed
         self.log = MetricLog(workdir, record["rows"]) if cluster.is_primary() else RowList(record["rows"])
         self.seconds_before, self.began = record["seconds"], time.perf_counter()

@@ -307,11 +307,10 @@ def feed(root: Path, first: int, **overrides):
     order = np.asarray(experiment.order(jax.random.key(0), 1))
     steps = [len(order) + i if i % 2 == 0 else None for i in range(len(order))]
     meta_order = loop_lib.meta_order(jax.random.key(7), steps, jnp.asarray(data.meta_table(1)), 6)
-    source = feed_lib.Feed(data, resolved, None)
-    device_data, found = loop_lib.to_device(data), []
+    source, found = feed_lib.Feed(data, resolved, None, loop_lib.to_device(data)), []
     source.start_epoch(1, order, meta_order, first)
     for step in range(first, len(order)):
-        device_data = source.next(device_data)
+        device_data = source.next()
         meta = (device_data.meta_images, device_data.meta_labels) if steps[step] else ()
         found.append(jax.tree.map(np.asarray, (device_data.images, device_data.labels, *meta)))
     source.close()
