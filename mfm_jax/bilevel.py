@@ -14,11 +14,12 @@ One step, with `U` the classifier's real optax update:
 
 Batch-norm policy, which decides whether the meta-gradient means anything:
 
-  1. The meta pass is normalised as a test pass is: by the running averages, as they stand at the start of the step.
-     A balanced batch normalised by its own statistics is not the network that will be tested. The meta pass writes
-     no statistics. (`bn="batch"` keeps the other choice measurable.) Running averages are those of the last ten or so
-     steps' networks, which at a large learning rate are not w_hat; `bn="fresh"` takes the statistics of a plain pass
-     over the training batch at w_hat, which are constants for the meta-gradient.
+  1. The meta pass is normalised by the statistics of a plain pass over the training batch at w_hat (`bn="fresh"`),
+     which are constants for the meta-gradient: one forward pass a meta-step. They are right from the first step, at any
+     depth and learning rate. Running averages (`bn="running"`) begin at mean 0 and variance 1 and are those of the last
+     ten or so steps' networks; a deep network explodes under them, and the first meta-gradients with it. A balanced
+     batch normalised by its own statistics (`bn="batch"`) is not the network that will be tested. The meta pass
+     writes no statistics.
   2. The running averages always describe the plain network: they come from a plain pass over the training batch.
      Where every modulated site lies behind the last batch norm, the training pass gathers the same numbers and no
      other is run; a site before a batch norm costs one more forward pass.
@@ -102,7 +103,7 @@ def make_step(
     hypergrad: HypergradFn = mixed_mode,
     lagged: bool = True,
     virtual_groups: tuple[str, ...] | None = None,
-    bn: str = "running",
+    bn: str = "fresh",
     parts: int = 1,
     axis_name: str | None = None,
 ) -> Step:
@@ -121,7 +122,7 @@ def make_step(
       lagged: take w_hat as the real step; otherwise repeat the step under the new phi.
       virtual_groups: top-level groups of `params` that move in the virtual step; None for all. The real step moves
         all parameters in any case.
-      bn: statistics of the meta pass, "running", "fresh" or "batch" (above).
+      bn: statistics of the meta pass, "fresh", "running" or "batch" (above).
       parts: compute each pass over so many equal parts of its batch, one after another, and their activations again in
         the backward pass: less memory, a third more time, and the same losses, derivatives and update but that batch
         norm sees a part at a time (its running averages move by the mean of the parts' statistics).
@@ -335,11 +336,11 @@ def _in_parts(logits_of: Callable[[Batch], tuple[jax.Array, PyTree]], batch: Bat
 
 
 def _agreement(grad: PyTree, opt_state: PyTree) -> jax.Array:
-    """Returns the cosine of the angle between the meta-gradient and Adam's running mean of those before it.
+    """Returns the cosine of the angle between the meta-gradient and the optimizer's running mean of those before it.
 
     0 where there is no such mean: at the first meta-step, and under an optimizer that keeps none.
     """
-    mean = optax.tree.get(opt_state, "mu")
+    mean = next((m for name in ("ema", "mu") if (m := optax.tree.get(opt_state, name)) is not None), None)
     if mean is None:
         return jnp.zeros((), jnp.float32)
     length = optax.tree.norm(grad) * optax.tree.norm(mean)
@@ -398,22 +399,23 @@ def _plain_pass(forward: Callable, parts: int) -> Callable[[BilevelState, PyTree
 def _fresh_statistics(forward: Callable, parts: int) -> Callable[[BilevelState, PyTree, Batch], PyTree]:
     """Returns `(state, params, batch) -> statistics` of a plain training pass alone, without what the averages were.
 
-    Running averages are linear in what they were, old' = m old + (1 - m) new, so two passes that differ in `old` tell
-    `new`, whatever the momentum; nothing else in them differs, and `vmap` computes that once.
+    Running averages are linear in what they were, after = m before + (1 - m) new, with a slope m that forward mode
+    reads off, so that new = before + (after - before) / (1 - m), whatever momentum the module has. A frozen layer, of
+    slope 1, is tested with its averages.
     """
-
     plain_pass = _plain_pass(forward, parts)
 
     def statistics(state: BilevelState, params: PyTree, batch: Batch) -> PyTree:
-        def averages(old: jax.Array) -> PyTree:
-            start = jax.tree.map(lambda leaf: jnp.full_like(leaf, old), state.batch_stats)
-            return plain_pass(state.replace(batch_stats=start), params, batch)
+        def averages(before: PyTree) -> PyTree:
+            return plain_pass(state.replace(batch_stats=before), params, batch)
 
-        def fresh(of_0_and_1: jax.Array, running: jax.Array) -> jax.Array:
-            share = 1 - (of_0_and_1[1] - of_0_and_1[0])  # 1 - m; 0 in a frozen layer, which is tested with its averages
-            return jnp.where(share > 1e-6, of_0_and_1[0] / jnp.where(share > 1e-6, share, 1), running)
+        before = state.batch_stats
+        after, slope = jax.jvp(averages, (before,), (jax.tree.map(jnp.ones_like, before),))
 
-        return jax.tree.map(fresh, jax.vmap(averages)(jnp.array([0.0, 1.0])), state.batch_stats)
+        def fresh(old: jax.Array, new: jax.Array, m: jax.Array) -> jax.Array:
+            return jnp.where(m < 1, old + (new - old) / jnp.where(m < 1, 1 - m, 1), old)
+
+        return jax.tree.map(fresh, before, after, slope)
 
     return statistics
 

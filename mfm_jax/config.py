@@ -152,14 +152,14 @@ class Meta:
 
     images_per_class: int = _between(10, 1)
     batch_size: int = _between(100, 1)
-    every: int = _between(6, 1)  # update the modulator every k-th step, k times as far
+    every: int = _between(6, 1)  # update the modulator every k-th step
     start_epoch: int = _between(0, 0)  # no modulator update before this epoch
     lagged: bool = True  # the real step re-uses the virtual one
     virtual: str = _one_of("all", "last_stage", "head")  # parameters that move in the virtual step
-    bn: str = _one_of("running", "fresh", "batch")  # statistics that normalise the meta pass (see `bilevel`)
+    bn: str = _one_of("fresh", "running", "batch")  # statistics that normalise the meta pass (see `bilevel`)
     loss: str = _one_of("ce", "gce")
     temperature: float = _between(1.0, 1e-3)  # divides the logits in the meta loss
-    learning_rate: float = _between(0.0, 0.0)  # of phi's Adam, for each training step; 0 = the method's own
+    learning_rate: float = _between(0.03, 0.0)  # how far phi moves in a meta-step while all meta-gradients agree
     freeze: bool = False  # keep the modulator as it starts; the meta-step is not paid for
 
 

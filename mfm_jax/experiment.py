@@ -122,7 +122,7 @@ def build(config: Config, data: LongTailData, mesh: Mesh | None = None) -> Exper
     tx = optim.classifier(config.optim, first)
     if config.model.tune != "all":
         tx = optim.only(tx, lambda params: models.trained(params, config.model.tune))
-    mod_tx = _mod_tx(config, method, learner, second)
+    mod_tx = _mod_tx(config, method, learner, second, per_epoch)
     loss_fn = objective.loss(config, counts)
     if config.method.label_smoothing:
         loss_fn = losses.smoothed(loss_fn, config.method.label_smoothing)
@@ -227,14 +227,14 @@ def _schedules(config: Config, method: Method, per_epoch: int) -> tuple[optax.Sc
 
 
 def _mod_tx(
-    config: Config, method: Method, learner: MetaLearner | None, second: optax.Schedule
+    config: Config, method: Method, learner: MetaLearner | None, second: optax.Schedule, per_epoch: int
 ) -> optax.GradientTransformation:
     """Returns the optimizer of what is not the classifier: a second stage's, or the meta learner's."""
     if method.retraining:
         return optim.classifier(config.optim, second)
     if learner and learner.per_batch:
         return meta.positive_part()
-    return optim.modulator(config.meta, method.meta_rate)
+    return optim.modulator(config.meta, config.optim, config.train.epochs, per_epoch)
 
 
 def _class_weights(config: Config, objective: Method, counts: jax.Array, per_epoch: int) -> bilevel.ClassWeights | None:

@@ -76,10 +76,30 @@ def only(tx: optax.GradientTransformation, trained: Callable[[PyTree], PyTree]) 
     return optax.partition({True: tx, False: optax.set_to_zero()}, trained)
 
 
-def modulator(config: Meta, own_rate: float) -> optax.GradientTransformation:
-    """Returns the modulator's chain: Adam at `meta.learning_rate * meta.every`, where that is 0 at `own_rate` times it.
+def modulator(config: Meta, inner: Optim, epochs: int, steps_per_epoch: int) -> optax.GradientTransformation:
+    """Returns the chain of phi: the running mean of the meta-gradients' directions, times the rate.
 
-    Adam moves by about its rate a step whatever the gradient, so the product keeps the pace of phi beside that of w
-    when `meta.every` is changed.
+        m' = 0.9 m + 0.1 g / |g|        phi' = phi - rate m'        m starts at 0
+
+    A meta-gradient counts by its direction alone, so that none, however large, moves phi by more than the rate. The
+    length of m says how far the last ten or so agree: 1 where they do, about 0.23 where they are noise. So phi moves by
+    what the meta-gradients are worth, and hardly in the first steps. The rate is `meta.learning_rate` at its highest,
+    and rises and falls as the classifier's does: a meta-gradient goes through a step of that size.
+
+    Args:
+      config: the rate, and which steps are meta-steps.
+      inner: has the classifier's schedule.
+      epochs: of the run.
+      steps_per_epoch: of the run.
+
+    References:
+      Hazan, Levy and Shalev-Shwartz, Beyond convexity: stochastic quasi-convex optimization, NeurIPS 2015 (normalised
+      gradients). Mardia and Jupp, Directional statistics, 2000, section 9.2 (the length of a mean direction).
     """
-    return optax.adam((config.learning_rate or own_rate) * config.every)
+    pace = schedule(dataclasses.replace(inner, learning_rate=config.learning_rate), epochs, steps_per_epoch)
+    first = -(-config.start_epoch * steps_per_epoch // config.every)
+    return optax.chain(
+        optax.normalize_by_update_norm(),
+        optax.ema(0.9, debias=False),
+        optax.scale_by_learning_rate(lambda done: pace((first + done) * config.every)),
+    )

@@ -130,9 +130,45 @@ def test_the_update_can_be_differentiated_where_a_gradient_is_zero(name):
 # --- the modulator's chain ------------------------------------------------------------------------
 
 
-def test_modulator_is_adam_at_the_meta_learning_rate():
-    tx = optim.modulator(Meta(learning_rate=0.05, every=5), 1.0)
-    expected = PARAMS["w"] - 0.25 * np.sign(GRADS["w"])
-    chex.assert_trees_all_close(after(tx, [GRADS]), {"w": expected}, rtol=1e-5)
-    own = after(optim.modulator(Meta(learning_rate=0.0, every=5), 0.05), [GRADS])
-    chex.assert_trees_all_equal(own, after(tx, [GRADS]))
+def outer(**meta) -> optax.GradientTransformation:
+    """Phi's chain in a run of ten steps at a constant rate."""
+    return optim.modulator(Meta(**{"learning_rate": 0.05, "every": 1} | meta), Optim(schedule="constant"), 2, 5)
+
+
+def test_phi_moves_along_the_mean_direction_by_hand():
+    # Directions [0.6, 0.8] and [1, 0]; their mean from zero: 0.1 [0.6, 0.8], then 0.9 of that and 0.1 [1, 0].
+    first = PARAMS["w"] - 0.05 * np.array([0.06, 0.08])
+    chex.assert_trees_all_close(after(outer(), [GRADS]), {"w": first.astype(np.float32)}, rtol=1e-6)
+    second = first - 0.05 * np.array([0.154, 0.072])
+    found = after(outer(), [GRADS, {"w": np.array([7.0, 0.0], np.float32)}])
+    chex.assert_trees_all_close(found, {"w": second.astype(np.float32)}, rtol=1e-6)
+
+
+@pytest.mark.parametrize("size", [1e-3, 1.0, 1e8, 1e18])
+def test_the_size_of_a_meta_gradient_counts_for_nothing(size):
+    scaled = {"w": np.float32(size) * GRADS["w"]}
+    chex.assert_trees_all_close(after(outer(), [GRADS, scaled]), after(outer(), [GRADS, GRADS]), rtol=1e-4)
+
+
+def test_phi_stands_still_where_the_meta_gradient_is_zero():
+    chex.assert_trees_all_equal(after(outer(), [{"w": np.zeros(2, np.float32)}]), PARAMS)
+
+
+def test_agreeing_meta_gradients_move_phi_by_the_rate_and_noise_by_a_quarter_of_it():
+    rng = np.random.default_rng(0)
+    tx, state = outer(), outer().init(PARAMS)
+    for lengths, gradients in (((0.99, 1.0), [[3.0, 4.0]] * 60), ((0.15, 0.31), rng.normal(size=(4000, 2)))):
+        moved = []
+        for gradient in gradients:
+            change, state = tx.update({"w": jnp.asarray(gradient, jnp.float32)}, state)
+            moved.append(np.linalg.norm(change["w"]) / 0.05)
+        assert lengths[0] < np.sqrt(np.mean(np.square(moved[50:]))) < lengths[1]
+
+
+@pytest.mark.parametrize(("meta", "steps"), [({"every": 2}, [0, 2, 4]), ({"every": 2, "start_epoch": 1}, [6, 8])])
+def test_phi_s_rate_falls_as_the_classifier_s_does(meta, steps):
+    inner = Optim(learning_rate=0.4, schedule="cosine")
+    found = after(optim.modulator(Meta(learning_rate=0.1, **meta), inner, 2, 5), [GRADS] * len(steps))
+    # The mean direction is 0.1, 0.19, 0.271 of [0.6, 0.8]; the rate a quarter of the classifier's.
+    moved = sum((1 - 0.9 ** (i + 1)) * float(optim.schedule(inner, 2, 5)(s)) / 4 for i, s in enumerate(steps))
+    chex.assert_trees_all_close(found["w"], PARAMS["w"] - moved * np.float32([0.6, 0.8]), rtol=1e-5)
