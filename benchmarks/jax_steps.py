@@ -1,6 +1,9 @@
 """The JAX contenders: each `Spec` as a compiled, donated step on batches that stay on the device."""
 
+import dataclasses
+import functools
 import importlib.util
+import math
 import time
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -13,7 +16,7 @@ from contenders import MATMUL_SIZE, Program, Spec
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mfm_jax import augment, bilevel, experiment, hypergrad, longtail, losses, models, modulation, optim, parallel
+from mfm_jax import augment, bilevel, experiment, hypergrad, longtail, loop, losses, models, modulation, optim, parallel
 from mfm_jax import config as config_lib
 from mfm_jax.data import batches as batches_lib
 from mfm_jax.methods.meta import meta_weight_net
@@ -24,8 +27,12 @@ def build(spec: Spec) -> Program:
     """Compiles the contender's step, and where not every step is a meta-step, the plain one between."""
     if spec.step == "matmul":
         return _matmul(spec)
+    if spec.step == "copy":
+        return _copy(spec)
     if spec.step == "input":
         return _input(spec)
+    if spec.step == "loop":
+        return _loop(spec)
     if spec.step == "recipe":
         state, meta_step, plain_step, decided = _recipe(spec)
     else:
@@ -48,6 +55,8 @@ def build(spec: Spec) -> Program:
     facts = {
         "compile_seconds": time.perf_counter() - began,
         "temp_mb": max(m.temp_size_in_bytes for m in memory if m) / 1e6,
+        "bytes": (programs[0].cost_analysis() or {}).get("bytes accessed") if len(programs) == 1 else None,
+        "unit": every,
         "spec": decided,
         **_device(),
     }
@@ -145,21 +154,40 @@ def _recipe(spec: Spec) -> tuple[BilevelState, Callable | None, Callable, dict[s
     Model, images, classes and batches are the spec's; all else is what someone who runs the config gets.
     """
     config = _config(spec)
-    counts = longtail.class_counts(5000, spec.classes, config.data.imbalance_factor)
     # Of the data, `experiment.build` reads only shapes and counts.
-    images = np.broadcast_to(np.zeros((), np.uint8), (counts.sum(), spec.image_size, spec.image_size, 3))
-    long_tailed: Any = SimpleNamespace(
-        train_images=images, train_labels=images[:, 0, 0, 0], counts=counts, num_classes=spec.classes
+    built = experiment.build(config, _data(spec, config), _mesh(spec) if spec.devices > 1 else None)
+    return _drawn(built.init), built.meta_step, built.plain_step, _decided(config, built)
+
+
+def _data(spec: Spec, config: config_lib.Config) -> Any:
+    """Returns long-tailed data of blank images, in the form of `data.LongTailData`."""
+    counts = longtail.class_counts(5000, spec.classes, config.data.imbalance_factor)
+    shape = (spec.image_size, spec.image_size, 3)
+
+    def images(number: int) -> np.ndarray:
+        return np.broadcast_to(np.zeros((), np.uint8), (number, *shape))
+
+    meta = max(config.meta.images_per_class, -(-spec.meta_batch // spec.classes)) * spec.classes
+    return SimpleNamespace(
+        train_images=images(counts.sum()),
+        train_labels=np.repeat(np.arange(spec.classes, dtype=np.int32), counts),
+        meta_images=images(meta),
+        meta_labels=np.arange(meta, dtype=np.int32) % spec.classes,
+        counts=counts,
+        num_classes=spec.classes,
+        mean=np.full(3, 127.5, np.float32),
+        std=np.full(3, 127.5, np.float32),
     )
-    built = experiment.build(config, long_tailed, _mesh(spec) if spec.devices > 1 else None)
+
+
+def _decided(config: config_lib.Config, built: experiment.Experiment) -> dict[str, Any]:
     learns = built.meta_step is not None
-    decided = {
+    return {
         "sites": config.sites if learns else (),
         "every": config.meta.every if learns else 1,
         "lagged": config.meta.lagged,
         "virtual": config.meta.virtual,
     }
-    return _drawn(built.init), built.meta_step, built.plain_step, decided
 
 
 def _config(spec: Spec) -> config_lib.Config:
@@ -178,6 +206,61 @@ def _config(spec: Spec) -> config_lib.Config:
     }
     config.update_from_flattened_dict(fixed | dict(spec.overrides))
     return config_lib.resolve(config)
+
+
+def _loop(spec: Spec) -> Program:
+    """Training as `mfm_jax.main` runs it: its compiled call on resident data, sampling and augmentation included.
+
+    Whole calls alone are run, so a number of steps is rounded up; `unit` steps have their whole share of meta-steps.
+    """
+    config = _config(spec)
+    data, rng = _data(spec, config), np.random.default_rng(0)
+    data.train_images, data.meta_images = (
+        rng.integers(0, 256, images.shape, np.uint8) for images in (data.train_images, data.meta_images)
+    )
+    built = experiment.build(config, data)
+    decided = _decided(config, built)
+    each = config.train.steps_per_call or (1 if jax.default_backend() == "cpu" else 10)  # as `train` has it
+    unit = math.lcm(each, decided["every"])
+    one = loop.initial(dataclasses.replace(built, init=lambda: _drawn(built.init)), config.train)
+    order = rng.integers(0, len(data.train_labels), (built.steps_per_epoch, spec.batch), np.int32)
+    table = np.arange(len(data.meta_labels), dtype=np.int32).reshape(-1, spec.classes).T
+    resident = loop.to_device(data).replace(order=jnp.asarray(order), meta_table=jnp.asarray(table))
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    state, resident = parallel.place(loop.stack([one] * spec.seeds, [resident] * spec.seeds), place)
+
+    def flags(step: int) -> list[bool]:
+        return [built.meta_step is not None and s % decided["every"] == 0 for s in range(step, step + each)]
+
+    began = time.perf_counter()
+    call, programs = loop.make_call(built, config, spec.seeds), {}
+    for step in range(0, unit, each):
+        is_meta, kind = loop.steps(flags(step))
+        if kind not in programs:
+            programs[kind] = call.lower(state, resident, is_meta, kind).compile()
+    facts = {
+        "compile_seconds": time.perf_counter() - began,
+        "temp_mb": max(p.memory_analysis().temp_size_in_bytes for p in programs.values()) / 1e6,
+        "unit": unit,
+        "steps_per_call": each,
+        "spec": decided,
+        **_device(),
+    }
+    done = 0
+
+    def run(steps: int) -> None:
+        nonlocal state, done
+        for _ in range(-(-steps // each)):
+            is_meta, kind = loop.steps(flags(done % unit))
+            state, done = programs[kind](state, resident, is_meta), done + each
+        jax.block_until_ready(state)
+
+    def finish() -> dict[str, Any]:
+        if not np.isfinite(losses := np.asarray(state.sums["loss"])).all():
+            raise FloatingPointError(f"the sum of losses is {losses} after {done} steps")
+        return {}
+
+    return Program(run, finish, facts)
 
 
 def _input(spec: Spec) -> Program:
@@ -202,13 +285,34 @@ def _input(spec: Spec) -> Program:
 
 
 def _matmul(spec: Spec) -> Program:
-    """A square matrix product, the yardstick for shares of the device's rate: one step is one product."""
+    """A square matrix product, the yardstick for shares of the device's rate: one step is one product.
+
+    Each is multiplied by the same matrix again, whose eigenvalues are at most about one.
+    """
     size = MATMUL_SIZE.get(jax.default_backend(), 8192)
-    both = np.random.default_rng(0).normal(size=(2, size, size))
-    left, right = (jnp.asarray(one, jnp.dtype(spec.dtype)) for one in both)
-    product = jax.jit(jnp.matmul)
+    drawn = np.random.default_rng(0).random((size, size), np.float32) - np.float32(0.5)
+    value = right = jnp.asarray(drawn * np.float32((12 / size) ** 0.5), jnp.dtype(spec.dtype))
+    product = jax.jit(functools.partial(jnp.matmul, precision=spec.precision))
 
     def run(steps: int) -> None:
-        jax.block_until_ready([product(left, right) for _ in range(steps)])
+        nonlocal value
+        for _ in range(steps):
+            value = product(value, right)
+        jax.block_until_ready(value)
 
     return Program(run, dict, {"spec": {"batch": size}, **_device()})
+
+
+def _copy(spec: Spec) -> Program:
+    """One addition to each element of a large array, the yardstick for bandwidth: one step reads and writes it once."""
+    value = jnp.zeros(2**24 if jax.default_backend() == "cpu" else 2**28, jnp.dtype(spec.dtype))
+    bytes_moved = 2.0 * value.nbytes
+    add = jax.jit(lambda x: x + 1)
+
+    def run(steps: int) -> None:
+        nonlocal value
+        for _ in range(steps):
+            value = add(value)
+        jax.block_until_ready(value)
+
+    return Program(run, dict, {"bytes": bytes_moved, "spec": {}, **_device()})
