@@ -17,8 +17,8 @@ Columns, those of the same name as in `run.py`, and:
   needs       arithmetic over that of a plain step, counted by hand (`contenders.step_flops`); of one seed
   TFLOP/s     by that count, and its share of the large matrix product in the same precision, float32 being TF32 on GPUs
   GB/s        by XLA's count of the bytes that the step accesses, and its share of a large copy; a loop has no count
-  compile s   tracing and compiling, beside the others of the group, which share one Python lock; `alone`: with nothing
-              beside it and nothing cached
+  compile s   tracing and compiling, the compiler's part beside the others of the group, whose choice of algorithms it
+              shares; `alone`: in a new process, with nothing beside it and nothing cached
 """
 
 import argparse
@@ -46,6 +46,11 @@ BEGAN = time.monotonic()
 CONFIG = Path(__file__).parents[1] / "configs" / "cifar10_lt.py"
 QUICK_STEP, QUICK_STEPS = 2e-3, 50  # of steps under so many seconds, a turn has at least so many
 MEASURING = 2.5  # seconds that timing a compiled row takes, roughly
+FACTS = ("compile_seconds", "trace_seconds", "start_seconds", "temp_mb", "device_mb")  # as they are, in the table
+HEADS = [
+    *("row", "ms, half the range", "images/s", "/ plain", "needs", "TFLOP/s, of the product", "GB/s, of the copy"),
+    *("compile s, of it tracing", "temporary MB", "note"),
+]
 NOT_REACHED = "not reached before the time was up"
 
 
@@ -213,7 +218,7 @@ class Table:
             "share_of_matmul": _over(rate, product),
             "bytes_a_second": speed,
             "share_of_copy": _over(speed, self._rate("copy")),
-            **{name: facts.get(name) for name in ("compile_seconds", "start_seconds", "temp_mb", "device_mb")},
+            **{name: facts.get(name) for name in FACTS},
             "note": row.note,
         }
 
@@ -236,10 +241,8 @@ class Table:
     def markdown(self, values: list[dict[str, Any]]) -> str:
         versions = dict.fromkeys(row.facts["version"] for row in self.rows if "version" in row.facts)
         devices = dict.fromkeys(row.facts["device"] for row in self.rows if "device" in row.facts)
-        titles = "row|ms, half the range|images/s|/ plain|needs|TFLOP/s, of the product|GB/s, of the copy|compile s"
-        heads = [*titles.split("|"), "temporary MB", "note"]
         lines = [f"# {', '.join(devices) or 'no device'}", "", ", ".join([self.title, *versions]), ""]
-        lines += [_line(heads), "|---" * len(heads) + "|"]
+        lines += [_line(HEADS), "|---" * len(HEADS) + "|"]
         return "\n".join(lines + [_line(_cells(row)) for row in values]) + "\n"
 
 
@@ -269,7 +272,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
         shown("{:.2f}", "needs"),
         shown("{:.2f}", "flops_a_second", 1e-12) + shown(", {:.1f} %", "share_of_matmul", 100),
         shown("{:.0f}", "bytes_a_second", 1e-9) + shown(", {:.0f} %", "share_of_copy", 100),
-        shown("{:.1f}", "compile_seconds"),
+        shown("{:.1f}", "compile_seconds") + shown(", {:.1f}", "trace_seconds"),
         shown("{:.0f}", "temp_mb"),
         row["note"].replace("|", "/"),
     ]

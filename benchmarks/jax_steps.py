@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import importlib.util
 import math
+import threading
 import time
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -22,45 +23,52 @@ from mfm_jax.data import batches as batches_lib
 from mfm_jax.methods.meta import meta_weight_net
 from mfm_jax.types import Batch, BilevelState
 
+TRACING = threading.Lock()  # Python traces one program at a time in any case; so the first is compiled the sooner
+
 
 def build(spec: Spec) -> Program:
     """Compiles the contender's step, and where not every step is a meta-step, the plain one between."""
-    if spec.step == "matmul":
-        return _matmul(spec)
-    if spec.step == "copy":
-        return _copy(spec)
-    if spec.step == "input":
-        return _input(spec)
-    if spec.step == "loop":
-        return _loop(spec)
-    if spec.step == "recipe":
-        state, meta_step, plain_step, decided = _recipe(spec)
-    else:
-        state, meta_step, plain_step = _explicit(spec)
-        decided = {}
-    every = decided.get("every", spec.every)
-    batches = [_batch(key, size, spec) for key, size in ((1, spec.batch), (2, spec.meta_batch))]
-    if spec.devices > 1:
-        mesh = _mesh(spec)
-        batches = [jax.device_put(batch, NamedSharding(mesh, P(parallel.AXIS))) for batch in batches]
-        state = jax.device_put(state, parallel.replicated(mesh))
+    makers = {"matmul": _matmul, "copy": _copy, "input": _input, "loop": _loop}
+    if spec.step in makers:
+        return makers[spec.step](spec)
+    with TRACING:
+        if spec.step == "recipe":
+            state, meta_step, plain_step, decided = _recipe(spec)
+        else:
+            state, meta_step, plain_step = _explicit(spec)
+            decided = {}
+        every = decided.get("every", spec.every)
+        batches = [_batch(key, size, spec) for key, size in ((1, spec.batch), (2, spec.meta_batch))]
+        if spec.devices > 1:
+            mesh = _mesh(spec)
+            batches = [jax.device_put(batch, NamedSharding(mesh, P(parallel.AXIS))) for batch in batches]
+            state = jax.device_put(state, parallel.replicated(mesh))
+        began, lowered = time.perf_counter(), {}
+        jit = functools.partial(jax.jit, donate_argnums=0, compiler_options=parallel.compiler_options())
+        if meta_step:
+            lowered["meta"] = jit(meta_step).lower(state, *batches)
+        if not meta_step or every > 1:
+            lowered["plain"] = jit(plain_step).lower(state, batches[0])
+        traced = time.perf_counter() - began
+    programs, facts = _compiled(lowered, traced)
+    facts |= {"unit": every, "spec": decided}
+    if len(programs) == 1:
+        (program,) = programs.values()
+        facts["bytes"] = (program.cost_analysis() or {}).get("bytes accessed")
+    return _program(state, programs.get("meta"), programs.get("plain"), batches, every, facts)
+
+
+def _compiled(lowered: dict[str, jax.stages.Lowered], traced: float) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns the compiled programs and their facts; `traced` are the seconds that tracing took."""
     began = time.perf_counter()
-    options = parallel.compiler_options()
-    meta = meta_step and jax.jit(meta_step, donate_argnums=0, compiler_options=options).lower(state, *batches).compile()
-    plain = None
-    if not meta or every > 1:
-        plain = jax.jit(plain_step, donate_argnums=0, compiler_options=options).lower(state, batches[0]).compile()
-    programs = [program for program in (meta, plain) if program]
-    memory = [program.memory_analysis() for program in programs]
-    facts = {
-        "compile_seconds": time.perf_counter() - began,
+    programs = {kind: one.compile() for kind, one in lowered.items()}
+    memory = [program.memory_analysis() for program in programs.values()]
+    return programs, {
+        "trace_seconds": traced,
+        "compile_seconds": traced + time.perf_counter() - began,
         "temp_mb": max(m.temp_size_in_bytes for m in memory if m) / 1e6,
-        "bytes": (programs[0].cost_analysis() or {}).get("bytes accessed") if len(programs) == 1 else None,
-        "unit": every,
-        "spec": decided,
         **_device(),
     }
-    return _program(state, meta, plain, batches, every, facts)
 
 
 def _program(state, meta, plain, batches: list[Batch], every: int, facts: dict[str, Any]) -> Program:
@@ -208,50 +216,52 @@ def _config(spec: Spec) -> config_lib.Config:
     return config_lib.resolve(config)
 
 
+def _start(spec: Spec, config: config_lib.Config) -> tuple[experiment.Experiment, loop.LoopState, loop.DeviceData]:
+    """Returns the experiment, its loop state and its data on the device, of all seeds; images are noise."""
+    data, rng = _data(spec, config), np.random.default_rng(0)
+    data.train_images, data.meta_images = (
+        rng.integers(0, 256, images.shape, np.uint8) for images in (data.train_images, data.meta_images)
+    )
+    built = experiment.build(config, data)
+    one = loop.initial(dataclasses.replace(built, init=lambda: _drawn(built.init)), config.train)
+    order = rng.integers(0, len(data.train_labels), (built.steps_per_epoch, spec.batch), np.int32)
+    table = np.arange(len(data.meta_labels), dtype=np.int32).reshape(-1, spec.classes).T
+    resident = loop.to_device(data).replace(order=jnp.asarray(order), meta_table=jnp.asarray(table))
+    state, resident = loop.stack([one] * spec.seeds, [resident] * spec.seeds)
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return built, parallel.place(state, place), parallel.place(resident, place)
+
+
 def _loop(spec: Spec) -> Program:
     """Training as `mfm_jax.main` runs it: its compiled call on resident data, sampling and augmentation included.
 
     Whole calls alone are run, so a number of steps is rounded up; `unit` steps have their whole share of meta-steps.
     """
     config = _config(spec)
-    data, rng = _data(spec, config), np.random.default_rng(0)
-    data.train_images, data.meta_images = (
-        rng.integers(0, 256, images.shape, np.uint8) for images in (data.train_images, data.meta_images)
-    )
-    built = experiment.build(config, data)
-    decided = _decided(config, built)
     each = config.train.steps_per_call or (1 if jax.default_backend() == "cpu" else 10)  # as `train` has it
-    unit = math.lcm(each, decided["every"])
-    one = loop.initial(dataclasses.replace(built, init=lambda: _drawn(built.init)), config.train)
-    order = rng.integers(0, len(data.train_labels), (built.steps_per_epoch, spec.batch), np.int32)
-    table = np.arange(len(data.meta_labels), dtype=np.int32).reshape(-1, spec.classes).T
-    resident = loop.to_device(data).replace(order=jnp.asarray(order), meta_table=jnp.asarray(table))
-    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    state, resident = parallel.place(loop.stack([one] * spec.seeds, [resident] * spec.seeds), place)
+    with TRACING:
+        built, state, resident = _start(spec, config)
+        decided = _decided(config, built)
+        unit = math.lcm(each, decided["every"])
 
-    def flags(step: int) -> list[bool]:
-        return [built.meta_step is not None and s % decided["every"] == 0 for s in range(step, step + each)]
+        def flags(first: int) -> tuple[jax.Array, str]:
+            learns = built.meta_step is not None
+            return loop.steps([learns and step % decided["every"] == 0 for step in range(first, first + each)])
 
-    began = time.perf_counter()
-    call, programs = loop.make_call(built, config, spec.seeds), {}
-    for step in range(0, unit, each):
-        is_meta, kind = loop.steps(flags(step))
-        if kind not in programs:
-            programs[kind] = call.lower(state, resident, is_meta, kind).compile()
-    facts = {
-        "compile_seconds": time.perf_counter() - began,
-        "temp_mb": max(p.memory_analysis().temp_size_in_bytes for p in programs.values()) / 1e6,
-        "unit": unit,
-        "steps_per_call": each,
-        "spec": decided,
-        **_device(),
-    }
+        began, lowered = time.perf_counter(), {}
+        call = loop.make_call(built, config, spec.seeds)
+        for is_meta, kind in map(flags, range(0, unit, each)):
+            if kind not in lowered:
+                lowered[kind] = call.lower(state, resident, is_meta, kind)
+        traced = time.perf_counter() - began
+    programs, facts = _compiled(lowered, traced)
+    facts |= {"unit": unit, "steps_per_call": each, "spec": decided}
     done = 0
 
     def run(steps: int) -> None:
         nonlocal state, done
         for _ in range(-(-steps // each)):
-            is_meta, kind = loop.steps(flags(done % unit))
+            is_meta, kind = flags(done % unit)
             state, done = programs[kind](state, resident, is_meta), done + each
         jax.block_until_ready(state)
 
