@@ -293,7 +293,7 @@ def measure_group(
         else:
             started.append((row, pool.submit(row.start)))
     table.write()
-    patience = 2 * max((row.cost for row in rows), default=math.inf)
+    patience = 20 + 2 * max((row.cost for row in rows), default=math.inf)  # the first one imports JAX, too
     wait([future for _, future in started], timeout=min(patience, _left(options) - MEASURING * len(started)))
     ready = [pair for pair in started if pair[1].done() or not rows]
     for row, future in ready:
