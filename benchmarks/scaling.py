@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from contenders import Spec, step_flops
+from contenders import PUBLISHED_FORWARD, Spec, step_flops
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
@@ -60,10 +60,9 @@ class Chip:
     domain: int
 
 
-# He et al. 2016 and Dosovitskiy et al. 2021, as torchvision counts them: 4.09 and 17.56 G multiply-adds.
 NETWORKS = (
-    Network("ResNet-50", 2 * 4.09e9, 25.56e6, 53, 26_560, 1),
-    Network("ViT-B/16", 2 * 17.56e9, 86.57e6, 0, 0, 2),
+    Network("ResNet-50", PUBLISHED_FORWARD["resnet50"], 25.56e6, 53, 26_560, 1),
+    Network("ViT-B/16", PUBLISHED_FORWARD["vit_b16"], 86.57e6, 0, 0, 2),
 )
 # cloud.google.com/tpu/docs/v4: 275 TFLOP/s, 32 GiB; all-reduce 1.1 PB/s for a pod of 4096.
 # NVIDIA's datasheets of H100 and DGX H100: 989 TFLOP/s dense, 80 GB; NVLink 900 GB/s both ways together; eight adapters
