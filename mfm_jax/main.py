@@ -29,7 +29,7 @@ _MODE = flags.DEFINE_enum(
     "mode",
     "train",
     ["train", "check", "eval"],
-    "What to do; check: look at the pictures, train nothing; eval: evaluate a run that was trained, or model.pretrained.",
+    "What to do; check: look at the pictures, train nothing; eval: evaluate a trained run, or model.pretrained.",
 )
 
 _INIT_FROM = flags.DEFINE_string(
