@@ -45,7 +45,8 @@ class Experiment:
     """The pure functions of one run.
 
     init: `() -> BilevelState`, the state before the first step, all parameters drawn at random.
-    init_pretrained: the same with the weights of `model.pretrained`; None where there are none to load.
+    init_pretrained: the same with the weights of `model.pretrained`, the head among them if `whole`; None where there
+      are none to load.
     plain_step: `(state, batch) -> (state, metrics)`; under a meta learner that stays as it is, if there is one.
     meta_step: `(state, batch, meta_batch) -> (state, metrics)`; None where nothing learns from the meta set.
     retrain_step: `(state, batch) -> (state, metrics)` of a second stage on a frozen classifier; None without one.
@@ -64,7 +65,7 @@ class Experiment:
     """
 
     init: Callable[[], BilevelState]
-    init_pretrained: Callable[[], BilevelState] | None
+    init_pretrained: Callable[..., BilevelState] | None
     plain_step: Callable
     meta_step: Callable | None
     retrain_step: Callable | None
@@ -130,12 +131,13 @@ def build(config: Config, data: LongTailData, mesh: Mesh | None = None) -> Exper
     apply = _train_apply(config, objective, local, mesh) if mesh else test_apply
 
     def fresh() -> PyTree:
-        return local.init(jax.random.split(jax.random.key(config.train.seed))[0], image)
+        variables = local.init(jax.random.split(jax.random.key(config.train.seed))[0], image)
+        if method.prior_bias:
+            variables = {**variables, "params": heads.with_prior_bias(variables["params"], counts)}
+        return variables
 
     def start(variables: PyTree) -> BilevelState:
         state_key = jax.random.split(jax.random.key(config.train.seed))[1]
-        if method.prior_bias:
-            variables = {**variables, "params": heads.with_prior_bias(variables["params"], counts)}
         trained = learner
         if method.retraining:
             second_init = method.retraining.init
@@ -146,9 +148,10 @@ def build(config: Config, data: LongTailData, mesh: Mesh | None = None) -> Exper
     def init() -> BilevelState:
         return start(fresh())
 
-    def init_pretrained() -> BilevelState:
-        new = jax.jit(fresh)()
-        found = pretrained.load(config.model.pretrained, new["params"], new.get("batch_stats", {}), config.model.name)
+    def init_pretrained(*, whole: bool = False) -> BilevelState:
+        new, model, normalized = jax.jit(fresh)(), config.model, objective.cosine_head
+        new = (new["params"], new.get("batch_stats", {}))
+        found = pretrained.load(model.pretrained, *new, model.name, normalized_head=normalized, whole=whole)
         return jax.jit(start)(dict(zip(("params", "batch_stats"), found, strict=True)))
 
     plain_step: Callable = bilevel.make_plain_step(
