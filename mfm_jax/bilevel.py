@@ -336,11 +336,11 @@ def _in_parts(logits_of: Callable[[Batch], tuple[jax.Array, PyTree]], batch: Bat
 
 
 def _agreement(grad: PyTree, opt_state: PyTree) -> jax.Array:
-    """Returns the cosine of the angle between the meta-gradient and the optimizer's running mean of those before it.
+    """Returns the cosine of the angle between the meta-gradient and Adam's running mean of those before it.
 
     0 where there is no such mean: at the first meta-step, and under an optimizer that keeps none.
     """
-    mean = next((m for name in ("ema", "mu") if (m := optax.tree.get(opt_state, name)) is not None), None)
+    mean = optax.tree.get(opt_state, "mu")
     if mean is None:
         return jnp.zeros((), jnp.float32)
     length = optax.tree.norm(grad) * optax.tree.norm(mean)

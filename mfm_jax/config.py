@@ -159,7 +159,7 @@ class Meta:
     bn: str = _one_of("fresh", "running", "batch")  # statistics that normalise the meta pass (see `bilevel`)
     loss: str = _one_of("ce", "gce")
     temperature: float = _between(1.0, 1e-3)  # divides the logits in the meta loss
-    learning_rate: float = _between(0.03, 0.0)  # how far phi moves in a meta-step while all meta-gradients agree
+    learning_rate: float = _between(0.01, 0.0)  # how far phi moves in a meta-step where meta-gradients agree
     freeze: bool = False  # keep the modulator as it starts; the meta-step is not paid for
 
 

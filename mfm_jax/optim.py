@@ -77,14 +77,12 @@ def only(tx: optax.GradientTransformation, trained: Callable[[PyTree], PyTree]) 
 
 
 def modulator(config: Meta, inner: Optim, epochs: int, steps_per_epoch: int) -> optax.GradientTransformation:
-    """Returns the chain of phi: the running mean of the meta-gradients' directions, times the rate.
+    """Returns the chain of phi: Adam on the meta-gradients' directions `g / |g|`.
 
-        m' = 0.9 m + 0.1 g / |g|        phi' = phi - rate m'        m starts at 0
-
-    A meta-gradient counts by its direction alone, so that none, however large, moves phi by more than the rate. The
-    length of m says how far the last ten or so agree: 1 where they do, about 0.23 where they are noise. So phi moves by
-    what the meta-gradients are worth, and hardly in the first steps. The rate is `meta.learning_rate` at its highest,
-    and rises and falls as the classifier's does: a meta-gradient goes through a step of that size.
+    By its direction alone, no meta-gradient counts for more than any other, however large it is. Adam then moves phi by
+    how far the last ten or so agree: by the rate where they do, by about a quarter of it where they are noise. The rate
+    is `meta.learning_rate` where the classifier's is highest, and rises and falls with it: a meta-gradient goes through
+    a step of that size.
 
     Args:
       config: the rate, and which steps are meta-steps.
@@ -94,12 +92,11 @@ def modulator(config: Meta, inner: Optim, epochs: int, steps_per_epoch: int) -> 
 
     References:
       Hazan, Levy and Shalev-Shwartz, Beyond convexity: stochastic quasi-convex optimization, NeurIPS 2015 (normalised
-      gradients). Mardia and Jupp, Directional statistics, 2000, section 9.2 (the length of a mean direction).
+      gradients). Kingma and Ba, Adam, ICLR 2015, section 2.1 (its step as a signal-to-noise ratio).
     """
     pace = schedule(dataclasses.replace(inner, learning_rate=config.learning_rate), epochs, steps_per_epoch)
     first = -(-config.start_epoch * steps_per_epoch // config.every)
     return optax.chain(
         optax.normalize_by_update_norm(),
-        optax.ema(0.9, debias=False),
-        optax.scale_by_learning_rate(lambda done: pace((first + done) * config.every)),
+        optax.adam(lambda done: pace((first + done) * config.every)),
     )
