@@ -72,8 +72,8 @@ def build(config: Config) -> LongTailData:
     """Loads and splits the data of a run.
 
     The split is drawn from `data.seed`, or taken from the manifest that `data.manifest` names, or from that of a packed
-    benchmark where the protocol is its own. Methods that use no meta set get the same split: the meta images are set aside for them too, unless
-    `data.train_on_meta` adds them to the training set.
+    benchmark where the protocol is its own. Methods that use no meta set get the same split: the meta images are set
+    aside for them too, unless `data.train_on_meta` adds them to the training set.
 
     Raises:
       UserError: one line that names the field, the value and what is allowed.

@@ -61,22 +61,20 @@ def load(config: Data) -> Source:
     if train[0].shape[1:] != test[0].shape[1:]:
         raise arrays.error(f"images are {train[0].shape[1:]} in train, {test[0].shape[1:]} in test")
     source = in_two_pools(arrays.path.stem, arrays.version, class_names, train, test)
-    source = replace(source, given=np.repeat(splits, [len(labels[split]) for split in splits]))
-    return _packed(source, arrays, splits) if "manifest" in arrays.names else source
+    if "manifest" in arrays.names:
+        return _packed(source, arrays, labels)
+    return replace(source, given=np.repeat(splits, [len(labels[split]) for split in splits]))
 
 
-def _packed(source: Source, arrays: "_Arrays", splits: Sequence[str]) -> Source:
+def _packed(source: Source, arrays: "_Arrays", labels: dict[str, Labels]) -> Source:
     """Returns `source` with the records' names of the manifest in the file, and in their order."""
     manifest = arrays.manifest()
-    records = manifest["splits"]
-    for split in splits:
-        if (named := len(records[split]["ids"])) != (found := int((source.given == split).sum())):
+    records, splits = manifest["splits"], [split for split in labels if split != "test"]
+    for split in labels:
+        if (named := len(records[split]["ids"])) != (found := len(labels[split])):
             raise arrays.error(f"{split} has {found} images, its manifest names {named}; pack it again")
-    if (named := len(records["test"]["ids"])) != (found := len(source.test_labels)):
-        raise arrays.error(f"test has {found} images, its manifest names {named}; pack it again")
     ids = np.concatenate([np.array(records[split]["ids"], np.int64) for split in splits])
     order = np.argsort(ids, kind="stable")
-    assert source.given is not None
     return replace(
         source,
         name=manifest["dataset"],
@@ -87,7 +85,7 @@ def _packed(source: Source, arrays: "_Arrays", splits: Sequence[str]) -> Source:
         train_pool=records["train"]["pool"],
         test_ids=np.array(records["test"]["ids"], np.int64),
         test_pool=records["test"]["pool"],
-        given=source.given[order],
+        given=np.repeat(splits, [len(labels[split]) for split in splits])[order],
         manifest=manifest,
     )
 
