@@ -36,7 +36,9 @@ from mfm_jax import config as config_lib
 from mfm_jax.errors import UserError
 from mfm_jax.interruption import EXIT_INTERRUPTED, Interrupted
 
-_MINUTES = flags.DEFINE_float("minutes", 0.0, "When to have ended, from the end of the imports; 0: when all is done.", lower_bound=0)
+_MINUTES = flags.DEFINE_float(
+    "minutes", 0.0, "When to have ended, from the end of the imports; 0: when all is done.", lower_bound=0
+)
 _MARGIN = flags.DEFINE_float("margin", 60.0, "Seconds before that at which runs are told to save, and stop.")
 _DATA = flags.DEFINE_string("data", "", "A benchmark packed by benchmarks/subset.py, to read in the place of the set.")
 _PACK = flags.DEFINE_string("pack", "", "Folder for the archives.")
