@@ -47,6 +47,7 @@ from mfm_jax.methods import METHODS
 from mfm_jax.ownership import owned
 from mfm_jax.types import META_METRICS, BilevelState
 
+EPOCH_EVENT = "/mfm_jax/epoch"  # to listeners of `jax.monitoring`: seconds of an epoch's steps, how many there were
 _SYNC_SECONDS = 0.5
 _SYNC_CALLS = 20
 
@@ -270,6 +271,7 @@ def _run_epoch(
         run.start_epoch(epoch)
     loop, data = loop_lib.stack([run.loop for run in runs], [run.device_data for run in runs])
     step, calls, looked = runs[0].step, 0, time.perf_counter()
+    first, began = step, looked
     while step < end and not stopped(step):
         is_meta, retrain = runs[0].next_steps(step, end), step >= runs[0].experiment.retrain_from
         if runs[0].feed:
@@ -280,6 +282,7 @@ def _run_epoch(
             bar.update(task, completed=step, loss=f"loss {_look(runs, loop):.3f}")
             looked = time.perf_counter()
     bar.update(task, completed=step, loss=f"loss {_look(runs, loop):.3f}")
+    jax.monitoring.record_event_duration_secs(EPOCH_EVENT, time.perf_counter() - began, steps=step - first)
     stop = stopped(step)  # also after the last step: what is left is an evaluation, and time may be short
     for run, own in zip(runs, loop_lib.unstack(loop, len(runs)), strict=True):
         run.loop, run.step = own, step
