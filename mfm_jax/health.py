@@ -13,10 +13,11 @@ What is no sign, and happens in runs that end well:
   - Running averages lag in the first steps, so that the meta loss there is several times that of a guess.
   - A classifier first learns how often each class comes. On a balanced set such a guess is worse than an equal one, by
     0.9 nats at 10 classes and an imbalance factor of 100.
-  - phi rests when the learning rate of w is low, for the meta-gradient is proportional to it, and when it has converged,
-    and at a single epoch by chance.
+  - phi rests when the learning rate of w is low, for the meta-gradient is proportional to it, when it has converged,
+    and in a single epoch by chance.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -100,9 +101,7 @@ def _meta_gradient(train: Sequence[Mapping[str, Any]]) -> str | None:
     )
 
 
-def _phi_still(
-    train: Sequence[Mapping[str, Any]], modulation: Sequence[Mapping[str, Any]], guess: Guess
-) -> str | None:
+def _phi_still(train: Sequence[Mapping[str, Any]], modulation: Sequence[Mapping[str, Any]], guess: Guess) -> str | None:
     recent = train[-_EPOCHS:]
     if len(modulation) <= _EPOCHS or any("meta_loss" not in row for row in recent):
         return None
@@ -110,7 +109,7 @@ def _phi_still(
     if any(row["meta_loss"] < _STILL_LOSS * guess.equal or row["learning_rate"] < low_rate for row in recent):
         return None
     values = [_values(row) for row in modulation[-_EPOCHS - 1 :]]
-    moved = max(abs(a - b) for old, new in zip(values, values[1:], strict=False) for a, b in zip(old, new, strict=True))
+    moved = max(abs(a - b) for old, new in itertools.pairwise(values) for a, b in zip(old, new, strict=True))
     if moved >= _STILL:
         return None
     return (

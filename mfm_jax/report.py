@@ -211,7 +211,8 @@ def _read_object(path: Path, *required: str) -> dict[str, Any]:
 
 def _read_rows(path: Path) -> dict[str, list[dict[str, Any]]]:
     """The rows of each kind, in the order of their steps; of two of one step, and code, the later counts."""
-    kinds: dict[str, dict[tuple[float, str], dict[str, Any]]] = {"train": {}, "val": {}, "modulation": {}, "warning": {}}
+    kinds: dict[str, dict[tuple[float, str], dict[str, Any]]]
+    kinds = {"train": {}, "val": {}, "modulation": {}, "warning": {}}
     for number, line in enumerate(_read_text(path).splitlines(), start=1):
         if not line.strip():
             continue

@@ -452,7 +452,7 @@ class _Run:
     @functools.cached_property
     def guess(self) -> health.Guess:
         counts = self.data.counts
-        equal, by_count = losses.of_guesses(experiment_lib.meta_loss(self.config), counts)
+        equal, by_count = losses.of_guesses(experiment_lib.meta_loss(self.config), jnp.asarray(counts))
         return health.Guess(equal, by_count, float(counts.max() / counts.sum()))
 
     def _notice(self, step: int, epoch: int) -> None:
