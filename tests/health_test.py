@@ -16,6 +16,7 @@ import pytest
 from mfm_jax import config as config_lib
 from mfm_jax import experiment as experiment_lib
 from mfm_jax import health, losses, report, train
+from mfm_jax import loop as loop_lib
 
 GUESS = health.Guess(equal=2.3, by_count=3.2, accuracy=0.4)
 CONFIG = config_lib.Config()
@@ -177,8 +178,6 @@ def _one_device(monkeypatch):
 @pytest.mark.parametrize(
     ("code", "overrides"),
     [
-        ("meta_loss", {"optim__learning_rate": 5.0, "train__epochs": 1}),
-        ("meta_gradient", {"optim__learning_rate": 20.0, "optim__warmup_epochs": 5, "train__max_steps": 18}),
         ("phi_still", {"meta__learning_rate": 1e-6, "optim__learning_rate": 0.005, "train__max_steps": 36}),
         ("phi_bound", {"meta__learning_rate": 1.0, "train__max_steps": 27}),
     ],
@@ -197,11 +196,32 @@ def test_a_planted_collapse_is_told_once_and_shown(tmp_path, capfd, code, overri
     assert report.warnings(tmp_path) == sentences
 
 
+def test_pictures_that_spoil_from_the_second_epoch_on_are_told(tmp_path, monkeypatch):
+    """A million times as bright: the running averages are still those of the pictures before."""
+    call = loop_lib.make_call
+
+    def make_call(*built):
+        compiled = call(*built)
+
+        def spoiled(loop, data, *steps):
+            return compiled(loop, data.replace(std=jnp.where(loop.bilevel.step >= 9, 1e-6, 1.0) * data.std), *steps)
+
+        return spoiled
+
+    monkeypatch.setattr(loop_lib, "make_call", make_call)
+    train.train_and_evaluate(planted(train__max_steps=18), tmp_path)
+    warnings = {row["code"]: row["sentence"] for row in lines(tmp_path) if row["kind"] == "warning"}
+    assert warnings.keys() == {"meta_loss", "meta_gradient"}
+    assert "times that of epoch 0" in warnings["meta_gradient"]
+
+
 def test_a_run_that_goes_on_is_told_nothing_again(tmp_path, capfd):
     config = planted(optim__learning_rate=5.0, train__epochs=2)
     train.train_and_evaluate(config, tmp_path)
     before = lines(tmp_path)
     assert capfd.readouterr().err.count("warning: meta_loss = ") == 1
+    assert [row["code"] for row in before if row["kind"] == "warning"] == ["meta_loss"]
+    assert report.warnings(tmp_path)[0] in (tmp_path / "report.html").read_text()
     shutil.rmtree(tmp_path / "checkpoints/18")  # as a kill in the second epoch leaves it
     (tmp_path / "results.json").unlink()
     train.train_and_evaluate(config, tmp_path)
