@@ -247,8 +247,13 @@ def _class_weights(config: Config, objective: Method, counts: jax.Array, per_epo
     return lambda step: jnp.where(step >= begin, weights, jnp.ones_like(weights))
 
 
-def _meta_step(config, apply, loss_fn, tx, learner, mod_tx, class_weights, axis_name) -> Callable:
+def meta_loss(config: Config) -> LossFn:
+    """Returns the per-example loss of the meta pass."""
     meta_losses = {"ce": losses.cross_entropy, "gce": losses.generalized_cross_entropy}
+    return losses.with_temperature(meta_losses[config.meta.loss], config.meta.temperature)
+
+
+def _meta_step(config, apply, loss_fn, tx, learner, mod_tx, class_weights, axis_name) -> Callable:
     return bilevel.make_step(
         apply,
         loss_fn,
@@ -256,7 +261,7 @@ def _meta_step(config, apply, loss_fn, tx, learner, mod_tx, class_weights, axis_
         learner,
         mod_tx,
         class_weights=class_weights,
-        meta_loss_fn=losses.with_temperature(meta_losses[config.meta.loss], config.meta.temperature),
+        meta_loss_fn=meta_loss(config),
         lagged=config.meta.lagged,
         virtual_groups=models.virtual_groups(config.model.name, config.meta.virtual),
         bn=config.meta.bn,

@@ -13,7 +13,7 @@ The files, all in the workdir:
 
 - `config.json`: the run's configuration, a nested object.
 - `manifest.json`: the split, of `longtail.make_manifest`; its training counts a class are required.
-- `metrics.jsonl`: one object a line, with `kind` (`train`, `val`, `modulation`) and `step`.
+- `metrics.jsonl`: one object a line, with `kind` (`train`, `val`, `modulation`, `warning`) and `step`.
 - `results.json`: `last` and `best`, each `{"step", "epoch", "test", "val"}`, the last two what
   `metrics.evaluate` returned; `split` names the one to show.
 - `gallery.npz`: pictures of rare classes with the answers, of `gallery.write`; need not be there.
@@ -138,6 +138,7 @@ def _content(run: Run) -> dict[str, Any]:
         "best": best,
         "columns": [(title, source.get("epoch"), source[split]) for title, source, split in evaluations],
         "summary_rows": SUMMARY_ROWS,
+        "warnings": [str(row.get("sentence")) for row in run.rows["warning"]],
         "tiles": [(SUMMARY_ROWS[i][0], run.shown.get(SUMMARY_ROWS[i][1])) for i in (1, 0, 7, 10)],
         "pictures": _pictures(run),
         "class_rows": _class_rows(run) if len(run.classes.names) <= TABLE_CLASSES else [],
@@ -234,16 +235,22 @@ def _read_object(path: Path, *required: str) -> dict[str, Any]:
 
 
 def _read_rows(path: Path) -> dict[str, list[dict[str, Any]]]:
-    """The rows of each kind, in the order of their steps; of two rows of one step the later counts."""
-    kinds: dict[str, dict[float, dict[str, Any]]] = {}
+    """The rows of each kind, in the order of their steps; of two of one step, and code, the later counts."""
+    kinds: dict[str, dict[tuple[float, str], dict[str, Any]]]
+    kinds = {kind: {} for kind in ("train", "val", "modulation", "warning")}
     for number, line in enumerate(_read_text(path).splitlines(), start=1):
         if not line.strip():
             continue
         row = _object(line, f"{path}: line {number}")
         if not isinstance(row.get("step"), int | float):
             raise UserError(f"{path}: line {number}: no number in field 'step'")
-        kinds.setdefault(str(row.get("kind")), {})[row["step"]] = row
-    return {kind: [rows[step] for step in sorted(rows)] for kind, rows in kinds.items()}
+        kinds.setdefault(str(row.get("kind")), {})[row["step"], str(row.get("code", ""))] = row
+    return {kind: [rows[key] for key in sorted(rows)] for kind, rows in kinds.items()}
+
+
+def warnings(workdir: Path) -> list[str]:
+    """Returns what the run in `workdir` was warned of, a sentence each (`health.notices`)."""
+    return [str(row.get("sentence")) for row in _read_rows(workdir / "metrics.jsonl")["warning"]]
 
 
 def _counts(manifest: dict[str, Any], where: str) -> np.ndarray:

@@ -27,7 +27,7 @@ import numpy as np
 from jax.sharding import Mesh
 from rich import progress
 
-from mfm_jax import classifier, cluster, gallery, metrics, parallel, report
+from mfm_jax import classifier, cluster, gallery, health, losses, metrics, parallel, report
 from mfm_jax import config as config_lib
 from mfm_jax import data as data_lib
 from mfm_jax import experiment as experiment_lib
@@ -432,6 +432,7 @@ class _Run:
                 row[name] = value / divisor
         self.log.write("train", step, epoch, row)
         self._log_modulation(step, epoch)
+        self._notice(step, epoch)
         self.loop = self.loop.replace(sums=jax.tree.map(jnp.zeros_like, self.loop.sums))
         score = None
         if self.has_validation and (final or (epoch + 1) % config.eval.every_epochs == 0):
@@ -450,6 +451,21 @@ class _Run:
         sites = {site: found[site] for site in self.experiment.modulator.sites}  # in the order of the config
         values = {s: {name: np.round(v, 6).tolist() for name, v in g.items()} for s, g in sites.items()}
         self.log.write("modulation", step, epoch, {"sites": values})
+
+    @functools.cached_property
+    def guess(self) -> health.Guess:
+        counts = self.data.counts
+        equal, by_count = losses.of_guesses(experiment_lib.meta_loss(self.config), jnp.asarray(counts))
+        return health.Guess(equal, by_count, float(counts.max() / counts.sum()))
+
+    def _notice(self, step: int, epoch: int) -> None:
+        """Logs and tells what the epoch shows for the first time of a meta pass that has come to nothing."""
+        if self.experiment.meta_step is None:
+            return
+        for code, sentence in health.notices(self.log.rows, self.config, self.guess):
+            self.log.write(health.KIND, step, epoch, {"code": code, "sentence": sentence})
+            if cluster.is_primary():
+                print(f"warning: {sentence}", file=sys.stderr)
 
     def save(self, score: float | None) -> None:
         record = {"rows": list(self.log.rows), "seconds": self.seconds(), "devices": _devices()}
