@@ -161,19 +161,17 @@ def _is_native(ctx: mlir.LoweringRuleContext) -> bool:
     Not so in an exported program, which is to run elsewhere, or where XLA's partitioner may divide the operation over
     devices, which it cannot do to a kernel that it does not know.
     """
-    module = ctx.module_context
-    where = module.axis_context
-    manual = getattr(where, "manual_axes", None)  # inside `shard_map`
-    devices = (
-        where.num_devices if manual is None else max(where.mesh.shape[a] for a in where.mesh.shape if a not in manual)
-    )
-    shapes = [v.shape for v in (*ctx.avals_in, *ctx.avals_out)]
+    where = ctx.module_context.axis_context
+    if hasattr(where, "manual_axes"):  # inside `shard_map`
+        devices = max((size for axis, size in where.mesh.shape.items() if axis not in where.manual_axes), default=1)
+    else:
+        devices = where.num_devices
+    sizes = [size for v in (*ctx.avals_in, *ctx.avals_out) for size in v.shape]
     return (
-        not module.lowering_parameters.for_export
+        not ctx.module_context.lowering_parameters.for_export
         and devices == 1
-        and ctx.avals_in[0].dtype.name in native.TOLERANCE
-        and all(isinstance(size, int) and size > 0 for shape in shapes for size in shape)
-        and native.lowering() != "xla"
+        and all(isinstance(size, int) and size > 0 for size in sizes)
+        and native.lowering(ctx.avals_in[0].dtype.name) != "xla"
     )
 
 
@@ -191,10 +189,9 @@ def _primitive(name: str, default: Any, on_cpu: Any, left: Any, right: Any) -> P
         return a.update(shape=out.shape, dtype=out.dtype, weak_type=False)
 
     def batched(args: Any, axes: Any, *, window: _Window) -> Any:
-        size = next(a.shape[axis] for a, axis in zip(args, axes, strict=True) if axis is not batching.not_mapped)
-        return _bind(
-            primitive, *(batching.bdim_at_front(a, axis, size) for a, axis in zip(args, axes, strict=True)), window
-        ), 0
+        size = next(v.shape[axis] for v, axis in zip(args, axes, strict=True) if axis is not None)
+        a, b = (batching.bdim_at_front(v, axis, size) for v, axis in zip(args, axes, strict=True))
+        return _bind(primitive, a, b, window), 0
 
     primitive.def_abstract_eval(abstract)
     batching.primitive_batchers[primitive] = batched

@@ -41,19 +41,19 @@ class Unavailable(Exception):
     """Why the kernels are left out."""
 
 
-def lowering() -> str:
-    """Returns what computes convolutions on CPU: `native` and the processor's vectors, as `native avx2`, or `xla`."""
-    return _load()[0]
+def lowering(dtype: str = "float32") -> str:
+    """Returns what computes convolutions of `dtype`: `native` and the kind of vectors, as `native avx2`, or `xla`."""
+    return _load()[0] if jax.default_backend() == "cpu" and dtype in TOLERANCE else "xla"
 
 
 def reason() -> str:
-    """Returns why `lowering()` is `xla`; "" where it is not."""
-    return _load()[1]
+    """Returns why the kernels are left out on CPU; "" where they are not."""
+    return _load()[1] if jax.default_backend() == "cpu" else ""
 
 
 @functools.cache
 def _load() -> tuple[str, str]:
-    """Compiles, loads, registers and checks the kernels, once in a process; returns the lowering and why it is XLA's."""
+    """Compiles, loads, registers and checks the kernels, once in a process; returns `lowering()` and `reason()`."""
     try:
         if os.environ.get("MFM_JAX_NATIVE") == "0":
             raise Unavailable("MFM_JAX_NATIVE=0")
@@ -156,7 +156,8 @@ def _check() -> None:
       Unavailable: they differ.
     """
     rng = np.random.default_rng(0)
-    with jax.enable_x64(True), jax.default_device(jax.local_devices(backend="cpu")[0]):
+    one_device = jax.default_device(jax.local_devices(backend="cpu")[0])
+    with jax.enable_x64(True), jax.transfer_guard("allow"), one_device:
         for dtype, tolerance in TOLERANCE.items():
             operands = []
             for channels, outputs, *_ in _CASES:
