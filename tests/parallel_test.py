@@ -22,6 +22,7 @@ from mfm_jax import loop as loop_lib
 from mfm_jax import losses, models, optim, parallel
 from mfm_jax.checkpoint import Checkpointer
 from mfm_jax.errors import UserError
+from mfm_jax.models import native
 from mfm_jax.types import Batch
 
 STEPS = 20
@@ -129,6 +130,31 @@ def check_trajectory(name, batch, devices, fsdp=1):
     loop = trajectory(config, parallel.data_mesh(jax.devices()[:devices], fsdp))
     assert_same(loop.bilevel, _on_one[config], 1e-8)
     return loop
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [8, 4, 2, 1])
+@pytest.mark.parametrize("how", ["native", "xla"])
+def test_convolutions_take_the_same_twenty_steps(how, devices, monkeypatch, record_property):
+    """A ResNet, on one device by XLA's convolutions and on several by the native ones; and by XLA's again."""
+    create = models.create
+    monkeypatch.setattr(
+        models, "create", lambda name, classes, width, dtype, **_: create("resnet8", classes, 2, jnp.float64)
+    )
+    found = native.lowering("float64")
+    with jax.enable_x64(True):
+        config = several_epochs("mfm", 91)
+        with monkeypatch.context() as patch:
+            patch.setattr(native, "lowering", lambda dtype="float32": "xla")
+            if "convolutions" not in _on_one:
+                _on_one["convolutions"] = trajectory(config, None).bilevel
+        if how == "xla":
+            monkeypatch.setattr(native, "lowering", lambda dtype="float32": "xla")
+        elif found == "xla":
+            pytest.skip(f"no native kernels: {native.reason()}")
+        record_property("lowering", native.lowering("float64"))
+        loop = trajectory(config, parallel.data_mesh(jax.devices()[:devices]))
+        assert_same(loop.bilevel, _on_one["convolutions"], 1e-8)
 
 
 @pytest.mark.slow
