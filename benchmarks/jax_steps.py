@@ -17,6 +17,7 @@ from mfm_jax import augment, bilevel, experiment, hypergrad, longtail, losses, m
 from mfm_jax import config as config_lib
 from mfm_jax.data import batches as batches_lib
 from mfm_jax.methods.meta import meta_weight_net
+from mfm_jax.models import native
 from mfm_jax.types import Batch, BilevelState
 
 
@@ -80,6 +81,7 @@ def _device() -> dict[str, Any]:
         "device": jax.devices()[0].device_kind,
         "device_count": jax.device_count(),
         "version": f"jax {jax.__version__}",
+        "convolutions": native.lowering(),
     }
 
 
