@@ -355,7 +355,8 @@ def main() -> int:
     probe.stop()
     device = {name: probe.facts[name] for name in ("backend", "device", "device_count", "version", "convolutions")}
     failed: dict[str, str] = {}
-    title = f"{options.model}, batch {size} + {size}, {device['device']}, {device['version']}, convolutions {device['convolutions']}"
+    how = f"{device['version']}, convolutions {device['convolutions']}"
+    title = f"{options.model}, batch {size} + {size}, {device['device']}, {how}"
     result: Row = {"device": device, "options": {k: str(v) for k, v in vars(options).items()}}
     if options.curves:
         result["curves"] = measure_curves(common, device["device_count"], options, failed)

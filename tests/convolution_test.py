@@ -204,7 +204,9 @@ for _ in range(3):
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="threads are limited by Linux's affinity")
 def test_bits_do_not_depend_on_threads(native_kernels):
-    found = [run(DIGESTS, threads, XLA_FLAGS="--xla_backend_optimization_level=0").splitlines() for threads in ("1", "2")]
+    found = [
+        run(DIGESTS, threads, XLA_FLAGS="--xla_backend_optimization_level=0").splitlines() for threads in ("1", "2")
+    ]
     assert len({line for lines in found for line in lines}) == 1
     assert found[0][0].startswith("native ")
 

@@ -161,17 +161,17 @@ def _is_native(ctx: mlir.LoweringRuleContext) -> bool:
     Not so in an exported program, which is to run elsewhere, or where XLA's partitioner may divide the operation over
     devices, which it cannot do to a kernel that it does not know.
     """
-    where = ctx.module_context.axis_context
+    where: Any = ctx.module_context.axis_context
     if hasattr(where, "manual_axes"):  # inside `shard_map`
         devices = max((size for axis, size in where.mesh.shape.items() if axis not in where.manual_axes), default=1)
     else:
         devices = where.num_devices
-    sizes = [size for v in (*ctx.avals_in, *ctx.avals_out) for size in v.shape]
+    arrays: Any = (*ctx.avals_in, *ctx.avals_out)
     return (
         not ctx.module_context.lowering_parameters.for_export
         and devices == 1
-        and all(isinstance(size, int) and size > 0 for size in sizes)
-        and native.lowering(ctx.avals_in[0].dtype.name) != "xla"
+        and all(isinstance(size, int) and size > 0 for array in arrays for size in array.shape)
+        and native.lowering(arrays[0].dtype.name) != "xla"
     )
 
 
