@@ -209,7 +209,7 @@ _convolve: Primitive = _primitive(
     lambda ct, x, kernel, *, window: _bind(_weight_gradient, x, ct, window),
 )
 _weight_gradient: Primitive = _primitive(
-    "weight_gradient",
+    "convolution_weight_gradient",
     _weight_gradient_by_xla,
     _weight_gradient_in_slices,
     lambda ct, x, dy, *, window: _input_gradient(dy, ct, x.aval.shape, window),

@@ -26,7 +26,7 @@ from jax import lax
 from mfm_jax import cache
 
 SOURCE = Path(__file__).with_name("convolution.cc")
-TARGETS = {"mfm_convolution": "MfmConvolution", "mfm_weight_gradient": "MfmWeightGradient"}
+TARGETS = {"mfm_convolution": "MfmConvolution", "mfm_convolution_weight_gradient": "MfmWeightGradient"}
 _FLAGS = ("-std=c++17", "-O2", "-ffp-contract=fast", "-fPIC", "-shared")
 _BY_FEATURE = {  # widest first: what the processor must have, and how the compiler is told
     "avx512": (("avx512f", "fma"), ("-mavx512f", "-mfma")),
