@@ -21,6 +21,7 @@ from mfm_jax import augment, bilevel, experiment, hypergrad, longtail, loop, los
 from mfm_jax import config as config_lib
 from mfm_jax.data import batches as batches_lib
 from mfm_jax.methods.meta import meta_weight_net
+from mfm_jax.models import native
 from mfm_jax.types import Batch, BilevelState
 
 TRACING = threading.Lock()  # Python traces one program at a time in any case; so the first is compiled the sooner
@@ -97,6 +98,7 @@ def _device() -> dict[str, Any]:
         "device": jax.devices()[0].device_kind,
         "device_count": jax.device_count(),
         "version": f"jax {jax.__version__}",
+        "convolutions": native.lowering(),
     }
 
 

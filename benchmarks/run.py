@@ -51,9 +51,11 @@ from rich.progress import track
 from rich.table import Table
 
 CONFIG = Path(__file__).parents[1] / "configs" / "cifar10_lt_small.py"
-# Caches would hide what compiling costs; JAX must not take the whole device for the first of many processes.
+# Caches would hide what compiling costs; JAX must not take the whole device for the first of many processes; waiting
+# threads of PyTorch's must not take the cores from whoever has its turn.
 ENVIRONMENT = {
     "JAX_ENABLE_COMPILATION_CACHE": "false",
+    "OMP_WAIT_POLICY": "PASSIVE",
     "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1",
     "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
 }
@@ -361,9 +363,10 @@ def main() -> int:
     )
     probe = Worker(dataclasses.replace(common, name="probe", step="matmul")).wait()  # asks JAX what the device is
     probe.stop()
-    device = {name: probe.facts[name] for name in ("backend", "device", "device_count", "version")}
+    device = {name: probe.facts[name] for name in ("backend", "device", "device_count", "version", "convolutions")}
     failed: dict[str, str] = {}
-    title = f"{options.model}, batch {size} + {size}, {device['device']}, {device['version']}"
+    how = f"{device['version']}, convolutions {device['convolutions']}"
+    title = f"{options.model}, batch {size} + {size}, {device['device']}, {how}"
     result: Row = {"device": device, "options": {k: str(v) for k, v in vars(options).items()}}
     if options.curves:
         result["curves"] = measure_curves(common, device["device_count"], options, failed)

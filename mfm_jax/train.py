@@ -44,6 +44,7 @@ from mfm_jax.logs import MetricLog, RowList
 from mfm_jax.longtail import factor_in_words, manifest_hash, read_manifest, write_manifest
 from mfm_jax.loop import DeviceData, LoopState
 from mfm_jax.methods import METHODS
+from mfm_jax.models import native
 from mfm_jax.ownership import owned
 from mfm_jax.types import META_METRICS, BilevelState
 
@@ -123,6 +124,7 @@ def train_together(configs: Sequence[Config], workdirs: Sequence[Path]) -> list[
             ]
             if cluster.is_primary():
                 print(_summary(configs[0], data))
+                print(f"convolutions: {runs[0].convolutions}{f' ({why})' if (why := native.reason()) else ''}")
             stack.enter_context(cluster.bound_together(EXIT_INTERRUPTED))
             # Apart: runs that were interrupted at different steps, and runs with training data of their own making.
             runs.sort(key=lambda run: run.step)
@@ -335,6 +337,7 @@ class _Run:
         place = parallel.replicated(mesh) if mesh else jax.sharding.SingleDeviceSharding(jax.devices()[0])
         self.device_data = parallel.place(self.device_data, place)
         self.loop = parallel.place(self.loop, parallel.state_sharding(self.loop, mesh) if mesh else place)
+        self.convolutions = native.lowering(config.train.dtype) if config.parallel.fsdp == 1 else "xla"
         record: dict[str, Any] = {"rows": [], "seconds": 0.0, "devices": _devices()}
         if latest is None and experiment.modulator and config.modulation.init_from:
             state = self.loop.bilevel
@@ -343,6 +346,7 @@ class _Run:
         if latest is not None:
             self.loop, record = self.checkpoints.restore(latest, self.loop)
             _tell_elastic(latest, record["devices"])
+            _tell_convolutions(latest, self.convolutions, record.get("convolutions", "xla"))
         self.step = latest or 0
         streamed = isinstance(data.train_images, Streamed)
         self.feed = Feed(data, config, mesh, self.device_data) if streamed else None
@@ -469,6 +473,7 @@ class _Run:
 
     def save(self, score: float | None) -> None:
         record = {"rows": list(self.log.rows), "seconds": self.seconds(), "devices": _devices()}
+        record["convolutions"] = self.convolutions
         self.checkpoints.save(self.step, self.loop, self.loop.bilevel.mod_params, record, score)
 
     def check_sound(self, bad: np.ndarray) -> None:
@@ -594,6 +599,12 @@ def _tell_elastic(step: int, before: str) -> None:
         )
 
 
+def _tell_convolutions(step: int, now: str, before: str) -> None:
+    """Says so where a run goes on with convolutions that are computed in another way."""
+    if before != now and cluster.is_primary():
+        print(f"goes on from step {step} with convolutions by {now}, before: {before}; sums are rounded differently")
+
+
 def versions() -> dict[str, str]:
     """Returns the versions of what numbers depend on, and the devices."""
     names = ("mfm-jax", "jax", "flax", "optax", "orbax-checkpoint", "numpy")
@@ -601,4 +612,5 @@ def versions() -> dict[str, str]:
     return {name: metadata.version(name) for name in names} | {
         "python": platform.python_version(),
         "devices": devices,
+        "convolutions": native.lowering(),
     }
