@@ -578,7 +578,7 @@ def _tell_elastic(step: int, before: str) -> None:
 
 
 def versions() -> dict[str, str]:
-    """Returns the versions of what numbers depend on, and the devices; "unknown" where a package does not tell its own."""
+    """Returns the versions of what numbers depend on, and the devices; "unknown" where a package does not tell."""
     names = ("jax", "flax", "optax", "orbax-checkpoint", "numpy")
     return {
         "mfm-jax": mfm_jax.__version__,  # of this source, which need not be installed
