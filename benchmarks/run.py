@@ -8,8 +8,9 @@
 Every contender is a process of its own. Each is started, compiled and warmed up by itself, and then waits; after that
 one turn of each is timed in turn, round after round, so that only one works at any time and a machine whose speed
 drifts slows all alike. A turn is as many steps as take about `--turn_seconds`. Batches are on the device; sampling and
-augmentation are not part of the step here. Without PyTorch (extra `bench`) its rows are left out;
-its `torch.compile` rows take minutes to compile.
+augmentation are not part of the step here. JAX's contenders keep freed memory as the commands do (`allocator`): the
+title says `allocator: kept` then, and `allocator: system` elsewhere. Without PyTorch (extra `bench`) its rows are left
+out; its `torch.compile` rows take minutes to compile.
 
 Columns of the main table:
 
@@ -147,16 +148,21 @@ def serve(order: dict[str, Any]) -> None:
 
     try:
         spec = Spec.read(order["spec"])
+        allocator_state = "system"
         if spec.library == "torch":
             from torch_twin import build
         else:
+            from mfm_jax import allocator
+
+            if allocator.keep_freed_memory():  # as the commands do
+                allocator_state = "kept"
             from jax_steps import build
         program = build(spec)
         first = _seconds(program.run, 1)
         ready = {"start_seconds": time.time() - order["started"]}
         program.run(program.facts.get("spec", {}).get("every", spec.every))  # compiles or warms all that a step calls
         second = _seconds(program.run, 1)
-        answer({"compile_seconds": max(first - second, 0.0)} | program.facts | ready)
+        answer({"compile_seconds": max(first - second, 0.0), "allocator": allocator_state} | program.facts | ready)
         for line in sys.stdin:
             if line.strip() == "end":
                 answer(program.finish() | {"rss_mb": _peak_rss_mb()})
@@ -363,9 +369,10 @@ def main() -> int:
     )
     probe = Worker(dataclasses.replace(common, name="probe", step="matmul")).wait()  # asks JAX what the device is
     probe.stop()
-    device = {name: probe.facts[name] for name in ("backend", "device", "device_count", "version", "convolutions")}
+    known = ("backend", "device", "device_count", "version", "convolutions", "allocator")
+    device = {name: probe.facts[name] for name in known}
     failed: dict[str, str] = {}
-    how = f"{device['version']}, convolutions {device['convolutions']}"
+    how = f"{device['version']}, convolutions {device['convolutions']}, allocator {device['allocator']}"
     title = f"{options.model}, batch {size} + {size}, {device['device']}, {how}"
     result: Row = {"device": device, "options": {k: str(v) for k, v in vars(options).items()}}
     if options.curves:

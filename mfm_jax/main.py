@@ -21,7 +21,7 @@ from absl import flags
 from rich.console import Console
 from rich.table import Table
 
-from mfm_jax import check, cluster, command
+from mfm_jax import allocator, check, cluster, command
 from mfm_jax.errors import UserError
 from mfm_jax.report import SPLITS
 
@@ -65,6 +65,7 @@ def main(argv: Sequence[str]) -> int:
         return check.check(command.config(), command.workdir())
     if _MODE.value == "eval" and _COORDINATOR.value:
         raise UserError(f"--coordinator={_COORDINATOR.value}: --mode=eval is one process; leave it out")
+    allocator.keep_freed_memory()
     from mfm_jax import train  # here: seconds that a check does not pay
 
     cluster.join(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from rich import progress
 
-from mfm_jax import command, decode
+from mfm_jax import allocator, command, decode
 from mfm_jax.classifier import WHICH, Classifier
 from mfm_jax.classifier import load as load
 from mfm_jax.decode import Decoded
@@ -131,6 +131,7 @@ def _progress_bar() -> progress.Progress:
 
 def main(argv: Sequence[str]) -> int:
     options = _parser().parse_args(argv[1:])
+    allocator.keep_freed_memory()
     trained = load(options.checkpoint, options.which)
     try:
         counts = write_csv(

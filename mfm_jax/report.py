@@ -203,7 +203,7 @@ def _checked(
         if title == "last" or results.get("best") is not None:
             where = f"{folder / 'results.json'}: {title}.{results['split']}"
             _check_evaluation((results.get(title) or {}).get(results["split"]), len(counts), where)
-    rows = {"train": [], "val": [], "modulation": [], **rows}
+    rows = {"train": [], "val": [], "modulation": [], "warning": [], **rows}
     return Run(config, manifest, results, rows, Classes(names, counts), gallery.read(folder / GALLERY))
 
 
@@ -236,8 +236,7 @@ def _read_object(path: Path, *required: str) -> dict[str, Any]:
 
 def _read_rows(path: Path) -> dict[str, list[dict[str, Any]]]:
     """The rows of each kind, in the order of their steps; of two of one step, and code, the later counts."""
-    kinds: dict[str, dict[tuple[float, str], dict[str, Any]]]
-    kinds = {kind: {} for kind in ("train", "val", "modulation", "warning")}
+    kinds: dict[str, dict[tuple[float, str], dict[str, Any]]] = {}
     for number, line in enumerate(_read_text(path).splitlines(), start=1):
         if not line.strip():
             continue
@@ -250,7 +249,7 @@ def _read_rows(path: Path) -> dict[str, list[dict[str, Any]]]:
 
 def warnings(workdir: Path) -> list[str]:
     """Returns what the run in `workdir` was warned of, a sentence each (`health.notices`)."""
-    return [str(row.get("sentence")) for row in _read_rows(workdir / "metrics.jsonl")["warning"]]
+    return [str(row.get("sentence")) for row in _read_rows(workdir / "metrics.jsonl").get("warning", [])]
 
 
 def _counts(manifest: dict[str, Any], where: str) -> np.ndarray:

@@ -29,7 +29,7 @@ import jax
 from rich.live import Live
 from rich.table import Table
 
-from mfm_jax import command, train
+from mfm_jax import allocator, command, train
 from mfm_jax import config as config_lib
 from mfm_jax.config import Config
 from mfm_jax.errors import UserError
@@ -322,6 +322,7 @@ def processes(workdir: Path) -> list[dict[str, Any]]:
 
 def main(argv: Sequence[str]) -> int:
     """Trains the runs of one process."""
+    allocator.keep_freed_memory()
     cores, *folders = argv
     if cores and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, [int(core) for core in cores.split(",")])  # before JAX counts them

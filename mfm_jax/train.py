@@ -27,6 +27,7 @@ import numpy as np
 from jax.sharding import Mesh
 from rich import progress
 
+import mfm_jax
 from mfm_jax import classifier, cluster, gallery, health, losses, metrics, parallel, report
 from mfm_jax import config as config_lib
 from mfm_jax import data as data_lib
@@ -351,6 +352,7 @@ class _Run:
         streamed = isinstance(data.train_images, Streamed)
         self.feed = Feed(data, config, mesh, self.device_data) if streamed else None
         self.has_own_data = experiment.synthetic or self.feed is not None  # not shared by runs that differ in the seed
+        self.versions = versions()  # before the first step: whatever fails here loses no training
         self.log = MetricLog(workdir, record["rows"]) if cluster.is_primary() else RowList(record["rows"])
         self.seconds_before, self.began = record["seconds"], time.perf_counter()
         self.train_seconds = record["seconds"]
@@ -546,7 +548,7 @@ class _Run:
             "best": best,
             "train_seconds": self.train_seconds,
             "input_wait": self.feed.waited() if self.feed else 0.0,
-            "versions": versions(),
+            "versions": self.versions,
         }
 
     def _result(self, state: BilevelState, step: int, *, show: bool = False) -> dict[str, Any]:
@@ -606,11 +608,19 @@ def _tell_convolutions(step: int, now: str, before: str) -> None:
 
 
 def versions() -> dict[str, str]:
-    """Returns the versions of what numbers depend on, and the devices."""
-    names = ("mfm-jax", "jax", "flax", "optax", "orbax-checkpoint", "numpy")
-    devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
-    return {name: metadata.version(name) for name in names} | {
+    """Returns the versions of what numbers depend on, and the devices; "unknown" where a package does not tell."""
+    names = ("jax", "flax", "optax", "orbax-checkpoint", "numpy")
+    return {
+        "mfm-jax": mfm_jax.__version__,  # of this source, which need not be installed
+        **{name: _version(name) for name in names},
         "python": platform.python_version(),
-        "devices": devices,
+        "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "convolutions": native.lowering(),
     }
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "unknown"

@@ -360,7 +360,8 @@ def a_path_that_is_too_long(root: Path) -> Told:
             os.chdir("x" * 250)
     finally:
         os.chdir(here)
-    within = (4096 - len(str(root / "cat"))) // 251  # how many such folders a path may have
+    longest = os.pathconf(root, "PC_PATH_MAX") - 1  # without the null byte that ends it
+    within = (longest - len(os.fsencode(root / "cat"))) // 251  # how many such folders a path may have
     return Told({"/".join(["cat", *["x" * 250] * (within + 1)]): "cannot be read: File name too long"})
 
 

@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "mfm_jax"
 ORDER = (
     ("errors",),
-    ("cache", "integrity", "ownership"),
+    ("allocator", "cache", "integrity", "ownership"),
     ("types",),
     ("config",),
     ("longtail",),
