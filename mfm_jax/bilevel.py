@@ -23,7 +23,8 @@ Batch-norm policy, which decides whether the meta-gradient means anything:
   2. The running averages always describe the plain network: they come from a plain pass over the training batch.
      Where every modulated site lies behind the last batch norm, the training pass gathers the same numbers and no
      other is run; a site before a batch norm costs one more forward pass.
-  3. The averages are updated once a step, whether or not the step is lagged or meta.
+  3. The averages are updated once a step, whether or not the step is lagged or meta. Whoever tests or stores a
+     classifier takes them anew first, by plain passes over training batches (`make_statistics`): they lag behind w.
 
 No function here jits, shards or donates; the caller does. Inside `shard_map`, pass `axis_name`: losses are averaged
 over that mesh axis before they are differentiated, so that every derivative below is the global one.
@@ -137,7 +138,8 @@ def make_step(
         raise ValueError("lagged = True: the weights belong to one batch, the next step cannot use them")
     forward = _forward(apply_fn, axis_name)
     gradient_step = _gradient_step(forward, loss_fn, tx, learner, parts, axis_name, class_weights)
-    plain_statistics, fresh_statistics = _plain_statistics(forward, parts), _fresh_statistics(forward, parts)
+    plain_statistics = _plain_statistics(forward, parts)
+    fresh_statistics = make_statistics(apply_fn, parts=parts, axis_name=axis_name)
     outer = optax.with_extra_args_support(mod_tx)
 
     def step(state: BilevelState, batch: Batch, meta_batch: Batch) -> tuple[BilevelState, Metrics]:
@@ -260,6 +262,34 @@ def make_eval_step(apply_fn: ApplyFn) -> Callable[[PyTree, PyTree, jax.Array], j
         return jax.nn.softmax(apply_fn({"params": params, "batch_stats": batch_stats}, image, **options))
 
     return eval_step
+
+
+def make_statistics(
+    apply_fn: ApplyFn, *, parts: int = 1, axis_name: str | None = None
+) -> Callable[[BilevelState, PyTree, Batch], PyTree]:
+    """Returns `(state, params, batch) -> batch statistics` of a plain training pass alone, without the averages so far.
+
+    Running averages are linear in what they were, after = m before + (1 - m) new, with a slope m that forward mode
+    reads off, so that new = before + (after - before) / (1 - m), whatever momentum the module has. A frozen layer, of
+    slope 1, keeps its averages, which it is tested with.
+
+    Args:
+      apply_fn, parts, axis_name: as in `make_step`.
+    """
+    plain_pass = _plain_pass(_forward(apply_fn, axis_name), parts)
+
+    def statistics(state: BilevelState, params: PyTree, batch: Batch) -> PyTree:
+        def averages(before: PyTree) -> PyTree:
+            return plain_pass(state.replace(batch_stats=before), params, batch)
+
+        def fresh(before: jax.Array, after: jax.Array, m: jax.Array) -> jax.Array:
+            return jnp.where(m < 1, before + (after - before) / jnp.where(m < 1, 1 - m, 1), before)
+
+        before = state.batch_stats
+        after, slope = jax.jvp(averages, (before,), (jax.tree.map(jnp.ones_like, before),))
+        return jax.tree.map(fresh, before, after, slope)
+
+    return statistics
 
 
 def _forward(apply_fn: ApplyFn, axis_name: str | None = None) -> Callable[..., tuple[jax.Array, PyTree]]:
@@ -394,30 +424,6 @@ def _plain_pass(forward: Callable, parts: int) -> Callable[[BilevelState, PyTree
         return _in_parts(lambda part: forward(state, params, part, no_modulation, train=True), batch, parts)[1]
 
     return averages
-
-
-def _fresh_statistics(forward: Callable, parts: int) -> Callable[[BilevelState, PyTree, Batch], PyTree]:
-    """Returns `(state, params, batch) -> statistics` of a plain training pass alone, without what the averages were.
-
-    Running averages are linear in what they were, after = m before + (1 - m) new, with a slope m that forward mode
-    reads off, so that new = before + (after - before) / (1 - m), whatever momentum the module has. A frozen layer, of
-    slope 1, is tested with its averages.
-    """
-    plain_pass = _plain_pass(forward, parts)
-
-    def statistics(state: BilevelState, params: PyTree, batch: Batch) -> PyTree:
-        def averages(before: PyTree) -> PyTree:
-            return plain_pass(state.replace(batch_stats=before), params, batch)
-
-        before = state.batch_stats
-        after, slope = jax.jvp(averages, (before,), (jax.tree.map(jnp.ones_like, before),))
-
-        def fresh(old: jax.Array, new: jax.Array, m: jax.Array) -> jax.Array:
-            return jnp.where(m < 1, old + (new - old) / jnp.where(m < 1, 1 - m, 1), old)
-
-        return jax.tree.map(fresh, before, after, slope)
-
-    return statistics
 
 
 def _depends(function: Callable[[PyTree], PyTree], argument: PyTree) -> bool:

@@ -358,6 +358,7 @@ class _Run:
         self.train_seconds = record["seconds"]
         self.told_step = -1  # the last skipped step that was told
         self.mesh, whole = mesh, parallel.replicated(mesh) if mesh else None
+        self.settle = loop_lib.make_settle(experiment)
         self.describe = jax.jit(functools.partial(loop_lib.describe, experiment), out_shardings=whole)
         self.eval_step = jax.jit(functools.partial(loop_lib.evaluate_batch, experiment.eval_step), out_shardings=whole)
 
@@ -440,13 +441,18 @@ class _Run:
         self._log_modulation(step, epoch)
         self._notice(step, epoch)
         self.loop = self.loop.replace(sums=jax.tree.map(jnp.zeros_like, self.loop.sums))
+        validates = self.has_validation and (final or (epoch + 1) % config.eval.every_epochs == 0)
+        saves = final or validates or (epoch + 1) % config.checkpoint.every_epochs == 0
+        # A second stage on a frozen classifier goes on with the statistics that it finds.
+        if saves and step <= self.experiment.retrain_from or step == self.experiment.retrain_from:
+            self.loop = self.loop.replace(bilevel=self.settle(self.loop.bilevel, self.device_data))
         score = None
-        if self.has_validation and (final or (epoch + 1) % config.eval.every_epochs == 0):
+        if validates:
             values = self.evaluate(self.loop.bilevel, "val")
             score = values["balanced_accuracy"]
             scalars = {name: value for name, value in values.items() if isinstance(value, float)}
             self.log.write("val", step, epoch, scalars)
-        if final or score is not None or (epoch + 1) % config.checkpoint.every_epochs == 0:
+        if saves:
             self.save(score)
 
     def _log_modulation(self, step: int, epoch: int) -> None:
