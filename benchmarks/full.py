@@ -65,7 +65,7 @@ class Row(NamedTuple):
 
 FIRST = (
     Row("mfm", "mfm"),
-    Row("logit_adjusted", "logit_adjusted", {"method.sampling": "square_root", "method.tau": 0.75}),
+    Row("logit_adjusted", "logit_adjusted", study.CHOSEN["logit_adjusted"]),
     Row("ce", "ce"),
     Row("logit_adjusted_natural", "logit_adjusted", {"method.sampling": "natural", "method.tau": 1.0}),
 )

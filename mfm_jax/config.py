@@ -152,7 +152,7 @@ class Meta:
 
     images_per_class: int = _between(10, 1)
     batch_size: int = _between(100, 1)
-    every: int = _between(6, 1)  # update the modulator every k-th step
+    every: int = _between(8, 1)  # update the modulator every k-th step
     start_epoch: int = _between(0, 0)  # no modulator update before this epoch
     lagged: bool = True  # the real step re-uses the virtual one
     virtual: str = _one_of("all", "last_stage", "head")  # parameters that move in the virtual step
