@@ -134,7 +134,7 @@ def _explicit(spec: Spec) -> tuple[BilevelState, Callable | None, Callable]:
     module = models.create(spec.model, spec.classes, spec.width, jnp.dtype(spec.dtype))
     image = jnp.zeros((1, spec.image_size, spec.image_size, 3))
     defaults = config_lib.Config()
-    tx, mod_tx = optim.classifier(defaults.optim, defaults.optim.learning_rate), optim.modulator(defaults.meta, 1e-2)
+    tx, mod_tx = optim.classifier(defaults.optim, defaults.optim.learning_rate), optim.modulator(1e-2)
     key, learner = jax.random.key(0), None
     if spec.step == "mfm":
         channels = modulation.site_channels(lambda film: module.init(key, image, modulate=film), spec.sites)
@@ -154,6 +154,7 @@ def _explicit(spec: Spec) -> tuple[BilevelState, Callable | None, Callable]:
             hypergrad=getattr(hypergrad, spec.route),
             lagged=spec.lagged,
             virtual_groups=models.virtual_groups(spec.model, spec.virtual),
+            bn="running",  # as the PyTorch twin does; the recipe's rows have the pass for fresh statistics
         )
     return state, meta_step, plain_step
 

@@ -237,7 +237,7 @@ def _mod_tx(
         return optim.classifier(config.optim, second)
     if learner and learner.per_batch:
         return meta.positive_part()
-    return optim.modulator(config.meta, config.optim, config.train.epochs, per_epoch)
+    return optim.modulator(optim.meta_schedule(config.meta, config.optim, config.train.epochs, per_epoch))
 
 
 def _class_weights(config: Config, objective: Method, counts: jax.Array, per_epoch: int) -> bilevel.ClassWeights | None:

@@ -264,8 +264,8 @@ def to_device(data: LongTailData) -> DeviceData:
 def make_settle(experiment: Experiment) -> Callable[[BilevelState, DeviceData], BilevelState]:
     """Returns `(state, data) -> state` with the batch statistics that its classifier has now, for testing and storing.
 
-    They are the mean over the first batches of the epoch's order, as sampled, not augmented, about 2,000 images; running
-    averages are those of the last ten steps' networks and images. Streamed images are not there to be seen again:
+    They are the mean over the epoch's first batches, about 2,000 images, as sampled, not augmented; running
+    averages are those of the last ten steps' networks and images. Streamed images are not there to be seen again;
     those runs keep the averages.
 
     References:

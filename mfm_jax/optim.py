@@ -76,27 +76,26 @@ def only(tx: optax.GradientTransformation, trained: Callable[[PyTree], PyTree]) 
     return optax.partition({True: tx, False: optax.set_to_zero()}, trained)
 
 
-def modulator(config: Meta, inner: Optim, epochs: int, steps_per_epoch: int) -> optax.GradientTransformation:
+def modulator(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
     """Returns the chain of phi: Adam on the meta-gradients' directions `g / |g|`.
 
     By its direction alone, no meta-gradient counts for more than any other, however large it is. Adam then moves phi by
-    how far the last ten or so agree: by the rate where they do, by about a quarter of it where they are noise. The rate
-    is `meta.learning_rate` where the classifier's is highest, and rises and falls with it: a meta-gradient goes through
-    a step of that size.
-
-    Args:
-      config: the rate, and which steps are meta-steps.
-      inner: has the classifier's schedule.
-      epochs: of the run.
-      steps_per_epoch: of the run.
+    how far the last ten or so agree: by the rate where they do, by about a quarter of it where they are noise.
 
     References:
       Hazan, Levy and Shalev-Shwartz, Beyond convexity: stochastic quasi-convex optimization, NeurIPS 2015 (normalised
       gradients). Kingma and Ba, Adam, ICLR 2015, section 2.1 (its step as a signal-to-noise ratio).
     """
+    return optax.chain(optax.normalize_by_update_norm(), optax.adam(learning_rate))
+
+
+def meta_schedule(config: Meta, inner: Optim, epochs: int, steps_per_epoch: int) -> optax.Schedule:
+    """Returns phi's rate as a function of the meta-steps done.
+
+    It is `meta.learning_rate` where the classifier's is highest, and rises and falls with it: a meta-gradient goes
+    through a step of the classifier, and says as much as that step is long. Arguments as in `schedule`; `inner` has the
+    classifier's.
+    """
     pace = schedule(dataclasses.replace(inner, learning_rate=config.learning_rate), epochs, steps_per_epoch)
     first = -(-config.start_epoch * steps_per_epoch // config.every)
-    return optax.chain(
-        optax.normalize_by_update_norm(),
-        optax.adam(lambda done: pace((first + done) * config.every)),
-    )
+    return lambda done: pace((first + done) * config.every)

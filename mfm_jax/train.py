@@ -444,7 +444,7 @@ class _Run:
         validates = self.has_validation and (final or (epoch + 1) % config.eval.every_epochs == 0)
         saves = final or validates or (epoch + 1) % config.checkpoint.every_epochs == 0
         # A second stage on a frozen classifier goes on with the statistics that it finds.
-        if saves and step <= self.experiment.retrain_from or step == self.experiment.retrain_from:
+        if (saves and step <= self.experiment.retrain_from) or step == self.experiment.retrain_from:
             self.loop = self.loop.replace(bilevel=self.settle(self.loop.bilevel, self.device_data))
         score = None
         if validates:

@@ -38,7 +38,7 @@ def test_the_queue_is_in_the_order_of_worth(full, tmp_path):
         f"{name} seed {seed}" for names in (first, then) for seed in (0, 1) for name in names
     ]
     tuned, published = (planned[i].run.config.method for i in (1, 3))
-    assert (tuned.name, tuned.sampling, tuned.tau) == ("logit_adjusted", "square_root", 0.75)
+    assert (tuned.name, tuned.sampling, tuned.tau) == ("logit_adjusted", "square_root_later", 0.75)
     assert (published.name, published.sampling, published.tau) == ("logit_adjusted", "natural", 1.0)
     assert {one.run.config.data.root for one in planned} == {"packed/cifar10.npz"}
     assert {one.run.config.data.protocol for one in planned} == {"meta_held_out"}
