@@ -30,6 +30,7 @@ class Spec:
     every: int = 1
     lagged: bool = True
     virtual: str = "all"
+    bn: str = "running"  # of the meta pass, as in the PyTorch twins; the recipe's own is "fresh"
     route: str = "mixed_mode"  # a function of `hypergrad`
     dtype: str = "float32"
     layout: str = "channels_last"  # PyTorch: of the images and kernels
@@ -173,7 +174,7 @@ def step_flops(spec: Spec) -> float:
     backward for the groups that move in the virtual step; one tangent pass through those groups, 2 F (the double
     backward of the other route is as much); and, behind a site that is not at the end, the tangent of the backward
     signal, 2 F where the layer moves and F where it does not. A site before the last batch norm costs a plain pass for
-    the running averages, in every step. Only what convolutions and the head do is counted.
+    the running averages, in every step; fresh statistics a plain pass in every meta-step. Only what convolutions and the head do is counted.
     """
     if spec.step == "matmul":
         return 2.0 * spec.batch**3
@@ -190,7 +191,8 @@ def step_flops(spec: Spec) -> float:
     behind = _behind(spec.sites)
     tangent = 2 * sum(flops[g] for g in moved) + sum(flops[g] * (2 if g in moved else 1) for g in behind)
     meta = total + 2 * sum(flops[g] for g in moved)
-    extra = spec.batch * tangent + spec.meta_batch * meta + (0 if spec.lagged else plain)
+    fresh = total if spec.bn == "fresh" else 0.0
+    extra = spec.batch * (tangent + fresh) + spec.meta_batch * meta + (0 if spec.lagged else plain)
     statistics = spec.batch * total if any(site in spec.sites for site in ("stem", "stage1", "stage2")) else 0.0
     return plain + statistics + extra / spec.every
 

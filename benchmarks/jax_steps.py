@@ -154,7 +154,7 @@ def _explicit(spec: Spec) -> tuple[BilevelState, Callable | None, Callable]:
             hypergrad=getattr(hypergrad, spec.route),
             lagged=spec.lagged,
             virtual_groups=models.virtual_groups(spec.model, spec.virtual),
-            bn="running",  # as the PyTorch twin does; the recipe's rows have the pass for fresh statistics
+            bn=spec.bn,
         )
     return state, meta_step, plain_step
 
@@ -198,6 +198,7 @@ def _decided(config: config_lib.Config, built: experiment.Experiment) -> dict[st
         "every": config.meta.every if learns else 1,
         "lagged": config.meta.lagged,
         "virtual": config.meta.virtual,
+        "bn": config.meta.bn,
     }
 
 

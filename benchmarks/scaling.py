@@ -147,10 +147,10 @@ def step_bytes(parameters: float, channels: float, meta: bool, phi: float = 0) -
 
     Gradients of the parameters; of batch norm, for each channel, two moments forward and their two transposes
     backward, of which one stands for the gradient of its scale; loss and accuracy. A meta-step adds u, two moments'
-    tangents, the meta-gradient and the meta loss.
+    tangents, two fresh moments, the meta-gradient and the meta loss.
     """
     plain = parameters + 3 * channels + 2
-    return 4 * (plain + meta * (parameters + 2 * channels + phi + 1))
+    return 4 * (plain + meta * (parameters + 4 * channels + phi + 1))
 
 
 def programs_table(quick: bool) -> Table:
@@ -199,11 +199,11 @@ def scaling_table(chip: Chip, decoded: float) -> Table:
 
 
 def _row(network: Network, chip: Chip, chips: int, part: int, decoded: float) -> list[str]:
-    compute = (3 + 5 / EVERY) * network.forward * part / (chip.operations * UTILIZATION)
+    compute = (3 + 6 / EVERY) * network.forward * part / (chip.operations * UTILIZATION)
     plain, meta = (step_bytes(network.parameters, network.channels, which) for which in (False, True))
     rate = chip.near if chips <= chip.domain else chip.far
     moved = 2 * (chips - 1) / chips * (plain + (meta - plain) / EVERY) / rate
-    waits = 2 * network.norms + 1 + (network.norms + 2) / EVERY
+    waits = 2 * network.norms + 1 + (2 * network.norms + 2) / EVERY
     latency = waits * LATENCY
     images = (1 + 1 / EVERY) * part * chips / (compute + moved + latency)
     share = (moved + latency) / (compute + moved + latency)

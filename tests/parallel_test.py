@@ -334,7 +334,7 @@ def test_the_golden_counts_are_those_of_the_derivation():
     golden, norms = json.loads(GOLDEN.read_text()), 7
     assert set(golden) == set(ALL)
     assert golden["ce"]["plain"]["collectives"] == 2 * norms + 1
-    assert golden["mfm"]["meta"]["collectives"] == 3 * norms + 3
+    assert golden["mfm"]["meta"]["collectives"] == 4 * norms + 3
     assert golden["ce"]["plain"]["bytes"] == scaling().step_bytes(1356, 30, meta=False)
     # At `logits` the modulation meets the examples as gamma and beta of 10 classes.
     assert golden["mfm"]["meta"]["bytes"] == scaling().step_bytes(1356, 30, meta=True, phi=20)
