@@ -192,8 +192,8 @@ def test_weights_of_a_padded_batch(tiny, monkeypatch):
     check_step("l2rw", 8, 91, monkeypatch)
 
 
-def test_fresh_statistics_of_a_padded_batch(tiny, monkeypatch):
-    check_step("mfm", 8, 91, monkeypatch, meta__bn="fresh")
+def test_running_statistics_of_a_padded_batch(tiny, monkeypatch):
+    check_step("mfm", 8, 91, monkeypatch, meta__bn="running")
 
 
 @pytest.mark.slow
