@@ -171,10 +171,11 @@ def step_flops(spec: Spec) -> float:
     """Returns the arithmetic that one step needs, averaged over `every` steps; of all `seeds` together.
 
     F is a forward pass; a backward pass is 2 F (weights and inputs). A meta-step adds: the meta batch forward, and
-    backward for the groups that move in the virtual step; one tangent pass through those groups, 2 F (the double
-    backward of the other route is as much); and, behind a site that is not at the end, the tangent of the backward
-    signal, 2 F where the layer moves and F where it does not. A site before the last batch norm costs a plain pass for
-    the running averages, in every step; fresh statistics a plain pass in every meta-step. Only what convolutions and the head do is counted.
+    backward for the groups that move in the virtual step; a plain pass for fresh statistics, F; one tangent pass
+    through those groups, 2 F (the double backward of the other route is as much); and, behind a site that is not at the
+    end, the tangent of the backward signal, 2 F where the layer moves and F where it does not. A site before the last
+    batch norm costs a plain pass for the running averages, in every step. Only what convolutions and the head do is
+    counted.
     """
     if spec.step == "matmul":
         return 2.0 * spec.batch**3

@@ -156,7 +156,7 @@ def step_bytes(parameters: float, channels: float, meta: bool, phi: float = 0) -
 def programs_table(quick: bool) -> Table:
     """Returns the model beside the lowered programs of a network that exists."""
     columns = "step", "devices", "GFLOP", "model", "ratio", "arrays", "KB", "model", "ratio"
-    spec = Spec("", model="resnet8" if quick else "resnet32", sites=("pooled",), batch=128, meta_batch=128)
+    spec = Spec("", model="resnet8" if quick else "resnet32", sites=("pooled",), batch=128, meta_batch=128, bn="fresh")
     table = Table(*columns, title=f"{spec.model}, 32 pixels, batch {spec.batch}: one device's part of a step")
     form = {"modulation.form": "direct", "modulation.sites": "pooled"}
     for devices in (1, 2, 4, 8):

@@ -21,8 +21,8 @@ few balanced images can estimate them:
 
 The generated forms bound gamma by tanh: a scale that falls below zero turns logits around, the classifier learns to
 suppress the classes it belongs to, and the meta-gradient no longer finds the way back. The 10 under `c` makes a step of
-Adam in `c` move beta about as far as one in `a` at the imbalance factors in use (z down to about -5); that under `b` keeps
-gamma from running to its bound before beta has found its place.
+Adam in `c` move beta about as far as one in `a` at the imbalance factors in use (z down to about -5). The one under `b`
+keeps gamma from running to its bound before beta has found its place.
 
 References:
   Wang et al., Meta feature modulator for long-tailed recognition, arXiv:2008.03428, 2020 (abstract: scale and
