@@ -12,6 +12,9 @@ SITES = ("stem", *FEATURE_SITES, "logits")
 GROUPS = ("stem", "stage1", "stage2", "stage3", "head")
 VIRTUAL = {"all": GROUPS, "last_stage": ("stage3", "head"), "head": ("head",)}
 MATMUL_SIZE = {"cpu": 2048}  # elsewhere 8192: large enough to fill the device
+# Operations of a forward pass at 224 pixels with 1000 classes, a multiply-add counted as two: He et al. 2016 and
+# Dosovitskiy et al. 2021, as torchvision counts them (4.09 and 17.56 G multiply-adds).
+PUBLISHED_FORWARD = {"resnet50": 2 * 4.09e9, "vit_b16": 2 * 17.56e9}
 
 
 @dataclass(frozen=True)
@@ -19,16 +22,21 @@ class Spec:
     """One contender: all that a worker must know to build its step."""
 
     name: str
-    step: str = "mfm"  # or plain, meta_weight_net, recipe (built from the config file), input, matmul
+    # Or plain, meta_weight_net, recipe (built from the config file), loop (the same in `main`'s own compiled call),
+    # input, matmul, copy.
+    step: str = "mfm"
     library: str = "jax"  # or torch
     sites: tuple[str, ...] = ("pooled",)
     every: int = 1
     lagged: bool = True
     virtual: str = "all"
+    bn: str = "running"  # of the meta pass, as in the PyTorch twins; the recipe's own is "fresh"
     route: str = "mixed_mode"  # a function of `hypergrad`
     dtype: str = "float32"
     layout: str = "channels_last"  # PyTorch: of the images and kernels
     compiled: bool = False  # PyTorch: under torch.compile
+    graphs: bool = False  # PyTorch: compiled into CUDA graphs (`mode="reduce-overhead"`)
+    precision: str = "default"  # matmul: of the product; "default" allows TF32 on GPUs
     model: str = "resnet32"
     width: int = 16
     image_size: int = 32
@@ -36,8 +44,9 @@ class Spec:
     batch: int = 100
     meta_batch: int = 100
     devices: int = 1
-    config: str = ""  # recipe: the config file
-    overrides: tuple[tuple[str, Any], ...] = ()  # recipe: fields set on top of the config file
+    seeds: int = 1  # loop: runs in one program
+    config: str = ""  # recipe, loop: the config file
+    overrides: tuple[tuple[str, Any], ...] = ()  # recipe, loop: fields set on top of the config file
 
     @classmethod
     def read(cls, values: Mapping[str, Any]) -> "Spec":
@@ -139,8 +148,15 @@ def forward_flops(spec: Spec) -> dict[str, float]:
     """Returns the multiplications and additions of one image's forward pass, by group of layers.
 
     Convolutions and the head only: a k x k convolution from a to b channels on p pixels is 2 k^2 a b p, edges counted
-    as if they were inside.
+    as if they were inside. The networks in `PUBLISHED_FORWARD` are counted as a whole, under `stem`.
+
+    Raises:
+      ValueError: one of those at another size than the published one.
     """
+    if spec.model in PUBLISHED_FORWARD:
+        if (spec.image_size, spec.classes, spec.width) != (224, 1000, 0):
+            raise ValueError(f"{spec.model} is counted at 224 pixels, with 1000 classes and its own width")
+        return dict.fromkeys(GROUPS, 0.0) | {"stem": PUBLISHED_FORWARD[spec.model]}
     blocks, side, width = (int(spec.model.removeprefix("resnet")) - 2) // 6, spec.image_size, spec.width
     flops = {"stem": 2.0 * 9 * 3 * width * side**2}
     before = width
@@ -152,28 +168,31 @@ def forward_flops(spec: Spec) -> dict[str, float]:
 
 
 def step_flops(spec: Spec) -> float:
-    """Returns the arithmetic that one step needs, averaged over `every` steps.
+    """Returns the arithmetic that one step needs, averaged over `every` steps; of all `seeds` together.
 
     F is a forward pass; a backward pass is 2 F (weights and inputs). A meta-step adds: the meta batch forward, and
     backward for the groups that move in the virtual step; one tangent pass through those groups, 2 F (the double
     backward of the other route is as much); and, behind a site that is not at the end, the tangent of the backward
     signal, 2 F where the layer moves and F where it does not. A site before the last batch norm costs a plain pass for
-    the running averages, in every step. Only what convolutions and the head do is counted.
+    the running averages, in every step; fresh statistics a plain pass in every meta-step. Only what convolutions and the head do is counted.
     """
     if spec.step == "matmul":
         return 2.0 * spec.batch**3
-    if spec.step == "input":
+    if spec.step in ("input", "copy"):
         return 0.0
+    if spec.seeds > 1:
+        return spec.seeds * step_flops(replace(spec, seeds=1))
     flops = forward_flops(spec)
     total = sum(flops.values())
     plain = 3 * spec.batch * total
-    if spec.step == "plain" or (spec.step == "recipe" and not spec.sites):
+    if spec.step == "plain" or (spec.step in ("recipe", "loop") and not spec.sites):
         return plain
     moved = VIRTUAL[spec.virtual]
     behind = _behind(spec.sites)
     tangent = 2 * sum(flops[g] for g in moved) + sum(flops[g] * (2 if g in moved else 1) for g in behind)
     meta = total + 2 * sum(flops[g] for g in moved)
-    extra = spec.batch * tangent + spec.meta_batch * meta + (0 if spec.lagged else plain)
+    fresh = total if spec.bn == "fresh" else 0.0
+    extra = spec.batch * (tangent + fresh) + spec.meta_batch * meta + (0 if spec.lagged else plain)
     statistics = spec.batch * total if any(site in spec.sites for site in ("stem", "stage1", "stage2")) else 0.0
     return plain + statistics + extra / spec.every
 

@@ -1,6 +1,10 @@
 """The JAX contenders: each `Spec` as a compiled, donated step on batches that stay on the device."""
 
+import dataclasses
+import functools
 import importlib.util
+import math
+import threading
 import time
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -13,45 +17,59 @@ from contenders import MATMUL_SIZE, Program, Spec
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mfm_jax import augment, bilevel, experiment, hypergrad, longtail, losses, models, modulation, optim, parallel
+from mfm_jax import augment, bilevel, experiment, hypergrad, longtail, loop, losses, models, modulation, optim, parallel
 from mfm_jax import config as config_lib
 from mfm_jax.data import batches as batches_lib
 from mfm_jax.methods.meta import meta_weight_net
+from mfm_jax.models import native
 from mfm_jax.types import Batch, BilevelState
+
+TRACING = threading.Lock()  # Python traces one program at a time in any case; so the first is compiled the sooner
 
 
 def build(spec: Spec) -> Program:
     """Compiles the contender's step, and where not every step is a meta-step, the plain one between."""
-    if spec.step == "matmul":
-        return _matmul(spec)
-    if spec.step == "input":
-        return _input(spec)
-    if spec.step == "recipe":
-        state, meta_step, plain_step, decided = _recipe(spec)
-    else:
-        state, meta_step, plain_step = _explicit(spec)
-        decided = {}
-    every = decided.get("every", spec.every)
-    batches = [_batch(key, size, spec) for key, size in ((1, spec.batch), (2, spec.meta_batch))]
-    if spec.devices > 1:
-        mesh = _mesh(spec)
-        batches = [jax.device_put(batch, NamedSharding(mesh, P(parallel.AXIS))) for batch in batches]
-        state = jax.device_put(state, parallel.replicated(mesh))
+    makers = {"matmul": _matmul, "copy": _copy, "input": _input, "loop": _loop}
+    if spec.step in makers:
+        return makers[spec.step](spec)
+    with TRACING:
+        if spec.step == "recipe":
+            state, meta_step, plain_step, decided = _recipe(spec)
+        else:
+            state, meta_step, plain_step = _explicit(spec)
+            decided = {}
+        every = decided.get("every", spec.every)
+        batches = [_batch(key, size, spec) for key, size in ((1, spec.batch), (2, spec.meta_batch))]
+        if spec.devices > 1:
+            mesh = _mesh(spec)
+            batches = [jax.device_put(batch, NamedSharding(mesh, P(parallel.AXIS))) for batch in batches]
+            state = jax.device_put(state, parallel.replicated(mesh))
+        began, lowered = time.perf_counter(), {}
+        jit = functools.partial(jax.jit, donate_argnums=0, compiler_options=parallel.compiler_options())
+        if meta_step:
+            lowered["meta"] = jit(meta_step).lower(state, *batches)
+        if not meta_step or every > 1:
+            lowered["plain"] = jit(plain_step).lower(state, batches[0])
+        traced = time.perf_counter() - began
+    programs, facts = _compiled(lowered, traced)
+    facts |= {"unit": every, "spec": decided}
+    if len(programs) == 1:
+        (program,) = programs.values()
+        facts["bytes"] = (program.cost_analysis() or {}).get("bytes accessed")
+    return _program(state, programs.get("meta"), programs.get("plain"), batches, every, facts)
+
+
+def _compiled(lowered: dict[str, jax.stages.Lowered], traced: float) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns the compiled programs and their facts; `traced` are the seconds that tracing took."""
     began = time.perf_counter()
-    options = parallel.compiler_options()
-    meta = meta_step and jax.jit(meta_step, donate_argnums=0, compiler_options=options).lower(state, *batches).compile()
-    plain = None
-    if not meta or every > 1:
-        plain = jax.jit(plain_step, donate_argnums=0, compiler_options=options).lower(state, batches[0]).compile()
-    programs = [program for program in (meta, plain) if program]
-    memory = [program.memory_analysis() for program in programs]
-    facts = {
-        "compile_seconds": time.perf_counter() - began,
+    programs = {kind: one.compile() for kind, one in lowered.items()}
+    memory = [program.memory_analysis() for program in programs.values()]
+    return programs, {
+        "trace_seconds": traced,
+        "compile_seconds": traced + time.perf_counter() - began,
         "temp_mb": max(m.temp_size_in_bytes for m in memory if m) / 1e6,
-        "spec": decided,
         **_device(),
     }
-    return _program(state, meta, plain, batches, every, facts)
 
 
 def _program(state, meta, plain, batches: list[Batch], every: int, facts: dict[str, Any]) -> Program:
@@ -80,6 +98,7 @@ def _device() -> dict[str, Any]:
         "device": jax.devices()[0].device_kind,
         "device_count": jax.device_count(),
         "version": f"jax {jax.__version__}",
+        "convolutions": native.lowering(),
     }
 
 
@@ -115,7 +134,7 @@ def _explicit(spec: Spec) -> tuple[BilevelState, Callable | None, Callable]:
     module = models.create(spec.model, spec.classes, spec.width, jnp.dtype(spec.dtype))
     image = jnp.zeros((1, spec.image_size, spec.image_size, 3))
     defaults = config_lib.Config()
-    tx, mod_tx = optim.classifier(defaults.optim, defaults.optim.learning_rate), optim.modulator(defaults.meta, 1e-2)
+    tx, mod_tx = optim.classifier(defaults.optim, defaults.optim.learning_rate), optim.modulator(1e-2)
     key, learner = jax.random.key(0), None
     if spec.step == "mfm":
         channels = modulation.site_channels(lambda film: module.init(key, image, modulate=film), spec.sites)
@@ -135,6 +154,7 @@ def _explicit(spec: Spec) -> tuple[BilevelState, Callable | None, Callable]:
             hypergrad=getattr(hypergrad, spec.route),
             lagged=spec.lagged,
             virtual_groups=models.virtual_groups(spec.model, spec.virtual),
+            bn=spec.bn,
         )
     return state, meta_step, plain_step
 
@@ -145,21 +165,41 @@ def _recipe(spec: Spec) -> tuple[BilevelState, Callable | None, Callable, dict[s
     Model, images, classes and batches are the spec's; all else is what someone who runs the config gets.
     """
     config = _config(spec)
-    counts = longtail.class_counts(5000, spec.classes, config.data.imbalance_factor)
     # Of the data, `experiment.build` reads only shapes and counts.
-    images = np.broadcast_to(np.zeros((), np.uint8), (counts.sum(), spec.image_size, spec.image_size, 3))
-    long_tailed: Any = SimpleNamespace(
-        train_images=images, train_labels=images[:, 0, 0, 0], counts=counts, num_classes=spec.classes
+    built = experiment.build(config, _data(spec, config), _mesh(spec) if spec.devices > 1 else None)
+    return _drawn(built.init), built.meta_step, built.plain_step, _decided(config, built)
+
+
+def _data(spec: Spec, config: config_lib.Config) -> Any:
+    """Returns long-tailed data of blank images, in the form of `data.LongTailData`."""
+    counts = longtail.class_counts(5000, spec.classes, config.data.imbalance_factor)
+    shape = (spec.image_size, spec.image_size, 3)
+
+    def images(number: int) -> np.ndarray:
+        return np.broadcast_to(np.zeros((), np.uint8), (number, *shape))
+
+    meta = max(config.meta.images_per_class, -(-spec.meta_batch // spec.classes)) * spec.classes
+    return SimpleNamespace(
+        train_images=images(counts.sum()),
+        train_labels=np.repeat(np.arange(spec.classes, dtype=np.int32), counts),
+        meta_images=images(meta),
+        meta_labels=np.arange(meta, dtype=np.int32) % spec.classes,
+        counts=counts,
+        num_classes=spec.classes,
+        mean=np.full(3, 127.5, np.float32),
+        std=np.full(3, 127.5, np.float32),
     )
-    built = experiment.build(config, long_tailed, _mesh(spec) if spec.devices > 1 else None)
+
+
+def _decided(config: config_lib.Config, built: experiment.Experiment) -> dict[str, Any]:
     learns = built.meta_step is not None
-    decided = {
+    return {
         "sites": config.sites if learns else (),
         "every": config.meta.every if learns else 1,
         "lagged": config.meta.lagged,
         "virtual": config.meta.virtual,
+        "bn": config.meta.bn,
     }
-    return _drawn(built.init), built.meta_step, built.plain_step, decided
 
 
 def _config(spec: Spec) -> config_lib.Config:
@@ -178,6 +218,63 @@ def _config(spec: Spec) -> config_lib.Config:
     }
     config.update_from_flattened_dict(fixed | dict(spec.overrides))
     return config_lib.resolve(config)
+
+
+def _start(spec: Spec, config: config_lib.Config) -> tuple[experiment.Experiment, loop.LoopState, loop.DeviceData]:
+    """Returns the experiment, its loop state and its data on the device, of all seeds; images are noise."""
+    data, rng = _data(spec, config), np.random.default_rng(0)
+    data.train_images, data.meta_images = (
+        rng.integers(0, 256, images.shape, np.uint8) for images in (data.train_images, data.meta_images)
+    )
+    built = experiment.build(config, data)
+    one = loop.initial(dataclasses.replace(built, init=lambda: _drawn(built.init)), config.train)
+    order = rng.integers(0, len(data.train_labels), (built.steps_per_epoch, spec.batch), np.int32)
+    table = np.arange(len(data.meta_labels), dtype=np.int32).reshape(-1, spec.classes).T
+    resident = loop.to_device(data).replace(order=jnp.asarray(order), meta_table=jnp.asarray(table))
+    state, resident = loop.stack([one] * spec.seeds, [resident] * spec.seeds)
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return built, parallel.place(state, place), parallel.place(resident, place)
+
+
+def _loop(spec: Spec) -> Program:
+    """Training as `mfm_jax.main` runs it: its compiled call on resident data, sampling and augmentation included.
+
+    Whole calls alone are run, so a number of steps is rounded up; `unit` steps have their whole share of meta-steps.
+    """
+    config = _config(spec)
+    each = config.train.steps_per_call or (1 if jax.default_backend() == "cpu" else 10)  # as `train` has it
+    with TRACING:
+        built, state, resident = _start(spec, config)
+        decided = _decided(config, built)
+        unit = math.lcm(each, decided["every"])
+
+        def flags(first: int) -> tuple[jax.Array, str]:
+            learns = built.meta_step is not None
+            return loop.steps([learns and step % decided["every"] == 0 for step in range(first, first + each)])
+
+        began, lowered = time.perf_counter(), {}
+        call = loop.make_call(built, config, spec.seeds)
+        for is_meta, kind in map(flags, range(0, unit, each)):
+            if kind not in lowered:
+                lowered[kind] = call.lower(state, resident, is_meta, kind)
+        traced = time.perf_counter() - began
+    programs, facts = _compiled(lowered, traced)
+    facts |= {"unit": unit, "steps_per_call": each, "spec": decided}
+    done = 0
+
+    def run(steps: int) -> None:
+        nonlocal state, done
+        for _ in range(-(-steps // each)):
+            is_meta, kind = flags(done % unit)
+            state, done = programs[kind](state, resident, is_meta), done + each
+        jax.block_until_ready(state)
+
+    def finish() -> dict[str, Any]:
+        if not np.isfinite(losses := np.asarray(state.sums["loss"])).all():
+            raise FloatingPointError(f"the sum of losses is {losses} after {done} steps")
+        return {}
+
+    return Program(run, finish, facts)
 
 
 def _input(spec: Spec) -> Program:
@@ -202,13 +299,34 @@ def _input(spec: Spec) -> Program:
 
 
 def _matmul(spec: Spec) -> Program:
-    """A square matrix product, the yardstick for shares of the device's rate: one step is one product."""
+    """A square matrix product, the yardstick for shares of the device's rate: one step is one product.
+
+    Each is multiplied by the same matrix again, whose eigenvalues are at most about one.
+    """
     size = MATMUL_SIZE.get(jax.default_backend(), 8192)
-    both = np.random.default_rng(0).normal(size=(2, size, size))
-    left, right = (jnp.asarray(one, jnp.dtype(spec.dtype)) for one in both)
-    product = jax.jit(jnp.matmul)
+    drawn = np.random.default_rng(0).random((size, size), np.float32) - np.float32(0.5)
+    value = right = jnp.asarray(drawn * np.float32((12 / size) ** 0.5), jnp.dtype(spec.dtype))
+    product = jax.jit(functools.partial(jnp.matmul, precision=spec.precision))
 
     def run(steps: int) -> None:
-        jax.block_until_ready([product(left, right) for _ in range(steps)])
+        nonlocal value
+        for _ in range(steps):
+            value = product(value, right)
+        jax.block_until_ready(value)
 
     return Program(run, dict, {"spec": {"batch": size}, **_device()})
+
+
+def _copy(spec: Spec) -> Program:
+    """One addition to each element of a large array, the yardstick for bandwidth: one step reads and writes it once."""
+    value = jnp.zeros(2**24 if jax.default_backend() == "cpu" else 2**28, jnp.dtype(spec.dtype))
+    bytes_moved = 2.0 * value.nbytes
+    add = jax.jit(lambda x: x + 1)
+
+    def run(steps: int) -> None:
+        nonlocal value
+        for _ in range(steps):
+            value = add(value)
+        jax.block_until_ready(value)
+
+    return Program(run, dict, {"bytes": bytes_moved, "spec": {}, **_device()})

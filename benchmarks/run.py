@@ -52,9 +52,11 @@ from rich.progress import track
 from rich.table import Table
 
 CONFIG = Path(__file__).parents[1] / "configs" / "cifar10_lt_small.py"
-# Caches would hide what compiling costs; JAX must not take the whole device for the first of many processes.
+# Caches would hide what compiling costs; JAX must not take the whole device for the first of many processes; waiting
+# threads of PyTorch's must not take the cores from whoever has its turn.
 ENVIRONMENT = {
     "JAX_ENABLE_COMPILATION_CACHE": "false",
+    "OMP_WAIT_POLICY": "PASSIVE",
     "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1",
     "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
 }
@@ -69,7 +71,7 @@ class Worker:
     """The directing end of one contender's process."""
 
     def __init__(self, spec: Spec):
-        """Starts the process and waits until its step is warm."""
+        """Starts the process; `wait` goes with it."""
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed by `stop`)
         order = json.dumps({"spec": dataclasses.asdict(spec), "started": time.time()})
         self._process = subprocess.Popen(
@@ -80,13 +82,19 @@ class Worker:
             env=os.environ | ENVIRONMENT,
             text=True,
         )
+        self.spec = spec
+        self.facts: Row = {}
+
+    def wait(self) -> "Worker":
+        """Waits until the step is warm."""
         try:
             self.facts = self._answer()
         except BaseException:
             self.stop()
             raise
         # What a config file decides is known only now.
-        self.spec = Spec.read(dataclasses.asdict(spec) | self.facts.pop("spec", {}))
+        self.spec = Spec.read(dataclasses.asdict(self.spec) | self.facts.pop("spec", {}))
+        return self
 
     def step_seconds(self, steps: int) -> float:
         """Returns seconds a step, over `steps` steps."""
@@ -99,8 +107,12 @@ class Worker:
         finally:
             self.stop()
 
-    def stop(self) -> None:
+    def kill(self) -> None:
+        """Ends the process at once, whatever another thread waits for."""
         self._process.kill()
+
+    def stop(self) -> None:
+        self.kill()
         self._process.communicate()
         self._errors.close()
 
@@ -177,7 +189,7 @@ def start(specs: list[Spec], failed: dict[str, str], *, quiet: bool = False) -> 
     workers = []
     for spec in specs if quiet else track(specs, "compiling", console=Console(stderr=True)):
         try:
-            workers.append(Worker(spec))
+            workers.append(Worker(spec).wait())
         except WorkerFailed as error:
             failed[spec.name] = str(error)
     return workers
@@ -355,12 +367,13 @@ def main() -> int:
     common = Spec(
         "", model=options.model, batch=size, meta_batch=size, image_size=options.image_size, config=str(options.config)
     )
-    probe = Worker(dataclasses.replace(common, name="probe", step="matmul"))  # asks JAX what the device is
+    probe = Worker(dataclasses.replace(common, name="probe", step="matmul")).wait()  # asks JAX what the device is
     probe.stop()
-    device = {name: probe.facts[name] for name in ("backend", "device", "device_count", "version", "allocator")}
+    known = ("backend", "device", "device_count", "version", "convolutions", "allocator")
+    device = {name: probe.facts[name] for name in known}
     failed: dict[str, str] = {}
-    title = f"{options.model}, batch {size} + {size}, {device['device']}, {device['version']}"
-    title += f", allocator: {device['allocator']}"
+    how = f"{device['version']}, convolutions {device['convolutions']}, allocator {device['allocator']}"
+    title = f"{options.model}, batch {size} + {size}, {device['device']}, {how}"
     result: Row = {"device": device, "options": {k: str(v) for k, v in vars(options).items()}}
     if options.curves:
         result["curves"] = measure_curves(common, device["device_count"], options, failed)

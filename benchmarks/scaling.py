@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from contenders import Spec, step_flops
+from contenders import PUBLISHED_FORWARD, Spec, step_flops
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
@@ -60,10 +60,9 @@ class Chip:
     domain: int
 
 
-# He et al. 2016 and Dosovitskiy et al. 2021, as torchvision counts them: 4.09 and 17.56 G multiply-adds.
 NETWORKS = (
-    Network("ResNet-50", 2 * 4.09e9, 25.56e6, 53, 26_560, 1),
-    Network("ViT-B/16", 2 * 17.56e9, 86.57e6, 0, 0, 2),
+    Network("ResNet-50", PUBLISHED_FORWARD["resnet50"], 25.56e6, 53, 26_560, 1),
+    Network("ViT-B/16", PUBLISHED_FORWARD["vit_b16"], 86.57e6, 0, 0, 2),
 )
 # cloud.google.com/tpu/docs/v4: 275 TFLOP/s, 32 GiB; all-reduce 1.1 PB/s for a pod of 4096.
 # NVIDIA's datasheets of H100 and DGX H100: 989 TFLOP/s dense, 80 GB; NVLink 900 GB/s both ways together; eight adapters
@@ -148,10 +147,10 @@ def step_bytes(parameters: float, channels: float, meta: bool, phi: float = 0) -
 
     Gradients of the parameters; of batch norm, for each channel, two moments forward and their two transposes
     backward, of which one stands for the gradient of its scale; loss and accuracy. A meta-step adds u, two moments'
-    tangents, the meta-gradient and the meta loss.
+    tangents, two fresh moments, the meta-gradient and the meta loss.
     """
     plain = parameters + 3 * channels + 2
-    return 4 * (plain + meta * (parameters + 2 * channels + phi + 1))
+    return 4 * (plain + meta * (parameters + 4 * channels + phi + 1))
 
 
 def programs_table(quick: bool) -> Table:
@@ -200,11 +199,11 @@ def scaling_table(chip: Chip, decoded: float) -> Table:
 
 
 def _row(network: Network, chip: Chip, chips: int, part: int, decoded: float) -> list[str]:
-    compute = (3 + 5 / EVERY) * network.forward * part / (chip.operations * UTILIZATION)
+    compute = (3 + 6 / EVERY) * network.forward * part / (chip.operations * UTILIZATION)
     plain, meta = (step_bytes(network.parameters, network.channels, which) for which in (False, True))
     rate = chip.near if chips <= chip.domain else chip.far
     moved = 2 * (chips - 1) / chips * (plain + (meta - plain) / EVERY) / rate
-    waits = 2 * network.norms + 1 + (network.norms + 2) / EVERY
+    waits = 2 * network.norms + 1 + (2 * network.norms + 2) / EVERY
     latency = waits * LATENCY
     images = (1 + 1 / EVERY) * part * chips / (compute + moved + latency)
     share = (moved + latency) / (compute + moved + latency)

@@ -48,9 +48,9 @@ THIRDS = {"head": "head third", "middle": "middle third", "rarest": "rarest thir
 CHOSEN: dict[str, Values] = {
     "logit_adjusted": {"method.sampling": "square_root_later", "method.first_stage": 0.5, "method.tau": 0.75},
     "ldam_drw": {"method.sampling": "square_root"},
-    "meta_weight_net": {"method.sampling": "square_root", "meta.learning_rate": 2.5e-4},
+    "meta_weight_net": {"method.sampling": "square_root", "meta.learning_rate": 2e-3},
 }
-UNTUNED: dict[str, Values] = {"l2ac": {"meta.learning_rate": 2.5e-4}}  # its phi is a network, as Meta-Weight-Net's
+UNTUNED: dict[str, Values] = {"l2ac": {"meta.learning_rate": 2e-3}}  # its phi is a network, as Meta-Weight-Net's
 MAIN = ("ce", "logit_adjusted", "mfm")
 PEERS = ("ldam_drw", "meta_weight_net")
 

@@ -4,12 +4,14 @@ r"""Packs what a config trains, validates and tests on into one compressed file,
 
 CIFAR-10-LT at factor 100 takes 62 MB. The file is used with
 
-    --config.data.source=npz --config.data.root=packed/cifar10.npz --config.data.protocol=natural \
-    --config.data.val_fraction=0
+    --config.data.source=npz --config.data.root=packed/cifar10.npz
 
-which keeps its splits. With the config's own imbalance factor the training set is whole; a larger one makes it longer.
+and the config's own protocol, imbalance factor and seed: the manifest is in the file, so that the split is the one that
+was packed, record by record, and a run's `manifest.json` has the same hash as from the data set itself. With
+`--config.data.protocol=natural --config.data.val_fraction=0` a larger imbalance factor makes the training set longer.
 """
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -36,7 +38,8 @@ def pack(found: data.LongTailData, path: Path) -> None:
         splits["meta"] = found.meta_images, found.meta_labels
     arrays = {f"{split}_images": images for split, (images, _) in splits.items()}
     arrays |= {f"{split}_labels": labels for split, (_, labels) in splits.items()}
-    np.savez_compressed(path, class_names=np.array(found.class_names), **arrays)
+    arrays |= {"class_names": np.array(found.class_names), "manifest": np.array(json.dumps(found.manifest))}
+    np.savez_compressed(path, **arrays)
     print(
         f"{path}: {path.stat().st_size / 1e6:.0f} MB;",
         *(f"{len(labels)} {name}" for name, (_, labels) in splits.items()),

@@ -185,11 +185,14 @@ def build(spec: Spec) -> Program:
 def _plain_step(net: Net, batch: tuple[Tensor, Tensor], spec: Spec) -> Callable[[], Tensor]:
     """The step as anyone writes it: `zero_grad`, `backward`, `optim.SGD`."""
     optimizer = torch.optim.SGD(net.parameters(), LEARNING_RATE, MOMENTUM, weight_decay=WEIGHT_DECAY, nesterov=True)
-    forward = torch.compile(net) if spec.compiled else net
+    forward = torch.compile(net, mode="reduce-overhead" if spec.graphs else None) if spec.compiled else net
+    device, lower = batch[0].device.type, spec.dtype == "bfloat16"
 
     def step() -> Tensor:
         optimizer.zero_grad()
-        loss = F.cross_entropy(forward(batch[0], True), batch[1])
+        with torch.autocast(device, torch.bfloat16, enabled=lower):
+            logits = forward(batch[0], True)
+        loss = F.cross_entropy(logits.float(), batch[1])
         loss.backward()
         optimizer.step()
         return loss.detach()

@@ -1,9 +1,6 @@
 """CIFAR-10-LT, imbalance factor 100, between small and full size: 32x32 images, ResNet-20, 20 epochs.
 
 python -m mfm_jax.main --config=configs/cifar10_lt_medium.py --workdir=runs/cifar10_medium
-
-The rate of phi is MFM's. Meta-Weight-Net and L2AC, whose phi is a network, want a fifth of it:
---config.meta.learning_rate=5e-4.
 """
 
 from mfm_jax import config as config_lib
@@ -14,6 +11,4 @@ def get_config():
     config.model.name = "resnet20"
     config.train.epochs = 20
     config.train.batch_size = 50
-    config.meta.every = 12
-    config.meta.learning_rate = 2.5e-3
     return config

@@ -24,6 +24,5 @@ def get_config():
     config.train.epochs = 60
     config.train.batch_size = 50
     config.meta.batch_size = 50
-    config.meta.bn = "fresh"  # right under any learning rate (docs/results/plankton.md)
     config.checkpoint.every_epochs = 5
     return config

@@ -5,9 +5,6 @@
 FOLDER holds a folder of pictures for each class. Takes 10 minutes on one CPU core. Balanced test accuracy, mean and
 standard deviation of 3 seeds: MFM 55.0 ± 1.8 %, CE 41.2 ± 0.3, logit adjustment as published 51.4 ± 0.4
 (docs/results/plankton.md).
-
-The rate of phi is MFM's. Meta-Weight-Net and L2AC, whose phi is a network, want a fifth of it:
---config.meta.learning_rate=2.5e-4.
 """
 
 from mfm_jax import config as config_lib
@@ -20,14 +17,9 @@ def get_config():
     config.data.imbalance_factor = 1.0
     config.data.image_size = 32
     config.data.fit = "pad"
-    config.modulation.shift_only = True
     config.model.name = "resnet8"
     config.train.epochs = 12
     config.train.batch_size = 50
-    config.meta.batch_size = 100
-    config.meta.bn = "fresh"
-    config.meta.every = 24
-    config.meta.learning_rate = 1.25e-3
     config.eval.every_epochs = 2
     config.checkpoint.every_epochs = 4
     return config

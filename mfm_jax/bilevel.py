@@ -14,15 +14,17 @@ One step, with `U` the classifier's real optax update:
 
 Batch-norm policy, which decides whether the meta-gradient means anything:
 
-  1. The meta pass is normalised as a test pass is: by the running averages, as they stand at the start of the step.
-     A balanced batch normalised by its own statistics is not the network that will be tested. The meta pass writes
-     no statistics. (`bn="batch"` keeps the other choice measurable.) Running averages are those of the last ten or so
-     steps' networks, which at a large learning rate are not w_hat; `bn="fresh"` takes the statistics of a plain pass
-     over the training batch at w_hat, which are constants for the meta-gradient.
+  1. The meta pass is normalised by the statistics of a plain pass over the training batch at w_hat (`bn="fresh"`),
+     which are constants for the meta-gradient: one forward pass a meta-step. They are right from the first step, at any
+     depth and learning rate. Running averages (`bn="running"`) begin at mean 0 and variance 1 and are those of the last
+     ten or so steps' networks; a deep network explodes under them, and the first meta-gradients with it. A balanced
+     batch normalised by its own statistics (`bn="batch"`) is not the network that will be tested. The meta pass
+     writes no statistics.
   2. The running averages always describe the plain network: they come from a plain pass over the training batch.
      Where every modulated site lies behind the last batch norm, the training pass gathers the same numbers and no
      other is run; a site before a batch norm costs one more forward pass.
-  3. The averages are updated once a step, whether or not the step is lagged or meta.
+  3. The averages are updated once a step, whether or not the step is lagged or meta. Whoever tests or stores a
+     classifier takes them anew first, by plain passes over training batches (`make_statistics`): they lag behind w.
 
 No function here jits, shards or donates; the caller does. Inside `shard_map`, pass `axis_name`: losses are averaged
 over that mesh axis before they are differentiated, so that every derivative below is the global one.
@@ -102,7 +104,7 @@ def make_step(
     hypergrad: HypergradFn = mixed_mode,
     lagged: bool = True,
     virtual_groups: tuple[str, ...] | None = None,
-    bn: str = "running",
+    bn: str = "fresh",
     parts: int = 1,
     axis_name: str | None = None,
 ) -> Step:
@@ -121,7 +123,7 @@ def make_step(
       lagged: take w_hat as the real step; otherwise repeat the step under the new phi.
       virtual_groups: top-level groups of `params` that move in the virtual step; None for all. The real step moves
         all parameters in any case.
-      bn: statistics of the meta pass, "running", "fresh" or "batch" (above).
+      bn: statistics of the meta pass, "fresh", "running" or "batch" (above).
       parts: compute each pass over so many equal parts of its batch, one after another, and their activations again in
         the backward pass: less memory, a third more time, and the same losses, derivatives and update but that batch
         norm sees a part at a time (its running averages move by the mean of the parts' statistics).
@@ -136,7 +138,8 @@ def make_step(
         raise ValueError("lagged = True: the weights belong to one batch, the next step cannot use them")
     forward = _forward(apply_fn, axis_name)
     gradient_step = _gradient_step(forward, loss_fn, tx, learner, parts, axis_name, class_weights)
-    plain_statistics, fresh_statistics = _plain_statistics(forward, parts), _fresh_statistics(forward, parts)
+    plain_statistics = _plain_statistics(forward, parts)
+    fresh_statistics = make_statistics(apply_fn, parts=parts, axis_name=axis_name)
     outer = optax.with_extra_args_support(mod_tx)
 
     def step(state: BilevelState, batch: Batch, meta_batch: Batch) -> tuple[BilevelState, Metrics]:
@@ -259,6 +262,34 @@ def make_eval_step(apply_fn: ApplyFn) -> Callable[[PyTree, PyTree, jax.Array], j
         return jax.nn.softmax(apply_fn({"params": params, "batch_stats": batch_stats}, image, **options))
 
     return eval_step
+
+
+def make_statistics(
+    apply_fn: ApplyFn, *, parts: int = 1, axis_name: str | None = None
+) -> Callable[[BilevelState, PyTree, Batch], PyTree]:
+    """Returns `(state, params, batch) -> batch statistics` of a plain training pass alone, without the averages so far.
+
+    Running averages are linear in what they were, after = m before + (1 - m) new, with a slope m that forward mode
+    reads off, so that new = before + (after - before) / (1 - m), whatever momentum the module has. A frozen layer, of
+    slope 1, keeps its averages, which it is tested with.
+
+    Args:
+      apply_fn, parts, axis_name: as in `make_step`.
+    """
+    plain_pass = _plain_pass(_forward(apply_fn, axis_name), parts)
+
+    def statistics(state: BilevelState, params: PyTree, batch: Batch) -> PyTree:
+        def averages(before: PyTree) -> PyTree:
+            return plain_pass(state.replace(batch_stats=before), params, batch)
+
+        def fresh(before: jax.Array, after: jax.Array, m: jax.Array) -> jax.Array:
+            return jnp.where(m < 1, before + (after - before) / jnp.where(m < 1, 1 - m, 1), before)
+
+        before = state.batch_stats
+        after, slope = jax.jvp(averages, (before,), (jax.tree.map(jnp.ones_like, before),))
+        return jax.tree.map(fresh, before, after, slope)
+
+    return statistics
 
 
 def _forward(apply_fn: ApplyFn, axis_name: str | None = None) -> Callable[..., tuple[jax.Array, PyTree]]:
@@ -393,29 +424,6 @@ def _plain_pass(forward: Callable, parts: int) -> Callable[[BilevelState, PyTree
         return _in_parts(lambda part: forward(state, params, part, no_modulation, train=True), batch, parts)[1]
 
     return averages
-
-
-def _fresh_statistics(forward: Callable, parts: int) -> Callable[[BilevelState, PyTree, Batch], PyTree]:
-    """Returns `(state, params, batch) -> statistics` of a plain training pass alone, without what the averages were.
-
-    Running averages are linear in what they were, old' = m old + (1 - m) new, so two passes that differ in `old` tell
-    `new`, whatever the momentum; nothing else in them differs, and `vmap` computes that once.
-    """
-
-    plain_pass = _plain_pass(forward, parts)
-
-    def statistics(state: BilevelState, params: PyTree, batch: Batch) -> PyTree:
-        def averages(old: jax.Array) -> PyTree:
-            start = jax.tree.map(lambda leaf: jnp.full_like(leaf, old), state.batch_stats)
-            return plain_pass(state.replace(batch_stats=start), params, batch)
-
-        def fresh(of_0_and_1: jax.Array, running: jax.Array) -> jax.Array:
-            share = 1 - (of_0_and_1[1] - of_0_and_1[0])  # 1 - m; 0 in a frozen layer, which is tested with its averages
-            return jnp.where(share > 1e-6, of_0_and_1[0] / jnp.where(share > 1e-6, share, 1), running)
-
-        return jax.tree.map(fresh, jax.vmap(averages)(jnp.array([0.0, 1.0])), state.batch_stats)
-
-    return statistics
 
 
 def _depends(function: Callable[[PyTree], PyTree], argument: PyTree) -> bool:

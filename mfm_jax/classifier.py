@@ -1,7 +1,8 @@
 """The trained classifier of a run, as it is tested, from what lies in the workdir: its data set need not be at hand.
 
 Three files make it: `config.json` says which network and method, the checkpoint has the parameters, and
-`classifier.json`, which training writes at its start, has what only the data could tell.
+`classifier.json`, which training writes at its start, has what only the data could tell. `load_pretrained` makes one of
+pretrained weights and data in their place.
 """
 
 import dataclasses
@@ -127,11 +128,30 @@ def load(workdir: str | Path, which: str = "last") -> Classifier:
     finally:
         checkpoints.close()
     tested = experiment_lib.tested(config, np.asarray(facts.train_class_counts))
-    params, mean, std = tested.params(state), np.asarray(facts.mean, np.float32), np.asarray(facts.std, np.float32)
+    params = tested.params(state)
+    return _of(facts, config, step, lambda image: tested.probabilities(params, state.batch_stats, image))
+
+
+def load_pretrained(config: Config, data: LongTailData) -> Classifier:
+    """Returns the classifier with the weights of `model.pretrained` as they are, at step 0.
+
+    What the method does to a classifier after training (`posthoc_la`, `tau_norm`) is done to it too.
+
+    Raises:
+      UserError: the file is not one of this classifier's weights, with such a head.
+    """
+    experiment = experiment_lib.build(config, data)
+    assert experiment.init_pretrained is not None
+    state = experiment.init_pretrained(whole=True)
+    return _of(describe(config, data), config, 0, lambda image: experiment.eval_step(state, image))
+
+
+def _of(facts: Facts, config: Config, step: int, predict: Callable[[jax.Array], jax.Array]) -> Classifier:
+    """Returns the classifier of which `predict` gives the probabilities for normalised images."""
+    mean, std = np.asarray(facts.mean, np.float32), np.asarray(facts.std, np.float32)
 
     def forward(images: jax.Array) -> jax.Array:
-        normalized = augment.normalize(images, jnp.asarray(mean), jnp.asarray(std))
-        return tested.probabilities(params, state.batch_stats, normalized)
+        return predict(augment.normalize(images, jnp.asarray(mean), jnp.asarray(std)))
 
     compiled = jax.jit(forward)
     return Classifier(facts, config, step, forward, lambda images: np.asarray(compiled(images)))

@@ -30,7 +30,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Column, Table
 
-from mfm_jax import command, comparison, runs, train, tune
+from mfm_jax import command, comparison, report, runs, train, tune
 from mfm_jax import config as config_lib
 from mfm_jax.errors import UserError
 from mfm_jax.longtail import read_manifest
@@ -69,7 +69,11 @@ def main(argv: Sequence[str]) -> int:
     write(rows, seeds, workdir, methods[0], failed, tuned)
     print_table(rows, methods[0], failed, tuned)
     manifest = read_manifest(workdir / next(iter(results)) / f"seed{seeds[0]}" / "manifest.json")
-    page = comparison.write_page(workdir, rows, results, failed, tuned, manifest, methods[0])
+    folders = {f"{name} seed {seed}": workdir / name / f"seed{seed}" for name in results for seed in seeds}
+    warnings = [(run, sentence) for run, folder in folders.items() for sentence in report.warnings(folder)]
+    for run, sentence in warnings:
+        print(f"warning: {run}: {sentence}")
+    page = comparison.write_page(workdir, rows, results, failed, tuned, manifest, methods[0], warnings)
     print(f"table: {workdir}/compare.md, {workdir}/compare.csv; figures: {page}")
     print(f"report: {workdir / list(results)[-1] / f'seed{seeds[0]}' / 'report.html'}")
     return 1 if failed else 0

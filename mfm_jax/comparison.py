@@ -23,6 +23,7 @@ def write_page(
     tuned: Mapping[str, Mapping[str, Any]],
     manifest: dict[str, Any],
     baseline: str,
+    warnings: Sequence[tuple[str, str]] = (),
 ) -> Path:
     """Writes `workdir/compare.html` and returns its path.
 
@@ -34,6 +35,7 @@ def write_page(
       tuned: by method, the values that tuning chose, by `group.field`.
       manifest: of the split, which all runs share.
       baseline: the method that the others are compared with.
+      warnings: of `report.warnings`, each with the run's name before it.
     """
     train = manifest["splits"]["train"]
     classes = Classes(list(manifest["class_names"]), np.asarray(train["class_counts"]))
@@ -50,6 +52,7 @@ def write_page(
         "cell": cell,
         "interval": interval,
         "failed": failed,
+        "warnings": warnings,
         "tuned": {name: values for name, values in tuned.items() if values},
         "pictures": {
             "classes": figures.render(figures.draw_class_accuracies, (9.0, 4.6), classes, methods),

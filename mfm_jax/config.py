@@ -54,7 +54,7 @@ class Data:
     image_size: int = _between(0, 0)  # pixels a side; 0 = as stored
     fit: str = _one_of("crop", "pad", "squeeze")  # folder, list: how a picture of another shape becomes square
     channels: int = _between(0, 0, 3)  # folder, list: 1 grey, 3 colour; 0 = grey where every image is
-    normalize: str = _one_of("own", "imagenet", "half")  # mean and std: of the set, ImageNet's, or 0.5 (ViT)
+    normalize: str = _one_of("own", "imagenet", "half", "pytorch_cifar")  # mean and std
     resident_mb: int = _between(4096, 0)  # decoded images up to this many MB stay on the device; more are streamed
     workers: int = _between(2, 0)  # streaming: processes that decode; 0 = in the main process
     manifest: str = ""  # re-use this split manifest instead of drawing one
@@ -152,14 +152,14 @@ class Meta:
 
     images_per_class: int = _between(10, 1)
     batch_size: int = _between(100, 1)
-    every: int = _between(6, 1)  # update the modulator every k-th step, k times as far
+    every: int = _between(8, 1)  # update the modulator every k-th step
     start_epoch: int = _between(0, 0)  # no modulator update before this epoch
     lagged: bool = True  # the real step re-uses the virtual one
     virtual: str = _one_of("all", "last_stage", "head")  # parameters that move in the virtual step
-    bn: str = _one_of("running", "fresh", "batch")  # statistics that normalise the meta pass (see `bilevel`)
+    bn: str = _one_of("fresh", "running", "batch")  # statistics that normalise the meta pass (see `bilevel`)
     loss: str = _one_of("ce", "gce")
     temperature: float = _between(1.0, 1e-3)  # divides the logits in the meta loss
-    learning_rate: float = _between(0.0, 0.0)  # of phi's Adam, for each training step; 0 = the method's own
+    learning_rate: float = _between(0.01, 0.0)  # how far phi moves in a meta-step where meta-gradients agree
     freeze: bool = False  # keep the modulator as it starts; the meta-step is not paid for
 
 
@@ -318,11 +318,6 @@ def _check_together(config: Config) -> None:
         raise UserError(
             f"model.tune = 'adapters': only model.name = 'vit_b16' has them, not {config.model.name!r}; choose"
             " 'head' or 'all'"
-        )
-    if config.model.pretrained and config.model.name in SMALL_RESNETS:
-        raise UserError(
-            f"model.pretrained = {config.model.pretrained!r}: there are no common names for the layers of"
-            f" {config.model.name}; leave it out, or choose a model.name for large images"
         )
     if config.modulation.per_class and config.modulation.form != "direct":
         raise UserError(

@@ -1,5 +1,6 @@
 """A trained run evaluated again: on any split of its data, or on folders of other pictures of the same classes.
 
+Where there is no run, but the config names pretrained weights, these are evaluated as they are.
 What training wrote stays as it is; an evaluation has a folder of its own, with `results.json` and `report.html`.
 """
 
@@ -19,7 +20,7 @@ from mfm_jax import config as config_lib
 from mfm_jax import data as data_lib
 from mfm_jax.classifier import Classifier
 from mfm_jax.config import Config
-from mfm_jax.data import batches, listing
+from mfm_jax.data import LongTailData, batches, listing
 from mfm_jax.errors import UserError
 
 # A classifier -> (its probabilities [N, K], the labels [N]).
@@ -35,34 +36,49 @@ def evaluate_run(
 ) -> tuple[dict[str, Any], Path]:
     """Evaluates the last checkpoint of a run and the best on validation, as far as there is one.
 
+    In a `workdir` without a run, the weights of `model.pretrained` are evaluated without training. That is told on the
+    standard error, and a run may still begin there.
+
     Args:
       config: of the run; `data.root`, `data.workers` and `eval.batch_size` may be others.
       workdir: of the run, finished or not.
       split: "test", "val" or "train" (without augmentation) of its data; None for the one that the run itself shows:
         test, and val where `eval.test` is False.
-      folder: a folder with a folder of pictures for each class, in the place of the split; its data is not needed.
+      folder: a folder with a folder of pictures for each class, in the place of the split; the run's data is not
+        needed then.
       out: the folder to write to; `workdir/eval/SPLIT`, or `workdir/eval/outside-FOLDER`, by default.
 
     Returns:
       (the content of `results.json`, the path of the report). The former has the form of a training run's; its `split`
       is "outside" for a folder, and `unread` then lists the files that could not be read, with the reasons.
+      `pretrained` names the file of weights that were not trained on, "" for a run.
 
     Raises:
-      UserError: no such run or split, another config or other data than the run's, other class names, or `out` holds a
-        run.
+      UserError: no such run or split, another config or other data than the run's, other class names, `out` holds a
+        run, or pretrained weights that are not this classifier's.
     """
-    given = _same_config(config, workdir)
+    given = config if isinstance(config, Config) else config_lib.resolve(config)
+    as_is = bool(given.model.pretrained) and not (workdir / "config.json").exists()
+    if not as_is:
+        _check_config(given, workdir)
     split = split or ("test" if given.eval.test else "val")
     out = out or workdir / "eval" / (f"outside-{folder.resolve().name}" if folder else split)
     classifier.refuse_run(out)
-    last, best = classifier.load(workdir), _load_best(workdir)
-    if not (workdir / "results.json").exists():
-        print(f"warning: the run in {workdir} has not finished; this is its step {last.step}", file=sys.stderr)
+    data = None
+    if as_is:
+        print(f"no run in {workdir}: evaluates {given.model.pretrained} as it is, without training", file=sys.stderr)
+        data = data_lib.build(given)
+        last, best = classifier.load_pretrained(given, data), None
+    else:
+        last, best = classifier.load(workdir), _load_best(workdir)
+        if not (workdir / "results.json").exists():
+            print(f"warning: the run in {workdir} has not finished; this is its step {last.step}", file=sys.stderr)
     unread: dict[str, str] = {}
     if folder:
         split, predicted = "outside", _of_folder(folder, last.class_names, given, unread)
     else:
-        predicted = _of_split(given, workdir, split)
+        data = data or _data_of_run(given, workdir)
+        predicted = _of_split(given, data, split)
     of_last = _evaluated(last, predicted, split)
     results = {
         "method": given.method.name,
@@ -71,17 +87,19 @@ def evaluate_run(
         "last": of_last,
         "best": best and (of_last if best.step == last.step else _evaluated(best, predicted, split)),
         "folder": str(folder or ""),
+        "pretrained": given.model.pretrained if as_is else "",
         "unread": unread,
         "versions": train.versions(),
     }
     out.mkdir(parents=True, exist_ok=True)
     train.write(out / "results.json", json.dumps(results, indent=1))
+    if as_is and data:
+        return results, report.write_pretrained(given.to_dict(), data.manifest, out)
     return results, report.write_report(workdir, out)
 
 
-def _same_config(config: ml_collections.ConfigDict | Mapping[str, Any] | Config, workdir: Path) -> Config:
-    """Returns the config, checked against that of the run: where the data lies may have changed."""
-    given = config if isinstance(config, Config) else config_lib.resolve(config)
+def _check_config(given: Config, workdir: Path) -> None:
+    """Checks the config against that of the run: where the data lies may have changed."""
     ran = classifier.read_config(workdir)
     elsewhere = dataclasses.replace(
         given,
@@ -92,7 +110,6 @@ def _same_config(config: ml_collections.ConfigDict | Mapping[str, Any] | Config,
         raise UserError(
             f"--workdir={workdir} belongs to another config ({'; '.join(changed)}); give the one of the run"
         )
-    return given
 
 
 def _load_best(workdir: Path) -> Classifier | None:
@@ -112,12 +129,16 @@ def _evaluated(trained: Classifier, predicted: Predicted, split: str) -> dict[st
     }
 
 
-def _of_split(config: Config, workdir: Path, split: str) -> Predicted:
+def _data_of_run(config: Config, workdir: Path) -> LongTailData:
     data = data_lib.build(config)
     train.check_split(data, workdir)
+    return data
+
+
+def _of_split(config: Config, data: LongTailData, split: str) -> Predicted:
     images, labels, size = getattr(data, f"{split}_images"), getattr(data, f"{split}_labels"), config.eval.batch_size
     if not len(labels):
-        raise UserError(f"--split={split}: the data of {workdir} has no such split")
+        raise UserError(f"--split={split}: {data.name} has no such split")
 
     def predicted(trained: Classifier) -> tuple[np.ndarray, np.ndarray]:
         stream = batches.eval_batches(images, size, config.data.workers)

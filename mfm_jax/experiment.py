@@ -45,7 +45,8 @@ class Experiment:
     """The pure functions of one run.
 
     init: `() -> BilevelState`, the state before the first step, all parameters drawn at random.
-    init_pretrained: the same with the weights of `model.pretrained`; None where there are none to load.
+    init_pretrained: the same with the weights of `model.pretrained`, the head among them if `whole`; None where there
+      are none to load.
     plain_step: `(state, batch) -> (state, metrics)`; under a meta learner that stays as it is, if there is one.
     meta_step: `(state, batch, meta_batch) -> (state, metrics)`; None where nothing learns from the meta set.
     retrain_step: `(state, batch) -> (state, metrics)` of a second stage on a frozen classifier; None without one.
@@ -64,7 +65,7 @@ class Experiment:
     """
 
     init: Callable[[], BilevelState]
-    init_pretrained: Callable[[], BilevelState] | None
+    init_pretrained: Callable[..., BilevelState] | None
     plain_step: Callable
     meta_step: Callable | None
     retrain_step: Callable | None
@@ -122,7 +123,7 @@ def build(config: Config, data: LongTailData, mesh: Mesh | None = None) -> Exper
     tx = optim.classifier(config.optim, first)
     if config.model.tune != "all":
         tx = optim.only(tx, lambda params: models.trained(params, config.model.tune))
-    mod_tx = _mod_tx(config, method, learner, second)
+    mod_tx = _mod_tx(config, method, learner, second, per_epoch)
     loss_fn = objective.loss(config, counts)
     if config.method.label_smoothing:
         loss_fn = losses.smoothed(loss_fn, config.method.label_smoothing)
@@ -130,12 +131,13 @@ def build(config: Config, data: LongTailData, mesh: Mesh | None = None) -> Exper
     apply = _train_apply(config, objective, local, mesh) if mesh else test_apply
 
     def fresh() -> PyTree:
-        return local.init(jax.random.split(jax.random.key(config.train.seed))[0], image)
+        variables = local.init(jax.random.split(jax.random.key(config.train.seed))[0], image)
+        if method.prior_bias:
+            variables = {**variables, "params": heads.with_prior_bias(variables["params"], counts)}
+        return variables
 
     def start(variables: PyTree) -> BilevelState:
         state_key = jax.random.split(jax.random.key(config.train.seed))[1]
-        if method.prior_bias:
-            variables = {**variables, "params": heads.with_prior_bias(variables["params"], counts)}
         trained = learner
         if method.retraining:
             second_init = method.retraining.init
@@ -146,9 +148,10 @@ def build(config: Config, data: LongTailData, mesh: Mesh | None = None) -> Exper
     def init() -> BilevelState:
         return start(fresh())
 
-    def init_pretrained() -> BilevelState:
-        new = jax.jit(fresh)()
-        found = pretrained.load(config.model.pretrained, new["params"], new.get("batch_stats", {}), config.model.name)
+    def init_pretrained(*, whole: bool = False) -> BilevelState:
+        new, model, normalized = jax.jit(fresh)(), config.model, objective.cosine_head
+        new = (new["params"], new.get("batch_stats", {}))
+        found = pretrained.load(model.pretrained, *new, model.name, normalized_head=normalized, whole=whole)
         return jax.jit(start)(dict(zip(("params", "batch_stats"), found, strict=True)))
 
     plain_step: Callable = bilevel.make_plain_step(
@@ -227,14 +230,14 @@ def _schedules(config: Config, method: Method, per_epoch: int) -> tuple[optax.Sc
 
 
 def _mod_tx(
-    config: Config, method: Method, learner: MetaLearner | None, second: optax.Schedule
+    config: Config, method: Method, learner: MetaLearner | None, second: optax.Schedule, per_epoch: int
 ) -> optax.GradientTransformation:
     """Returns the optimizer of what is not the classifier: a second stage's, or the meta learner's."""
     if method.retraining:
         return optim.classifier(config.optim, second)
     if learner and learner.per_batch:
         return meta.positive_part()
-    return optim.modulator(config.meta, method.meta_rate)
+    return optim.modulator(optim.meta_schedule(config.meta, config.optim, config.train.epochs, per_epoch))
 
 
 def _class_weights(config: Config, objective: Method, counts: jax.Array, per_epoch: int) -> bilevel.ClassWeights | None:
@@ -244,8 +247,13 @@ def _class_weights(config: Config, objective: Method, counts: jax.Array, per_epo
     return lambda step: jnp.where(step >= begin, weights, jnp.ones_like(weights))
 
 
-def _meta_step(config, apply, loss_fn, tx, learner, mod_tx, class_weights, axis_name) -> Callable:
+def meta_loss(config: Config) -> LossFn:
+    """Returns the per-example loss of the meta pass."""
     meta_losses = {"ce": losses.cross_entropy, "gce": losses.generalized_cross_entropy}
+    return losses.with_temperature(meta_losses[config.meta.loss], config.meta.temperature)
+
+
+def _meta_step(config, apply, loss_fn, tx, learner, mod_tx, class_weights, axis_name) -> Callable:
     return bilevel.make_step(
         apply,
         loss_fn,
@@ -253,7 +261,7 @@ def _meta_step(config, apply, loss_fn, tx, learner, mod_tx, class_weights, axis_
         learner,
         mod_tx,
         class_weights=class_weights,
-        meta_loss_fn=losses.with_temperature(meta_losses[config.meta.loss], config.meta.temperature),
+        meta_loss_fn=meta_loss(config),
         lagged=config.meta.lagged,
         virtual_groups=models.virtual_groups(config.model.name, config.meta.virtual),
         bn=config.meta.bn,

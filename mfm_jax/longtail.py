@@ -371,9 +371,22 @@ def read_manifest(path: str | os.PathLike[str]) -> dict[str, Any]:
       UserError: the file is missing, is not a manifest, or was changed after it was written.
     """
     try:
-        manifest = json.loads(Path(path).read_text())
+        text = Path(path).read_text()
     except OSError as error:
         raise UserError(f"manifest {path}: cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise UserError(f"manifest {path}: damaged, not text ({error}); get or make it again") from error
+    return parse_manifest(text, path)
+
+
+def parse_manifest(text: str, path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Returns the manifest that `text` is; `path` is where it was found, for messages.
+
+    Raises:
+      UserError: it is not a manifest, or was changed after it was written.
+    """
+    try:
+        manifest = json.loads(text)
     except ValueError as error:
         raise UserError(f"manifest {path}: damaged, not JSON ({error}); get or make it again") from error
     if not isinstance(manifest, dict) or "hash" not in manifest:

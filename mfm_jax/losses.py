@@ -18,6 +18,19 @@ def log_prior(counts: jax.Array) -> jax.Array:
     return jnp.log(counts) - jnp.log(counts.sum())
 
 
+def of_guesses(loss: LossFn, counts: jax.Array) -> tuple[float, float]:
+    """Returns the mean of `loss` over one image of each class for two guesses: of zeros, and of `log_prior(counts)`.
+
+    For the cross-entropy they are `log K` and `-mean_k log(n_k / sum_j n_j)`, which is never less.
+    """
+    prior, classes = log_prior(counts), jnp.arange(len(counts), dtype=jnp.int32)
+
+    def mean(logits: jax.Array) -> float:
+        return float(jax.vmap(lambda k: loss(logits[None], k[None])[0])(classes).mean())
+
+    return mean(jnp.zeros_like(prior)), mean(prior)
+
+
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     """Returns `-log softmax(logits)[y]`, `[B]`, in nats."""
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels)

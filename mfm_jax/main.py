@@ -5,7 +5,7 @@
     python -m mfm_jax.main --config=configs/cifar10_lt.py --workdir=runs/cifar10 --mode=eval --eval_folder=pictures
 
 With `--mode=check`, looks at the user's own pictures instead and says what was found (see `check`); with `--mode=eval`,
-evaluates a run that was trained (see `evaluation`).
+evaluates a run that was trained, or where there is none `model.pretrained` as it is (see `evaluation`).
 
 Any field is set with `--config.group.field=value`. Exit status: 0 done; 1 evaluated, but some pictures of the folder
 cannot be read; 2 a mistake in the command, the config or the data, told in one line; 75 saved on SIGTERM, Ctrl-C or a
@@ -34,7 +34,7 @@ _MODE = flags.DEFINE_enum(
     "mode",
     "train",
     ["train", "check", "eval"],
-    "What to do; check: look at the pictures, train nothing; eval: evaluate a run that was trained.",
+    "What to do; check: look at the pictures, train nothing; eval: evaluate a trained run, or model.pretrained.",
 )
 
 _INIT_FROM = flags.DEFINE_string(
@@ -102,7 +102,8 @@ def _evaluate(config: ml_collections.ConfigDict) -> int:
 def print_results(results: dict[str, Any]) -> None:
     """Prints the accuracies of the last epoch and of the best on validation, in percent."""
     split = results["split"]
-    table = Table(f"{SPLITS[split]}, %", "last epoch", "best on validation")
+    last = "as read" if results.get("pretrained") else "last epoch"
+    table = Table(f"{SPLITS[split]}, %", last, "best on validation")
     for name in ("balanced_accuracy", "accuracy", "many", "medium", "few", "rarest_third", "macro_f1"):
         cells = [results[which] and results[which][split][name] for which in ("last", "best")]
         table.add_row(name, *("–" if cell is None else f"{100 * cell:.2f}" for cell in cells))

@@ -12,7 +12,7 @@ Three forms generate gamma and beta. They share class structure in different amo
 few balanced images can estimate them:
 
   direct     a free vector `[C]` a site, or `[K, C]` with one row a class, looked up by the training label.
-  frequency  a curve in `z_k = log(n_k / n_max)`: `gamma_k = tanh(b z_k)`, `beta_k = a z_k + c z_k^2 / 10`. At
+  frequency  a curve in `z_k = log(n_k / n_max)`: `gamma_k = tanh(b z_k / 10)`, `beta_k = a z_k + c z_k^2 / 10`. At
              `logits`, where channels are classes, three numbers in all and no label is needed; at feature sites
              `a, b, c [C]` and the training label's `z_y`. `z` is not rescaled: a balanced set has z = 0, hence the
              identity, and the curve means the same on another data set.
@@ -21,7 +21,8 @@ few balanced images can estimate them:
 
 The generated forms bound gamma by tanh: a scale that falls below zero turns logits around, the classifier learns to
 suppress the classes it belongs to, and the meta-gradient no longer finds the way back. The 10 under `c` makes a step of
-Adam in `c` move beta about as far as one in `a` at the imbalance factors in use (z down to about -5).
+Adam in `c` move beta about as far as one in `a` at the imbalance factors in use (z down to about -5); that under `b` keeps
+gamma from running to its bound before beta has found its place.
 
 References:
   Wang et al., Meta feature modulator for long-tailed recognition, arXiv:2008.03428, 2020 (abstract: scale and
@@ -121,7 +122,7 @@ def direct(channels: Mapping[str, int], num_classes: int = 0) -> Modulator:
 
 
 def frequency(channels: Mapping[str, int], counts: jax.Array, *, shift_only: bool = False) -> Modulator:
-    """A curve in the log class count: `gamma_k = tanh(b z_k)`, `beta_k = a z_k + c z_k^2 / 10`.
+    """A curve in the log class count: `gamma_k = tanh(b z_k / 10)`, `beta_k = a z_k + c z_k^2 / 10`.
 
     At `logits` a, b, c are scalars and channel k takes class k's values; at a feature site they are `[C]` and each
     example takes the values of its training label's class.
@@ -147,7 +148,7 @@ def frequency(channels: Mapping[str, int], counts: jax.Array, *, shift_only: boo
         if site != "logits":
             here, numbers = here[labels][:, None], {name: value[None, :] for name, value in numbers.items()}
         beta = numbers["a"] * here + numbers["c"] * here**2 / 10
-        return jnp.zeros_like(beta) if shift_only else jnp.tanh(numbers["b"] * here), beta
+        return jnp.zeros_like(beta) if shift_only else jnp.tanh(numbers["b"] * here / 10), beta
 
     return Modulator(init, parameters, tuple(channels))
 

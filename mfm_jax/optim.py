@@ -76,10 +76,26 @@ def only(tx: optax.GradientTransformation, trained: Callable[[PyTree], PyTree]) 
     return optax.partition({True: tx, False: optax.set_to_zero()}, trained)
 
 
-def modulator(config: Meta, own_rate: float) -> optax.GradientTransformation:
-    """Returns the modulator's chain: Adam at `meta.learning_rate * meta.every`, where that is 0 at `own_rate` times it.
+def modulator(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
+    """Returns the chain of phi: Adam on the meta-gradients' directions `g / |g|`.
 
-    Adam moves by about its rate a step whatever the gradient, so the product keeps the pace of phi beside that of w
-    when `meta.every` is changed.
+    By its direction alone, no meta-gradient counts for more than any other, however large it is. Adam then moves phi by
+    how far the last ten or so agree: by the rate where they do, by about a quarter of it where they are noise.
+
+    References:
+      Hazan, Levy and Shalev-Shwartz, Beyond convexity: stochastic quasi-convex optimization, NeurIPS 2015 (normalised
+      gradients). Kingma and Ba, Adam, ICLR 2015, section 2.1 (its step as a signal-to-noise ratio).
     """
-    return optax.adam((config.learning_rate or own_rate) * config.every)
+    return optax.chain(optax.normalize_by_update_norm(), optax.adam(learning_rate))
+
+
+def meta_schedule(config: Meta, inner: Optim, epochs: int, steps_per_epoch: int) -> optax.Schedule:
+    """Returns phi's rate as a function of the meta-steps done.
+
+    It is `meta.learning_rate` where the classifier's is highest, and rises and falls with it: a meta-gradient goes
+    through a step of the classifier, and says as much as that step is long. Arguments as in `schedule`; `inner` has the
+    classifier's.
+    """
+    pace = schedule(dataclasses.replace(inner, learning_rate=config.learning_rate), epochs, steps_per_epoch)
+    first = -(-config.start_epoch * steps_per_epoch // config.every)
+    return lambda done: pace((first + done) * config.every)

@@ -20,13 +20,13 @@ own but where its primal does.
 Batch norm is the one operation that couples examples. Its statistics are means over the batch (one collective a
 layer: mean and mean square together), their transposes are sums over the batch (one a layer in every pass that is
 differentiated back to there), and their tangents are means again (one a layer in a tangent pass). The meta pass runs
-by running averages, which are equal everywhere already: none. With `parallel.batch_norm = local` each device
+by fresh statistics, means that cost one a layer (or by running averages, which are equal everywhere: none). With `parallel.batch_norm = local` each device
 normalises by its own part of the batch, and only the running averages are averaged. Three more collectives are
 scalars that a method needs over the whole batch: the accuracy; the sum of Meta-Weight-Net's or L2RW's weights; the norm
 of a meta-gradient that belongs to the examples.
 
 The lowered program has a collective for each array; XLA merges those that do not wait for one another. What is left is
-the chain of dependences: with n batch norms 2 n + 1 in a plain step, 3 n + 3 in a meta-step (lagged, at a late site).
+the chain of dependences: with n batch norms 2 n + 1 in a plain step, 4 n + 3 in a meta-step (lagged, at a late site).
 `tests/golden/collectives.json` has the counts and bytes of every method.
 
 **A batch that does not divide** is padded with blank examples of weight 0, the others' weight raised so that the mean

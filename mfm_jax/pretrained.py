@@ -1,13 +1,14 @@
-"""Weights trained elsewhere, as torchvision and timm name them, into the parameters of a classifier here.
+"""Weights from elsewhere, as torchvision, timm and CIFAR-LT code name them, into the parameters of a classifier here.
 
 A file may be safetensors, NumPy's `.npz`, or a PyTorch state dict, of the same architecture. Every tensor of the file
 has its place and every parameter its tensor; what does not fit is an error, never a guess. Three things may differ, and
-are told when they do: the head, which starts fresh for another number of classes; the position embeddings of a vision
-transformer, which are interpolated to another image size; and the channels of the images, whose stem is summed for
-grey ones (which is what it computes from a grey picture given three times).
+are told when they do: the head, which starts fresh for another number of classes or where one is linear and the other
+normalised; the position embeddings of a vision transformer, which are interpolated to another image size; and the
+channels of the images, whose stem is summed for grey ones (which is what it computes from a grey picture given three
+times).
 
 Layouts: PyTorch keeps a convolution as `[out, in, h, w]` and a matrix as `[out, in]`; Flax as `[h, w, in, out]` and
-`[in, out]`.
+`[in, out]`. A normalised head has no bias and keeps its weights as `[in, out]` in PyTorch too, as LDAM's code has it.
 """
 
 import pickle
@@ -24,6 +25,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from mfm_jax.config import SMALL_RESNETS
 from mfm_jax.errors import UserError
 from mfm_jax.types import PyTree
 
@@ -59,6 +61,16 @@ _RESNET = (
     ("/shortcut_norm/", "/downsample/1/"),
     ("^head/", "fc/"),
 )
+# The names that code for long-tailed CIFAR shares.
+_CIFAR = (
+    *_LEAVES,
+    ("^stem/", "conv1/"),
+    ("^stem_norm/", "bn1/"),
+    (r"^stage(\d)/BasicBlock_(\d+)/", r"layer\1/\2/"),
+    (r"/Conv_(\d)/", lambda found: f"/conv{int(found[1]) + 1}/"),
+    (r"/BatchNorm_(\d)/", lambda found: f"/bn{int(found[1]) + 1}/"),
+    ("^head/", "linear/"),
+)
 _VIT = (
     *_LEAVES,
     ("^stem/class_token$", "cls_token"),
@@ -70,7 +82,15 @@ _VIT = (
 )
 
 
-def load(path: str | Path, params: PyTree, batch_stats: PyTree, model_name: str) -> tuple[PyTree, PyTree]:
+def load(
+    path: str | Path,
+    params: PyTree,
+    batch_stats: PyTree,
+    model_name: str,
+    *,
+    normalized_head: bool = False,
+    whole: bool = False,
+) -> tuple[PyTree, PyTree]:
     """Returns `(params, batch_stats)` with the weights in the file at `path`; adapters stay as they are.
 
     Says on the standard error what was adapted: a head that starts fresh, positions, a summed stem.
@@ -79,20 +99,30 @@ def load(path: str | Path, params: PyTree, batch_stats: PyTree, model_name: str)
       path: `.safetensors`, `.npz`, or what `torch.save` wrote; a state dict, bare or under `state_dict` or `model`.
       params: of the new classifier, for its shapes and for what starts fresh.
       batch_stats: likewise.
-      model_name: as `config.Model.name`, of the models for large images.
+      model_name: as `config.Model.name`.
+      normalized_head: the classifier compares directions (`methods.heads.cosine`); a linear head of a file is not for
+        it, nor the reverse.
+      whole: the head has to come from the file.
 
     Raises:
-      UserError: no such file, one that cannot be read, or tensors that are missing, unknown or of another shape.
+      UserError: no such file, one that cannot be read, a network of another depth or width, tensors that are missing,
+        unknown or of another shape, or no head for this classifier where one is needed.
     """
     tensors = _read(Path(path))
-    names = _VIT if model_name.startswith("vit") else _RESNET
+    names = _VIT if model_name.startswith("vit") else _CIFAR if model_name in SMALL_RESNETS else _RESNET
+    if names is _CIFAR and "linear.weight" not in tensors:
+        tensors = {re.sub(r"^fc\.", "linear.", name): tensor for name, tensor in tensors.items()}
+    _check_size(tensors, params, path, model_name)
     variables = {"params": params, "batch_stats": batch_stats}
     leaves, structure = jax.tree_util.tree_flatten_with_path(variables)
-    head = _name("head/", names).rstrip(".")
-    fresh = f"{head}.bias" not in tensors or tensors[f"{head}.bias"].shape != params["head"]["bias"].shape
-    if fresh:
-        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(f"{head}.")}
-    said = ["the head starts fresh"] if fresh else []
+    head = _name("head/", names)
+    tensors, fresh = _with_head(tensors, head, params["head"]["kernel"].shape, normalized_head)
+    said = [f"the head starts fresh: {fresh}"] if fresh else []
+    if fresh and whole:
+        raise UserError(
+            f"model.pretrained = {str(path)!r}: cannot be evaluated without training, as the head would start fresh:"
+            f" {fresh}; train, or choose the method.name and the data that the file is for"
+        )
     missing, misshapen, found = [], [], []
     for keys, leaf in leaves:
         parts = [key.key for key in keys[1:]]
@@ -115,6 +145,60 @@ def load(path: str | Path, params: PyTree, batch_stats: PyTree, model_name: str)
     print(f"pretrained weights: {path}" + "".join(f"; {line}" for line in said), file=sys.stderr)
     loaded = jax.tree.unflatten(structure, found)
     return loaded["params"], loaded["batch_stats"]
+
+
+def _check_size(tensors: Mapping[str, np.ndarray], params: PyTree, path: str | Path, model_name: str) -> None:
+    """Refuses a ResNet of another depth or width by its field, which tells more than a list of tensors."""
+    found = {match.groups() for name in tensors if (match := re.match(r"layer(\d+)\.(\d+)\.", name))}
+    stages = [stage for stage, _ in found]
+    theirs = [stages.count(stage) for stage in sorted(set(stages), key=int)]
+    stem = tensors.get("conv1.weight")
+    if stem is None or not theirs:  # no ResNet
+        return
+    ours = [len(params[name]) for name in sorted(params) if re.fullmatch(r"stage\d", name)]
+    if theirs != ours:
+        small = f"resnet{6 * theirs[0] + 2}"
+        is_small = theirs == theirs[:1] * 3 and small in SMALL_RESNETS
+        way_out = f"set model.name = {small!r}" if is_small else "choose the model.name that the file is of"
+        raise UserError(
+            f"model.name = {model_name!r}: has {ours} blocks in its stages, the file {path} has {theirs}; {way_out}"
+        )
+    width, its_width = params["stem"]["kernel"].shape[-1], stem.shape[0] if stem.ndim else 0
+    if width != its_width:
+        raise UserError(
+            f"model.width: the stem of {model_name} has {width} channels, that of the file {path} {its_width}; set"
+            f" model.width = {its_width}"
+        )
+
+
+def _with_head(
+    tensors: dict[str, np.ndarray], head: str, shape: tuple[int, int], normalized: bool
+) -> tuple[dict[str, np.ndarray], str]:
+    """Returns the tensors with a head in the layout of a linear one, and ""; or without, and why there is none.
+
+    Args:
+      tensors: of the file.
+      head: the beginning of its names.
+      shape: `(C, K)` of the head here.
+      normalized: whether that is a normalised one.
+    """
+    weight, bias = tensors.get(f"{head}weight"), tensors.get(f"{head}bias")
+    others = {name: tensor for name, tensor in tensors.items() if not name.startswith(head)}
+    size, classes = shape
+    if weight is None:
+        return others, "the file has none"
+    if bias is None and (weight.ndim != 2 or len(weight) != size or size == classes):
+        # [K, C] may be a linear head without bias or another's normalised one; a square one may be any.
+        return others, f"the file's has no bias and weights {list(weight.shape)}, which may mean several things"
+    theirs = weight.shape[1] if bias is None else bias.size
+    if theirs != classes:
+        return others, f"the file's has {theirs} classes, not {classes}"
+    if (bias is None) != normalized:
+        kinds = ("normalised", "linear") if bias is None else ("linear", "normalised")
+        return others, "the file's is {}, that of the method {}".format(*kinds)
+    if bias is None:
+        return {**others, f"{head}weight": weight.T, f"{head}bias": np.zeros(classes, np.float32)}, ""
+    return tensors, ""
 
 
 def _read(path: Path) -> dict[str, np.ndarray]:

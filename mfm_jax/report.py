@@ -13,7 +13,7 @@ The files, all in the workdir:
 
 - `config.json`: the run's configuration, a nested object.
 - `manifest.json`: the split, of `longtail.make_manifest`; its training counts a class are required.
-- `metrics.jsonl`: one object a line, with `kind` (`train`, `val`, `modulation`) and `step`.
+- `metrics.jsonl`: one object a line, with `kind` (`train`, `val`, `modulation`, `warning`) and `step`.
 - `results.json`: `last` and `best`, each `{"step", "epoch", "test", "val"}`, the last two what
   `metrics.evaluate` returned; `split` names the one to show.
 - `gallery.npz`: pictures of rare classes with the answers, of `gallery.write`; need not be there.
@@ -68,6 +68,11 @@ class Run:
         return self.results["split"]
 
     @property
+    def title(self) -> str:
+        """What `last` is, in words: pretrained weights have had no epoch."""
+        return "as read from the file" if self.results.get("pretrained") else "last epoch"
+
+    @property
     def shown(self) -> dict[str, Any]:
         """The evaluation that the figures show."""
         return self.results["last"][self.split]
@@ -86,9 +91,21 @@ def write_report(workdir: Path, folder: Path | None = None) -> Path:
     """
     workdir = Path(workdir)
     folder = folder or workdir
-    page = template("report.html.jinja").render(**_content(read_run(workdir, folder)))
+    return _write(read_run(workdir, folder), folder)
+
+
+def write_pretrained(config: dict[str, Any], manifest: dict[str, Any], folder: Path) -> Path:
+    """Writes `folder/report.html` of weights that no run trained, and returns its path; `results.json` is there.
+
+    Raises:
+      UserError: as `write_report`.
+    """
+    return _write(_checked(config, manifest, "the manifest", folder, rows={}), folder)
+
+
+def _write(run: Run, folder: Path) -> Path:
     path = folder / "report.html"
-    path.write_text(page, encoding="utf-8")
+    path.write_text(template("report.html.jinja").render(**_content(run)), encoding="utf-8")
     return path
 
 
@@ -109,17 +126,19 @@ def _content(run: Run) -> dict[str, Any]:
     evaluations = [
         (f"{SPLITS[split].capitalize()}, {title}", source, split)
         for split in SPLITS
-        for title, source in (("last epoch", run.results["last"]), ("best on validation", best))
+        for title, source in ((run.title, run.results["last"]), ("best on validation", best))
         if source and source.get(split)
     ]
     return {
         "manifest": run.manifest,
         "split": SPLITS[run.split],
+        "which": run.title,
         "factor": longtail.factor_in_words(run.manifest) if "imbalance_factor" in run.manifest else "–",
         "results": run.results,
         "best": best,
         "columns": [(title, source.get("epoch"), source[split]) for title, source, split in evaluations],
         "summary_rows": SUMMARY_ROWS,
+        "warnings": [str(row.get("sentence")) for row in run.rows["warning"]],
         "tiles": [(SUMMARY_ROWS[i][0], run.shown.get(SUMMARY_ROWS[i][1])) for i in (1, 0, 7, 10)],
         "pictures": _pictures(run),
         "class_rows": _class_rows(run) if len(run.classes.names) <= TABLE_CLASSES else [],
@@ -165,20 +184,27 @@ def read_run(workdir: Path, folder: Path | None = None) -> Run:
     Raises:
       UserError: a file is missing, damaged, or lacks a field.
     """
-    folder = folder or workdir
     config = _read_object(workdir / "config.json")
-    manifest = _read_object(workdir / "manifest.json", "dataset")
+    path = workdir / "manifest.json"
+    manifest = _read_object(path, "dataset")
+    return _checked(config, manifest, str(path), folder or workdir, _read_rows(workdir / "metrics.jsonl"))
+
+
+def _checked(
+    config: dict[str, Any], manifest: dict[str, Any], where: str, folder: Path, rows: dict[str, list[dict[str, Any]]]
+) -> Run:
+    """Returns them with the results in `folder`; `where` says where the manifest is from."""
     results = _read_object(folder / "results.json", "method", "split")
-    counts = _counts(manifest, workdir / "manifest.json")
+    counts = _counts(manifest, where)
     names = [str(name) for name in manifest.get("class_names") or range(len(counts))]
     if len(names) != len(counts):
-        raise UserError(f"{workdir / 'manifest.json'}: {len(counts)} class counts but {len(names)} class names")
+        raise UserError(f"{where}: {len(counts)} class counts but {len(names)} class names")
     for title in ("last", "best"):
         if title == "last" or results.get("best") is not None:
             where = f"{folder / 'results.json'}: {title}.{results['split']}"
             _check_evaluation((results.get(title) or {}).get(results["split"]), len(counts), where)
-    rows, shown = _read_rows(workdir / "metrics.jsonl"), gallery.read(folder / GALLERY)
-    return Run(config, manifest, results, rows, Classes(names, counts), shown)
+    rows = {"train": [], "val": [], "modulation": [], "warning": [], **rows}
+    return Run(config, manifest, results, rows, Classes(names, counts), gallery.read(folder / GALLERY))
 
 
 def _read_text(path: Path) -> str:
@@ -209,25 +235,30 @@ def _read_object(path: Path, *required: str) -> dict[str, Any]:
 
 
 def _read_rows(path: Path) -> dict[str, list[dict[str, Any]]]:
-    """The rows of each kind, in the order of their steps; of two rows of one step the later counts."""
-    kinds: dict[str, dict[float, dict[str, Any]]] = {"train": {}, "val": {}, "modulation": {}}
+    """The rows of each kind, in the order of their steps; of two of one step, and code, the later counts."""
+    kinds: dict[str, dict[tuple[float, str], dict[str, Any]]] = {}
     for number, line in enumerate(_read_text(path).splitlines(), start=1):
         if not line.strip():
             continue
         row = _object(line, f"{path}: line {number}")
         if not isinstance(row.get("step"), int | float):
             raise UserError(f"{path}: line {number}: no number in field 'step'")
-        kinds.setdefault(str(row.get("kind")), {})[row["step"]] = row
-    return {kind: [rows[step] for step in sorted(rows)] for kind, rows in kinds.items()}
+        kinds.setdefault(str(row.get("kind")), {})[row["step"], str(row.get("code", ""))] = row
+    return {kind: [rows[key] for key in sorted(rows)] for kind, rows in kinds.items()}
 
 
-def _counts(manifest: dict[str, Any], path: Path) -> np.ndarray:
+def warnings(workdir: Path) -> list[str]:
+    """Returns what the run in `workdir` was warned of, a sentence each (`health.notices`)."""
+    return [str(row.get("sentence")) for row in _read_rows(workdir / "metrics.jsonl").get("warning", [])]
+
+
+def _counts(manifest: dict[str, Any], where: str) -> np.ndarray:
     """The training images a class: of the split `train`, or at the top of a manifest without splits."""
     train = (manifest.get("splits") or {}).get("train") or manifest
     counts: Any = train.get("class_counts")
     valid = isinstance(counts, list) and all(isinstance(n, int) and n >= 0 for n in counts)
     if not valid or len(counts) < 2 or not any(counts):
-        raise UserError(f"{path}: 'class_counts' of the training split must list the images of each class")
+        raise UserError(f"{where}: 'class_counts' of the training split must list the images of each class")
     return np.array(counts, np.int64)
 
 

@@ -2,7 +2,8 @@
 
 Each process has its share of this machine's cores to itself and its own log file, and on an accelerator takes memory as
 it needs it; this one only watches. A run that fails is an outcome with its reason. SIGTERM or Ctrl-C stops them all,
-each saved, and the same command goes on; so does the end of one that was interrupted, by a notice of pre-emption say.
+each saved, and the same command goes on; so does the end of one that was interrupted, by a notice of pre-emption say,
+and the time that is given. Each process leaves a line in its run's `processes.jsonl`: what it took.
 
     python -m mfm_jax.runs CORES WORKDIR...
 
@@ -17,12 +18,14 @@ if __name__ == "__main__":  # before the other imports start threads; being impo
 
 import contextlib
 import json
+import math
 import os
 import signal
+import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,7 +40,9 @@ from mfm_jax.config import Config
 from mfm_jax.errors import UserError
 from mfm_jax.interruption import EXIT_INTERRUPTED, Interrupted
 
+PROCESSES = "processes.jsonl"
 _POLL_SECONDS = 0.5
+_COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"  # programs read from the cache included
 
 
 class Run(NamedTuple):
@@ -91,7 +96,14 @@ class _Job:
         return status
 
 
-def train_all(groups: Sequence[Sequence[Run]], jobs: int = 1) -> list[Outcome]:
+def train_all(
+    groups: Sequence[Sequence[Run]],
+    jobs: int = 1,
+    *,
+    seconds: float = math.inf,
+    patience: float = math.inf,
+    ended: Callable[[Sequence[Run], Sequence[Outcome]], None] = lambda runs, outcomes: None,
+) -> list[Outcome]:
     """Trains every run and returns their outcomes in the same order, those of a group next to each other.
 
     A run that has finished before is not started again.
@@ -100,19 +112,29 @@ def train_all(groups: Sequence[Sequence[Run]], jobs: int = 1) -> list[Outcome]:
       groups: what each process trains; several runs, that differ in their seed alone, are one program
         (`train.train_together`). Every run has a workdir of its own.
       jobs: processes at a time.
+      seconds: after so many all are stopped, as by SIGTERM.
+      patience: a process that has not saved so many seconds later is killed; its last checkpoint is there.
+      ended: called with the runs of each process that has ended by itself, and their outcomes.
 
     Raises:
-      Interrupted: SIGTERM or Ctrl-C; what has begun is saved.
+      Interrupted: SIGTERM, Ctrl-C, or the time is over; what has begun is saved.
     """
     planned, free, began = [_planned(runs) for runs in groups], _shares_of_cores(jobs), time.monotonic()
     with _stopping(planned) as (stopped, stop), Live(refresh_per_second=2, transient=True) as live:
         while any(job.outcomes is None for job in planned):
+            late = time.monotonic() - began - seconds
+            if late >= 0 and not stopped():
+                stop()
             for job in planned:
+                if job.running and job.process and late > patience:
+                    job.process.kill()
                 if job.running and (status := job.look()) is not None:
                     job.outcomes = _finished(job, status)
                     if status == EXIT_INTERRUPTED:
                         stop()
                     free.append(job.cores)
+                    if not stopped():
+                        ended(job.runs, job.outcomes)
                     live.console.print(f"{_told(job)}; {_overall(planned, began)}", markup=False)
                 if job.process is None and job.outcomes is None and stopped():
                     job.outcomes = [Outcome(None, "not started")] * len(job.runs)
@@ -256,6 +278,53 @@ def _measure() -> dict[str, Any]:
     return {"bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, "of": "process"}
 
 
+@contextlib.contextmanager
+def _accounted(workdirs: Sequence[Path]) -> Iterator[None]:
+    """Adds a line on this process to `processes.jsonl` in each workdir, where the body ends or is interrupted.
+
+    `seconds`: of the process, from here; `compile_seconds`: XLA's; `step_seconds`: of a step, the median over the
+    epochs but the first, in which programs are compiled (None without others); `bytes`: peak memory, and `of` what;
+    `device`: its kind.
+    """
+    compiling: list[float] = []
+    epochs: list[float] = []
+
+    def note(event: str, duration_secs: float, **facts: str | int) -> None:
+        if event == _COMPILE_EVENT:
+            compiling.append(duration_secs)
+        elif event == train.EPOCH_EVENT and (steps := int(facts["steps"])):
+            epochs.append(duration_secs / steps)
+
+    def write() -> None:
+        line = {
+            "seconds": time.monotonic() - began,
+            "compile_seconds": sum(compiling),
+            "step_seconds": statistics.median(epochs[1:]) if epochs[1:] else None,
+            **_measure(),
+            "device": jax.devices()[0].device_kind,
+        }
+        for workdir in workdirs:
+            with (workdir / PROCESSES).open("a") as file:
+                file.write(json.dumps(line) + "\n")
+
+    began = time.monotonic()
+    jax.monitoring.register_event_duration_secs_listener(note)
+    try:
+        yield
+    except Interrupted:
+        write()
+        raise
+    finally:
+        jax.monitoring.unregister_event_duration_listener(note)
+    write()
+
+
+def processes(workdir: Path) -> list[dict[str, Any]]:
+    """Returns the lines of a run's `processes.jsonl`; a process that was killed left none."""
+    path = workdir / PROCESSES
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
 def main(argv: Sequence[str]) -> int:
     """Trains the runs of one process."""
     cores, *folders = argv
@@ -264,7 +333,8 @@ def main(argv: Sequence[str]) -> int:
     workdirs = [Path(folder) for folder in folders]
     configs = [config_lib.resolve(json.loads(workdir.with_suffix(".json").read_text())) for workdir in workdirs]
     fresh = not (workdirs[0] / "checkpoints").exists()
-    train.train_together(configs, workdirs)
+    with _accounted(workdirs):
+        train.train_together(configs, workdirs)
     if fresh and len(workdirs) == 1:  # neither a run in two halves nor one of several has a peak of its own
         train.write(workdirs[0] / "peak_memory.json", json.dumps(_measure()))
     return 0

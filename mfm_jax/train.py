@@ -28,7 +28,7 @@ from jax.sharding import Mesh
 from rich import progress
 
 import mfm_jax
-from mfm_jax import classifier, cluster, gallery, metrics, parallel, report
+from mfm_jax import classifier, cluster, gallery, health, losses, metrics, parallel, report
 from mfm_jax import config as config_lib
 from mfm_jax import data as data_lib
 from mfm_jax import experiment as experiment_lib
@@ -45,9 +45,11 @@ from mfm_jax.logs import MetricLog, RowList
 from mfm_jax.longtail import factor_in_words, manifest_hash, read_manifest, write_manifest
 from mfm_jax.loop import DeviceData, LoopState
 from mfm_jax.methods import METHODS
+from mfm_jax.models import native
 from mfm_jax.ownership import owned
 from mfm_jax.types import META_METRICS, BilevelState
 
+EPOCH_EVENT = "/mfm_jax/epoch"  # to listeners of `jax.monitoring`: seconds of an epoch's steps, how many there were
 _SYNC_SECONDS = 0.5
 _SYNC_CALLS = 20
 
@@ -123,6 +125,7 @@ def train_together(configs: Sequence[Config], workdirs: Sequence[Path]) -> list[
             ]
             if cluster.is_primary():
                 print(_summary(configs[0], data))
+                print(f"convolutions: {runs[0].convolutions}{f' ({why})' if (why := native.reason()) else ''}")
             stack.enter_context(cluster.bound_together(EXIT_INTERRUPTED))
             # Apart: runs that were interrupted at different steps, and runs with training data of their own making.
             runs.sort(key=lambda run: run.step)
@@ -271,6 +274,7 @@ def _run_epoch(
         run.start_epoch(epoch)
     loop, data = loop_lib.stack([run.loop for run in runs], [run.device_data for run in runs])
     step, calls, looked = runs[0].step, 0, time.perf_counter()
+    first, began = step, looked
     while step < end and not stopped(step):
         is_meta, retrain = runs[0].next_steps(step, end), step >= runs[0].experiment.retrain_from
         if runs[0].feed:
@@ -281,6 +285,7 @@ def _run_epoch(
             bar.update(task, completed=step, loss=f"loss {_look(runs, loop):.3f}")
             looked = time.perf_counter()
     bar.update(task, completed=step, loss=f"loss {_look(runs, loop):.3f}")
+    jax.monitoring.record_event_duration_secs(EPOCH_EVENT, time.perf_counter() - began, steps=step - first)
     stop = stopped(step)  # also after the last step: what is left is an evaluation, and time may be short
     for run, own in zip(runs, loop_lib.unstack(loop, len(runs)), strict=True):
         run.loop, run.step = own, step
@@ -333,6 +338,7 @@ class _Run:
         place = parallel.replicated(mesh) if mesh else jax.sharding.SingleDeviceSharding(jax.devices()[0])
         self.device_data = parallel.place(self.device_data, place)
         self.loop = parallel.place(self.loop, parallel.state_sharding(self.loop, mesh) if mesh else place)
+        self.convolutions = native.lowering(config.train.dtype) if config.parallel.fsdp == 1 else "xla"
         record: dict[str, Any] = {"rows": [], "seconds": 0.0, "devices": _devices()}
         if latest is None and experiment.modulator and config.modulation.init_from:
             state = self.loop.bilevel
@@ -341,6 +347,7 @@ class _Run:
         if latest is not None:
             self.loop, record = self.checkpoints.restore(latest, self.loop)
             _tell_elastic(latest, record["devices"])
+            _tell_convolutions(latest, self.convolutions, record.get("convolutions", "xla"))
         self.step = latest or 0
         streamed = isinstance(data.train_images, Streamed)
         self.feed = Feed(data, config, mesh, self.device_data) if streamed else None
@@ -351,6 +358,7 @@ class _Run:
         self.train_seconds = record["seconds"]
         self.told_step = -1  # the last skipped step that was told
         self.mesh, whole = mesh, parallel.replicated(mesh) if mesh else None
+        self.settle = loop_lib.make_settle(experiment)
         self.describe = jax.jit(functools.partial(loop_lib.describe, experiment), out_shardings=whole)
         self.eval_step = jax.jit(functools.partial(loop_lib.evaluate_batch, experiment.eval_step), out_shardings=whole)
 
@@ -431,14 +439,20 @@ class _Run:
                 row[name] = value / divisor
         self.log.write("train", step, epoch, row)
         self._log_modulation(step, epoch)
+        self._notice(step, epoch)
         self.loop = self.loop.replace(sums=jax.tree.map(jnp.zeros_like, self.loop.sums))
+        validates = self.has_validation and (final or (epoch + 1) % config.eval.every_epochs == 0)
+        saves = final or validates or (epoch + 1) % config.checkpoint.every_epochs == 0
+        # A second stage on a frozen classifier goes on with the statistics that it finds.
+        if (saves and step <= self.experiment.retrain_from) or step == self.experiment.retrain_from:
+            self.loop = self.loop.replace(bilevel=self.settle(self.loop.bilevel, self.device_data))
         score = None
-        if self.has_validation and (final or (epoch + 1) % config.eval.every_epochs == 0):
+        if validates:
             values = self.evaluate(self.loop.bilevel, "val")
             score = values["balanced_accuracy"]
             scalars = {name: value for name, value in values.items() if isinstance(value, float)}
             self.log.write("val", step, epoch, scalars)
-        if final or score is not None or (epoch + 1) % config.checkpoint.every_epochs == 0:
+        if saves:
             self.save(score)
 
     def _log_modulation(self, step: int, epoch: int) -> None:
@@ -450,8 +464,24 @@ class _Run:
         values = {s: {name: np.round(v, 6).tolist() for name, v in g.items()} for s, g in sites.items()}
         self.log.write("modulation", step, epoch, {"sites": values})
 
+    @functools.cached_property
+    def guess(self) -> health.Guess:
+        counts = self.data.counts
+        equal, by_count = losses.of_guesses(experiment_lib.meta_loss(self.config), jnp.asarray(counts))
+        return health.Guess(equal, by_count, float(counts.max() / counts.sum()))
+
+    def _notice(self, step: int, epoch: int) -> None:
+        """Logs and tells what the epoch shows for the first time of a meta pass that has come to nothing."""
+        if self.experiment.meta_step is None:
+            return
+        for code, sentence in health.notices(self.log.rows, self.config, self.guess):
+            self.log.write(health.KIND, step, epoch, {"code": code, "sentence": sentence})
+            if cluster.is_primary():
+                print(f"warning: {sentence}", file=sys.stderr)
+
     def save(self, score: float | None) -> None:
         record = {"rows": list(self.log.rows), "seconds": self.seconds(), "devices": _devices()}
+        record["convolutions"] = self.convolutions
         self.checkpoints.save(self.step, self.loop, self.loop.bilevel.mod_params, record, score)
 
     def check_sound(self, bad: np.ndarray) -> None:
@@ -577,6 +607,12 @@ def _tell_elastic(step: int, before: str) -> None:
         )
 
 
+def _tell_convolutions(step: int, now: str, before: str) -> None:
+    """Says so where a run goes on with convolutions that are computed in another way."""
+    if before != now and cluster.is_primary():
+        print(f"goes on from step {step} with convolutions by {now}, before: {before}; sums are rounded differently")
+
+
 def versions() -> dict[str, str]:
     """Returns the versions of what numbers depend on, and the devices; "unknown" where a package does not tell."""
     names = ("jax", "flax", "optax", "orbax-checkpoint", "numpy")
@@ -585,6 +621,7 @@ def versions() -> dict[str, str]:
         **{name: _version(name) for name in names},
         "python": platform.python_version(),
         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "convolutions": native.lowering(),
     }
 
 

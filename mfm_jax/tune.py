@@ -9,14 +9,15 @@ scores, so that tuning that was interrupted goes on with the same command. A tri
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-import optuna
+from typing import TYPE_CHECKING, Any
 
 from mfm_jax import config as config_lib
 from mfm_jax import runs
 from mfm_jax.errors import UserError
 from mfm_jax.methods import METHODS, Choice, Span
+
+if TYPE_CHECKING:
+    import optuna
 
 Fields = dict[str, dict[str, Any]]
 # What is searched for every method: methods differ in the gradient's size, so one rate for all would favour some.
@@ -41,6 +42,8 @@ def tune(method: str, fields: Fields, trials: int, folder: Path, jobs: int = 1) 
             "data.val_images_per_class = 0: --tune compares on validation; choose 1 or more (protocol natural:"
             " data.val_fraction)"
         )
+    import optuna  # here, since it takes longer to import than all of a run that tunes nothing
+
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     sampler = optuna.samplers.TPESampler(seed=fields["train"]["seed"])
     study = optuna.create_study(direction="maximize", sampler=sampler)
@@ -87,7 +90,7 @@ def with_values(fields: Fields, values: Mapping[str, Any]) -> Fields:
     return changed
 
 
-def _proposed(trial: optuna.Trial, space: Mapping[str, Span | Choice]) -> dict[str, Any]:
+def _proposed(trial: "optuna.Trial", space: Mapping[str, Span | Choice]) -> dict[str, Any]:
     return {
         path: trial.suggest_categorical(path, list(where.values))
         if isinstance(where, Choice)

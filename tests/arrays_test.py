@@ -98,6 +98,34 @@ def test_a_packed_benchmark_keeps_its_splits(tmp_path, monkeypatch):
     chex.assert_trees_all_close(packed.mean, given.mean)
 
 
+@pytest.mark.parametrize(
+    "fields", [{"val_images_per_class": 3}, {"protocol": "full"}, {"train_on_meta": True}], ids=lambda f: next(iter(f))
+)
+def test_a_packed_benchmark_is_the_split_itself(tmp_path, monkeypatch, fields):
+    """Under its own protocol, and no other: record by record, in the same order, by the same manifest."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    config = config_lib.default()
+    config.data.update(source="digits", name="digits", imbalance_factor=20.0, **fields)
+    config.train.batch_size = 32
+    given = build(config_lib.resolve(config))
+    importlib.import_module("subset").pack(given, tmp_path / "any.npz")
+    config.data.update(source="npz", root=str(tmp_path / "any.npz"))
+    packed = build(config_lib.resolve(config))
+    assert packed.manifest == given.manifest
+    for name in ("train", "meta", "val", "test"):
+        chex.assert_trees_all_equal(getattr(packed, f"{name}_images"), getattr(given, f"{name}_images"))
+        chex.assert_trees_all_equal(getattr(packed, f"{name}_labels"), getattr(given, f"{name}_labels"))
+    config.data.seed = 1
+    with pytest.raises(UserError, match=r"data.seed = 1: the manifest in .*any.npz was made with 0; set the field to"):
+        build(config_lib.resolve(config))
+    with np.load(tmp_path / "any.npz") as file:
+        arrays = dict(file)
+    arrays["test_images"], arrays["test_labels"] = arrays["test_images"][1:], arrays["test_labels"][1:]
+    np.savez(tmp_path / "any.npz", **arrays)
+    with pytest.raises(UserError, match="test has 499 images, its manifest names 500; pack it again"):
+        build(config_lib.resolve(config))
+
+
 def test_only_cifar_s_name_decides_how_images_are_normalised(tmp_path):
     own = build(config_of(saved(tmp_path)))
     for name in ("imagenet", "half", "cifar10"):

@@ -1,6 +1,8 @@
 """The PyTorch twin is the same network and the same step; the arithmetic of the benchmark is that of the network."""
 
+import csv
 import importlib
+import subprocess
 import sys
 from pathlib import Path
 
@@ -40,6 +42,46 @@ def test_every_kind_of_step_can_be_built_and_run(contenders):
         program = steps.build(spec)
         program.run(2)
         program.finish()
+
+
+def test_the_loop_of_main_runs_its_meta_steps(contenders):
+    steps = _load("jax_steps")
+    small = {"model": "resnet8", "image_size": 8, "width": 2, "batch": 8, "meta_batch": 10}
+    config = str(Path(__file__).parents[1] / "configs" / "cifar10_lt.py")
+    overrides = (("train.steps_per_call", 3), ("meta.every", 2))
+    spec = contenders.Spec("", step="loop", config=config, seeds=2, overrides=overrides, **small)
+    program = steps.build(spec)
+    assert program.facts["unit"] == 6
+    program.run(6)
+    program.finish()
+
+
+def test_published_networks_are_counted_at_their_own_size(contenders):
+    spec = contenders.Spec("", model="resnet50", step="plain", image_size=224, classes=1000, width=0, batch=1)
+    assert contenders.step_flops(spec) == pytest.approx(3 * 2 * 4.09e9)
+    with pytest.raises(ValueError, match="224 pixels"):
+        contenders.step_flops(contenders.Spec("", model="resnet50"))
+
+
+def test_a_lent_accelerator_leaves_a_table(tmp_path):
+    """One command on the CPU at small shapes: what was measured is positive, what does not fit is named."""
+    script = Path(__file__).parents[1] / "benchmarks" / "accelerator.py"
+    options = "--minutes=1.6 --model=resnet8 --batch_size=8 --image_size=8 --turn_seconds=0.01 --rounds=3"
+    only = "--only=^copy$|^plain$|^PyTorch MFM, logits, compiled"
+    ran = subprocess.run(
+        [sys.executable, script, *options.split(), only, f"--out={tmp_path}"], capture_output=True, text=True
+    )
+    assert ran.returncode == 0, ran.stderr
+    with (tmp_path / "accelerator.csv").open(newline="") as file:
+        copy, plain, slow = csv.DictReader(file)
+    for row in (copy, plain):
+        assert not row["note"], row
+        assert float(row["seconds"]) > 0
+    assert float(copy["share_of_copy"]) == 1
+    assert (float(plain["over_plain"]), float(plain["needs"])) == (1, 1)
+    assert slow["seconds"] == ""
+    assert slow["note"].startswith("left out: takes about 100 s")
+    assert slow["note"] in (tmp_path / "accelerator.md").read_text()
 
 
 def _products(equation) -> float:

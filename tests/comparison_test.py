@@ -34,6 +34,13 @@ def page(tmp_path, results, baseline="ce", failed=None, memory=None, tuned=None)
     return path.read_text()
 
 
+def test_what_runs_were_warned_of_is_listed(tmp_path, results):
+    told = [("mfm seed 1", "phi stands still; look at <meta.learning_rate>")]
+    path = comparison.write_page(tmp_path, compare.table(results, "ce"), results, {}, {}, MANIFEST, "ce", told)
+    assert "<li>mfm seed 1: phi stands still; look at &lt;meta.learning_rate&gt;</li>" in path.read_text()
+    assert 'class="warning"' not in page(tmp_path, results)
+
+
 def rows_of(html: str) -> dict[str, list[str]]:
     found = {}
     for row in re.findall(r"<tr><td>(.*?)</tr>", html, re.DOTALL):

@@ -149,10 +149,6 @@ def test_what_a_model_does_not_have_is_refused():
     assert refusal({"model": {"tune": "adapters"}}) == (
         "model.tune = 'adapters': only model.name = 'vit_b16' has them, not 'resnet32'; choose 'head' or 'all'"
     )
-    assert refusal({"model": {"pretrained": "w.npz"}}) == (
-        "model.pretrained = 'w.npz': there are no common names for the layers of resnet32; leave it out, or choose a"
-        " model.name for large images"
-    )
 
 
 def test_what_would_not_be_read_is_refused():

@@ -20,9 +20,14 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 @pytest.fixture(autouse=True, scope="session")
-def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Keeps the user's own cache out of the tests, and compiles a program that several of them run only once."""
+def cache_folder(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> None:
+    """Keeps the user's own cache out of the tests, and compiles a program that several of them run only once.
+
+    The native kernels are kept from one run of the tests to the next: they have the names of what they are made of.
+    """
     folder = tmp_path_factory.mktemp("cache")
+    if cache := getattr(pytestconfig, "cache", None):  # absent with `-p no:cacheprovider`
+        (folder / "native").symlink_to(cache.mkdir("native"))
     os.environ["MFM_JAX_CACHE"] = str(folder)
     jax.config.update("jax_compilation_cache_dir", str(folder / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)

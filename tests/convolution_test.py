@@ -1,12 +1,23 @@
-"""The convolution and all its derivatives are those of `lax.conv_general_dilated`, and slices are for CPU alone."""
+"""The convolution and all its derivatives are those of `lax.conv_general_dilated`, natively and by XLA."""
+
+import os
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from jax import lax
+from jax.sharding import PartitionSpec as P
 
 from mfm_jax.models import convolution as convolution_lib
+from mfm_jax.models import native
 from mfm_jax.models.convolution import convolution
 
 # image side, kernel side, stride, padding
@@ -17,6 +28,21 @@ CASES = [
     (8, 1, 2, "VALID"),
     (11, 7, 2, ((3, 3), (3, 3))),
 ]
+
+
+@pytest.fixture(scope="module")
+def native_kernels(cache_folder):
+    if native.lowering() == "xla":
+        pytest.skip(f"no native kernels: {native.reason()}")
+
+
+@pytest.fixture(params=["native", "xla"])
+def lowering(request, monkeypatch):
+    """Both ways of computing a convolution on CPU."""
+    if request.param == "native":
+        request.getfixturevalue("native_kernels")
+    else:
+        monkeypatch.setattr(native, "lowering", lambda dtype="float32": "xla")
 
 
 def plain(x, kernel, strides, padding):
@@ -39,7 +65,7 @@ def inputs(side, kernel):
 
 
 @pytest.mark.parametrize(("side", "kernel", "stride", "padding"), CASES)
-def test_values_and_derivatives_in_both_modes(side, kernel, stride, padding, monkeypatch):
+def test_values_and_derivatives_in_both_modes(side, kernel, stride, padding, lowering, monkeypatch):
     """First and second derivatives, the second by forward and by reverse mode, with a slice for each image."""
     monkeypatch.setattr(convolution_lib, "_SLICE_BYTES", 1)
     with jax.enable_x64(True):
@@ -59,19 +85,39 @@ def test_values_and_derivatives_in_both_modes(side, kernel, stride, padding, mon
         chex.assert_trees_all_close(*found, rtol=1e-9, atol=1e-10)
 
 
-def test_maps_over_seeds():
+@pytest.mark.parametrize("mapped", [(0, 0), (0, None), (None, 0)])
+def test_maps_over_seeds(mapped, lowering):
     with jax.enable_x64(True):
-        (x, kernel), (others, other_kernel) = inputs(8, 3)
-        stacked = jnp.stack([x, others]), jnp.stack([kernel, other_kernel])
+        first, second = inputs(8, 3)
+        pairs = [
+            [a if axis is None else v for a, v, axis in zip(first, of, mapped, strict=True)] for of in (first, second)
+        ]
+        stacked = [a if axis is None else jnp.stack([a, b]) for a, b, axis in zip(first, second, mapped, strict=True)]
         loss, _ = losses(1, "SAME")
         gradient = jax.grad(loss, argnums=(0, 1))
-        one_by_one = [gradient(x, kernel), gradient(others, other_kernel)]
-        expected = jax.tree.map(lambda *leaves: jnp.stack(leaves), *one_by_one)
-        chex.assert_trees_all_close(jax.vmap(gradient)(*stacked), expected, rtol=1e-9)
+        expected = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(gradient(*pair) for pair in pairs))
+        chex.assert_trees_all_close(jax.vmap(gradient, mapped)(*stacked), expected, rtol=1e-9, atol=1e-12)
+
+
+def test_splits_over_devices(lowering):
+    """Under `shard_map` each of eight devices has an image; the kernel's gradient is their sum."""
+    with jax.enable_x64(True):
+        mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+        _, (_, kernel) = inputs(8, 3)
+        x = jax.random.normal(jax.random.key(1), (8, 8, 8, 3), jnp.float64)
+        loss, _ = losses(2, "SAME")
+
+        def summed(x, kernel):
+            return lax.psum(loss(x, kernel), "data")
+
+        spread = jax.shard_map(summed, mesh=mesh, in_specs=(P("data"), P()), out_specs=P())
+        found, expected = (jax.jit(jax.grad(f, argnums=(0, 1)))(x, kernel) for f in (spread, loss))
+        chex.assert_trees_all_close(found, expected, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize(("platform", "slices"), [("cpu", 4), ("cuda", 1), ("tpu", 1)])
-def test_slices_are_for_cpu_alone(platform, slices):
+def test_slices_are_for_cpu_alone(platform, slices, monkeypatch):
+    monkeypatch.setattr(native, "lowering", lambda dtype="float32": "xla")
     x, kernel = jnp.zeros((8, 64, 64, 32)), jnp.zeros((3, 3, 32, 4))  # 4 MiB of input
     gradient = jax.jit(jax.grad(lambda kernel: convolution(x, kernel, (1, 1), "SAME").sum()))
     text = gradient.trace(kernel).lower(lowering_platforms=(platform,)).as_text()
@@ -83,3 +129,170 @@ def test_refuses_what_it_does_not_do():
     x, kernel = jnp.zeros((1, 4, 4, 2)), jnp.zeros((3, 3, 1, 2))
     with pytest.raises(NotImplementedError, match="feature_group_count"):
         convolution(x, kernel, (1, 1), "SAME", feature_group_count=2)
+
+
+# --- the native kernels ---------------------------------------------------------------------------
+
+
+@st.composite
+def axes(draw):
+    """What an operator sees along an image axis: input, kernel, stride, padding, dilation; outputs there are some."""
+    size, kernel, stride, dilation = (draw(st.integers(1, most)) for most in (12, 5, 3, 3))
+    low, high = (draw(st.integers(-1, 4)) for _ in range(2))
+    if low + high + (size - 1) * dilation + 1 < kernel:
+        high = kernel - (size - 1) * dilation - 1 - low
+    return size, kernel, stride, (low, high), dilation
+
+
+@given(y=axes(), x=axes(), images=st.integers(1, 4), channels=st.integers(1, 40), outputs=st.integers(1, 40))
+@settings(max_examples=20, deadline=None, derandomize=True)
+def test_operators_are_those_of_xla(y, x, images, channels, outputs, native_kernels):
+    """The convolution and its two transposes, against XLA in float64."""
+    (height, width), sides, strides, padding, dilation = zip(y, x, strict=True)
+    rng = np.random.default_rng(0)
+
+    def by(conv):
+        def all_three(image, kernel):
+            result, pull_back = jax.vjp(conv, image, kernel)
+            return result, *pull_back(jnp.cos(result))
+
+        return jax.jit(all_three)
+
+    def reference(image, kernel):
+        numbers = ("NHWC", "HWIO", "NHWC")
+        return lax.conv_general_dilated(image, kernel, strides, padding, dilation, dimension_numbers=numbers)
+
+    with jax.enable_x64(True):
+        shapes = (images, height, width, channels), (*sides, channels, outputs)
+        operands = [rng.normal(size=shape) for shape in shapes]
+        expected = by(reference)(*operands)
+        for dtype, tolerance in (("float32", 1e-5), ("float64", 1e-13)):
+            found = by(lambda image, kernel: convolution(image, kernel, strides, padding, dilation))(
+                *(v.astype(dtype) for v in operands)
+            )
+            for one, other in zip(found, expected, strict=True):
+                assert one.dtype == dtype
+                np.testing.assert_allclose(one, other, rtol=0, atol=tolerance * max(np.abs(other).max(), 1))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+def test_kernels_are_for_what_they_can_do(dtype, native_kernels):
+    with jax.enable_x64(True):
+        x, kernel = jnp.zeros((8, 4, 4, 3), dtype), jnp.zeros((3, 3, 3, 4), dtype)
+        conv = jax.jit(lambda x: convolution(x, kernel, (1, 1), "SAME"))
+        assert ("@mfm_convolution" in conv.lower(x).as_text()) == (dtype != "bfloat16")
+        # Neither where XLA may divide the operation over devices, nor in a program for other machines.
+        mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+        divided = jax.device_put(x, jax.NamedSharding(mesh, P("data")))
+        assert "@mfm_" not in conv.lower(divided).as_text()
+        assert "@mfm_" not in jax.export.export(conv)(x).mlir_module()
+
+
+DIGESTS = """
+import hashlib, os, sys
+os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: int(sys.argv[1])])
+import jax, jax.numpy as jnp
+from mfm_jax.models import native
+from mfm_jax.models.convolution import convolution
+x, kernel = jax.random.normal(jax.random.key(0), (37, 32, 32, 16)), jax.random.normal(jax.random.key(1), (3, 3, 16, 24))
+gradient = jax.jit(jax.grad(lambda x, k: jnp.sum(jnp.sin(convolution(x, k, (1, 1), "SAME"))), argnums=(0, 1)))
+for _ in range(3):
+    found = jax.device_get(gradient(x, kernel))
+    print(native.lowering(), *(hashlib.sha256(v.tobytes()).hexdigest() for v in found))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="threads are limited by Linux's affinity")
+def test_bits_do_not_depend_on_threads(native_kernels):
+    found = [
+        run(DIGESTS, threads, XLA_FLAGS="--xla_backend_optimization_level=0").splitlines() for threads in ("1", "2")
+    ]
+    assert len({line for lines in found for line in lines}) == 1
+    assert found[0][0].startswith("native ")
+
+
+def run(code, *arguments, **environment):
+    """Runs `code` in a fresh interpreter; returns what it printed."""
+    command = [sys.executable, "-c", code, *arguments]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=os.environ | environment, check=True)
+    return done.stdout
+
+
+WRONG = """
+import sys
+from pathlib import Path
+from mfm_jax.models import native
+text = native.SOURCE.read_text()
+native.SOURCE = Path(sys.argv[1])
+native.SOURCE.write_text(text.replace("sum[r][v] += grad[v] * p[r]", "sum[r][v] -= grad[v] * p[r]"))
+native._FLAGS = tuple(flag.replace("-O2", "-O0") for flag in native._FLAGS)
+print(native.lowering(), native.reason())
+"""
+
+
+def test_kernels_that_compute_something_else_are_left_out(tmp_path, native_kernels):
+    assert run(WRONG, str(tmp_path / "wrong.cc")).startswith("xla its convolutions differ from XLA's")
+
+
+def test_without_a_compiler_xla_computes(tmp_path, monkeypatch):
+    monkeypatch.setenv("MFM_JAX_CACHE", str(tmp_path))
+    monkeypatch.delenv("MFM_JAX_NATIVE", raising=False)
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", "")
+    assert native._load.__wrapped__() == ("xla", "no C++ compiler is installed")
+
+
+def test_a_compiler_that_fails_is_quoted(tmp_path, monkeypatch, small_source):
+    small_source.write_text("int here(")
+    how, why = native._load.__wrapped__()
+    assert how == "xla"
+    assert "failed: " in why
+    assert list((tmp_path / "native").iterdir()) == []
+
+
+def test_the_environment_turns_the_kernels_off(monkeypatch):
+    monkeypatch.setenv("MFM_JAX_NATIVE", "0")
+    assert native._load.__wrapped__() == ("xla", "MFM_JAX_NATIVE=0")
+
+
+@pytest.fixture
+def small_source(tmp_path, monkeypatch):
+    """A source that compiles at once, and a cache folder of its own."""
+    if not any(map(shutil.which, native._compilers())):
+        pytest.skip("no C++ compiler is installed")
+    monkeypatch.delenv("MFM_JAX_NATIVE", raising=False)
+    monkeypatch.setenv("MFM_JAX_CACHE", str(tmp_path))
+    monkeypatch.setattr(native, "SOURCE", tmp_path / "small.cc")
+    native.SOURCE.write_text("int here;")
+    return native.SOURCE
+
+
+def test_a_library_without_the_kernels_is_left_out(small_source):
+    how, why = native._load.__wrapped__()
+    assert how == "xla"
+    assert "MfmConvolution" in why
+
+
+@pytest.mark.parametrize("damage", ["cut", "changed", "empty"])
+def test_a_damaged_library_is_made_again(damage, small_source):
+    path = native._compiled(())
+    whole = path.read_bytes()
+    changed = whole[:1000] + bytes([whole[1000] ^ 1]) + whole[1001:]
+    path.write_bytes({"cut": whole[: len(whole) // 2], "changed": changed, "empty": b""}[damage])
+    assert not native._is_whole(path)
+    assert native._compiled(()) == path
+    assert native._is_whole(path)
+
+
+def test_several_may_compile_at_once(small_source):
+    with ThreadPoolExecutor(4) as pool:
+        paths = set(pool.map(lambda _: native._compiled(()), range(4)))
+    (path,) = paths
+    assert native._is_whole(path)
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_another_source_is_another_library(small_source):
+    first = native._compiled(())
+    small_source.write_text("int there;")
+    assert native._compiled(()) != first

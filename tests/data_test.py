@@ -333,6 +333,10 @@ def test_mean_and_std_are_of_the_training_images():
     chex.assert_type([mean, std], np.float32)
     coloured = np.zeros((1, 2, 2, 3), np.uint8)
     assert data._mean_std(Config(), "cifar10", coloured)[0].tolist() == pytest.approx([125.3, 123.0, 113.9])
+    chosen = Config(data=Data(normalize="pytorch_cifar"))
+    mean, std = data._mean_std(chosen, "cifar10", coloured)
+    assert (mean / 255).tolist() == pytest.approx([0.4914, 0.4822, 0.4465])
+    assert (std / 255).tolist() == pytest.approx([0.2023, 0.1994, 0.2010])
 
 
 @pytest.mark.parametrize("train_on_meta", [False, True])

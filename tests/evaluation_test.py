@@ -111,6 +111,9 @@ def test_what_is_not_the_run_s_is_refused(trained_run, tmp_path):
     config, workdir, _ = trained_run
     with pytest.raises(UserError, match=r"belongs to another config \(train.seed: 0 -> 1\)"):
         evaluation.evaluate_run(changed(config, train={"seed": 1}), workdir)
+    # A run's own weights are evaluated, never in silence those of a file.
+    with pytest.raises(UserError, match=r"belongs to another config \(model.pretrained: \"\" -> \"w.npz\"\)"):
+        evaluation.evaluate_run(changed(config, model={"pretrained": "w.npz"}), workdir)
     with pytest.raises(UserError, match=r"--out=.*: holds a run; choose another folder"):
         evaluation.evaluate_run(config, workdir, out=workdir)
     with pytest.raises(UserError, match=r"no such folder"):

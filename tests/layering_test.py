@@ -26,7 +26,7 @@ ORDER = (
     ("methods",),
     ("bilevel",),
     ("parallel", "cluster"),
-    ("metrics", "gallery"),
+    ("metrics", "gallery", "health"),
     ("checkpoint",),
     ("experiment",),
     ("loop", "logs", "interruption", "classifier"),
@@ -44,7 +44,13 @@ ORDER = (
 )
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 # What an import of `mfm_jax.NAME` may bring in, besides the standard library and the levels below.
-ONLY = {"errors": set(), "config": {"ml_collections"}, "longtail": {"numpy"}, "metrics": {"numpy", "scipy", "sklearn"}}
+ONLY = {
+    "errors": set(),
+    "config": {"ml_collections"},
+    "health": set(),
+    "longtail": {"numpy"},
+    "metrics": {"numpy", "scipy", "sklearn"},
+}
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 
 
@@ -114,6 +120,6 @@ def test_importing_the_package_costs_and_prints_nothing():
 
 
 def test_the_report_and_the_check_need_no_jax():
-    names = ("report", "comparison", "card", "metrics", "longtail", "decode", "check")
+    names = ("report", "comparison", "card", "health", "metrics", "longtail", "decode", "check")
     modules = ", ".join(f"mfm_jax.{name}" for name in names)
     assert python(f"import sys, {modules}; print('jax' in sys.modules)") == "False\n"

@@ -147,9 +147,9 @@ def test_log_frequency():
 
 
 def test_frequency_at_logits_by_hand():
-    # z = [0, -l, -2 l] with l = ln 10; gamma = tanh(b z), beta = a z + c z^2 / 10.
+    # z = [0, -l, -2 l] with l = ln 10; gamma = tanh(b z / 10), beta = a z + c z^2 / 10.
     modulator = modulation.frequency({"logits": 3}, COUNTS)
-    numbers = {"logits": {"a": jnp.float32(2.0), "b": jnp.float32(-0.5), "c": jnp.float32(2.5)}}
+    numbers = {"logits": {"a": jnp.float32(2.0), "b": jnp.float32(-5.0), "c": jnp.float32(2.5)}}
     gamma, beta = modulator.parameters(numbers, "logits", np.zeros((5, 3)), LABELS)
     one = math.log(10)
     chex.assert_trees_all_close(gamma, np.tanh(np.array([0, 0.5 * one, one], np.float32)), atol=1e-5)
@@ -171,7 +171,7 @@ def test_frequency_without_its_scale_is_the_shift_alone():
 
 def test_frequency_at_a_feature_site_by_hand():
     modulator = modulation.frequency({"pooled": 2}, COUNTS)
-    a, b, c = np.array([1.0, 0.0], np.float32), np.array([0.0, 2.0], np.float32), np.array([5.0, 10.0], np.float32)
+    a, b, c = np.array([1.0, 0.0], np.float32), np.array([0.0, 20.0], np.float32), np.array([5.0, 10.0], np.float32)
     gamma, beta = modulator.parameters({"pooled": {"a": a, "b": b, "c": c}}, "pooled", np.zeros((5, 2)), LABELS)
     z = -math.log(10) * np.array([[2.0], [0], [1], [2], [1]])  # of the labels 2, 0, 1, 2, 1
     chex.assert_trees_all_close(gamma, np.tanh(np.hstack([0 * z, 2 * z])).astype(np.float32), atol=1e-5)

@@ -7,6 +7,10 @@ import numpy as np
 import optax
 import pytest
 
+from mfm_jax import config as config_lib
+from mfm_jax import data as data_lib
+from mfm_jax import experiment as experiment_lib
+from mfm_jax import loop as loop_lib
 from mfm_jax import optim
 from mfm_jax.config import Meta, Optim
 
@@ -130,9 +134,81 @@ def test_the_update_can_be_differentiated_where_a_gradient_is_zero(name):
 # --- the modulator's chain ------------------------------------------------------------------------
 
 
-def test_modulator_is_adam_at_the_meta_learning_rate():
-    tx = optim.modulator(Meta(learning_rate=0.05, every=5), 1.0)
-    expected = PARAMS["w"] - 0.25 * np.sign(GRADS["w"])
-    chex.assert_trees_all_close(after(tx, [GRADS]), {"w": expected}, rtol=1e-5)
-    own = after(optim.modulator(Meta(learning_rate=0.0, every=5), 0.05), [GRADS])
-    chex.assert_trees_all_equal(own, after(tx, [GRADS]))
+def test_phi_moves_by_adam_on_directions_by_hand():
+    # Directions [0.6, 0.8] and [1, 0]; the first step of Adam is the rate in each number that has a gradient.
+    first = PARAMS["w"] - 0.05
+    chex.assert_trees_all_close(after(optim.modulator(0.05), [GRADS]), {"w": first}, rtol=1e-5)
+    mean = np.array([0.9 * 0.06 + 0.1, 0.9 * 0.08]) / (1 - 0.9**2)
+    square = np.array([0.999 * 0.36 + 1.0, 0.999 * 0.64]) * 1e-3 / (1 - 0.999**2)
+    second = first - 0.05 * mean / np.sqrt(square)
+    found = after(optim.modulator(0.05), [GRADS, {"w": np.array([7.0, 0.0], np.float32)}])
+    chex.assert_trees_all_close(found, {"w": second.astype(np.float32)}, rtol=1e-5)
+
+
+@pytest.mark.parametrize("size", [1e-2, 1e8, 1e18])
+def test_the_size_of_a_meta_gradient_counts_for_nothing(size):
+    tx, scaled = optim.modulator(0.05), {"w": np.float32(size) * GRADS["w"]}
+    chex.assert_trees_all_close(after(tx, [GRADS, scaled]), after(tx, [GRADS, GRADS]), rtol=1e-4)
+
+
+def test_phi_stands_still_where_the_meta_gradient_is_zero():
+    chex.assert_trees_all_equal(after(optim.modulator(0.05), [{"w": np.zeros(2, np.float32)}]), PARAMS)
+
+
+def test_noise_moves_phi_by_a_quarter_of_the_rate():
+    tx, moved = optim.modulator(0.05), []
+    state = tx.init(PARAMS)
+    for gradient in np.random.default_rng(0).normal(size=(2000, 2)).astype(np.float32):
+        change, state = tx.update({"w": gradient}, state)
+        moved.append(np.abs(change["w"]) / 0.05)
+    assert 0.2 < np.sqrt(np.mean(np.square(moved[50:]))) < 0.26  # sqrt(0.1 / 1.9) = 0.23
+
+
+@pytest.mark.parametrize(("meta", "steps"), [({"every": 2}, [0, 2, 4]), ({"every": 2, "start_epoch": 1}, [6, 8])])
+def test_phi_s_rate_falls_as_the_classifier_s_does(meta, steps):
+    inner = Optim(learning_rate=0.4, schedule="cosine")
+    pace = optim.meta_schedule(Meta(learning_rate=0.1, **meta), inner, 2, 5)
+    expected = [float(optim.schedule(inner, 2, 5)(step)) / 4 for step in steps]
+    assert [float(pace(done)) for done in range(len(steps))] == pytest.approx(expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("at", [0, 100])
+def test_phi_recovers_from_any_single_meta_gradient(at, monkeypatch):
+    """Fifty meta-steps after one of 1e8 in a direction of its own, on the digits, phi is within 10 % of without."""
+    config = config_lib.default()
+    config.data.update(source="digits", name="digits", imbalance_factor=50.0)
+    config.augment.update(pad=1, flip=False)
+    config.model.name = "resnet8"
+    config.meta.every = 1
+    config.optim.learning_rate = 0.05
+    config.train.update(epochs=60, batch_size=32)
+    config = config_lib.resolve(config)
+    data, chain = data_lib.build(config), optim.modulator
+
+    def trained(planted: int) -> np.ndarray:
+        monkeypatch.setattr(optim, "modulator", lambda rate: optax.chain(spiked(planted), chain(rate)))
+        experiment = experiment_lib.build(config, data)
+        call, loop = loop_lib.make_call(experiment, config), loop_lib.initial(experiment)
+        on_device = loop_lib.to_device(data)
+        for step in range(at + 51):
+            if step % experiment.steps_per_epoch == 0:
+                epoch = step // experiment.steps_per_epoch
+                table = jnp.asarray(data.meta_table(epoch), jnp.int32)
+                order = experiment.order(jax.random.key(1), epoch)
+                on_device = on_device.replace(order=order, meta_table=table)
+            loop = call(loop, on_device, *loop_lib.steps((True,)))
+        return np.stack(jax.tree.leaves(loop.bilevel.mod_params))
+
+    with_it, without = trained(at), trained(-1)
+    assert 0 < np.linalg.norm(with_it - without) < 0.1 * np.linalg.norm(without)
+
+
+def spiked(at: int) -> optax.GradientTransformation:
+    """Puts 1e8 in every number of the gradient of step `at`."""
+
+    def update(gradient, count, params=None):
+        del params
+        return jax.tree.map(lambda g: jnp.where(count == at, 1e8, g), gradient), count + 1
+
+    return optax.GradientTransformation(lambda params: jnp.zeros((), jnp.int32), update)

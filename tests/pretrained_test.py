@@ -191,7 +191,8 @@ def test_a_head_of_other_classes_starts_fresh(classes, tmp_path, capsys):
     params, _ = load(tensors, tmp_path)
     assert isinstance(params["head"]["kernel"], jax.ShapeDtypeStruct)  # what was given
     assert isinstance(params["norm"]["scale"], np.ndarray)
-    assert capsys.readouterr().err.endswith("; the head starts fresh\n")
+    why = "the file has none" if classes is None else "the file's has 7 classes, not 3"
+    assert capsys.readouterr().err.endswith(f"; the head starts fresh: {why}\n")
 
 
 def test_positions_of_another_grid_are_interpolated(tmp_path, capsys):

@@ -334,6 +334,17 @@ def test_modulation_that_changes_length_is_refused(tmp_path):
         report.write_report(tmp_path)
 
 
+def test_warnings_stand_before_the_summary(tmp_path, full):
+    write_workdir(tmp_path, classes=3)
+    rows = [{"kind": "warning", "step": 4000, "epoch": 10, "code": c, "sentence": f"<{c}>; look at x"} for c in "ab"]
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write("".join(json.dumps(row) + "\n" for row in rows))
+    page = Page(report.write_report(tmp_path))
+    assert page.text["warnings"].split("\n")[-4:-2] == ["<a>; look at x", "<b>; look at x"]
+    assert page.source.index('id="warnings"') < page.source.index('id="summary"')
+    assert "warnings" not in full[0].text
+
+
 def test_modulation_of_other_classes_is_refused(tmp_path):
     write_workdir(tmp_path, classes=3, modulated=False)
     row = {"kind": "modulation", "step": 9, "sites": {"logits": {"gamma": [0.0, 0.0], "beta": [0.0, 0.0]}}}

@@ -67,8 +67,16 @@ def _one_device(monkeypatch):
 
 @pytest.mark.usefixtures("_one_device")
 def test_side_by_side_gives_the_same_results_and_outlives_a_failure(tmp_path, capsys):
-    planned = [run(tmp_path, "good"), run(tmp_path, "bad", modulation__sites="stage9")]
-    good, bad = runs.train_all([[one] for one in planned], jobs=2)
+    planned, told = [run(tmp_path, "good"), run(tmp_path, "bad", modulation__sites="stage9")], {}
+    good, bad = runs.train_all(
+        [[one] for one in planned], jobs=2, ended=lambda group, found: told.update({group[0].label: found})
+    )
+    assert told == {"good": [good], "bad": [bad]}
+    (line,) = runs.processes(tmp_path / "good")
+    assert line["of"] == "process"
+    assert 0 < line["step_seconds"] < line["seconds"]
+    assert 0 < line["compile_seconds"] < line["seconds"]
+    assert runs.processes(tmp_path / "bad") == []
     assert bad.results is None
     assert bad.error.startswith("modulation.sites = 'stage9': the model has no such site")
     assert good.results is not None
@@ -131,6 +139,29 @@ def test_the_end_of_an_interrupted_run_stops_the_rest(tmp_path, monkeypatch):
     monkeypatch.setattr(runs, "_start", start)
     with pytest.raises(interruption.Interrupted, match="every run is saved"):
         runs.train_all([[run(tmp_path, name)] for name in ("one", "two", "three")], jobs=2)
+
+
+def test_when_the_time_is_over_all_are_stopped_and_what_does_not_save_is_killed(tmp_path, monkeypatch):
+    started, told = [], []
+
+    def start(job, cores):
+        code = "import time; time.sleep(600)"
+        if job.label == "deaf":
+            code = f"import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('', flush=True); {code}"
+        job.log.touch()
+        job.cores, job.process = cores, subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+        if job.label == "deaf":
+            job.process.stdout.readline()
+        started.append(job.process)
+
+    monkeypatch.setattr(runs, "_start", start)
+    with pytest.raises(interruption.Interrupted):
+        planned = [[run(tmp_path, name)] for name in ("deaf", "obedient", "waiting")]
+        runs.train_all(planned, jobs=2, seconds=0.5, patience=0.5, ended=lambda *pair: told.append(pair))
+    assert [process.returncode for process in started] == [-signal.SIGKILL, -signal.SIGTERM]
+    assert told == []
+    for process in started:
+        process.stdout.close()
 
 
 def test_nothing_runs_on_where_this_process_fails(tmp_path, monkeypatch):

@@ -23,6 +23,7 @@ from mfm_jax import loop as loop_lib
 from mfm_jax.checkpoint import Checkpointer, restore_modulator
 from mfm_jax.errors import UserError
 from mfm_jax.longtail import manifest_hash, write_manifest
+from mfm_jax.models import native
 
 
 def tiny(**overrides):
@@ -209,7 +210,7 @@ def test_several_steps_a_call_equal_single_steps():
     chex.assert_trees_all_close(several.sums, single.sums, rtol=1e-3)
 
 
-def test_non_finite_loss_stops_and_keeps_the_last_good_checkpoint(tmp_path):
+def test_non_finite_loss_stops_and_keeps_the_last_good_checkpoint(tmp_path, monkeypatch, capsys):
     config = tiny(train__epochs=3, optim__schedule="constant")
     call = loop_lib.make_call
 
@@ -227,7 +228,13 @@ def test_non_finite_loss_stops_and_keeps_the_last_good_checkpoint(tmp_path):
         train.train_and_evaluate(config, tmp_path)
     assert re.match(r"(loss|grad_norm) became non-finite at step 8; the checkpoint of step 6 is kept", str(error.value))
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(final_state(tmp_path, config)))
-    train.train_and_evaluate(config, tmp_path)  # and the run goes on from there
+    before = native.lowering()
+    monkeypatch.setattr(native, "lowering", lambda dtype="float32": "xla")
+    results = train.train_and_evaluate(config, tmp_path)  # and the run goes on from there, by XLA's convolutions
+    assert results["versions"]["convolutions"] == "xla"
+    said = capsys.readouterr().out
+    assert "convolutions: xla" in said
+    assert (f"goes on from step 6 with convolutions by xla, before: {before};" in said) == (before != "xla")
 
 
 def test_transfer_starts_from_the_modulator_and_freeze_keeps_it(finished, tmp_path):

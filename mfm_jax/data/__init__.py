@@ -28,6 +28,8 @@ _OF_SET = {"cifar10": _CIFAR, "cifar100": _CIFAR}
 _NORMALIZATION = {
     "imagenet": ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375)),
     "half": ((127.5,) * 3, (127.5,) * 3),
+    # pytorch-cifar's, which LDAM-DRW's code has too; the deviation is that within a picture, averaged.
+    "pytorch_cifar": ((125.307, 122.961, 113.8575), (51.5865, 50.847, 51.255)),
 }
 _SAMPLE = 1_000  # streamed images that mean and standard deviation are taken from; of others, so many at a time
 
@@ -71,9 +73,9 @@ class LongTailData:
 def build(config: Config) -> LongTailData:
     """Loads and splits the data of a run.
 
-    The split is drawn from `data.seed`, or taken from the manifest that `data.manifest` names. Methods that
-    use no meta set get the same split: the meta images are set aside for them too, unless
-    `data.train_on_meta` adds them to the training set.
+    The split is drawn from `data.seed`, or taken from the manifest that `data.manifest` names, or from that of a packed
+    benchmark where the protocol is its own. Methods that use no meta set get the same split: the meta images are set
+    aside for them too, unless `data.train_on_meta` adds them to the training set.
 
     Raises:
       UserError: one line that names the field, the value and what is allowed.
@@ -86,7 +88,7 @@ def build(config: Config) -> LongTailData:
         source = sources.load(config.data)
     if len(source.class_names) < 2:
         raise UserError(f"data: {source.name} has only one class, {source.class_names[0]!r}")
-    split = _read_split(config, source) if config.data.manifest else _draw_split(config, source)
+    split = _split(config, source)
     in_training = split.train
     if config.data.train_on_meta:
         in_training = np.union1d(split.train, split.meta)
@@ -147,9 +149,17 @@ def _draw_split(config: Config, source: Source) -> Split:
     return longtail.make_split(labels, len(source.class_names), protocol=config.data.protocol, **settings)
 
 
-def _read_split(config: Config, source: Source) -> Split:
-    """Returns the split that the manifest `data.manifest` records, as positions in the source."""
-    manifest = longtail.read_manifest(config.data.manifest)
+def _split(config: Config, source: Source) -> Split:
+    packed = source.manifest
+    if config.data.manifest:
+        return _read_split(config, source, longtail.read_manifest(config.data.manifest))
+    if packed and packed["protocol"] == config.data.protocol:
+        return _read_split(config, source, packed)
+    return _draw_split(config, source)
+
+
+def _read_split(config: Config, source: Source, manifest: dict[str, Any]) -> Split:
+    """Returns the split that the manifest records, as positions in the source."""
     _check_agrees(config, source, manifest)
     longtail.check_leakage(manifest)
     where = {}
@@ -195,9 +205,11 @@ def _check_agrees(config: Config, source: Source, manifest: dict[str, Any]) -> N
     for key, value in _settings(config).items():
         if manifest.get(key, 0) != value:
             field = "meta.images_per_class" if key == "meta_images_per_class" else f"data.{key}"
+            where = config.data.manifest or f"in {config.data.root}"
+            otherwise = ", or leave data.manifest empty" if config.data.manifest else ""
             raise UserError(
-                f"{field} = {value!r}: the manifest {config.data.manifest} was made with {manifest.get(key, 0)!r};"
-                " set the field to that, or leave data.manifest empty"
+                f"{field} = {value!r}: the manifest {where} was made with {manifest.get(key, 0)!r};"
+                f" set the field to that{otherwise}"
             )
 
 

@@ -2,7 +2,8 @@
 
 `train_images` (uint8, `[N, H, W]` or `[N, H, W, C]` with 1 or 3 channels), `train_labels` (integers from 0, `[N]` or
 `[N, 1]`), the same of `test`, and, where there are such splits, of `val` and `meta`; `class_names` (strings, `[K]`) may
-be left out.
+be left out. A benchmark that was packed (`benchmarks/subset.py`) has a split's manifest in `manifest` (a string): its
+records keep their names, so that the split can be told to be the one that was packed.
 """
 
 import hashlib
@@ -12,12 +13,14 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from mfm_jax.config import Data
 from mfm_jax.data.sources import Labels, Pixels, Source, cached, in_two_pools, resize
 from mfm_jax.errors import UserError
+from mfm_jax.longtail import parse_manifest
 
 _FOR_TRAINING = ("train", "val", "meta")
 
@@ -58,7 +61,33 @@ def load(config: Data) -> Source:
     if train[0].shape[1:] != test[0].shape[1:]:
         raise arrays.error(f"images are {train[0].shape[1:]} in train, {test[0].shape[1:]} in test")
     source = in_two_pools(arrays.path.stem, arrays.version, class_names, train, test)
+    if "manifest" in arrays.names:
+        return _packed(source, arrays, labels)
     return replace(source, given=np.repeat(splits, [len(labels[split]) for split in splits]))
+
+
+def _packed(source: Source, arrays: "_Arrays", labels: dict[str, Labels]) -> Source:
+    """Returns `source` with the records' names of the manifest in the file, and in their order."""
+    manifest = arrays.manifest()
+    records, splits = manifest["splits"], [split for split in labels if split != "test"]
+    for split in labels:
+        if (named := len(records[split]["ids"])) != (found := len(labels[split])):
+            raise arrays.error(f"{split} has {found} images, its manifest names {named}; pack it again")
+    ids = np.concatenate([np.array(records[split]["ids"], np.int64) for split in splits])
+    order = np.argsort(ids, kind="stable")
+    return replace(
+        source,
+        name=manifest["dataset"],
+        version=manifest["version"],
+        train_images=source.train_images[order],
+        train_labels=source.train_labels[order],
+        train_ids=ids[order],
+        train_pool=records["train"]["pool"],
+        test_ids=np.array(records["test"]["ids"], np.int64),
+        test_pool=records["test"]["pool"],
+        given=np.repeat(splits, [len(labels[split]) for split in splits])[order],
+        manifest=manifest,
+    )
 
 
 class _Arrays:
@@ -110,6 +139,9 @@ class _Arrays:
         if values.dtype.kind != "U" or values.ndim != 1 or len(values) < count:
             raise self.error(f"class_names is {values.dtype} {values.shape}; needs at least {count} strings")
         return tuple(values.tolist())
+
+    def manifest(self) -> dict[str, Any]:
+        return parse_manifest(str(self._read("manifest")), f"in data.root = {str(self.path)!r}")
 
     def _read(self, name: str) -> np.ndarray:
         try:

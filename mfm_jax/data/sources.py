@@ -62,6 +62,7 @@ class Source:
     given: npt.NDArray[np.str_] | None = None  # [N], "train", "val" or "meta", as the data itself says; None: all train
     groups: tuple[str, ...] = ()  # N group keys, "" for none; empty: no groups
     facts: Mapping[str, Any] = field(default_factory=dict)  # what else the manifest is to say
+    manifest: dict[str, Any] | None = None  # of the split that the data was packed with, where it was
 
 
 def load(config: Data) -> Source:

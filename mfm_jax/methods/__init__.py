@@ -62,7 +62,6 @@ class Method:
     retraining: the second stage's, where it has one on a frozen classifier.
     posthoc: `(config, counts, params) -> params` that are tested; None for those that were trained.
     learner: `(config, counts, channels by site) -> MetaLearner`, what the meta set governs; None for none.
-    meta_rate: Adam's rate for it where `meta.learning_rate` is 0. A few numbers bear a higher one than a network.
     search: where the method's own fields are tuned, by `group.field` (`tune`).
     """
 
@@ -76,7 +75,6 @@ class Method:
     retraining: Retraining | None = None
     posthoc: Callable[[Config, jax.Array, PyTree], PyTree] | None = None
     learner: Callable[[Config, jax.Array, Mapping[str, int]], MetaLearner] | None = None
-    meta_rate: float = 1e-2
     search: Mapping[str, Span | Choice] = field(default_factory=dict)
 
 
@@ -180,7 +178,7 @@ _BETAS = {"method.effective_beta": Choice((0.9, 0.99, 0.999, 0.9999))}
 _MARGIN = {"method.ldam_margin": Span(0.1, 0.8)}
 _TAU = {"method.tau": Span(0.25, 2.5)}
 _STAGE = {"method.first_stage": Span(0.5, 0.95)}
-_META = {"meta.learning_rate": Span(1e-4, 1e-1, log=True)}
+_META = {"meta.learning_rate": Span(1e-3, 1.0, log=True)}
 
 METHODS = {
     # Losses.
@@ -208,9 +206,9 @@ METHODS = {
     "posthoc_la": Method(posthoc=_without_prior, search=_TAU),
     "tau_norm": Method(posthoc=_tau_normalized, search={"method.tau": Span(0.0, 1.5)}),
     # Governed by the meta set, on the loss `method.base`.
-    "meta_weight_net": Method(learner=_meta_weight_net, meta_rate=1e-3, search=_META),
+    "meta_weight_net": Method(learner=_meta_weight_net, search=_META),
     "l2rw": Method(learner=_l2rw),
-    "l2ac": Method(learner=_l2ac, meta_rate=1e-3, search=_META),
+    "l2ac": Method(learner=_l2ac, search=_META),
     "metasaug": Method(learner=_metasaug, search={**_META, "method.isda_strength": Span(0.1, 2.0, log=True)}),
     "mfm": Method(learner=_mfm, sampler=sampling.square_root, search=_META),
 }

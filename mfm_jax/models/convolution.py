@@ -9,6 +9,9 @@ times the forward pass. A sum over the batch may be taken in slices that stay in
 The convolution and its weight gradient are bilinear, and the transposes of each are the two again. They are written as
 two JAX primitives with that closed algebra, so they can be differentiated any number of times, in either mode, and
 every derivative is sliced too. Slices are the lowering for CPU alone; other platforms get XLA's own convolution.
+
+Where `native` has kernels of the project's own for the processor, they are the lowering on CPU. The operands of both
+primitives may have leading axes, the same ones: `vmap` adds them, and each entry is a convolution of its own.
 """
 
 import functools
@@ -21,6 +24,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
+
+from mfm_jax.models import native
 
 _LAYOUT = ("NHWC", "HWIO", "NHWC")
 _SLICE_BYTES = 2**20  # of the input; about a core's second-level cache
@@ -118,15 +123,61 @@ def _input_gradient(dy: jax.Array, kernel: jax.Array, shape: tuple[int, ...], wi
     padding = []
     for axis in range(2):
         low = window.kernel[axis] - 1 - window.padding[axis][0]
-        dilated = (dy.shape[axis + 1] - 1) * window.stride[axis] + 1
-        wanted = (shape[axis + 1] - 1) * window.dilation[axis] + 1
+        dilated = (dy.shape[axis - 3] - 1) * window.stride[axis] + 1
+        wanted = (shape[axis - 3] - 1) * window.dilation[axis] + 1
         padding.append((low, wanted + window.kernel[axis] - 1 - dilated - low))
     flipped = _Window(window.kernel, window.dilation, tuple(padding), window.stride)
-    return _bind(_convolve, dy, kernel[::-1, ::-1].transpose(0, 1, 3, 2), flipped)
+    return _bind(_convolve, dy, jnp.flip(kernel, (-4, -3)).swapaxes(-1, -2), flipped)
 
 
-def _primitive(name: str, default: Any, left: Any, right: Any) -> Primitive:
+def _mapped(operation: Any) -> Any:
+    """Maps an operation on arrays of four axes over the leading axes of its operands."""
+
+    def over_leading(a: jax.Array, b: jax.Array, *, window: _Window) -> jax.Array:
+        one = functools.partial(operation, window=window)
+        for _ in range(a.ndim - 4):
+            one = jax.vmap(one)
+        return one(a, b)
+
+    return over_leading
+
+
+def _lowering_on_cpu(target: str, by_xla: Any) -> Any:
+    """The rule that takes the native kernels wherever they can be taken, and otherwise `by_xla`."""
+    fallback = mlir.lower_fun(by_xla, multiple_results=False)
+
+    def rule(ctx: mlir.LoweringRuleContext, a: Any, b: Any, *, window: _Window) -> Any:
+        if not _is_native(ctx):
+            return fallback(ctx, a, b, window=window)
+        told = native.attributes(window.stride, window.padding, window.dilation)
+        return jax.ffi.ffi_lowering(target)(ctx, a, b, **told)
+
+    return rule
+
+
+def _is_native(ctx: mlir.LoweringRuleContext) -> bool:
+    """Whether an operation is one for the native kernels.
+
+    Not so in an exported program, which is to run elsewhere, or where XLA's partitioner may divide the operation over
+    devices, which it cannot do to a kernel that it does not know.
+    """
+    where: Any = ctx.module_context.axis_context
+    if hasattr(where, "manual_axes"):  # inside `shard_map`
+        devices = max((size for axis, size in where.mesh.shape.items() if axis not in where.manual_axes), default=1)
+    else:
+        devices = where.num_devices
+    arrays: Any = (*ctx.avals_in, *ctx.avals_out)
+    return (
+        not ctx.module_context.lowering_parameters.for_export
+        and devices == 1
+        and all(isinstance(size, int) and size > 0 for array in arrays for size in array.shape)
+        and native.lowering(arrays[0].dtype.name) != "xla"
+    )
+
+
+def _primitive(name: str, default: Any, on_cpu: Any, left: Any, right: Any) -> Primitive:
     """A bilinear primitive: `left` and `right` transpose it in its first and its second operand."""
+    default, on_cpu = _mapped(default), _mapped(on_cpu)
     primitive = Primitive(name)
     primitive.def_impl(jax.jit(primitive.bind, static_argnames="window"))
 
@@ -138,11 +189,14 @@ def _primitive(name: str, default: Any, left: Any, right: Any) -> Primitive:
         return a.update(shape=out.shape, dtype=out.dtype, weak_type=False)
 
     def batched(args: Any, axes: Any, *, window: _Window) -> Any:
-        return jax.vmap(functools.partial(default, window=window), in_axes=axes)(*args), 0
+        size = next(v.shape[axis] for v, axis in zip(args, axes, strict=True) if axis is not None)
+        a, b = (batching.bdim_at_front(v, axis, size) for v, axis in zip(args, axes, strict=True))
+        return _bind(primitive, a, b, window), 0
 
     primitive.def_abstract_eval(abstract)
     batching.primitive_batchers[primitive] = batched
     mlir.register_lowering(primitive, mlir.lower_fun(default, multiple_results=False))
+    mlir.register_lowering(primitive, _lowering_on_cpu(f"mfm_{name}", on_cpu), platform="cpu")
     ad.defbilinear(primitive, left, right)
     return primitive
 
@@ -150,15 +204,14 @@ def _primitive(name: str, default: Any, left: Any, right: Any) -> Primitive:
 _convolve: Primitive = _primitive(
     "convolution",
     _convolve_by_xla,
+    _convolve_by_xla,
     lambda ct, x, kernel, *, window: _input_gradient(ct, kernel, x.aval.shape, window),
     lambda ct, x, kernel, *, window: _bind(_weight_gradient, x, ct, window),
 )
 _weight_gradient: Primitive = _primitive(
     "convolution_weight_gradient",
     _weight_gradient_by_xla,
+    _weight_gradient_in_slices,
     lambda ct, x, dy, *, window: _input_gradient(dy, ct, x.aval.shape, window),
     lambda ct, x, dy, *, window: _bind(_convolve, x, ct, window),
-)
-mlir.register_lowering(
-    _weight_gradient, mlir.lower_fun(_weight_gradient_in_slices, multiple_results=False), platform="cpu"
 )

@@ -1,0 +1,523 @@
+// The 2-D convolution of NHWC images and its weight gradient for CPUs, as handlers of XLA's foreign function interface.
+//
+// Both are matrix products over a copy of some image rows in which padding is laid out as zeros and columns are sorted
+// by their remainder modulo the stride. In that copy the inputs under neighbouring outputs are C values apart whatever
+// the stride, and the inputs under neighbouring taps of a row are one run of values. A dilated input is zeros in
+// between: outputs are taken in classes by their remainder modulo the dilation, and a class sees only its own taps.
+//
+// A tile of outputs stays in registers: R pixels (or R values of the weight's rows) by V vectors of output channels.
+// The order of every sum follows from the shapes alone, so the bits depend neither on threads nor on their timing.
+#include <algorithm>
+#include <array>
+#include <atomic>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <new>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "xla/ffi/api/ffi.h"
+
+namespace ffi = xla::ffi;
+
+namespace {
+
+// Vectors are as wide as the processor's. A tile has as many accumulators as its registers hold beside the operands.
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64, kVectors = 2, kRows = 8, kRowsOfOneVector = 12;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32, kVectors = 2, kRows = 6, kRowsOfOneVector = 8;
+#else
+constexpr int kVectorBytes = 16, kVectors = 4, kRows = 5, kRowsOfOneVector = 8;
+#endif
+constexpr int64_t kStripBytes = 160 << 10;     // of copied rows: a part of the second-level cache
+constexpr int64_t kBandBytes = 40 << 10;       // of the rows that one tile of the weight gradient runs over
+constexpr int64_t kWeightBytes = 20 << 10;     // of the weights that one tile of the convolution runs over
+constexpr int64_t kPartialBytes = 2 << 20;     // of the weight gradient's partial sums
+constexpr int64_t kFlopsOfThread = 1'000'000;  // below, another thread is not worth its start
+
+template <class T>
+struct VectorOf;
+template <>
+struct VectorOf<float> {
+  typedef float type __attribute__((vector_size(kVectorBytes), aligned(4), may_alias));
+};
+template <>
+struct VectorOf<double> {
+  typedef double type __attribute__((vector_size(kVectorBytes), aligned(8), may_alias));
+};
+template <class T>
+using Vector = typename VectorOf<T>::type;
+template <class T>
+constexpr int64_t kLanes = kVectorBytes / sizeof(T);
+template <int V>
+constexpr int kTile = V == 1 ? kRowsOfOneVector : kRows;
+
+template <class T>
+inline Vector<T> load(const T* p) {
+  return *reinterpret_cast<const Vector<T>*>(p);
+}
+template <class T>
+inline void store(T* p, Vector<T> v) {
+  *reinterpret_cast<Vector<T>*>(p) = v;
+}
+
+// Scratch of the calling thread, one buffer for each purpose; it grows and is kept.
+enum Purpose { kCopy, kEdge, kWeights, kSums, kPurposes };
+template <class T>
+T* scratch(Purpose purpose, int64_t count) {
+  struct Buffer {
+    void* data = nullptr;
+    size_t size = 0;
+    ~Buffer() { std::free(data); }
+  };
+  thread_local Buffer buffers[kPurposes];
+  Buffer& buffer = buffers[purpose];
+  size_t wanted = (count * sizeof(T) + 4096) / 4096 * 4096;
+  if (buffer.size < wanted) {
+    std::free(buffer.data);
+    buffer.size = 0;
+    buffer.data = std::aligned_alloc(4096, wanted);
+    if (!buffer.data) throw std::bad_alloc();
+    buffer.size = wanted;
+  }
+  return static_cast<T*>(buffer.data);
+}
+
+// Runs body(0) ... body(count - 1), also on the pool. The caller works too, and waits only for what has begun: a wait
+// for what has not would be one for a free thread, and there may never be one where callers are the pool's own threads.
+template <class Body>
+void parallel_for(ffi::ThreadPool& pool, int64_t count, double flops, const Body& body) {
+  struct Progress {
+    std::atomic<int64_t> next{0}, done{0};
+  };
+  auto progress = std::make_shared<Progress>();
+  auto work = [progress, &body, count] {  // a late one finds no number left and does not touch `body`
+    for (int64_t i; (i = progress->next.fetch_add(1)) < count;) {
+      body(i);
+      progress->done.fetch_add(1, std::memory_order_release);
+    }
+  };
+  int64_t useful = std::min<double>(count, flops / kFlopsOfThread);
+  for (int64_t helper = 1; helper < std::min(pool.num_threads(), useful); ++helper) pool.Schedule(decltype(work)(work));
+  work();
+  for (int spins = 0; progress->done.load(std::memory_order_acquire) < count;)
+    if (++spins > 1000) std::this_thread::yield();
+}
+
+// Outputs first, first + dilation, ... along an axis, and the kernel's taps that meet an input there.
+struct Class {
+  struct Tap {
+    int64_t tap, start;  // start: the input under the first output; the next output is `stride` inputs further
+  };
+  int64_t first, count;
+  std::vector<Tap> taps;
+};
+
+struct Axis {
+  int64_t in, out, kernel, stride, dilation;
+  int64_t origin = 0, extent = 1;  // the inputs that are met, those of the padding included
+  int64_t reach = 1;               // and those that one output of every class meets
+  std::vector<Class> classes;
+
+  Axis(int64_t in, int64_t out, int64_t kernel, int64_t stride, int64_t low, int64_t dilation)
+      : in(in), out(out), kernel(kernel), stride(stride), dilation(dilation) {
+    int64_t begin = INT64_MAX, end = INT64_MIN, far = INT64_MIN;
+    for (int64_t first = 0; first < std::min(dilation, out); ++first) {
+      Class found{first, (out - first + dilation - 1) / dilation, {}};
+      for (int64_t tap = 0; tap < kernel; ++tap) {
+        int64_t at = first * stride + tap - low;
+        if (at % dilation) continue;
+        found.taps.push_back({tap, at / dilation});
+        begin = std::min(begin, at / dilation);
+        far = std::max(far, at / dilation);
+        end = std::max(end, at / dilation + (found.count - 1) * stride + 1);
+      }
+      classes.push_back(std::move(found));
+    }
+    if (begin < end) origin = begin, extent = end - begin, reach = far - begin + 1;
+  }
+};
+
+// Values of the copy that follow each other, under consecutive rows of the weight matrix [taps * C, N].
+struct Run {
+  int64_t offset, length, row;
+};
+
+struct Geometry {
+  Axis y, x;
+  int64_t images, channels, outputs;
+  int64_t columns, row_size;                // of the copy: [row][column % stride][column / stride][channel]
+  int64_t strips, strip_rows, copied_rows;  // rows of a class that are computed from one copy, and its own rows
+
+  Geometry(Axis y, Axis x, int64_t images, int64_t channels, int64_t outputs, int64_t bytes)
+      : y(std::move(y)), x(std::move(x)), images(images), channels(channels), outputs(outputs) {
+    columns = (this->x.extent + this->x.stride - 1) / this->x.stride;
+    row_size = this->x.stride * columns * channels;
+    int64_t height = (this->y.out + this->y.dilation - 1) / this->y.dilation;
+    int64_t fitting = (kStripBytes / (row_size * bytes) - this->y.reach) / this->y.stride + 1;
+    fitting = std::max<int64_t>(fitting, 1);
+    strips = (height + fitting - 1) / fitting;
+    strip_rows = (height + strips - 1) / strips;
+    copied_rows = (strip_rows - 1) * this->y.stride + this->y.reach;
+  }
+
+  double flops() const { return 2.0 * images * y.out * x.out * outputs * channels * y.kernel * x.kernel; }
+
+  std::vector<Run> runs(const Class& rows, const Class& cols) const {
+    std::vector<Run> found;
+    for (auto& ky : rows.taps)
+      for (auto& kx : cols.taps) {
+        int64_t column = kx.start - x.origin;
+        int64_t offset = (ky.start - y.origin) * row_size +
+                         (column % x.stride * columns + column / x.stride) * channels;
+        int64_t row = (ky.tap * x.kernel + kx.tap) * channels;
+        Run* last = found.empty() ? nullptr : &found.back();
+        if (last && last->offset + last->length == offset && last->row + last->length == row)
+          last->length += channels;
+        else
+          found.push_back({offset, channels, row});
+      }
+    return found;
+  }
+
+  // Returns the copy of the rows of `image` under a strip: the image itself where it has that form already.
+  template <class T>
+  const T* strip(const T* image, int64_t index) const {
+    int64_t top = y.origin + index * strip_rows * y.stride;
+    if (x.stride == 1 && x.origin == 0 && columns == x.in && top >= 0 && top + copied_rows <= y.in)
+      return image + top * row_size;
+    T* copy = scratch<T>(kCopy, copied_rows * row_size);
+    for (int64_t r = 0; r < copied_rows; ++r) {
+      T* to = copy + r * row_size;
+      if (top + r < 0 || top + r >= y.in) {
+        std::fill_n(to, row_size, T{});
+        continue;
+      }
+      const T* from = image + (top + r) * x.in * channels;
+      for (int64_t phase = 0; phase < x.stride; ++phase, to += columns * channels) {
+        // Column q of the phase is the input's column start + q * stride.
+        int64_t start = x.origin + phase;
+        int64_t begin = std::clamp<int64_t>(start < 0 ? (-start + x.stride - 1) / x.stride : 0, 0, columns);
+        int64_t end = start < x.in ? std::clamp<int64_t>((x.in - 1 - start) / x.stride + 1, begin, columns) : begin;
+        std::fill_n(to, begin * channels, T{});
+        if (x.stride == 1)
+          std::copy_n(from + (start + begin) * channels, (end - begin) * channels, to + begin * channels);
+        else
+          for (int64_t q = begin; q < end; ++q)
+            std::copy_n(from + (start + q * x.stride) * channels, channels, to + q * channels);
+        std::fill_n(to + end * channels, (columns - end) * channels, T{});
+      }
+    }
+    return copy;
+  }
+};
+
+// --- the convolution ------------------------------------------------------------------------------
+
+// Adds to (or sets) R pixels by V vectors of `out` the products of the runs' inputs with the packed weights `w`.
+template <class T, int R, int V>
+void convolve_tile(const T* x, int64_t step, const Run* run, const Run* end, const T* w, T* out, int64_t out_step,
+                   bool add) {
+  constexpr int64_t L = kLanes<T>;
+  Vector<T> sum[R][V];
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) sum[r][v] = add ? load(out + r * out_step + v * L) : Vector<T>{};
+  for (; run != end; ++run) {
+    const T* pixel[R];
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) pixel[r] = x + run->offset + r * step;
+    for (int64_t c = 0; c < run->length; ++c, w += V * L) {
+      Vector<T> weight[V];
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) weight[v] = load(w + v * L);
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) sum[r][v] += weight[v] * pixel[r][c];
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) store(out + r * out_step + v * L, sum[r][v]);
+}
+
+template <class T, int V, int... R>
+constexpr auto convolve_tiles(std::integer_sequence<int, R...>) {
+  return std::array{convolve_tile<T, R + 1, V>...};
+}
+
+// Splits `count` into the fewest pieces of at most `most`, as equal as can be; calls body(begin, size).
+template <class Body>
+void in_pieces(int64_t count, int64_t most, const Body& body) {
+  for (int64_t begin = 0, left = (count + most - 1) / most; left > 0; --left) {
+    int64_t size = (count - begin) / left;
+    body(begin, size);
+    begin += size;
+  }
+}
+
+// A part of the weight matrix's rows that fits the first-level cache, as runs of the copy.
+struct Chunk {
+  std::vector<Run> runs;
+  int64_t begin, length;  // among the class's rows
+};
+
+std::vector<Chunk> chunks(const std::vector<Run>& runs, int64_t most) {
+  int64_t total = 0;
+  for (auto& run : runs) total += run.length;
+  std::vector<Chunk> found;
+  size_t at = 0;
+  int64_t used = 0;  // of run `at`
+  in_pieces(total, most, [&](int64_t begin, int64_t size) {
+    Chunk chunk{{}, begin, size};
+    for (int64_t left = size; left > 0;) {
+      int64_t length = std::min(left, runs[at].length - used);
+      chunk.runs.push_back({runs[at].offset + used, length, runs[at].row + used});
+      left -= length, used += length;
+      if (used == runs[at].length) ++at, used = 0;
+    }
+    found.push_back(std::move(chunk));
+  });
+  if (found.empty()) found.push_back({{}, 0, 0});  // outputs that see no input are zero
+  return found;
+}
+
+template <class T, int V>
+void convolve(ffi::ThreadPool& pool, const Geometry& g, const T* x, const T* kernel, T* out) {
+  constexpr int64_t width = V * kLanes<T>;
+  constexpr auto tiles = convolve_tiles<T, V>(std::make_integer_sequence<int, kTile<V>>());
+  struct Part {
+    const Class *rows, *cols;
+    std::vector<Chunk> chunks;
+    int64_t length, weights;  // packed: [block of outputs][row][width]
+  };
+  int64_t blocks = (g.outputs + width - 1) / width, packed = 0;
+  std::vector<Part> parts;
+  for (auto& rows : g.y.classes)
+    for (auto& cols : g.x.classes) {
+      auto runs = g.runs(rows, cols);
+      int64_t length = rows.taps.size() * cols.taps.size() * g.channels;
+      parts.push_back({&rows, &cols, chunks(runs, kWeightBytes / (width * sizeof(T))), length, packed});
+      packed += blocks * length * width;
+    }
+  T* weights = scratch<T>(kWeights, packed);
+  T* to = weights;
+  for (auto& part : parts)
+    for (int64_t block = 0; block < blocks; ++block)
+      for (auto& chunk : part.chunks)
+        for (auto& run : chunk.runs)
+          for (int64_t i = 0; i < run.length; ++i, to += width) {
+            int64_t there = std::min(width, g.outputs - block * width);
+            std::copy_n(kernel + (run.row + i) * g.outputs + block * width, there, to);
+            std::fill_n(to + there, width - there, T{});
+          }
+  parallel_for(pool, g.images * g.strips, g.flops(), [&](int64_t task) {
+    int64_t image = task / g.strips, strip = task % g.strips;
+    const T* copy = g.strip(x + image * g.y.in * g.x.in * g.channels, strip);
+    for (auto& part : parts)
+      for (int64_t block = 0; block < blocks; ++block)
+        for (auto& chunk : part.chunks) {
+          const T* w = weights + part.weights + (block * part.length + chunk.begin) * width;
+          const Run *begin = chunk.runs.data(), *end = begin + chunk.runs.size();
+          bool add = chunk.begin > 0;
+          int64_t there = std::min(width, g.outputs - block * width), pixel = g.x.dilation * g.outputs;
+          int64_t last = std::min(part.rows->count, (strip + 1) * g.strip_rows);
+          for (int64_t j = strip * g.strip_rows; j < last; ++j) {
+            const T* in = copy + (j - strip * g.strip_rows) * g.y.stride * g.row_size;
+            int64_t row = image * g.y.out + part.rows->first + j * g.y.dilation;
+            T* result = out + (row * g.x.out + part.cols->first) * g.outputs + block * width;
+            in_pieces(part.cols->count, kTile<V>, [&](int64_t i, int64_t size) {
+              const T* at = in + i * g.channels;
+              T* there_at = result + i * pixel;
+              if (there == width) return tiles[size - 1](at, g.channels, begin, end, w, there_at, pixel, add);
+              alignas(64) T whole[kTile<V> * width];
+              for (int64_t r = 0; add && r < size; ++r) std::copy_n(there_at + r * pixel, there, whole + r * width);
+              tiles[size - 1](at, g.channels, begin, end, w, whole, width, add);
+              for (int64_t r = 0; r < size; ++r) std::copy_n(whole + r * width, there, there_at + r * pixel);
+            });
+          }
+        }
+  });
+}
+
+// --- the weight gradient --------------------------------------------------------------------------
+
+struct Sweep {
+  int64_t rows, cols, x_row, x_step, dy_row, dy_step;
+};
+
+// Adds to R rows by V vectors of `dw` the products of inputs and output gradients, over a sweep of pixels.
+template <class T, int R, int V>
+void gradient_tile(const T* x, const T* dy, const Sweep& sweep, T* dw, int64_t dw_step) {
+  constexpr int64_t L = kLanes<T>;
+  Vector<T> sum[R][V];
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) sum[r][v] = load(dw + r * dw_step + v * L);
+  int64_t x_step = sweep.x_step, dy_step = sweep.dy_step;
+  for (int64_t row = 0; row < sweep.rows; ++row) {
+    const T *p = x + row * sweep.x_row, *q = dy + row * sweep.dy_row;
+    for (int64_t i = 0; i < sweep.cols; ++i, p += x_step, q += dy_step) {
+      Vector<T> grad[V];
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) grad[v] = load(q + v * L);
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) sum[r][v] += grad[v] * p[r];
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) store(dw + r * dw_step + v * L, sum[r][v]);
+}
+
+template <class T, int V, int... R>
+constexpr auto gradient_tiles(std::integer_sequence<int, R...>) {
+  return std::array{gradient_tile<T, R + 1, V>...};
+}
+
+template <class T, int V>
+void weight_gradient(ffi::ThreadPool& pool, const Geometry& g, const T* x, const T* dy, T* out) {
+  constexpr int64_t width = V * kLanes<T>;
+  constexpr auto tiles = gradient_tiles<T, V>(std::make_integer_sequence<int, kTile<V>>());
+  int64_t rows = g.y.kernel * g.x.kernel * g.channels, blocks = (g.outputs + width - 1) / width;
+  int64_t size = blocks * rows * width;  // [block of outputs][row][width]
+  // The sum over images is taken in parts, which are as many as the shapes say; blocks of outputs are apart anyway.
+  int64_t parts = std::min(g.images, std::clamp<int64_t>(kPartialBytes / (size * sizeof(T)), 1, 32));
+  int64_t groups = std::min(blocks, (32 + parts - 1) / parts);
+  T* sums = scratch<T>(kSums, parts * size);
+  int64_t pixel_bytes = sizeof(T) * (g.row_size * g.y.stride + g.x.out * g.outputs);
+  int64_t band = std::clamp<int64_t>(kBandBytes / pixel_bytes, 1, g.strip_rows);
+  parallel_for(pool, parts * groups, g.flops(), [&](int64_t task) {
+    int64_t part = task / groups, group = task % groups;
+    int64_t first_block = group * blocks / groups, last_block = (group + 1) * blocks / groups;
+    T* dw = sums + part * size;
+    std::fill_n(dw + first_block * rows * width, (last_block - first_block) * rows * width, T{});
+    for (int64_t image = part * g.images / parts; image < (part + 1) * g.images / parts; ++image)
+      for (int64_t strip = 0; strip < g.strips; ++strip) {
+        const T* copy = g.strip(x + image * g.y.in * g.x.in * g.channels, strip);
+        for (auto& ys : g.y.classes)
+          for (auto& xs : g.x.classes) {
+            auto runs = g.runs(ys, xs);
+            int64_t last = std::min(ys.count, (strip + 1) * g.strip_rows);
+            for (int64_t j = strip * g.strip_rows; j < last; j += band) {
+              Sweep sweep{std::min(band, last - j), xs.count, g.y.stride * g.row_size, g.channels,
+                          g.y.dilation * g.x.out * g.outputs, g.x.dilation * g.outputs};
+              int64_t row = image * g.y.out + ys.first + j * g.y.dilation;
+              const T* in = copy + (j - strip * g.strip_rows) * g.y.stride * g.row_size;
+              for (int64_t block = first_block; block < last_block; ++block) {
+                const T* grads = dy + (row * g.x.out + xs.first) * g.outputs + block * width;
+                int64_t there = std::min(width, g.outputs - block * width);
+                Sweep over = sweep;
+                if (there < width) {  // no whole vector to load at the last pixel
+                  T* edge = scratch<T>(kEdge, sweep.rows * sweep.cols * width);
+                  for (int64_t r = 0; r < sweep.rows; ++r)
+                    for (int64_t i = 0; i < sweep.cols; ++i) {
+                      T* to = edge + (r * sweep.cols + i) * width;
+                      std::copy_n(grads + r * sweep.dy_row + i * sweep.dy_step, there, to);
+                      std::fill_n(to + there, width - there, T{});
+                    }
+                  grads = edge, over.dy_row = sweep.cols * width, over.dy_step = width;
+                }
+                for (auto& run : runs)
+                  in_pieces(run.length, kTile<V>, [&](int64_t i, int64_t count) {
+                    tiles[count - 1](in + run.offset + i, grads, over, dw + (block * rows + run.row + i) * width, width);
+                  });
+              }
+            }
+          }
+      }
+  });
+  parallel_for(pool, blocks, 2.0 * parts * size, [&](int64_t block) {
+    int64_t there = std::min(width, g.outputs - block * width);
+    for (int64_t row = 0; row < rows; ++row) {
+      Vector<T> total[V] = {};
+      for (int64_t part = 0; part < parts; ++part)
+        for (int v = 0; v < V; ++v)
+          total[v] += load(sums + part * size + (block * rows + row) * width + v * kLanes<T>);
+      alignas(64) T whole[width];
+      for (int v = 0; v < V; ++v) store(whole + v * kLanes<T>, total[v]);
+      std::copy_n(whole, there, out + row * g.outputs + block * width);
+    }
+  });
+}
+
+// --- the handlers ---------------------------------------------------------------------------------
+
+using Sizes = ffi::Span<const int64_t>;
+
+// The sizes of the last four axes, and the product of those before.
+struct Shape {
+  int64_t groups = 1, size[4];
+  explicit Shape(Sizes dimensions) {
+    for (size_t i = 0; i + 4 < dimensions.size(); ++i) groups *= dimensions[i];
+    for (size_t i = 0; i < 4; ++i) size[i] = dimensions[dimensions.size() - 4 + i];
+  }
+  int64_t count() const { return size[0] * size[1] * size[2] * size[3]; }
+};
+
+enum Operation { kConvolution, kWeightGradient };
+
+template <class T, Operation operation>
+void run(ffi::ThreadPool& pool, const Geometry& g, int64_t groups, const std::array<int64_t, 3>& counts, const T* a,
+         const T* b, T* out) {
+  for (int64_t i = 0; i < groups; ++i, a += counts[0], b += counts[1], out += counts[2]) {
+    bool narrow = g.outputs <= kLanes<T>;
+    if constexpr (operation == kConvolution)
+      narrow ? convolve<T, 1>(pool, g, a, b, out) : convolve<T, kVectors>(pool, g, a, b, out);
+    else
+      narrow ? weight_gradient<T, 1>(pool, g, a, b, out) : weight_gradient<T, kVectors>(pool, g, a, b, out);
+  }
+}
+
+template <Operation operation>
+ffi::Error handle(ffi::ThreadPool pool, ffi::AnyBuffer a, ffi::AnyBuffer b, ffi::Result<ffi::AnyBuffer> out,
+                  Sizes stride, Sizes low, Sizes dilation) {
+  auto type = a.element_type();
+  if (a.dimensions().size() < 4 || b.dimensions().size() != a.dimensions().size() ||
+      out->dimensions().size() != a.dimensions().size() || b.element_type() != type || out->element_type() != type)
+    return ffi::Error::InvalidArgument("convolution: operands of one type, with four axes or more, are wanted");
+  Shape x(a.dimensions()), second(b.dimensions()), third(out->dimensions());
+  const Shape &kernel = operation == kConvolution ? second : third, &y = operation == kConvolution ? third : second;
+  auto axis = [&](int i) {
+    return Axis(x.size[i + 1], y.size[i + 1], kernel.size[i], stride[i], low[i], dilation[i]);
+  };
+  int64_t bytes = type == ffi::F32 ? 4 : 8;
+  Geometry g(axis(0), axis(1), x.size[0], x.size[3], y.size[3], bytes);
+  std::array<int64_t, 3> counts{x.count(), second.count(), third.count()};
+  if (type == ffi::F32)
+    run<float, operation>(pool, g, x.groups, counts, a.typed_data<float>(), b.typed_data<float>(),
+                          out->typed_data<float>());
+  else if (type == ffi::F64)
+    run<double, operation>(pool, g, x.groups, counts, a.typed_data<double>(), b.typed_data<double>(),
+                           out->typed_data<double>());
+  else
+    return ffi::Error::InvalidArgument("convolution: float32 or float64 is wanted");
+  return ffi::Error::Success();
+}
+
+auto binding() {
+  return ffi::Ffi::Bind()
+      .Ctx<ffi::ThreadPool>()
+      .Arg<ffi::AnyBuffer>()
+      .Arg<ffi::AnyBuffer>()
+      .Ret<ffi::AnyBuffer>()
+      .Attr<Sizes>("stride")
+      .Attr<Sizes>("low")
+      .Attr<Sizes>("dilation");
+}
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(MfmConvolution, handle<kConvolution>, binding());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(MfmWeightGradient, handle<kWeightGradient>, binding());

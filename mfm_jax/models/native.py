@@ -1,0 +1,190 @@
+"""The convolution's own CPU kernels (`convolution.cc`): compiled on first use, checked, and left out where they fail.
+
+XLA's convolutions reach a third of a CPU's rate. The kernels are compiled with the C++ compiler that is there, into the
+cache folder, once for each source, jaxlib, compiler and kind of processor. Before they are used their results are
+compared with XLA's. Whatever goes wrong, XLA's own convolutions are used, and `lowering` and `reason` say so;
+`MFM_JAX_NATIVE=0` turns the kernels off.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import jaxlib
+import numpy as np
+from jax import lax
+
+from mfm_jax import cache
+
+SOURCE = Path(__file__).with_name("convolution.cc")
+TARGETS = {"mfm_convolution": "MfmConvolution", "mfm_convolution_weight_gradient": "MfmWeightGradient"}
+_FLAGS = ("-std=c++17", "-O2", "-ffp-contract=fast", "-fPIC", "-shared")
+_BY_FEATURE = {  # widest first: what the processor must have, and how the compiler is told
+    "avx512": (("avx512f", "fma"), ("-mavx512f", "-mfma")),
+    "avx2": (("avx2", "fma"), ("-mavx2", "-mfma")),
+}
+_COMPILE_SECONDS = 300
+TOLERANCE = {"float32": 1e-5, "float64": 1e-13}  # of the largest entry, where sums are taken in another order
+_CASES = ((3, 16, 1, 1), (16, 40, 2, 1), (20, 5, 1, 2))  # input channels, output channels, stride, dilation
+
+
+class Unavailable(Exception):
+    """Why the kernels are left out."""
+
+
+def lowering(dtype: str = "float32") -> str:
+    """Returns what computes convolutions of `dtype`: `native` and the kind of vectors, as `native avx2`, or `xla`."""
+    return _load()[0] if jax.default_backend() == "cpu" and dtype in TOLERANCE else "xla"
+
+
+def reason() -> str:
+    """Returns why the kernels are left out on CPU; "" where they are not."""
+    return _load()[1] if jax.default_backend() == "cpu" else ""
+
+
+@functools.cache
+def _load() -> tuple[str, str]:
+    """Compiles, loads, registers and checks the kernels, once in a process; returns `lowering()` and `reason()`."""
+    try:
+        if os.environ.get("MFM_JAX_NATIVE") == "0":
+            raise Unavailable("MFM_JAX_NATIVE=0")
+        vectors, flags = _vectors()
+        library = ctypes.CDLL(str(_compiled(flags)))
+        for target, symbol in TARGETS.items():
+            jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(library, symbol)), platform="cpu")
+        with jax.ensure_compile_time_eval():
+            _check()
+    except (Unavailable, OSError, AttributeError) as error:  # a library that does not load, or lacks a symbol
+        return "xla", f"{error}"
+    return f"native {vectors}", ""
+
+
+def _vectors() -> tuple[str, tuple[str, ...]]:
+    """Returns the widest vectors that the processor has, and the compiler's flags for them."""
+    machine = platform.machine().lower()
+    if machine in ("arm64", "aarch64"):
+        return "neon", ()
+    features = _cpu_features()
+    for name, (needed, flags) in _BY_FEATURE.items():
+        if features.issuperset(needed):
+            return name, flags
+    raise Unavailable(f"no kernels for a processor of type {machine} without AVX2 and FMA")
+
+
+def _cpu_features() -> frozenset[str]:
+    """The processor's features by Linux's names; none where Linux does not list them."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return frozenset()
+    return frozenset(next((line.partition(":")[2].split() for line in lines if line.startswith("flags")), ()))
+
+
+def _compiled(flags: tuple[str, ...]) -> Path:
+    """Returns the compiled kernels in the cache folder, made there if they are absent or damaged."""
+    compiler = next(filter(None, map(shutil.which, _compilers())), None)
+    if compiler is None:
+        raise Unavailable("no C++ compiler is installed")
+    command = [compiler, *_FLAGS, *flags, "-isystem", jax.ffi.include_dir(), str(SOURCE)]
+    version = _output([compiler, "--version"])
+    facts = (SOURCE.read_text(), jaxlib.__version__, version, platform.platform(), " ".join(command))
+    key = hashlib.sha256("\0".join(facts).encode()).hexdigest()[:16]
+    path = cache.folder() / "native" / f"convolution-{key}.so"
+    if not _is_whole(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Made under a name of its own, so that another process sees all of it or nothing.
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            made = Path(folder) / path.name
+            _output([*command, "-o", str(made)])
+            content = made.read_bytes()
+            made.write_bytes(content + hashlib.sha256(content).digest())
+            made.replace(path)
+    return path
+
+
+def _compilers() -> Iterator[str]:
+    yield os.environ.get("CXX", "")
+    yield from ("c++", "g++", "clang++")
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a library is there and ends, behind what the loader reads, with the digest of the rest."""
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return False
+    return hashlib.sha256(content[:-32]).digest() == content[-32:]
+
+
+def _output(command: list[str]) -> str:
+    """Returns what `command` prints.
+
+    Raises:
+      Unavailable: it fails.
+    """
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_COMPILE_SECONDS, check=True)
+    except subprocess.CalledProcessError as error:
+        said = error.stderr.strip().splitlines()
+        raise Unavailable(f"{command[0]} failed: {said[-1] if said else f'status {error.returncode}'}") from error
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise Unavailable(f"{command[0]} failed: {error}") from error
+    return done.stdout
+
+
+def attributes(
+    stride: Sequence[int], padding: Sequence[tuple[int, int]], dilation: Sequence[int]
+) -> dict[str, np.ndarray]:
+    """Returns what the kernels are told beside their operands; the shapes tell the rest."""
+    named = {"stride": stride, "low": [low for low, _ in padding], "dilation": dilation}
+    return {name: np.array(values, np.int64) for name, values in named.items()}
+
+
+def _check() -> None:
+    """Compares the kernels with XLA over a stride, a dilation, and widths that fill a vector and that do not.
+
+    Raises:
+      Unavailable: they differ.
+    """
+    rng = np.random.default_rng(0)
+    one_device = jax.default_device(jax.local_devices(backend="cpu")[0])
+    with jax.enable_x64(True), jax.transfer_guard("allow"), one_device:
+        for dtype, tolerance in TOLERANCE.items():
+            operands = []
+            for channels, outputs, *_ in _CASES:
+                shapes = (3, 9, 8, channels), (3, 3, channels, outputs)
+                operands.append(tuple(rng.normal(size=shape).astype(dtype) for shape in shapes))
+            for found, expected in jax.device_get(jax.jit(_both_ways)(operands)):
+                gap = np.abs(found - expected).max() / np.abs(expected).max()
+                if not gap <= tolerance:
+                    raise Unavailable(f"its convolutions differ from XLA's by {gap:.1e} of the largest, in {dtype}")
+
+
+def _both_ways(operands: Sequence[tuple[jax.Array, jax.Array]]) -> list[tuple[jax.Array, jax.Array]]:
+    """Returns convolutions and weight gradients, each by the kernels and by XLA."""
+    found = []
+    for (x, kernel), (*_, stride, dilation) in zip(operands, _CASES, strict=True):
+        padding = ((1, 1), (2, 0))
+
+        def by_xla(kernel, x=x, stride=stride, padding=padding, dilation=dilation):
+            numbers = ("NHWC", "HWIO", "NHWC")
+            return lax.conv_general_dilated(
+                x, kernel, (stride, stride), padding, (dilation, dilation), dimension_numbers=numbers
+            )
+
+        told = attributes((stride, stride), padding, (dilation, dilation))
+        y, pull_back = jax.vjp(by_xla, kernel)
+        dy = jnp.sin(y)
+        convolved, gradient = TARGETS
+        found.append((jax.ffi.ffi_call(convolved, jax.typeof(y))(x, kernel, **told), y))
+        found.append((jax.ffi.ffi_call(gradient, jax.typeof(kernel))(x, dy, **told), *pull_back(dy)))
+    return found
