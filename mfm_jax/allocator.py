@@ -5,8 +5,6 @@ import importlib.util
 import os
 from collections.abc import Mapping
 
-import jax
-
 # Of glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
 _KEPT_BYTES = 2_000_000_000
@@ -18,9 +16,9 @@ def keep_freed_memory() -> bool:
 
     XLA's CPU client allocates the temporary memory of a step anew, and frees it when the step is done. malloc maps so
     large a block for itself and unmaps it when it is freed, and the system clears its pages again in every step. Here
-    the block comes from the heap, whose end is kept, and there is one heap for all threads: of a thread's own, which is
-    64 MiB at most, larger blocks would still be mapped. A thread keeps the heap that it has, so this comes before JAX
-    starts its own, with the first array or the first question for a device.
+    the block comes from the heap, whose end is kept, and there is one heap for all threads: a thread's own is of 64 MiB
+    at most, and unmapped when it is free. A thread keeps the heap that it has and leaves it to another when it ends, so
+    this comes first in a process, before an import starts threads.
 
     Does nothing with another C library, where JAX may compute on an accelerator, and where the environment tunes malloc
     (`GLIBC_TUNABLES`, or a variable of glibc's such as `MALLOC_ARENA_MAX`).
@@ -41,7 +39,7 @@ def keep_freed_memory() -> bool:
 
 def _on_cpu() -> bool:
     """Whether JAX will compute on the CPU, as far as can be known without starting it."""
-    if platforms := jax.config.values["jax_platforms"]:
+    if platforms := os.environ.get("JAX_PLATFORMS"):
         return platforms.split(",")[0] == "cpu"
     return not any(map(importlib.util.find_spec, ("jax_plugins", "libtpu")))  # what brings accelerators
 

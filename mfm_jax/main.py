@@ -12,6 +12,11 @@ cannot be read; 2 a mistake in the command, the config or the data, told in one 
 notice of pre-emption (the same command goes on).
 """
 
+if __name__ == "__main__":  # before the other imports start threads; being imported changes no process
+    from mfm_jax import allocator
+
+    allocator.keep_freed_memory()
+
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +26,7 @@ from absl import flags
 from rich.console import Console
 from rich.table import Table
 
-from mfm_jax import allocator, check, cluster, command
+from mfm_jax import check, cluster, command
 from mfm_jax.errors import UserError
 from mfm_jax.report import SPLITS
 
@@ -65,7 +70,6 @@ def main(argv: Sequence[str]) -> int:
         return check.check(command.config(), command.workdir())
     if _MODE.value == "eval" and _COORDINATOR.value:
         raise UserError(f"--coordinator={_COORDINATOR.value}: --mode=eval is one process; leave it out")
-    allocator.keep_freed_memory()
     from mfm_jax import train  # here: seconds that a check does not pay
 
     cluster.join(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)

@@ -9,6 +9,11 @@ picture was read; 1 some could not be, the others are in the file; 2 a mistake i
 line, and no file; 75 interrupted.
 """
 
+if __name__ == "__main__":  # before the other imports start threads; being imported changes no process
+    from mfm_jax import allocator
+
+    allocator.keep_freed_memory()
+
 import csv
 import functools
 import itertools
@@ -20,7 +25,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from rich import progress
 
-from mfm_jax import allocator, command, decode
+from mfm_jax import command, decode
 from mfm_jax.classifier import WHICH, Classifier
 from mfm_jax.classifier import load as load
 from mfm_jax.decode import Decoded
@@ -131,7 +136,6 @@ def _progress_bar() -> progress.Progress:
 
 def main(argv: Sequence[str]) -> int:
     options = _parser().parse_args(argv[1:])
-    allocator.keep_freed_memory()
     trained = load(options.checkpoint, options.which)
     try:
         counts = write_csv(

@@ -11,6 +11,11 @@ is one such process: cores as `0,1`; the config of the run in `DIR/seed0` is `DI
 in one program.
 """
 
+if __name__ == "__main__":  # before the other imports start threads; being imported changes no process
+    from mfm_jax import allocator
+
+    allocator.keep_freed_memory()
+
 import contextlib
 import json
 import math
@@ -29,7 +34,7 @@ import jax
 from rich.live import Live
 from rich.table import Table
 
-from mfm_jax import allocator, command, train
+from mfm_jax import command, train
 from mfm_jax import config as config_lib
 from mfm_jax.config import Config
 from mfm_jax.errors import UserError
@@ -322,7 +327,6 @@ def processes(workdir: Path) -> list[dict[str, Any]]:
 
 def main(argv: Sequence[str]) -> int:
     """Trains the runs of one process."""
-    allocator.keep_freed_memory()
     cores, *folders = argv
     if cores and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, [int(core) for core in cores.split(",")])  # before JAX counts them
