@@ -100,7 +100,7 @@ def write_pretrained(config: dict[str, Any], manifest: dict[str, Any], folder: P
     Raises:
       UserError: as `write_report`.
     """
-    return _write(_checked(config, manifest, "the manifest", folder, rows={}), folder)
+    return _write(_checked(config, manifest, "the manifest", folder, metrics=None), folder)
 
 
 def _write(run: Run, folder: Path) -> Path:
@@ -187,13 +187,11 @@ def read_run(workdir: Path, folder: Path | None = None) -> Run:
     config = _read_object(workdir / "config.json")
     path = workdir / "manifest.json"
     manifest = _read_object(path, "dataset")
-    return _checked(config, manifest, str(path), folder or workdir, _read_rows(workdir / "metrics.jsonl"))
+    return _checked(config, manifest, str(path), folder or workdir, workdir / "metrics.jsonl")
 
 
-def _checked(
-    config: dict[str, Any], manifest: dict[str, Any], where: str, folder: Path, rows: dict[str, list[dict[str, Any]]]
-) -> Run:
-    """Returns them with the results in `folder`; `where` says where the manifest is from."""
+def _checked(config: dict[str, Any], manifest: dict[str, Any], where: str, folder: Path, metrics: Path | None) -> Run:
+    """Returns them with the results in `folder` and the rows of `metrics`; `where` says where the manifest is from."""
     results = _read_object(folder / "results.json", "method", "split")
     counts = _counts(manifest, where)
     names = [str(name) for name in manifest.get("class_names") or range(len(counts))]
@@ -203,7 +201,7 @@ def _checked(
         if title == "last" or results.get("best") is not None:
             where = f"{folder / 'results.json'}: {title}.{results['split']}"
             _check_evaluation((results.get(title) or {}).get(results["split"]), len(counts), where)
-    rows = {"train": [], "val": [], "modulation": [], "warning": [], **rows}
+    rows = {"train": [], "val": [], "modulation": [], "warning": []} | (_read_rows(metrics) if metrics else {})
     return Run(config, manifest, results, rows, Classes(names, counts), gallery.read(folder / GALLERY))
 
 

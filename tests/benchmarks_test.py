@@ -197,7 +197,7 @@ def test_twin_takes_the_same_step(twin, sites):
         state = state.replace(mod_params=jax.tree.map(lambda x: x + 0.1, state.mod_params))
         momenta = jax.tree.map(lambda x: 0.01 * np.ones_like(x), variables["params"])
         state = state.replace(opt_state=_with_trace(state.opt_state, momenta))
-        step = bilevel.make_step(module.apply, losses.cross_entropy, tx, modulator, mod_tx)
+        step = bilevel.make_step(module.apply, losses.cross_entropy, tx, modulator, mod_tx, bn="running")
         new, metrics = jax.jit(step)(state, batch, meta_batch)
         meta_gradient = jax.tree.map(lambda a, b: a - b, state.mod_params, new.mod_params)
     net = twin.Net(1, CLASSES, WIDTH).double()

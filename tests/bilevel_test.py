@@ -142,7 +142,8 @@ def test_step_that_is_not_lagged_is_the_definition():
         )
         module = models.create("resnet8", CLASSES, WIDTH, jnp.float64)
         data, meta = (Batch(b.image.astype(jnp.float64), b.label) for b in (batch(0), batch(1)))
-        step = bilevel.make_step(module.apply, losses.cross_entropy, tx, modulator, mod_tx, lagged=False)
+        options = {"lagged": False, "bn": "running"}
+        step = bilevel.make_step(module.apply, losses.cross_entropy, tx, modulator, mod_tx, **options)
         after, _ = jax.jit(step)(state, data, meta)
 
         def train_loss(w, phi):
@@ -193,7 +194,8 @@ def test_a_late_site_costs_no_forward_pass():
     def convolutions(sites):
         state, tx, modulator, _ = setup("direct", sites or ("pooled",))
         step = bilevel.make_plain_step(MODULE.apply, losses.cross_entropy, tx, modulator if sites else None)
-        return len(re.findall(r" convolution\(", jax.jit(step).lower(state, batch(0)).compile().as_text()))
+        text = jax.jit(step).lower(state, batch(0)).compile().as_text()
+        return len(re.findall(r" convolution\(|custom_call_target=\"mfm_", text))
 
     assert convolutions(("pooled",)) == convolutions(())
     assert convolutions(("stem",)) > convolutions(())

@@ -126,7 +126,8 @@ def test_l2rw_is_the_gradients_inner_product(route):
     learner, rate = meta.l2rw(), 0.1
     tx, mod_tx = optax.sgd(rate), meta.positive_part()
     state = state_of(learner, tx, mod_tx)
-    step = bilevel.make_step(MODULE.apply, losses.cross_entropy, tx, learner, mod_tx, hypergrad=route, lagged=False)
+    options = {"hypergrad": route, "lagged": False, "bn": "running"}
+    step = bilevel.make_step(MODULE.apply, losses.cross_entropy, tx, learner, mod_tx, **options)
     after, metrics = jax.jit(step)(state, batch(0), batch(1))
     assert after.mod_params == {}
 
