@@ -3,7 +3,7 @@
     python -m mfm_jax.compare --config=configs/digits_lt.py --methods=ce,mfm --seeds=0,1,2 --workdir=runs/quickstart
 
 Takes about 3 minutes on two CPU cores. Balanced test accuracy, mean and standard deviation of 3 seeds: CE 87.4 ± 0.5 %,
-MFM 93.4 ± 1.6.
+MFM 93.5 ± 2.1.
 """
 
 from mfm_jax import config as config_lib

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mfm_jax import compare, interruption, parallel, train
+from mfm_jax import compare, interruption, models, parallel, train
 from mfm_jax import config as config_lib
 from mfm_jax import data as data_lib
 from mfm_jax import experiment as experiment_lib
@@ -357,3 +357,19 @@ def test_a_modulator_learned_on_many_devices_goes_to_one(tmp_path):
     found = restore_modulator(tmp_path, like)
     chex.assert_trees_all_equal(found, learned)
     assert found["logits"]["a"].devices() == {jax.devices()[1]}
+
+
+def test_a_stored_classifier_has_the_statistics_of_its_own_network(tmp_path):
+    """The checkpoint's are the mean over plain passes of its parameters, not the averages of the steps before."""
+    config = tiny(method__name="ce", train__epochs=1)
+    train.train_and_evaluate(config, tmp_path)
+    state, data = final_state(tmp_path, config).bilevel, data_lib.build(config_lib.resolve(config))
+    experiment = experiment_lib.build(config_lib.resolve(config), data)
+    order = experiment.order(jax.random.fold_in(jax.random.key(config.train.seed), 1), 0)
+    module, passes = models.create("resnet8", 10, 4), []
+    for index in order:
+        image = (data.train_images[np.asarray(index)] - data.mean) / data.std
+        blank = {"params": state.params, "batch_stats": jax.tree.map(jnp.zeros_like, state.batch_stats)}
+        passes.append(module.apply(blank, jnp.float32(image), train=True, mutable=["batch_stats"])[1]["batch_stats"])
+    expected = jax.tree.map(lambda *tenths: 10 * sum(tenths) / len(tenths), *passes)
+    chex.assert_trees_all_close(jax.device_get(state.batch_stats), jax.device_get(expected), rtol=1e-3, atol=1e-4)
