@@ -2,8 +2,9 @@
 
     python -m mfm_jax.main --config=configs/cifar10_lt.py --workdir=runs/cifar10
 
-Meant for a GPU or TPU: 5 minutes on an H200, five runs side by side. Balanced test accuracy FULLCONFIG, logit adjustment as
-tuned on a small network 74.8 and 77.4, CE 72.2 (docs/results/study.md). A trial on a CPU: --config.train.max_steps=20.
+Meant for a GPU or TPU: 5 minutes on an H200, five runs side by side. Balanced test accuracy: MFM 80.9 and 79.8 % (two
+seeds), logit adjustment as tuned on a small network 74.8 and 77.4, CE 72.2 (docs/results/study.md). A trial on a CPU:
+--config.train.max_steps=20.
 """
 
 from mfm_jax import config as config_lib
