@@ -201,7 +201,8 @@ def _checked(config: dict[str, Any], manifest: dict[str, Any], where: str, folde
         if title == "last" or results.get("best") is not None:
             where = f"{folder / 'results.json'}: {title}.{results['split']}"
             _check_evaluation((results.get(title) or {}).get(results["split"]), len(counts), where)
-    rows = {"train": [], "val": [], "modulation": [], "warning": []} | (_read_rows(metrics) if metrics else {})
+    rows: dict[str, list[dict[str, Any]]] = {"train": [], "val": [], "modulation": [], "warning": []}
+    rows |= _read_rows(metrics) if metrics else {}
     return Run(config, manifest, results, rows, Classes(names, counts), gallery.read(folder / GALLERY))
 
 
