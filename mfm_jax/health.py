@@ -10,7 +10,7 @@ run has logged, at the end of an epoch, and names the field to look at. It gives
 
 What is no sign, and happens in runs that end well:
 
-  - Running averages lag in the first steps, so that the meta loss there is several times that of a guess.
+  - Under `meta.bn=running` the averages lag in the first steps, and the meta loss is several times that of a guess.
   - A classifier first learns how often each class comes. On a balanced set such a guess is worse than an equal one, by
     0.9 nats at 10 classes and an imbalance factor of 100.
   - phi rests when the learning rate of w is low, for the meta-gradient is proportional to it, when it has converged,
@@ -28,7 +28,7 @@ KIND = "warning"  # of the rows that hold notices, with their `code` and `senten
 _YOUNG_STEPS, _YOUNG_FACTOR = 100, 10.0  # an epoch that begins before has this many times the room in its meta loss
 _JUMP = 100.0  # of the norm of the meta-gradient
 _EPOCHS = 3  # that a norm is compared with, that phi stands still or is at a bound
-_STILL = 1e-3  # Adam moves phi by about its rate a step, 1e-3 or more, whatever its size
+_STILL = 1e-3  # a tenth of what phi moves in one meta-step at the default rate, where meta-gradients agree
 _STILL_LOSS = 0.5  # of an equal guess: below it, phi may have converged
 _STILL_RATE = 0.25  # of the largest learning rate
 _GAMMA_BOUND, _BETA_BOUND = 0.98, 20.0  # at 0.98 the slope of tanh is 0.04
