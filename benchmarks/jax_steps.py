@@ -17,11 +17,25 @@ from contenders import MATMUL_SIZE, Program, Spec
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mfm_jax import augment, bilevel, experiment, hypergrad, longtail, loop, losses, models, modulation, optim, parallel
+from mfm_jax import (
+    augment,
+    bilevel,
+    experiment,
+    hypergrad,
+    longtail,
+    loop,
+    losses,
+    models,
+    modulation,
+    optim,
+    outer,
+    parallel,
+)
 from mfm_jax import config as config_lib
 from mfm_jax.data import batches as batches_lib
-from mfm_jax.methods.meta import meta_weight_net
+from mfm_jax.methods.learners import meta_weight_net
 from mfm_jax.models import native
+from mfm_jax.passes import Pass
 from mfm_jax.types import Batch, BilevelState
 
 TRACING = threading.Lock()  # Python traces one program at a time in any case; so the first is compiled the sooner
@@ -134,28 +148,26 @@ def _explicit(spec: Spec) -> tuple[BilevelState, Callable | None, Callable]:
     module = models.create(spec.model, spec.classes, spec.width, jnp.dtype(spec.dtype))
     image = jnp.zeros((1, spec.image_size, spec.image_size, 3))
     defaults = config_lib.Config()
-    tx, mod_tx = optim.classifier(defaults.optim, defaults.optim.learning_rate), optim.modulator(1e-2)
+    tx, phi_tx = optim.classifier(defaults.optim, defaults.optim.learning_rate), optim.outer(1e-2)
     key, learner = jax.random.key(0), None
     if spec.step == "mfm":
         channels = modulation.site_channels(lambda film: module.init(key, image, modulate=film), spec.sites)
-        learner = modulation.learner(modulation.direct(channels))
+        learner = outer.of(modulation.direct(channels))
     elif spec.step == "meta_weight_net":
         learner = meta_weight_net()
-    state = _drawn(lambda: bilevel.init_state(key, module.init(key, image), tx, learner, learner and mod_tx))
-    plain_step = bilevel.make_plain_step(module.apply, losses.cross_entropy, tx, learner)
+    of_phi = (learner.init, phi_tx) if learner else ()
+    state = _drawn(lambda: bilevel.init_state(key, module.init(key, image), tx, *of_phi))
+    forward = Pass.of(module)
+    plain_step = bilevel.make_plain_step(forward, losses.cross_entropy, tx, learner)
     meta_step: Callable | None = None
     if learner:
-        meta_step = bilevel.make_step(
-            module.apply,
-            losses.cross_entropy,
-            tx,
-            learner,
-            mod_tx,
+        rule = bilevel.MetaRule(
             hypergrad=getattr(hypergrad, spec.route),
             lagged=spec.lagged,
             virtual_groups=models.virtual_groups(spec.model, spec.virtual),
             bn=spec.bn,
         )
+        meta_step = bilevel.make_step(forward, losses.cross_entropy, tx, learner, phi_tx, rule)
     return state, meta_step, plain_step
 
 

@@ -292,7 +292,7 @@ DAMAGES: dict[str, Harm] = {
     "a bit of the record flipped": _last(_flip, _named("record/metadata")),
     "record truncated": _last(_halve, _named("record/metadata")),
     "a bit of the validation metric flipped": _last(_flip, _named("metrics/metrics")),
-    "modulator missing": lambda steps, _: shutil.rmtree(steps[-1] / "modulator"),
+    "modulator missing": lambda steps, _: shutil.rmtree(steps[-1] / "phi"),
     "a bit of the digests flipped": _last(_flip, _named(integrity.SEAL)),
     "digests missing": _last(_remove, _named(integrity.SEAL)),
     "Orbax's own description emptied": _last(_empty, _named("_CHECKPOINT_METADATA")),

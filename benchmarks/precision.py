@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mfm_jax import bilevel, config, hypergrad, losses, models, modulation, optim
+from mfm_jax.passes import Pass
 from mfm_jax.types import Batch, PyTree
 
 SITES = (("logits",), ("pooled",), ("stage1", "stage2", "stage3", "pooled"))
@@ -34,11 +35,12 @@ def meta_gradient(sites: tuple[str, ...], compute: str, stored: str, route: Call
     modulator = modulation.direct(channels)
     tx = optim.classifier(config.Optim(), 0.1)
     variables = jax.jit(models.create("resnet8", 10, 16).init)(key, jnp.zeros((1, 16, 16, 3)))
-    state = bilevel.init_state(key, in_dtype(variables, stored), tx, modulator, optax.sgd(1.0))
-    phi = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(0, 0.1, leaf.shape), stored), state.mod_params)
-    step = bilevel.make_step(module.apply, losses.cross_entropy, tx, modulator, optax.sgd(1.0), hypergrad=route)
-    after, _ = jax.jit(step)(state.replace(mod_params=phi), *batches)
-    change = jax.tree.map(lambda old, new: np.asarray(old - new, np.float64).ravel(), phi, after.mod_params)
+    state = bilevel.init_state(key, in_dtype(variables, stored), tx, modulator.init, optax.sgd(1.0))
+    phi = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(0, 0.1, leaf.shape), stored), state.phi)
+    rule = bilevel.MetaRule(hypergrad=route)
+    step = bilevel.make_step(Pass.of(module), losses.cross_entropy, tx, modulator, optax.sgd(1.0), rule)
+    after, _ = jax.jit(step)(state.replace(phi=phi), *batches)
+    change = jax.tree.map(lambda old, new: np.asarray(old - new, np.float64).ravel(), phi, after.phi)
     return np.concatenate(jax.tree.leaves(change))
 
 

@@ -1,7 +1,7 @@
 """Checkpoints: Orbax does the work; what is kept, and where, is decided here.
 
-A checkpoint holds the whole loop state, the metric rows so far, and the modulator once more by itself, so that
-another run can start from it without knowing the classifier it was learned with. Saving is asynchronous and atomic.
+A checkpoint holds the whole loop state, the metric rows so far, and phi once more by itself, so that another run can
+start from a modulator without knowing the classifier it was learned with. Saving is asynchronous and atomic.
 
 Every checkpoint is sealed with digests of its files (`integrity`). One that is damaged is set aside when the folder is
 opened, and the one before it counts as the latest. A save that fails, on a full disk say, is told, leaves the earlier
@@ -59,18 +59,18 @@ class Checkpointer:
         for unnamed in self._folder.glob(f"{self._saving}.*"):
             integrity.seal(unnamed)
 
-    def save(self, step: int, state: PyTree, mod_params: PyTree, record: dict, metric: float | None) -> None:
+    def save(self, step: int, state: PyTree, phi: PyTree, record: dict, metric: float | None) -> None:
         """Starts saving; returns once the state may be overwritten. A save that cannot be made is told, not raised.
 
-        `record` is kept as JSON beside the arrays: the metric rows and the seconds so far.
+        `record` is kept as JSON beside the arrays: the metric rows, the seconds so far, what kind phi is.
         `metric` is the validation's balanced accuracy, None where this step was not validated.
         """
         self.wait()
         if self._manager.latest_step() == step:
             return
         items = {"state": ocp.args.StandardSave(state), "record": ocp.args.JsonSave(record)}
-        if mod_params:
-            items["modulator"] = ocp.args.StandardSave(mod_params)
+        if phi:
+            items["phi"] = ocp.args.StandardSave(phi)
         # A step that was not validated (an interrupted epoch's) ranks below every one that was.
         metrics = {_METRIC: -1.0 if metric is None else metric} if self._has_validation else None
         self._saving = step
@@ -124,12 +124,12 @@ class Checkpointer:
         path, place = self._folder / str(step) / "state", jax.sharding.SingleDeviceSharding(jax.devices()[0])
         with ocp.PyTreeCheckpointer() as reader:
             saved = reader.metadata(path).item_metadata.tree["bilevel"]
-            wanted = {name: saved.get(name, {}) for name in ("step", "params", "batch_stats", "mod_params")}
+            wanted = {name: saved.get(name, {}) for name in ("step", "params", "batch_stats", "phi")}
             like = {"bilevel": jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), wanted)}
             arguments = ocp.checkpoint_utils.construct_restore_args(like)
             found = reader.restore(path, item=like, restore_args=arguments, partial_restore=True)
         record = self._manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore()))["record"]
-        return BilevelState(key=jax.random.key(0), opt_state=(), mod_opt_state=(), **found["bilevel"]), record
+        return BilevelState(key=jax.random.key(0), opt_state=(), phi_opt_state=(), **found["bilevel"]), record
 
     def wait(self) -> None:
         """Blocks until what was saved is on disk, or has failed, which is told."""
@@ -166,32 +166,38 @@ class Checkpointer:
         self._manager.close()
 
 
-def restore_modulator(workdir: Path, like: PyTree) -> PyTree:
-    """Returns the modulator of the last checkpoint in `workdir`.
+def restore_phi(workdir: Path, like: PyTree, kind: str) -> PyTree:
+    """Returns phi of the last checkpoint in `workdir`.
 
     Args:
       workdir: of the run that learned it.
-      like: freshly initialised parameters of the modulator wanted here.
+      like: freshly initialised phi of the form wanted here.
+      kind: what phi is here (`outer.MetaLearner.kind`).
 
     Raises:
-      UserError: there is no such modulator, or its sites or widths differ from those of `like`.
+      UserError: there is no phi of that kind, or its sites or widths differ from those of `like`.
     """
+    field = f"modulation.init_from = {str(workdir)!r}"
     if not _folder(workdir).is_dir():
-        raise UserError(f"modulation.init_from = {str(workdir)!r}: no checkpoints there; give a run's workdir")
+        raise UserError(f"{field}: no checkpoints there; give a run's workdir")
     with ocp.CheckpointManager(_folder(workdir)) as manager:
         step = manager.latest_step()
         if step is not None and (reason := integrity.damage(_folder(workdir) / str(step))):
-            raise UserError(f"modulation.init_from = {str(workdir)!r}: its checkpoint {step} is damaged: {reason}")
-        if step is None or not (_folder(workdir) / str(step) / "modulator").is_dir():
-            raise UserError(f"modulation.init_from = {str(workdir)!r}: that run has no modulator; use an mfm run")
+            raise UserError(f"{field}: its checkpoint {step} is damaged: {reason}")
+        record = {}
+        if step is not None:
+            record = manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore()))["record"]
+    if (theirs_is := record.get("phi")) != kind:
+        learned = f"; what it learned is of the kind {theirs_is!r}" if theirs_is else ""
+        raise UserError(f"{field}: that run has no {kind}{learned}; use the run of a method that has one")
     with ocp.StandardCheckpointer() as reader:
-        path = _folder(workdir) / str(step) / "modulator"
+        path = _folder(workdir) / str(step) / "phi"
         theirs, ours = _shapes(reader.metadata(path).item_metadata.tree), _shapes(like)
         for name in sorted(theirs.keys() | ours.keys()):
             if theirs.get(name) != ours.get(name):
                 raise UserError(
-                    f"modulation.init_from = {str(workdir)!r}: its {name} is {theirs.get(name, 'absent')}, this run"
-                    f" needs {ours.get(name, 'none')}; match modulation.sites, modulation.form and model.width"
+                    f"{field}: its {name} is {theirs.get(name, 'absent')}, this run needs {ours.get(name, 'none')};"
+                    " match modulation.sites, modulation.form and model.width"
                 )
         return reader.restore(path, like)  # on the devices of this run, whatever those of the other were
 

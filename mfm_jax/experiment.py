@@ -16,13 +16,16 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from mfm_jax import bilevel, losses, methods, models, modulation, optim, parallel, pretrained
+from mfm_jax import bilevel, losses, models, modulation, optim, parallel, pretrained
 from mfm_jax.config import Config
 from mfm_jax.data import LongTailData, batches
 from mfm_jax.data.streaming import Streamed
 from mfm_jax.errors import UserError
-from mfm_jax.methods import METHODS, Method, heads, meta, sampling
-from mfm_jax.types import ApplyFn, BilevelState, LossFn, MetaLearner, Modulator, PyTree
+from mfm_jax.methods import heads, sampling, table
+from mfm_jax.methods.table import METHODS, Method, Retraining
+from mfm_jax.outer import MetaLearner
+from mfm_jax.passes import Pass
+from mfm_jax.types import ApplyFn, BilevelState, LossFn, Modulator, PyTree
 
 
 class Tested(NamedTuple):
@@ -57,7 +60,8 @@ class Experiment:
     eval_step: `(state, image) -> probabilities` of that classifier.
     features: `(state, image) -> [B, C]`, its `pooled` features.
     apply: the classifier outside `shard_map`; `(variables, image, modulate=, train=) -> logits`.
-    modulator: MFM's; None for every other method.
+    modulator: what generates gamma and beta; None for a method without one.
+    phi_kind: what phi is, in a word; "" where there is none.
     learning_rate: schedule, by step.
     steps_per_epoch: batches in an epoch.
     total_steps: steps in the run.
@@ -77,6 +81,7 @@ class Experiment:
     features: Callable[[BilevelState, jax.Array], jax.Array]
     apply: ApplyFn
     modulator: Modulator | None
+    phi_kind: str
     learning_rate: optax.Schedule
     steps_per_epoch: int
     total_steps: int
@@ -94,10 +99,10 @@ def tested(config: Config, counts: np.ndarray) -> Tested:
         remat=config.model.remat,
         adapter_size=config.model.adapter_size if config.model.tune == "adapters" else 0,
     )
-    apply = _apply(config, methods.objective(config), module)
+    apply = _apply(config, table.objective(config), module)
     per_epoch = batches.steps_per_epoch(int(counts.sum()), config.train.batch_size)
     params = _tested_params(config, method, jnp.asarray(counts), config.second_stage * per_epoch)
-    return Tested(module, apply, params, bilevel.make_eval_step(apply))
+    return Tested(module, apply, params, Pass(apply).probabilities)
 
 
 def build(config: Config, data: LongTailData, mesh: Mesh | None = None) -> Experiment:
@@ -107,28 +112,27 @@ def build(config: Config, data: LongTailData, mesh: Mesh | None = None) -> Exper
       UserError: a site that the model does not have; padding as wide as the images; local batch norm on a batch that
         does not divide by the devices.
     """
-    method, objective, counts = METHODS[config.method.name], methods.objective(config), jnp.asarray(data.counts)
+    method, objective, counts = METHODS[config.method.name], table.objective(config), jnp.asarray(data.counts)
     _check_images(config, method, data)
-    axis_name = parallel.AXIS if mesh else None
-    devices = mesh.size if mesh else 1
-    _check_divisible(config, devices)
+    _check_divisible(config, mesh.size if mesh else 1)
     _check_parts(config, data, mesh, has_meta_step=method.learner is not None)
     local, test_apply, params, probabilities = tested(config, data.counts)
     image = jnp.zeros((1, *data.train_images.shape[1:]), jnp.float32)
     channels = _channels(config, local, image)  # checks the sites for every method
     learner = method.learner(config, counts, channels) if method.learner else None
-    learns = learner is not None and not config.meta.freeze
+    learns, retraining = learner is not None and not config.meta.freeze, method.retraining
     per_epoch = batches.steps_per_epoch(len(data.train_labels), config.train.batch_size)
     first, second, learning_rate = _schedules(config, method, per_epoch)
     tx = optim.classifier(config.optim, first)
     if config.model.tune != "all":
         tx = optim.only(tx, lambda params: models.trained(params, config.model.tune))
-    mod_tx = _mod_tx(config, method, learner, second, per_epoch)
-    loss_fn = objective.loss(config, counts)
+    phi_tx = _phi_tx(config, learner, second, per_epoch)
+    loss = objective.loss(config, counts)
     if config.method.label_smoothing:
-        loss_fn = losses.smoothed(loss_fn, config.method.label_smoothing)
+        loss = losses.smoothed(loss, config.method.label_smoothing)
     class_weights = _class_weights(config, objective, counts, per_epoch)
     apply = _train_apply(config, objective, local, mesh) if mesh else test_apply
+    forward = Pass(apply, axis_name=parallel.AXIS if mesh else None, parts=config.train.accumulate)
 
     def fresh() -> PyTree:
         variables = local.init(jax.random.split(jax.random.key(config.train.seed))[0], image)
@@ -138,11 +142,13 @@ def build(config: Config, data: LongTailData, mesh: Mesh | None = None) -> Exper
 
     def start(variables: PyTree) -> BilevelState:
         state_key = jax.random.split(jax.random.key(config.train.seed))[1]
-        trained = learner
-        if method.retraining:
-            second_init = method.retraining.init
-            trained = MetaLearner(lambda key: second_init(key, variables["params"]))
-        return bilevel.init_state(state_key, variables, tx, trained, mod_tx if learns or method.retraining else None)
+
+        def init_phi(key: jax.Array) -> PyTree:
+            if retraining:
+                return retraining.init(key, variables["params"])
+            return learner.init(key) if learner else {}
+
+        return bilevel.init_state(state_key, variables, tx, init_phi, phi_tx if learns or retraining else None)
 
     @jax.jit  # hundreds of small operations otherwise, each compiled by itself
     def init() -> BilevelState:
@@ -154,11 +160,12 @@ def build(config: Config, data: LongTailData, mesh: Mesh | None = None) -> Exper
         found = pretrained.load(model.pretrained, *new, model.name, normalized_head=normalized, whole=whole)
         return jax.jit(start)(dict(zip(("params", "batch_stats"), found, strict=True)))
 
-    plain_step: Callable = bilevel.make_plain_step(
-        apply, loss_fn, tx, learner, class_weights=class_weights, parts=config.train.accumulate, axis_name=axis_name
-    )
-    meta_step = _meta_step(config, apply, loss_fn, tx, learner, mod_tx, class_weights, axis_name) if learns else None
-    retrain_step = _retrain_step(method, apply, image.shape[1:], loss_fn, mod_tx, axis_name)
+    plain_step: Callable = bilevel.make_plain_step(forward, loss, tx, learner, class_weights=class_weights)
+    meta_step: Callable | None = None
+    if learner and learns:
+        rule = _rule(config)
+        meta_step = bilevel.make_step(forward, loss, tx, learner, phi_tx, rule, class_weights=class_weights)
+    retrain_step = _retrain_step(retraining, forward, image.shape[1:], loss, phi_tx) if retraining else None
     if mesh:
         plain_step = parallel.shard_step(plain_step, mesh, 1)
         meta_step = meta_step and parallel.shard_step(meta_step, mesh, 2)
@@ -174,13 +181,14 @@ def build(config: Config, data: LongTailData, mesh: Mesh | None = None) -> Exper
         meta_step=meta_step,
         retrain_step=retrain_step,
         retrain_from=retrain_from,
-        synthetic=bool(method.retraining and method.retraining.synthetic),
+        synthetic=bool(retraining and retraining.synthetic),
         order=_order(config, method, data),
         params=params,
         eval_step=lambda state, image: probabilities(params(state), state.batch_stats, image),
         features=lambda state, image: extract({"params": state.params, "batch_stats": state.batch_stats}, image),
         apply=test_apply,
-        modulator=methods.modulator(config, counts, channels) if config.method.name == "mfm" else None,
+        modulator=learner.modulator if learner else None,
+        phi_kind=learner.kind if learner else "second stage" if retraining else "",
         learning_rate=learning_rate,
         steps_per_epoch=per_epoch,
         total_steps=total,
@@ -229,15 +237,13 @@ def _schedules(config: Config, method: Method, per_epoch: int) -> tuple[optax.Sc
     return (joined, joined, joined) if method.fine_tune else (first, second, joined)
 
 
-def _mod_tx(
-    config: Config, method: Method, learner: MetaLearner | None, second: optax.Schedule, per_epoch: int
+def _phi_tx(
+    config: Config, learner: MetaLearner | None, second: optax.Schedule, per_epoch: int
 ) -> optax.GradientTransformation:
-    """Returns the optimizer of what is not the classifier: a second stage's, or the meta learner's."""
-    if method.retraining:
+    """Returns the optimizer of phi: the meta learner's own, or the classifier's again for a second stage."""
+    if learner is None:
         return optim.classifier(config.optim, second)
-    if learner and learner.per_batch:
-        return meta.positive_part()
-    return optim.modulator(optim.meta_schedule(config.meta, config.optim, config.train.epochs, per_epoch))
+    return learner.optimizer(optim.meta_schedule(config.meta, config.optim, config.train.epochs, per_epoch))
 
 
 def _class_weights(config: Config, objective: Method, counts: jax.Array, per_epoch: int) -> bilevel.ClassWeights | None:
@@ -253,35 +259,27 @@ def meta_loss(config: Config) -> LossFn:
     return losses.with_temperature(meta_losses[config.meta.loss], config.meta.temperature)
 
 
-def _meta_step(config, apply, loss_fn, tx, learner, mod_tx, class_weights, axis_name) -> Callable:
-    return bilevel.make_step(
-        apply,
-        loss_fn,
-        tx,
-        learner,
-        mod_tx,
-        class_weights=class_weights,
-        meta_loss_fn=meta_loss(config),
+def _rule(config: Config) -> bilevel.MetaRule:
+    return bilevel.MetaRule(
+        meta_loss(config),
         lagged=config.meta.lagged,
         virtual_groups=models.virtual_groups(config.model.name, config.meta.virtual),
         bn=config.meta.bn,
-        parts=config.train.accumulate,
-        axis_name=axis_name,
     )
 
 
 def _retrain_step(
-    method: Method,
-    apply: ApplyFn,
+    retraining: Retraining,
+    forward: Pass,
     image_shape: tuple[int, ...],
-    loss_fn: LossFn,
+    loss: LossFn,
     tx: optax.GradientTransformation,
-    axis_name: str | None,
-) -> Callable | None:
-    if method.retraining is None:
-        return None
-    apply = heads.on_features(apply, image_shape) if method.retraining.synthetic else apply
-    return bilevel.make_retrain_step(apply, loss_fn, tx, method.retraining.attach, axis_name=axis_name)
+) -> bilevel.PlainStep:
+    # No backward pass goes through the network, so its passes need not be in parts.
+    forward = dataclasses.replace(forward, parts=1)
+    if retraining.synthetic:
+        forward = dataclasses.replace(forward, apply=heads.on_features(forward.apply, image_shape))
+    return bilevel.make_retrain_step(forward, loss, tx, retraining.attach)
 
 
 def _tested_params(
@@ -289,7 +287,7 @@ def _tested_params(
 ) -> Callable[[BilevelState], PyTree]:
     def params(state: BilevelState) -> PyTree:
         if method.retraining:
-            attached, begun = method.retraining.attach(state.params, state.mod_params), state.step > retrain_from
+            attached, begun = method.retraining.attach(state.params, state.phi), state.step > retrain_from
             return jax.tree.map(lambda new, old: jnp.where(begun, new, old), attached, state.params)
         return method.posthoc(config, counts, state.params) if method.posthoc else state.params
 

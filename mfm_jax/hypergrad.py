@@ -28,7 +28,7 @@ import jax
 
 from mfm_jax.types import PyTree
 
-# (params, mod_params) -> (scalar loss, aux)
+# (params, phi) -> (scalar loss, aux)
 TrainLoss = Callable[[PyTree, PyTree], tuple[jax.Array, Any]]
 # params -> (scalar loss, aux)
 MetaLoss = Callable[[PyTree], tuple[jax.Array, Any]]
@@ -39,7 +39,7 @@ Update = Callable[[PyTree], tuple[PyTree, Any]]
 class Hypergrad(NamedTuple):
     """The meta-gradient and all that was computed on the way to it.
 
-    grad: d L_meta(w_hat(phi)) / d phi, like `mod_params`.
+    grad: d L_meta(w_hat(phi)) / d phi, like `phi`.
     train: (loss, aux) of the inner loss at (w, phi).
     meta: (loss, aux) of the meta loss at w_hat.
     inner_grad: g, like `params`.
@@ -61,7 +61,7 @@ class HypergradFn(Protocol):
       meta_loss: the outer loss L_meta(w).
       update: U with w and the optimizer's state closed over.
       params: w.
-      mod_params: phi.
+      phi: phi.
       active: like `params`, a bool a leaf: the leaves that move in the virtual step. For the others w_hat stays at
         w and their gradient counts as a constant. None: all of them.
     """
@@ -72,7 +72,7 @@ class HypergradFn(Protocol):
         meta_loss: MetaLoss,
         update: Update,
         params: PyTree,
-        mod_params: PyTree,
+        phi: PyTree,
         active: PyTree | None = None,
     ) -> Hypergrad: ...
 
@@ -82,14 +82,14 @@ def mixed_mode(
     meta_loss: MetaLoss,
     update: Update,
     params: PyTree,
-    mod_params: PyTree,
+    phi: PyTree,
     active: PyTree | None = None,
 ) -> Hypergrad:
     """Returns the meta-gradient by forward over reverse mode; exact (see the module's text and `HypergradFn`)."""
     select, merge = _partition(params, active)
 
     def modulation_grad(active_params: list[jax.Array]) -> tuple[PyTree, Any]:
-        value, grads = jax.value_and_grad(train_loss, argnums=(0, 1), has_aux=True)(merge(active_params), mod_params)
+        value, grads = jax.value_and_grad(train_loss, argnums=(0, 1), has_aux=True)(merge(active_params), phi)
         return grads[1], (value, grads[0])
 
     _, tangent_of_grad, (train, inner_grad) = jax.linearize(modulation_grad, select(params), has_aux=True)
@@ -105,7 +105,7 @@ def reverse_over_reverse(
     meta_loss: MetaLoss,
     update: Update,
     params: PyTree,
-    mod_params: PyTree,
+    phi: PyTree,
     active: PyTree | None = None,
 ) -> Hypergrad:
     """Returns the meta-gradient by reverse over reverse mode: slower, plainer; the oracle for `mixed_mode`."""
@@ -118,7 +118,7 @@ def reverse_over_reverse(
         meta = meta_loss(merge(select(updated[0])))
         return meta[0], (train, meta, inner_grad, updated)
 
-    grad, rest = jax.grad(objective, has_aux=True)(mod_params)
+    grad, rest = jax.grad(objective, has_aux=True)(phi)
     return Hypergrad(grad, *rest)
 
 

@@ -14,13 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from mfm_jax import augment, bilevel, parallel
+from mfm_jax import augment, parallel
 from mfm_jax.config import Config, Train
 from mfm_jax.data import LongTailData, batches
 from mfm_jax.data.sources import Images, Labels
 from mfm_jax.data.streaming import Streamed
 from mfm_jax.experiment import Experiment
 from mfm_jax.methods import smote
+from mfm_jax.passes import Pass
 from mfm_jax.types import META_METRICS, Batch, BilevelState, Metrics, PyTree
 
 WATCHED = ("loss", "grad_norm", "meta_loss", "hypergrad_norm")  # must stay finite
@@ -271,12 +272,12 @@ def make_settle(experiment: Experiment) -> Callable[[BilevelState, DeviceData], 
     References:
       Wu and Johnson, Rethinking "batch" in BatchNorm, arXiv:2105.07576, 2021, section 3 (precise batch norm).
     """
-    statistics = bilevel.make_statistics(experiment.apply)
+    forward = Pass(experiment.apply)
 
     @jax.jit
     def added(total: PyTree, state: BilevelState, data: DeviceData, index: jax.Array) -> PyTree:
         image = augment.normalize(batches.gather(data.images, index), data.mean, data.std)
-        found = statistics(state, state.params, Batch(image, batches.gather(data.labels, index)))
+        found = forward.statistics(state, state.params, Batch(image, batches.gather(data.labels, index)))
         return jax.tree.map(jnp.add, total, found)
 
     def settle(state: BilevelState, data: DeviceData) -> BilevelState:
@@ -326,7 +327,7 @@ def describe(experiment: Experiment, state: BilevelState, data: DeviceData) -> d
 
     def record(site: str, features: jax.Array) -> jax.Array:
         if site in modulator.sites:
-            pair = modulator.parameters(state.mod_params, site, features, label)
+            pair = modulator.parameters(state.phi, site, features, label)
             seen[site] = {
                 name: x.reshape(-1, x.shape[-1]).mean(axis=0) for name, x in zip(("gamma", "beta"), pair, strict=True)
             }

@@ -71,13 +71,16 @@ def main(argv: Sequence[str]) -> int:
     if _MODE.value == "eval" and _COORDINATOR.value:
         raise UserError(f"--coordinator={_COORDINATOR.value}: --mode=eval is one process; leave it out")
     from mfm_jax import train  # here: seconds that a check does not pay
+    from mfm_jax.methods.table import METHODS, modulating
 
     cluster.join(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
     config = command.config()
     if _INIT_FROM.value:
         config.modulation.init_from = _INIT_FROM.value
-        if config.method.name != "mfm":
-            raise UserError(f"--init_modulator_from={_INIT_FROM.value}: {config.method.name} has no modulator; mfm has")
+        if not METHODS[config.method.name].modulates:
+            raise UserError(
+                f"--init_modulator_from={_INIT_FROM.value}: {config.method.name} has no modulator; {modulating()} has"
+            )
     if _MODE.value == "eval":
         return _evaluate(config)
     results = train.train_and_evaluate(config, command.workdir())

@@ -37,7 +37,7 @@ import jax
 import jax.numpy as jnp
 
 from mfm_jax.errors import UserError
-from mfm_jax.types import MetaLearner, Modulate, Modulator, PyTree
+from mfm_jax.types import Modulate, Modulator, PyTree
 
 
 def film(features: jax.Array, gamma: jax.Array, beta: jax.Array) -> jax.Array:
@@ -61,31 +61,21 @@ def film(features: jax.Array, gamma: jax.Array, beta: jax.Array) -> jax.Array:
     return features + (gamma * features + beta)
 
 
-def modulate(modulator: Modulator, mod_params: PyTree, labels: jax.Array) -> Modulate:
+def modulate(modulator: Modulator, phi: PyTree, labels: jax.Array) -> Modulate:
     """Returns the function that a classifier calls at its sites: `film` with the modulator's gamma and beta.
 
     Args:
       modulator: one of the forms below.
-      mod_params: its parameters.
+      phi: its parameters.
       labels: training labels of the batch, `[B]` int32.
     """
 
     def apply(site: str, features: jax.Array) -> jax.Array:
         if site not in modulator.sites:
             return features
-        return film(features, *modulator.parameters(mod_params, site, features, labels))
+        return film(features, *modulator.parameters(phi, site, features, labels))
 
     return apply
-
-
-def learner(modulator: Modulator) -> MetaLearner:
-    """Returns `modulator` as a meta learner: one that governs the features of the training pass."""
-
-    def film_with(mod_params: PyTree, params: PyTree, labels: jax.Array) -> Modulate:
-        del params
-        return modulate(modulator, mod_params, labels)
-
-    return MetaLearner(modulator.init, film_with)
 
 
 def log_frequency(counts: jax.Array) -> jax.Array:
@@ -111,11 +101,9 @@ def direct(channels: Mapping[str, int], num_classes: int = 0) -> Modulator:
         zeros = {site: jnp.zeros((*rows, size), jnp.float32) for site, size in channels.items()}
         return {site: {"gamma": zero, "beta": zero} for site, zero in zeros.items()}
 
-    def parameters(
-        mod_params: PyTree, site: str, features: jax.Array, labels: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
+    def parameters(phi: PyTree, site: str, features: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
         del features
-        gamma, beta = mod_params[site]["gamma"], mod_params[site]["beta"]
+        gamma, beta = phi[site]["gamma"], phi[site]["beta"]
         return (gamma[labels], beta[labels]) if num_classes else (gamma, beta)
 
     return Modulator(init, parameters, tuple(channels))
@@ -139,11 +127,9 @@ def frequency(channels: Mapping[str, int], counts: jax.Array, *, shift_only: boo
         zeros = {s: jnp.zeros(() if s == "logits" else (c,), jnp.float32) for s, c in channels.items()}
         return {site: dict.fromkeys(names, zero) for site, zero in zeros.items()}
 
-    def parameters(
-        mod_params: PyTree, site: str, features: jax.Array, labels: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
+    def parameters(phi: PyTree, site: str, features: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
         del features
-        numbers = mod_params[site]
+        numbers = phi[site]
         here = z.astype(numbers["a"].dtype)
         if site != "logits":
             here, numbers = here[labels][:, None], {name: value[None, :] for name, value in numbers.items()}
@@ -192,10 +178,8 @@ def network(
             }
         return layers
 
-    def parameters(
-        mod_params: PyTree, site: str, features: jax.Array, labels: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
-        layer = mod_params[site]
+    def parameters(phi: PyTree, site: str, features: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
+        layer = phi[site]
         inputs = jax.lax.stop_gradient(features) if detach_inputs else features
         inputs = inputs.astype(layer["w1"].dtype).mean(axis=tuple(range(1, inputs.ndim - 1)))
         # The epsilon keeps the gradient finite where a sample's features are all zero.

@@ -76,7 +76,7 @@ def only(tx: optax.GradientTransformation, trained: Callable[[PyTree], PyTree]) 
     return optax.partition({True: tx, False: optax.set_to_zero()}, trained)
 
 
-def modulator(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
+def outer(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
     """Returns the chain of phi: Adam on the meta-gradients' directions `g / |g|`.
 
     By its direction alone, no meta-gradient counts for more than any other, however large it is. Adam then moves phi by

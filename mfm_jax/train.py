@@ -33,7 +33,7 @@ from mfm_jax import config as config_lib
 from mfm_jax import data as data_lib
 from mfm_jax import experiment as experiment_lib
 from mfm_jax import loop as loop_lib
-from mfm_jax.checkpoint import Checkpointer, restore_modulator
+from mfm_jax.checkpoint import Checkpointer, restore_phi
 from mfm_jax.config import Config
 from mfm_jax.data import LongTailData, batches
 from mfm_jax.data.streaming import Streamed
@@ -44,7 +44,7 @@ from mfm_jax.interruption import EXIT_INTERRUPTED, Interrupted, listening
 from mfm_jax.logs import MetricLog, RowList
 from mfm_jax.longtail import factor_in_words, manifest_hash, read_manifest, write_manifest
 from mfm_jax.loop import DeviceData, LoopState
-from mfm_jax.methods import METHODS
+from mfm_jax.methods.table import METHODS, modulating
 from mfm_jax.models import native
 from mfm_jax.ownership import owned
 from mfm_jax.types import META_METRICS, BilevelState
@@ -222,7 +222,8 @@ def _check_meta(config: Config, data: LongTailData, experiment: Experiment) -> N
     if config.meta.freeze and METHODS[config.method.name].learner:
         if not experiment.modulator:
             raise UserError(
-                f"meta.freeze = True: {config.method.name} would learn nothing from the meta set; only mfm can"
+                f"meta.freeze = True: {config.method.name} would learn nothing from the meta set;"
+                f" only {modulating()} can"
             )
         if not config.modulation.init_from:
             raise UserError("meta.freeze = True: would keep a modulator that does nothing; set modulation.init_from")
@@ -342,8 +343,8 @@ class _Run:
         record: dict[str, Any] = {"rows": [], "seconds": 0.0, "devices": _devices()}
         if latest is None and experiment.modulator and config.modulation.init_from:
             state = self.loop.bilevel
-            loaded = restore_modulator(Path(config.modulation.init_from), state.mod_params)
-            self.loop = self.loop.replace(bilevel=state.replace(mod_params=loaded))
+            loaded = restore_phi(Path(config.modulation.init_from), state.phi, experiment.phi_kind)
+            self.loop = self.loop.replace(bilevel=state.replace(phi=loaded))
         if latest is not None:
             self.loop, record = self.checkpoints.restore(latest, self.loop)
             _tell_elastic(latest, record["devices"])
@@ -481,8 +482,8 @@ class _Run:
 
     def save(self, score: float | None) -> None:
         record = {"rows": list(self.log.rows), "seconds": self.seconds(), "devices": _devices()}
-        record["convolutions"] = self.convolutions
-        self.checkpoints.save(self.step, self.loop, self.loop.bilevel.mod_params, record, score)
+        record |= {"convolutions": self.convolutions, "phi": self.experiment.phi_kind}
+        self.checkpoints.save(self.step, self.loop, self.loop.bilevel.phi, record, score)
 
     def check_sound(self, bad: np.ndarray) -> None:
         """Tells the steps that were skipped since the last look; `bad` is `LoopState.bad`.

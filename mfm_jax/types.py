@@ -51,8 +51,8 @@ class Batch(NamedTuple):
 class Modulator(NamedTuple):
     """Generates gamma and beta (see `modulation`). Both functions are pure.
 
-    init: `key -> mod_params`, the identity modulation.
-    parameters: `(mod_params, site, features [B, ..., C], labels [B]) -> (gamma, beta)`, each [C] or [B, C].
+    init: `key -> phi`, the identity modulation.
+    parameters: `(phi, site, features [B, ..., C], labels [B]) -> (gamma, beta)`, each [C] or [B, C].
     sites: the sites it modulates; every other site is left alone.
     """
 
@@ -61,44 +61,13 @@ class Modulator(NamedTuple):
     sites: tuple[str, ...]
 
 
-def _no_modulation(mod_params: PyTree, params: PyTree, labels: jax.Array) -> Modulate:
-    del mod_params, params, labels
-    return no_modulation
-
-
-def _as_they_are(mod_params: PyTree, example_losses: jax.Array, mean: Callable[[jax.Array], jax.Array]) -> jax.Array:
-    del mod_params, mean
-    return example_losses
-
-
-class MetaLearner(NamedTuple):
-    """What a meta set may govern in a training pass. Every function is pure, and `phi` is all that it learns.
-
-    With logits z computed under `modulate`, the training loss is the mean of `weigh(phi, loss(z, labels), mean)`, a
-    scalar function of the classifier's parameters and phi; that is all the meta-gradient asks for. A method fills in
-    what it governs; the defaults leave the pass as it is.
-
-    init: `key -> phi`.
-    modulate: `(phi, params, labels [B]) -> Modulate`, of the training pass.
-    weigh: `(phi, losses [B], mean) -> losses [B]`, each example's loss times its weight; `mean` averages `[B]` over the
-      whole batch, on however many devices it is.
-    per_batch: `labels [B] -> phi`, where phi belongs to one batch, starts from this value each time and is not kept
-      (`init` then returns an empty tree); None where phi is learned from step to step.
-    """
-
-    init: Callable[[jax.Array], PyTree]
-    modulate: Callable[[PyTree, PyTree, jax.Array], Modulate] = _no_modulation
-    weigh: Callable[[PyTree, jax.Array, Callable[[jax.Array], jax.Array]], jax.Array] = _as_they_are
-    per_batch: Callable[[jax.Array], PyTree] | None = None
-
-
 class BilevelState(struct.PyTreeNode):
-    """All that changes from step to step. A plain run has empty `mod_params` and `mod_opt_state`."""
+    """All that changes from step to step. A plain run has empty `phi` and `phi_opt_state`."""
 
     step: jax.Array  # int32 scalar: steps done
     key: jax.Array  # typed PRNG key, constant: randomness of step t is `fold_in(key, t)`
     params: PyTree  # classifier, float32
     batch_stats: PyTree  # running averages; they describe the plain network
     opt_state: PyTree  # classifier's optax state
-    mod_params: PyTree  # modulator, another meta learner's phi, or what a second stage trains
-    mod_opt_state: PyTree  # its optax state
+    phi: PyTree  # outer parameters: a modulator's, another meta learner's, or what a second stage trains
+    phi_opt_state: PyTree  # its optax state

@@ -14,6 +14,7 @@ import optax
 import pytest
 
 from mfm_jax import bilevel, config, losses, models, modulation, optim
+from mfm_jax.passes import Pass
 from mfm_jax.types import Batch
 
 CLASSES, WIDTH = 5, 8
@@ -191,15 +192,17 @@ def test_twin_takes_the_same_step(twin, sites):
         variables = _drawn(jax.eval_shape(module.init, jax.random.key(0), batch.image), 1)
         channels = modulation.site_channels(lambda film: module.apply(variables, batch.image, modulate=film), sites)
         # Plain gradient descent at rate 1 leaves the meta-gradient behind as the change of phi.
-        modulator, mod_tx = modulation.direct(channels), optax.sgd(1.0)
+        modulator, phi_tx = modulation.direct(channels), optax.sgd(1.0)
         tx = optim.classifier(config.Optim(weight_decay=twin.WEIGHT_DECAY), twin.LEARNING_RATE)
-        state = bilevel.init_state(jax.random.key(0), variables, tx, modulator, mod_tx)
-        state = state.replace(mod_params=jax.tree.map(lambda x: x + 0.1, state.mod_params))
+        state = bilevel.init_state(jax.random.key(0), variables, tx, modulator.init, phi_tx)
+        state = state.replace(phi=jax.tree.map(lambda x: x + 0.1, state.phi))
         momenta = jax.tree.map(lambda x: 0.01 * np.ones_like(x), variables["params"])
         state = state.replace(opt_state=_with_trace(state.opt_state, momenta))
-        step = bilevel.make_step(module.apply, losses.cross_entropy, tx, modulator, mod_tx, bn="running")
+        step = bilevel.make_step(
+            Pass.of(module), losses.cross_entropy, tx, modulator, phi_tx, bilevel.MetaRule(bn="running")
+        )
         new, metrics = jax.jit(step)(state, batch, meta_batch)
-        meta_gradient = jax.tree.map(lambda a, b: a - b, state.mod_params, new.mod_params)
+        meta_gradient = jax.tree.map(lambda a, b: a - b, state.phi, new.phi)
     net = twin.Net(1, CLASSES, WIDTH).double()
     found, (loss, params, moved, averages, meta_loss) = twin.meta_gradient(net, sites)(
         {f"{site}.{name}": value.double() + 0.1 for site, name, value in _parts(twin.identity(channels))},

@@ -1,6 +1,5 @@
 """The steps: identities, the batch-norm policy, the plain meta and test passes, and four devices against one."""
 
-import functools
 import re
 
 import chex
@@ -12,11 +11,14 @@ import optax
 import pytest
 
 from mfm_jax import bilevel, hypergrad, losses, models, modulation, parallel
+from mfm_jax.bilevel import MetaRule
+from mfm_jax.passes import Pass
 from mfm_jax.types import Batch, Modulator, no_modulation
 
 CLASSES, BATCH, WIDTH = 4, 16, 4
 COUNTS = jnp.array([500, 120, 40, 7])
 MODULE = models.create("resnet8", CLASSES, WIDTH)
+FORWARD = Pass.of(MODULE)
 
 
 def slow(value):
@@ -36,13 +38,13 @@ def make_modulator(form: str, sites: tuple[str, ...], module=MODULE) -> Modulato
 
 
 def setup(form: str = "direct", sites: tuple[str, ...] = ("pooled",), noise: float = 0.0, module=MODULE):
-    """Returns (state, tx, modulator, mod_tx), the modulator `noise` away from the identity."""
+    """Returns (state, tx, modulator, phi_tx), the modulator `noise` away from the identity."""
     tx = optax.chain(optax.add_decayed_weights(5e-4), optax.sgd(0.1, 0.9, nesterov=True))
-    mod_tx, modulator = optax.adam(1e-2), make_modulator(form, sites, module)
+    phi_tx, modulator = optax.adam(1e-2), make_modulator(form, sites, module)
     variables = module.init(jax.random.key(1), batch(0).image)
-    state = bilevel.init_state(jax.random.key(2), variables, tx, modulator, mod_tx)
-    shift = jax.tree.map(lambda x: x + noise * jax.random.normal(jax.random.key(3), x.shape), state.mod_params)
-    return state.replace(mod_params=shift), tx, modulator, mod_tx
+    state = bilevel.init_state(jax.random.key(2), variables, tx, modulator.init, phi_tx)
+    shift = jax.tree.map(lambda x: x + noise * jax.random.normal(jax.random.key(3), x.shape), state.phi)
+    return state.replace(phi=shift), tx, modulator, phi_tx
 
 
 def plain_statistics(state, data: Batch):
@@ -62,8 +64,8 @@ def test_identity_modulation_is_the_plain_step_bit_for_bit(form):
     module = models.create("resnet8", CLASSES, 16)
     sites = ("stem", "stage1", "stage2", "stage3", "pooled", *([] if form == "direct_per_class" else ["logits"]))
     state, tx, modulator, _ = setup(form, sites, module=module)
-    plain = compile_fully(bilevel.make_plain_step(module.apply, losses.cross_entropy, tx), state)
-    modulated = compile_fully(bilevel.make_plain_step(module.apply, losses.cross_entropy, tx, modulator), state)
+    plain = compile_fully(bilevel.make_plain_step(Pass.of(module), losses.cross_entropy, tx), state)
+    modulated = compile_fully(bilevel.make_plain_step(Pass.of(module), losses.cross_entropy, tx, modulator), state)
     one = two = state
     for seed in range(3):
         one, _ = plain(one, batch(seed))
@@ -75,12 +77,13 @@ def test_identity_modulation_is_the_plain_step_bit_for_bit(form):
 @pytest.mark.parametrize("sites", [("stem", "stage2"), slow(("pooled",))], ids="+".join)
 @pytest.mark.parametrize("kind", [slow("plain_step"), "meta_step", "not_lagged"])
 def test_running_statistics_describe_the_plain_network(sites, kind):
-    state, tx, modulator, mod_tx = setup("direct", sites, noise=0.5)
+    state, tx, modulator, phi_tx = setup("direct", sites, noise=0.5)
     if kind == "plain_step":
-        step = bilevel.make_plain_step(MODULE.apply, losses.cross_entropy, tx, modulator)
+        step = bilevel.make_plain_step(FORWARD, losses.cross_entropy, tx, modulator)
         after, _ = jax.jit(step)(state, batch(0))
     else:
-        step = bilevel.make_step(MODULE.apply, losses.cross_entropy, tx, modulator, mod_tx, lagged=kind == "meta_step")
+        rule = MetaRule(lagged=kind == "meta_step")
+        step = bilevel.make_step(FORWARD, losses.cross_entropy, tx, modulator, phi_tx, rule)
         after, _ = jax.jit(step)(state, batch(0), batch(1))
     chex.assert_trees_all_close(after.batch_stats, plain_statistics(state, batch(0)), rtol=1e-4, atol=1e-6)
 
@@ -88,7 +91,7 @@ def test_running_statistics_describe_the_plain_network(sites, kind):
 def test_statistics_behind_a_modulated_site_would_differ():
     """The test above can fail: the modulated pass itself gathers other statistics."""
     state, _, modulator, _ = setup("direct", ("stem",), noise=0.5)
-    film = modulation.modulate(modulator, state.mod_params, batch(0).label)
+    film = modulation.modulate(modulator, state.phi, batch(0).label)
     variables = {"params": state.params, "batch_stats": state.batch_stats}
     image = batch(0).image
     written = MODULE.apply(variables, image, train=True, modulate=film, mutable=["batch_stats"])[1]["batch_stats"]
@@ -99,9 +102,9 @@ def test_statistics_behind_a_modulated_site_would_differ():
 @pytest.mark.parametrize("bn", [slow("running"), "fresh", slow("batch")])
 def test_meta_pass_is_plain_and_normalised_as_stated(bn):
     """The reported meta loss is that of the plain network at w_hat, under the statistics that `bn` names."""
-    state, tx, modulator, mod_tx = setup("network", ("stage3", "pooled"), noise=0.5)
+    state, tx, modulator, phi_tx = setup("network", ("stage3", "pooled"), noise=0.5)
     state = state.replace(batch_stats=plain_statistics(state, batch(5)))
-    step = bilevel.make_step(MODULE.apply, losses.cross_entropy, tx, modulator, mod_tx, bn=bn)
+    step = bilevel.make_step(FORWARD, losses.cross_entropy, tx, modulator, phi_tx, MetaRule(bn=bn))
     after, metrics = jax.jit(step)(state, batch(0), batch(1))
     statistics = state.batch_stats
     if bn == "fresh":  # those of the training batch; averages that were zero keep a tenth of them
@@ -116,19 +119,19 @@ def test_meta_pass_is_plain_and_normalised_as_stated(bn):
 @pytest.mark.slow
 def test_fresh_statistics_of_a_frozen_layer_are_its_averages():
     """In training, too, `models.frozen` normalises by them and leaves them as they are."""
-    state, tx, modulator, mod_tx = setup("direct", ("pooled",), noise=0.5)
+    state, tx, modulator, phi_tx = setup("direct", ("pooled",), noise=0.5)
     state = state.replace(batch_stats=plain_statistics(state, batch(5)))
-    frozen = models.frozen(MODULE.apply, "head")
+    frozen = Pass(models.frozen(MODULE.apply, "head"))
     losses_of = []
     for bn in ("running", "fresh"):
-        step = bilevel.make_step(frozen, losses.cross_entropy, tx, modulator, mod_tx, bn=bn)
+        step = bilevel.make_step(frozen, losses.cross_entropy, tx, modulator, phi_tx, MetaRule(bn=bn))
         losses_of.append(jax.jit(step)(state, batch(0), batch(1))[1]["meta_loss"])
     np.testing.assert_allclose(*losses_of, rtol=1e-6)
 
 
-def test_eval_step_is_plain():
+def test_probabilities_are_plain():
     state, *_ = setup("direct", ("pooled",), noise=10.0)
-    probabilities = jax.jit(bilevel.make_eval_step(MODULE.apply))(state.params, state.batch_stats, batch(0).image)
+    probabilities = jax.jit(FORWARD.probabilities)(state.params, state.batch_stats, batch(0).image)
     logits = MODULE.apply({"params": state.params, "batch_stats": state.batch_stats}, batch(0).image)
     chex.assert_trees_all_close(probabilities, jax.nn.softmax(logits), rtol=1e-5)
 
@@ -136,14 +139,14 @@ def test_eval_step_is_plain():
 def test_step_that_is_not_lagged_is_the_definition():
     """phi' by the oracle and the modulator's optax; w' = U(w, grad L_train(w, phi'))."""
     with jax.enable_x64(True):
-        state, tx, modulator, mod_tx = jax.tree.map(
+        state, tx, modulator, phi_tx = jax.tree.map(
             lambda x: x.astype(jnp.float64) if isinstance(x, jax.Array) and x.dtype == jnp.float32 else x,
             setup("direct", ("pooled",), noise=0.3),
         )
         module = models.create("resnet8", CLASSES, WIDTH, jnp.float64)
         data, meta = (Batch(b.image.astype(jnp.float64), b.label) for b in (batch(0), batch(1)))
-        options = {"lagged": False, "bn": "running"}
-        step = bilevel.make_step(module.apply, losses.cross_entropy, tx, modulator, mod_tx, **options)
+        rule = MetaRule(lagged=False, bn="running")
+        step = bilevel.make_step(Pass.of(module), losses.cross_entropy, tx, modulator, phi_tx, rule)
         after, _ = jax.jit(step)(state, data, meta)
 
         def train_loss(w, phi):
@@ -161,10 +164,10 @@ def test_step_that_is_not_lagged_is_the_definition():
             logits = module.apply({"params": w_hat, "batch_stats": state.batch_stats}, meta.image)
             return losses.cross_entropy(logits, meta.label).mean()
 
-        changes, _ = mod_tx.update(jax.jit(jax.grad(meta_loss))(state.mod_params), state.mod_opt_state)
-        phi = optax.apply_updates(state.mod_params, changes)
+        changes, _ = phi_tx.update(jax.jit(jax.grad(meta_loss))(state.phi), state.phi_opt_state)
+        phi = optax.apply_updates(state.phi, changes)
         params, opt_state = update(jax.jit(jax.grad(train_loss))(state.params, phi))
-        chex.assert_trees_all_close(after.mod_params, phi, rtol=1e-8)
+        chex.assert_trees_all_close(after.phi, phi, rtol=1e-8)
         chex.assert_trees_all_close((after.params, after.opt_state), (params, opt_state), rtol=1e-8, atol=1e-12)
 
 
@@ -174,14 +177,14 @@ def test_four_devices_equal_one(form, route):
     sites = ("stage1", "pooled")
     state, tx, modulator, _ = setup(form, sites, noise=0.3)
     # SGD, since the first step of Adam blows the rounding of a gradient near zero up to the size of a whole step.
-    mod_tx = optax.sgd(0.1)
-    state = state.replace(mod_opt_state=mod_tx.init(state.mod_params))
-    arguments = (losses.cross_entropy, tx, modulator, mod_tx)
-    one = jax.jit(bilevel.make_step(MODULE.apply, *arguments, hypergrad=route))(state, batch(0), batch(1))
+    phi_tx = optax.sgd(0.1)
+    state = state.replace(phi_opt_state=phi_tx.init(state.phi))
+    arguments = (losses.cross_entropy, tx, modulator, phi_tx, MetaRule(hypergrad=route))
+    one = jax.jit(bilevel.make_step(FORWARD, *arguments))(state, batch(0), batch(1))
     mesh = parallel.data_mesh(jax.devices()[:4])
     assert mesh.size == 4
-    synced = MODULE.clone(axis_name=parallel.AXIS)
-    step = bilevel.make_step(synced.apply, *arguments, hypergrad=route, axis_name=parallel.AXIS)
+    synced = Pass.of(MODULE.clone(axis_name=parallel.AXIS), axis_name=parallel.AXIS)
+    step = bilevel.make_step(synced, *arguments)
     four = jax.jit(parallel.shard_step(step, mesh, 2))(state, batch(0), batch(1))
     one, four = (jax.device_get((s.replace(key=0), m)) for s, m in (one, four))
     chex.assert_trees_all_close(four[1], one[1], rtol=1e-5)
@@ -193,7 +196,7 @@ def test_a_late_site_costs_no_forward_pass():
 
     def convolutions(sites):
         state, tx, modulator, _ = setup("direct", sites or ("pooled",))
-        step = bilevel.make_plain_step(MODULE.apply, losses.cross_entropy, tx, modulator if sites else None)
+        step = bilevel.make_plain_step(FORWARD, losses.cross_entropy, tx, modulator if sites else None)
         text = jax.jit(step).lower(state, batch(0)).compile().as_text()
         return len(re.findall(r" convolution\(|custom_call_target=\"mfm_", text))
 
@@ -202,10 +205,10 @@ def test_a_late_site_costs_no_forward_pass():
 
 
 def test_restricted_virtual_step_moves_all_parameters_and_changes_the_meta_gradient():
-    state, tx, modulator, mod_tx = setup("direct", ("stage2",), noise=0.3)
-    arguments = (MODULE.apply, losses.cross_entropy, tx, modulator, mod_tx)
+    state, tx, modulator, phi_tx = setup("direct", ("stage2",), noise=0.3)
+    arguments = (FORWARD, losses.cross_entropy, tx, modulator, phi_tx)
     full = jax.jit(bilevel.make_step(*arguments))(state, batch(0), batch(1))
-    head = jax.jit(bilevel.make_step(*arguments, virtual_groups=("head",)))(state, batch(0), batch(1))
+    head = jax.jit(bilevel.make_step(*arguments, MetaRule(virtual_groups=("head",))))(state, batch(0), batch(1))
     chex.assert_trees_all_close(full[0].params, head[0].params, rtol=1e-4, atol=1e-6)
     assert abs(full[1]["hypergrad_norm"] / head[1]["hypergrad_norm"] - 1) > 1e-2
 
@@ -215,12 +218,12 @@ def test_agreement_is_the_cosine_with_the_meta_gradients_before():
     state, tx, modulator, adam = setup(noise=0.1)
     gradients, sgd = [], optax.sgd(1.0)
     bare, step = (
-        jax.jit(bilevel.make_step(MODULE.apply, losses.cross_entropy, tx, modulator, mod_tx)) for mod_tx in (sgd, adam)
+        jax.jit(bilevel.make_step(FORWARD, losses.cross_entropy, tx, modulator, phi_tx)) for phi_tx in (sgd, adam)
     )
     for _ in range(2):
-        after, metrics = bare(state.replace(mod_opt_state=sgd.init(state.mod_params)), batch(0), batch(1))
+        after, metrics = bare(state.replace(phi_opt_state=sgd.init(state.phi)), batch(0), batch(1))
         assert metrics["hypergrad_agreement"] == 0  # SGD keeps no mean
-        gradients.append(jax.tree.map(lambda old, new: old - new, state.mod_params, after.mod_params))
+        gradients.append(jax.tree.map(lambda old, new: old - new, state.phi, after.phi))
         state, metrics = step(state, batch(0), batch(1))
         if len(gradients) == 1:
             assert metrics["hypergrad_agreement"] == 0  # nothing before
@@ -246,19 +249,19 @@ def test_parts_give_the_whole_batch_s_step(lagged):
     data = Batch(image, jnp.arange(BATCH, dtype=jnp.int32) % CLASSES)
     meta = Batch(-image, data.label)
     modulator = modulation.direct({"pooled": 5})
-    tx, mod_tx = optax.sgd(0.1, 0.9), optax.adam(1e-2)
-    state = bilevel.init_state(jax.random.key(2), module.init(jax.random.key(1), image), tx, modulator, mod_tx)
-    make = functools.partial(
-        bilevel.make_step, module.apply, losses.cross_entropy, tx, modulator, mod_tx, lagged=lagged
+    tx, phi_tx = optax.sgd(0.1, 0.9), optax.adam(1e-2)
+    state = bilevel.init_state(jax.random.key(2), module.init(jax.random.key(1), image), tx, modulator.init, phi_tx)
+    rest = losses.cross_entropy, tx, modulator, phi_tx, MetaRule(lagged=lagged)
+    (whole, metrics), (parts, found) = (
+        jax.jit(bilevel.make_step(Pass.of(module, parts=n), *rest))(state, data, meta) for n in (1, 4)
     )
-    (whole, metrics), (parts, found) = (jax.jit(make(parts=n))(state, data, meta) for n in (1, 4))
-    chex.assert_trees_all_close((whole.params, whole.mod_params), (parts.params, parts.mod_params), atol=1e-6)
+    chex.assert_trees_all_close((whole.params, whole.phi), (parts.params, parts.phi), atol=1e-6)
     chex.assert_trees_all_close(metrics, found, rtol=1e-5, atol=1e-6)
 
 
 def test_parts_of_a_batch_norm_are_normalised_by_themselves():
     state, tx, _, _ = setup()
-    step = jax.jit(bilevel.make_plain_step(MODULE.apply, losses.cross_entropy, tx, parts=2))
+    step = jax.jit(bilevel.make_plain_step(Pass.of(MODULE, parts=2), losses.cross_entropy, tx))
     data = batch(0)
     halves = [jax.tree.map(lambda leaf, i=i: leaf[i * 8 : i * 8 + 8], data) for i in range(2)]
     expected = jax.tree.map(lambda a, b: (a + b) / 2, *(plain_statistics(state, half) for half in halves))
@@ -271,7 +274,7 @@ def test_parts_need_less_memory():
     data = Batch(jnp.zeros((64, 16, 16, 3)), jnp.zeros(64, jnp.int32))
 
     def temporary(parts: int) -> int:
-        step = bilevel.make_plain_step(MODULE.apply, losses.cross_entropy, tx, parts=parts)
+        step = bilevel.make_plain_step(Pass.of(MODULE, parts=parts), losses.cross_entropy, tx)
         return jax.jit(step).lower(state, data).compile().memory_analysis().temp_size_in_bytes
 
     assert temporary(8) < temporary(1) / 3

@@ -27,7 +27,7 @@ from mfm_jax import data as data_lib
 from mfm_jax import experiment as experiment_lib
 from mfm_jax import integrity, interruption, train
 from mfm_jax import loop as loop_lib
-from mfm_jax.checkpoint import Checkpointer, restore_modulator
+from mfm_jax.checkpoint import Checkpointer, restore_phi
 from mfm_jax.config import Checkpoint, Train
 from mfm_jax.errors import UserError
 from mfm_jax.logs import MetricLog
@@ -75,7 +75,7 @@ def test_a_sealed_folder_tells_which_file_was_damaged(harm, name, tmp_path):
 
 
 STATE = {"w": jax.random.normal(jax.random.key(0), (300, 100)), "step": jnp.int32(0)}
-RECORD = {"rows": [], "seconds": 1.0}
+RECORD = {"rows": [], "seconds": 1.0, "phi": "modulator"}
 
 
 def checkpointer(workdir: Path) -> Checkpointer:
@@ -148,10 +148,10 @@ def test_damage_that_happens_later_is_found_before_it_is_read(workdir):
 
 
 def test_a_damaged_modulator_is_not_taken_over(workdir):
-    assert restore_modulator(workdir, {"a": jnp.zeros(3)})["a"].tolist() == [1, 1, 1]
-    flip(workdir / "checkpoints" / "12" / "modulator" / "manifest.ocdbt")
-    with pytest.raises(UserError, match=r"its checkpoint 12 is damaged: modulator/manifest.ocdbt has changed"):
-        restore_modulator(workdir, {"a": jnp.zeros(3)})
+    assert restore_phi(workdir, {"a": jnp.zeros(3)}, "modulator")["a"].tolist() == [1, 1, 1]
+    flip(workdir / "checkpoints" / "12" / "phi" / "manifest.ocdbt")
+    with pytest.raises(UserError, match=r"its checkpoint 12 is damaged: phi/manifest.ocdbt has changed"):
+        restore_phi(workdir, {"a": jnp.zeros(3)}, "modulator")
 
 
 @pytest.mark.parametrize("name", ["config.json", "results.json"])

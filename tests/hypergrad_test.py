@@ -11,8 +11,9 @@ import numpy as np
 import optax
 import pytest
 
-from mfm_jax import bilevel, hypergrad, losses, modulation
-from mfm_jax.methods import meta
+from mfm_jax import bilevel, hypergrad, losses, modulation, outer
+from mfm_jax.methods import learners
+from mfm_jax.passes import Pass
 from mfm_jax.types import Batch, Modulate, no_modulation
 
 CLASSES, BATCH = 4, 12
@@ -28,10 +29,10 @@ OPTIMIZERS = {
 }
 # The other meta learners, which have no sites to choose; the head of the net below reads 6 + 2 features.
 LEARNERS = {
-    "meta_weight_net": lambda: meta.meta_weight_net(5),
-    "l2rw": meta.l2rw,
-    "l2ac": lambda: meta.l2ac(CLASSES, 5),
-    "metasaug": lambda: meta.metasaug(CLASSES, 8),
+    "meta_weight_net": lambda: learners.meta_weight_net(5),
+    "l2rw": learners.l2rw,
+    "l2ac": lambda: learners.l2ac(CLASSES, 5),
+    "metasaug": lambda: learners.metasaug(CLASSES, 8),
 }
 FORMS = ("direct", "direct_per_class", "frequency", "network", "network_count", "network_attached")
 
@@ -52,7 +53,7 @@ class SmallNet(nn.Module):
 
 
 def make_learner(form: str, sites: tuple[str, ...]):
-    return LEARNERS[form]() if form in LEARNERS else modulation.learner(make_modulator(form, sites))
+    return LEARNERS[form]() if form in LEARNERS else outer.of(make_modulator(form, sites))
 
 
 def make_modulator(form: str, sites: tuple[str, ...]):
@@ -73,23 +74,23 @@ def problem(form: str, sites: tuple[str, ...], optimizer: str, dtype: str):
     image, meta_image = jax.random.normal(key, (2, BATCH, 8, 8, 3), dtype)
     variables = net.init(key, image)
     learner, tx = make_learner(form, sites), OPTIMIZERS[optimizer]()
-    state = bilevel.init_state(key, variables, tx, learner)
+    state = bilevel.init_state(key, variables, tx, learner.init)
     if learner.per_batch:
-        state = state.replace(mod_params=learner.per_batch(LABELS))
+        state = state.replace(phi=learner.per_batch(LABELS))
     state = jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, state)
-    leaves, structure = jax.tree.flatten(state.mod_params)
+    leaves, structure = jax.tree.flatten(state.phi)
     keys = jax.random.split(key, len(leaves))
     noise = [0.3 * jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=True)]
     phi = structure.unflatten([a + b for a, b in zip(leaves, noise, strict=True)])
     # Momentum that is not zero, so that the update is not the gradient alone.
     _, opt_state = tx.update(jax.tree.map(lambda p: 0.1 * p, state.params), state.opt_state, state.params)
     state = state.replace(opt_state=opt_state)
-    forward = bilevel._forward(net.apply)
-    build = bilevel._gradient_step(forward, losses.cross_entropy, tx, learner, 1, None, None)
+    forward = Pass.of(net)
+    build = bilevel.halves(forward, losses.cross_entropy, tx, learner)
     train_loss, update = build(state, Batch(image, LABELS))
 
     def meta_loss(params):
-        logits, _ = forward(state, params, Batch(meta_image, LABELS), no_modulation, train=False)
+        logits, _ = forward.logits(state, params, Batch(meta_image, LABELS), train=False)
         return losses.generalized_cross_entropy(logits, LABELS).mean(), None
 
     return train_loss, meta_loss, update, state.params, phi

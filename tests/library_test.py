@@ -35,4 +35,4 @@ def test_sharded_step_updates_both_levels(namespace):
     state = namespace["state"]
     assert int(state.step) == 1
     assert np.isfinite(float(namespace["metrics"]["meta_loss"]))
-    assert np.any(np.asarray(state.mod_params["logits"]["beta"]))
+    assert np.any(np.asarray(state.phi["logits"]["beta"]))

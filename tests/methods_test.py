@@ -23,7 +23,7 @@ from mfm_jax import data as data_lib
 from mfm_jax import experiment as experiment_lib
 from mfm_jax import loop as loop_lib
 from mfm_jax.errors import UserError
-from mfm_jax.methods import METHODS
+from mfm_jax.methods.table import METHODS
 from mfm_jax.types import Batch, no_modulation
 
 ALL = list(METHODS)
@@ -166,8 +166,8 @@ def test_is_the_plain_classifier_at_test_time(name, finished):
     if not METHODS[name].cosine_head:
         plain = Tiny(10, jnp.float32, None).apply(variables, image)
         chex.assert_trees_all_close(probabilities, jax.nn.softmax(plain), rtol=1e-5)
-    noise = jax.tree.map(lambda x: 2 * x + 1, state.mod_params)
-    changed = experiment.eval_step(state.replace(mod_params=noise), image)
+    noise = jax.tree.map(lambda x: 2 * x + 1, state.phi)
+    changed = experiment.eval_step(state.replace(phi=noise), image)
     if METHODS[name].retraining is None:
         chex.assert_trees_all_equal(changed, probabilities)
     else:
@@ -217,7 +217,7 @@ def stepped(config, data, mesh=None, *, absent: bool = False, mixed: bool = Fals
 @pytest.mark.parametrize("name", BY_KIND)
 def test_four_devices_equal_one(name, finished, monkeypatch):
     # SGD, since the first step of Adam blows the rounding of a gradient near zero up to the size of a whole step.
-    monkeypatch.setattr(optim, "modulator", lambda *_: optax.sgd(0.1))
+    monkeypatch.setattr(optim, "outer", lambda *_: optax.sgd(0.1))
     config = configured(name)
     one = arrays(stepped(config, finished.data))
     four = arrays(stepped(config, finished.data, parallel.data_mesh(jax.devices()[:4])))
@@ -231,7 +231,7 @@ def test_bfloat16_absent_classes_and_mixed_smoothed_labels(name, finished):
     for state, metrics in stepped(config, finished.data, absent=True, mixed=True).values():
         assert finite((state, metrics))
         assert float(metrics["loss"]) >= 0
-        trees = (state.params, state.mod_params, state.batch_stats)
+        trees = (state.params, state.phi, state.batch_stats)
         assert {leaf.dtype for leaf in jax.tree.leaves(trees)} == {np.dtype("float32")}
 
 

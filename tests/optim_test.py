@@ -137,26 +137,26 @@ def test_the_update_can_be_differentiated_where_a_gradient_is_zero(name):
 def test_phi_moves_by_adam_on_directions_by_hand():
     # Directions [0.6, 0.8] and [1, 0]; the first step of Adam is the rate in each number that has a gradient.
     first = PARAMS["w"] - 0.05
-    chex.assert_trees_all_close(after(optim.modulator(0.05), [GRADS]), {"w": first}, rtol=1e-5)
+    chex.assert_trees_all_close(after(optim.outer(0.05), [GRADS]), {"w": first}, rtol=1e-5)
     mean = np.array([0.9 * 0.06 + 0.1, 0.9 * 0.08]) / (1 - 0.9**2)
     square = np.array([0.999 * 0.36 + 1.0, 0.999 * 0.64]) * 1e-3 / (1 - 0.999**2)
     second = first - 0.05 * mean / np.sqrt(square)
-    found = after(optim.modulator(0.05), [GRADS, {"w": np.array([7.0, 0.0], np.float32)}])
+    found = after(optim.outer(0.05), [GRADS, {"w": np.array([7.0, 0.0], np.float32)}])
     chex.assert_trees_all_close(found, {"w": second.astype(np.float32)}, rtol=1e-5)
 
 
 @pytest.mark.parametrize("size", [1e-2, 1e8, 1e18])
 def test_the_size_of_a_meta_gradient_counts_for_nothing(size):
-    tx, scaled = optim.modulator(0.05), {"w": np.float32(size) * GRADS["w"]}
+    tx, scaled = optim.outer(0.05), {"w": np.float32(size) * GRADS["w"]}
     chex.assert_trees_all_close(after(tx, [GRADS, scaled]), after(tx, [GRADS, GRADS]), rtol=1e-4)
 
 
 def test_phi_stands_still_where_the_meta_gradient_is_zero():
-    chex.assert_trees_all_equal(after(optim.modulator(0.05), [{"w": np.zeros(2, np.float32)}]), PARAMS)
+    chex.assert_trees_all_equal(after(optim.outer(0.05), [{"w": np.zeros(2, np.float32)}]), PARAMS)
 
 
 def test_noise_moves_phi_by_a_quarter_of_the_rate():
-    tx, moved = optim.modulator(0.05), []
+    tx, moved = optim.outer(0.05), []
     state = tx.init(PARAMS)
     for gradient in np.random.default_rng(0).normal(size=(2000, 2)).astype(np.float32):
         change, state = tx.update({"w": gradient}, state)
@@ -184,10 +184,10 @@ def test_phi_recovers_from_any_single_meta_gradient(at, monkeypatch):
     config.optim.learning_rate = 0.05
     config.train.update(epochs=60, batch_size=32)
     config = config_lib.resolve(config)
-    data, chain = data_lib.build(config), optim.modulator
+    data, chain = data_lib.build(config), optim.outer
 
     def trained(planted: int) -> np.ndarray:
-        monkeypatch.setattr(optim, "modulator", lambda rate: optax.chain(spiked(planted), chain(rate)))
+        monkeypatch.setattr(optim, "outer", lambda rate: optax.chain(spiked(planted), chain(rate)))
         experiment = experiment_lib.build(config, data)
         call, loop = loop_lib.make_call(experiment, config), loop_lib.initial(experiment)
         on_device = loop_lib.to_device(data)
@@ -198,7 +198,7 @@ def test_phi_recovers_from_any_single_meta_gradient(at, monkeypatch):
                 order = experiment.order(jax.random.key(1), epoch)
                 on_device = on_device.replace(order=order, meta_table=table)
             loop = call(loop, on_device, *loop_lib.steps((True,)))
-        return np.stack(jax.tree.leaves(loop.bilevel.mod_params))
+        return np.stack(jax.tree.leaves(loop.bilevel.phi))
 
     with_it, without = trained(at), trained(-1)
     assert 0 < np.linalg.norm(with_it - without) < 0.1 * np.linalg.norm(without)

@@ -205,7 +205,7 @@ def test_every_method_takes_the_same_step_in_float32(name, devices, batch, tiny,
 
 def check_step(name, devices, batch, monkeypatch, **overrides):
     # SGD, since the first step of Adam blows the rounding of a gradient near zero up to the size of a whole step.
-    monkeypatch.setattr(optim, "modulator", lambda *_: optax.sgd(0.1))
+    monkeypatch.setattr(optim, "outer", lambda *_: optax.sgd(0.1))
     config = several_epochs(name, batch, **overrides)
     data, mesh = data_of(config), parallel.data_mesh(jax.devices()[:devices])
     one, many = (experiment_lib.build(config, data, where) for where in (None, mesh))
@@ -272,7 +272,7 @@ def test_divided_state_takes_the_same_steps_and_is_restored(wide, tmp_path):
         held = leaf.addressable_shards[0].data.nbytes
         assert held == (leaf.nbytes // 2 if leaf.ndim > 1 else leaf.nbytes)
     checkpoints = Checkpointer(tmp_path, config_lib.Checkpoint(), has_validation=False)
-    checkpoints.save(STEPS, loop, state.mod_params, {}, None)
+    checkpoints.save(STEPS, loop, state.phi, {}, None)
     checkpoints.wait()
     again, _ = checkpoints.restore(STEPS, loop)
     checkpoints.close()

@@ -20,7 +20,7 @@ from mfm_jax import config as config_lib
 from mfm_jax import data as data_lib
 from mfm_jax import experiment as experiment_lib
 from mfm_jax import loop as loop_lib
-from mfm_jax.checkpoint import Checkpointer, restore_modulator
+from mfm_jax.checkpoint import Checkpointer, restore_phi
 from mfm_jax.errors import UserError
 from mfm_jax.longtail import manifest_hash, write_manifest
 from mfm_jax.models import native
@@ -242,8 +242,8 @@ def test_transfer_starts_from_the_modulator_and_freeze_keeps_it(finished, tmp_pa
     config = tiny(modulation__init_from=str(workdir), meta__freeze=True, data__imbalance_factor=5.0)
     train.train_and_evaluate(config, tmp_path / "frozen")
     theirs, ours = final_state(workdir, tiny()), final_state(tmp_path / "frozen", config)
-    chex.assert_trees_all_equal(ours.bilevel.mod_params, theirs.bilevel.mod_params)
-    assert ours.bilevel.mod_opt_state == ()
+    chex.assert_trees_all_equal(ours.bilevel.phi, theirs.bilevel.phi)
+    assert ours.bilevel.phi_opt_state == ()
     resolved = config_lib.resolve(config)
     assert experiment_lib.build(resolved, data_lib.build(resolved)).meta_step is None
     with pytest.raises(UserError, match=r"meta.freeze = True: would keep a modulator that does nothing"):
@@ -351,10 +351,10 @@ def test_a_modulator_learned_on_many_devices_goes_to_one(tmp_path):
     learned = {"logits": {"a": jnp.arange(3.0), "b": jnp.float32(7)}}
     everywhere = parallel.place(learned, parallel.replicated(parallel.data_mesh()))
     checkpoints = Checkpointer(tmp_path, config_lib.Checkpoint(), has_validation=False)
-    checkpoints.save(5, {"step": jnp.int32(5)}, everywhere, {}, None)
+    checkpoints.save(5, {"step": jnp.int32(5)}, everywhere, {"phi": "modulator"}, None)
     checkpoints.close()
     like = jax.device_put(jax.tree.map(jnp.zeros_like, learned), jax.devices()[1])
-    found = restore_modulator(tmp_path, like)
+    found = restore_phi(tmp_path, like, "modulator")
     chex.assert_trees_all_equal(found, learned)
     assert found["logits"]["a"].devices() == {jax.devices()[1]}
 

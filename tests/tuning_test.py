@@ -9,11 +9,12 @@ import numpy as np
 import optax
 import pytest
 
-from mfm_jax import bilevel, hypergrad, losses, models, modulation, optim
+from mfm_jax import bilevel, hypergrad, losses, models, modulation, optim, outer
 from mfm_jax.config import Optim
 from mfm_jax.models.imagenet import ResNet
 from mfm_jax.models.vit import VisionTransformer
-from mfm_jax.types import Batch, no_modulation
+from mfm_jax.passes import Pass
+from mfm_jax.types import Batch
 
 CLASSES, WIDTH = 3, 8
 IMAGES = np.random.default_rng(0).normal(size=(2, 6, 16, 16, 3)).astype(np.float32)
@@ -76,15 +77,16 @@ def test_with_new_adapters_the_network_is_the_one_without():
 def test_only_what_is_tuned_moves(tune):
     module, tx = NETS[tune], chain(tune)
     modulator = modulation.frequency({"logits": CLASSES}, COUNTS)
-    mod_tx = optax.adam(0.1)
-    before = bilevel.init_state(jax.random.key(0), variables_of(tune), tx, modulator, mod_tx)
+    phi_tx = optax.adam(0.1)
+    before = bilevel.init_state(jax.random.key(0), variables_of(tune), tx, modulator.init, phi_tx)
     flags = models.trained(before.params, tune)
     kept = [
         leaf.size for leaf, flag in zip(jax.tree.leaves(before.params), jax.tree.leaves(flags), strict=True) if flag
     ]
     momentum = [leaf.size for leaf in jax.tree.leaves(before.opt_state) if leaf.ndim]
     assert sum(momentum) == sum(kept)
-    step = bilevel.make_step(models.frozen(module.apply, tune), losses.cross_entropy, tx, modulator, mod_tx)
+    forward = Pass(models.frozen(module.apply, tune))
+    step = bilevel.make_step(forward, losses.cross_entropy, tx, modulator, phi_tx)
     after, metrics = jax.jit(step)(before, Batch(IMAGES[0], LABELS), Batch(IMAGES[1], LABELS))
     after, metrics = jax.jit(step)(after, Batch(IMAGES[0], LABELS), Batch(IMAGES[1], LABELS))
     changed = jax.tree.map(lambda a, b: bool((a != b).any()), before.params, after.params)
@@ -129,13 +131,13 @@ MAPS = {"stem": 4, "stage1": 4, "stage2": 8, "logits": CLASSES}
 
 def both_routes(module, apply, variables, tx, modulator):
     """Returns the meta-gradient by both routes, at a modulation that is not the identity."""
-    state = bilevel.init_state(jax.random.key(0), variables, tx, modulator)
-    phi = jax.tree.map(lambda leaf: leaf + 0.2 * jnp.cos(jnp.arange(leaf.size).reshape(leaf.shape)), state.mod_params)
-    forward = bilevel._forward(apply)
-    build = bilevel._gradient_step(forward, losses.cross_entropy, tx, modulation.learner(modulator), 1, None, None)
+    state = bilevel.init_state(jax.random.key(0), variables, tx, modulator.init)
+    phi = jax.tree.map(lambda leaf: leaf + 0.2 * jnp.cos(jnp.arange(leaf.size).reshape(leaf.shape)), state.phi)
+    forward = Pass(apply)
+    build = bilevel.halves(forward, losses.cross_entropy, tx, outer.of(modulator))
 
     def meta_loss(state, params):
-        logits, _ = forward(state, params, Batch(IMAGES[1], LABELS), no_modulation, train=False)
+        logits, _ = forward.logits(state, params, Batch(IMAGES[1], LABELS), train=False)
         return losses.cross_entropy(logits, LABELS).mean(), None
 
     def run(state, phi):

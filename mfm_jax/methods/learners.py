@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mfm_jax.types import MetaLearner, Modulate, PyTree
+from mfm_jax.outer import MetaLearner
+from mfm_jax.types import Modulate, PyTree
 
 
 def meta_weight_net(hidden: int = 100) -> MetaLearner:
@@ -33,13 +34,13 @@ def meta_weight_net(hidden: int = 100) -> MetaLearner:
         weights = jax.nn.sigmoid(_mlp(phi, inputs))[:, 0]
         return (weights / (mean(weights) + 1e-12)).astype(losses.dtype) * losses
 
-    return MetaLearner(init, weigh=weigh)
+    return MetaLearner("meta_weight_net", init, weigh=weigh)
 
 
 def l2rw() -> MetaLearner:
     """A free weight for each example of the batch: phi is `[B]`, starts at zero at every step and is not kept.
 
-    With `positive_part` as its optimizer, the weights are the meta-gradient's negative, cut off at zero and scaled to
+    Moved by `positive_part`, the weights are the meta-gradient's negative, cut off at zero and scaled to
     the mean 1: an example counts as far as a step on it alone would lower the meta loss. They belong to this batch, so
     the real step has to be taken again with them (`meta.lagged = False`).
 
@@ -54,7 +55,7 @@ def l2rw() -> MetaLearner:
     def weigh(phi: PyTree, losses: jax.Array, mean: Callable[[jax.Array], jax.Array]) -> jax.Array:
         return phi.astype(losses.dtype) * losses
 
-    return MetaLearner(lambda key: {}, weigh=weigh, per_batch=start)
+    return MetaLearner("l2rw", lambda key: {}, weigh=weigh, optimizer=lambda schedule: positive_part(), per_batch=start)
 
 
 def positive_part() -> optax.GradientTransformationExtraArgs:
@@ -94,7 +95,7 @@ def l2ac(num_classes: int, hidden: int = 100) -> MetaLearner:
     def modulate(phi: PyTree, params: PyTree, labels: jax.Array) -> Modulate:
         return _at_logits(lambda logits: _mlp(phi, _unit(jax.lax.stop_gradient(logits)).astype(phi["w1"].dtype)))
 
-    return MetaLearner(init, modulate)
+    return MetaLearner("l2ac", init, modulate)
 
 
 def metasaug(
@@ -138,7 +139,7 @@ def metasaug(
         spread = square - 2 * cross + jnp.diag(square)[:, None]
         return _at_logits(lambda logits: strength / 2 * spread[labels])
 
-    return MetaLearner(init, modulate)
+    return MetaLearner("metasaug", init, modulate)
 
 
 def _at_logits(shift: Callable[[jax.Array], jax.Array]) -> Modulate:

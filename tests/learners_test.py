@@ -7,14 +7,19 @@ import numpy as np
 import optax
 import pytest
 
-from mfm_jax import bilevel, hypergrad, losses, models, modulation
+from mfm_jax import bilevel, hypergrad, losses, models, modulation, outer
 from mfm_jax import config as config_lib
-from mfm_jax.methods import METHODS, meta
-from mfm_jax.types import Batch, MetaLearner
+from mfm_jax.bilevel import MetaRule
+from mfm_jax.methods import learners
+from mfm_jax.methods.table import METHODS
+from mfm_jax.outer import MetaLearner
+from mfm_jax.passes import Pass
+from mfm_jax.types import Batch
 
 CLASSES, BATCH, WIDTH = 4, 12, 4
 LABELS = jnp.arange(BATCH, dtype=jnp.int32) % CLASSES
 MODULE = models.create("resnet8", CLASSES, WIDTH)
+FORWARD = Pass.of(MODULE)
 
 
 def batch(seed: int) -> Batch:
@@ -27,25 +32,25 @@ def noisy(tree, scale: float = 0.3):
     return structure.unflatten([x + scale * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)])
 
 
-def state_of(learner, tx, mod_tx):
+def state_of(learner, tx, phi_tx):
     variables = MODULE.init(jax.random.key(1), batch(0).image)
-    return bilevel.init_state(jax.random.key(2), variables, tx, learner, mod_tx)
+    return bilevel.init_state(jax.random.key(2), variables, tx, learner and learner.init, phi_tx)
 
 
 @pytest.mark.slow
 def test_l2ac_is_the_network_form_of_mfm_with_the_shift_alone():
     """The same inputs and weights: training loss and meta-gradient agree."""
-    mfm = modulation.learner(modulation.network({"logits": CLASSES}, hidden=7, shift_only=True))
-    l2ac, tx = meta.l2ac(CLASSES, 7), optax.sgd(0.1, 0.9, nesterov=True)
+    mfm = outer.of(modulation.network({"logits": CLASSES}, hidden=7, shift_only=True))
+    l2ac, tx = learners.l2ac(CLASSES, 7), optax.sgd(0.1, 0.9, nesterov=True)
     theirs = mfm.init(jax.random.key(0))
     chex.assert_trees_all_equal_shapes(theirs["logits"], l2ac.init(jax.random.key(0)))
     phi = noisy(l2ac.init(jax.random.key(0)))
     found = {}
     for name, learner, start in (("mfm", mfm, {"logits": phi}), ("l2ac", l2ac, phi)):
-        state = state_of(learner, tx, optax.sgd(1.0)).replace(mod_params=start)
-        step = bilevel.make_step(MODULE.apply, losses.cross_entropy, tx, learner, optax.sgd(1.0))
+        state = state_of(learner, tx, optax.sgd(1.0)).replace(phi=start)
+        step = bilevel.make_step(FORWARD, losses.cross_entropy, tx, learner, optax.sgd(1.0))
         after, metrics = jax.jit(step)(state, batch(0), batch(1))
-        gradient = jax.tree.map(lambda a, b: a - b, start, after.mod_params)
+        gradient = jax.tree.map(lambda a, b: a - b, start, after.phi)
         found[name] = metrics, gradient["logits"] if name == "mfm" else gradient
     chex.assert_trees_all_close(found["l2ac"], found["mfm"], rtol=1e-6, atol=1e-6)
     assert float(optax.tree.norm(found["l2ac"][1])) > 1e-3
@@ -53,7 +58,7 @@ def test_l2ac_is_the_network_form_of_mfm_with_the_shift_alone():
 
 @pytest.mark.parametrize("name", ["l2ac", "metasaug"])
 def test_starts_as_the_plain_classifier(name):
-    learner = meta.l2ac(CLASSES) if name == "l2ac" else meta.metasaug(CLASSES, 4 * WIDTH, strength=0.0)
+    learner = learners.l2ac(CLASSES) if name == "l2ac" else learners.metasaug(CLASSES, 4 * WIDTH, strength=0.0)
     params = MODULE.init(jax.random.key(1), batch(0).image)["params"]
     logits = jax.random.normal(jax.random.key(0), (BATCH, CLASSES))
     film = learner.modulate(learner.init(jax.random.key(0)), params, LABELS)
@@ -63,7 +68,7 @@ def test_starts_as_the_plain_classifier(name):
 
 def test_meta_weight_net_by_hand():
     """Two hidden units, relu(2 l) and relu(1 - l), out of which comes h1 / 2 - h2: l = 2 gives 2, l = 0 gives -1."""
-    learner = meta.meta_weight_net(2)
+    learner = learners.meta_weight_net(2)
     phi = {
         "w1": jnp.array([[2.0, -1.0]]),
         "b1": jnp.array([0.0, 1.0]),
@@ -82,7 +87,7 @@ def test_meta_weight_net_by_hand():
 
 
 def test_semantic_augmentation_by_its_sum():
-    learner = meta.metasaug(CLASSES, 5, strength=0.5)
+    learner = learners.metasaug(CLASSES, 5, strength=0.5)
     phi = noisy(learner.init(jax.random.key(0)), 2.0)
     kernel = jax.random.normal(jax.random.key(3), (5, CLASSES))
     logits = jax.random.normal(jax.random.key(4), (BATCH, CLASSES))
@@ -103,7 +108,7 @@ def test_semantic_augmentation_of_a_cosine_classifier_sees_directions():
     phi = noisy(learner.init(jax.random.key(0)), 2.0)
     kernel = jax.random.normal(jax.random.key(3), (5, CLASSES))
     logits = jax.random.normal(jax.random.key(4), (BATCH, CLASSES))
-    plain = meta.metasaug(CLASSES, 5, config.method.isda_strength)
+    plain = learners.metasaug(CLASSES, 5, config.method.isda_strength)
     unit = {"head": {"kernel": 10 * kernel / jnp.linalg.norm(kernel, axis=0, keepdims=True)}}
     want = plain.modulate(phi, unit, LABELS)("logits", logits)
     for length in (1.0, 0.01):
@@ -112,7 +117,7 @@ def test_semantic_augmentation_of_a_cosine_classifier_sees_directions():
 
 
 def test_positive_part_by_hand():
-    tx = meta.positive_part()
+    tx = learners.positive_part()
     gradient = jnp.array([-3.0, 2.0, 0.0, -1.0])
     chex.assert_trees_all_close(tx.update(gradient, tx.init({}), gradient)[0], jnp.array([3.0, 0.0, 0.0, 1.0]))
     chex.assert_trees_all_equal(tx.update(-jnp.abs(gradient) * 0, tx.init({}), gradient)[0], jnp.zeros(4))
@@ -123,13 +128,13 @@ def test_positive_part_by_hand():
 )
 def test_l2rw_is_the_gradients_inner_product(route):
     """With plain SGD, weight i is in proportion to max(0, <grad l_i(w), grad L_meta(w)>), and the step takes them."""
-    learner, rate = meta.l2rw(), 0.1
-    tx, mod_tx = optax.sgd(rate), meta.positive_part()
-    state = state_of(learner, tx, mod_tx)
-    options = {"hypergrad": route, "lagged": False, "bn": "running"}
-    step = bilevel.make_step(MODULE.apply, losses.cross_entropy, tx, learner, mod_tx, **options)
+    learner, rate = learners.l2rw(), 0.1
+    tx, phi_tx = optax.sgd(rate), learners.positive_part()
+    state = state_of(learner, tx, phi_tx)
+    rule = MetaRule(hypergrad=route, lagged=False, bn="running")
+    step = bilevel.make_step(FORWARD, losses.cross_entropy, tx, learner, phi_tx, rule)
     after, metrics = jax.jit(step)(state, batch(0), batch(1))
-    assert after.mod_params == {}
+    assert after.phi == {}
 
     def training(params, weights):
         variables = {"params": params, "batch_stats": state.batch_stats}
@@ -154,22 +159,22 @@ def test_l2rw_is_the_gradients_inner_product(route):
 
 def test_l2rw_is_not_lagged():
     with pytest.raises(ValueError, match="lagged = True"):
-        bilevel.make_step(MODULE.apply, losses.cross_entropy, optax.sgd(0.1), meta.l2rw(), meta.positive_part())
+        bilevel.make_step(FORWARD, losses.cross_entropy, optax.sgd(0.1), learners.l2rw(), learners.positive_part())
 
 
 def test_a_learner_that_governs_nothing_is_the_plain_step():
     tx = optax.sgd(0.1, 0.9)
-    nothing = MetaLearner(init=lambda key: {})
+    nothing = MetaLearner("nothing", lambda key: {})
     state = state_of(nothing, tx, None)
-    step = bilevel.make_plain_step(MODULE.apply, losses.cross_entropy, tx)
-    governed = bilevel.make_plain_step(MODULE.apply, losses.cross_entropy, tx, nothing)
+    step = bilevel.make_plain_step(FORWARD, losses.cross_entropy, tx)
+    governed = bilevel.make_plain_step(FORWARD, losses.cross_entropy, tx, nothing)
     chex.assert_trees_all_equal(jax.jit(governed)(state, batch(0))[0].params, jax.jit(step)(state, batch(0))[0].params)
 
 
 def test_mixed_labels_get_the_mixture_of_the_losses():
     tx = optax.sgd(0.1)
     state = state_of(None, tx, None)
-    step = jax.jit(bilevel.make_plain_step(MODULE.apply, losses.cross_entropy, tx))
+    step = jax.jit(bilevel.make_plain_step(FORWARD, losses.cross_entropy, tx))
     partner, share = LABELS[::-1], jnp.linspace(0.5, 1.0, BATCH)
     mixed = step(state, batch(0)._replace(partner=partner, share=share))[1]["loss"]
     variables = {"params": state.params, "batch_stats": state.batch_stats}
@@ -187,7 +192,7 @@ def test_class_weights_follow_the_step():
     weights = jnp.array([4.0, 0.0, 0.0, 0.0])
     step = jax.jit(
         bilevel.make_plain_step(
-            MODULE.apply,
+            FORWARD,
             losses.cross_entropy,
             tx,
             class_weights=lambda step: jnp.where(step >= 3, weights, jnp.ones(CLASSES)),

@@ -1,0 +1,135 @@
+"""A classifier's forward pass as a value: how it is called, over which devices a batch is split, in how many parts.
+
+Every step of `bilevel` is made of passes of one `Pass`. Means over a batch are taken here too, because they are taken
+over all devices, whatever part of the batch this one has.
+"""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+
+from mfm_jax.types import ApplyFn, Batch, BilevelState, Modulate, PyTree, no_modulation
+
+# Training labels of a batch, or of a part of it, [B] -> what its pass is modulated by.
+ModulateBy = Callable[[jax.Array], Modulate]
+
+
+def plain(labels: jax.Array) -> Modulate:
+    """Returns `no_modulation`, whatever the labels: the `ModulateBy` of every plain pass."""
+    del labels
+    return no_modulation
+
+
+@dataclass(frozen=True)
+class Pass:
+    """The forward pass of one classifier.
+
+    apply: a Flax module's `apply`, or a function of the same form (`types.ApplyFn`).
+    axis_name: mesh axis over which batches are split; None for one device.
+    parts: how many equal parts of a batch are computed one after another. Activations of a part are computed again in
+      the backward pass: less memory and a third more time. Batch norm then sees a part at a time, and its running
+      averages move by the mean of the parts' statistics.
+    takes_train: whether `apply` takes `train`.
+    """
+
+    apply: ApplyFn
+    axis_name: str | None = None
+    parts: int = 1
+    takes_train: bool = True
+
+    @classmethod
+    def of(cls, module: nn.Module, **fields: Any) -> "Pass":
+        """Returns the pass of a Flax module, which takes `train` if its `__call__` has an argument of that name.
+
+        The module takes the images and `modulate`, and calls `modulate(site, features)` at its sites.
+        """
+        takes_train = "train" in inspect.signature(type(module).__call__).parameters
+        return cls(module.apply, takes_train=takes_train, **fields)
+
+    def logits(
+        self, state: BilevelState, params: PyTree, batch: Batch, modulate_by: ModulateBy = plain, *, train: bool
+    ) -> tuple[jax.Array, PyTree]:
+        """Returns logits `[B, K]` and the running averages afterwards.
+
+        Args:
+          state: its key and step seed dropout, its `batch_stats` are the averages so far.
+          params: of the classifier.
+          batch: whose images are passed.
+          modulate_by: the modulation, by the labels of the images that pass together.
+          train: normalise by the batch's own statistics; otherwise by the averages, which stay as they are.
+        """
+
+        def one(part: Batch) -> tuple[jax.Array, PyTree]:
+            return self._whole(state, params, part, modulate_by(part.label), train=train)
+
+        if self.parts == 1:
+            return one(batch)
+        split = jax.tree.map(lambda leaf: leaf.reshape(self.parts, -1, *leaf.shape[1:]), batch)
+        # Within a scan a checkpoint is kept by every backend: what lives at once is one part's activations.
+        _, (logits, averages) = jax.lax.scan(jax.checkpoint(lambda _, part: (None, one(part))), None, split)
+        return logits.reshape(-1, logits.shape[-1]), jax.tree.map(lambda leaf: leaf.mean(0), averages)
+
+    def _whole(
+        self, state: BilevelState, params: PyTree, batch: Batch, modulate: Modulate, *, train: bool
+    ) -> tuple[jax.Array, PyTree]:
+        variables = {"params": params, "batch_stats": state.batch_stats}
+        options: dict[str, Any] = {"modulate": modulate}
+        if self.takes_train:
+            options["train"] = train
+        if not train:
+            return self.apply(variables, batch.image, **options), state.batch_stats
+        if batch.weight is not None and state.batch_stats:
+            options["weight"] = batch.weight
+        key = jax.random.fold_in(state.key, state.step)
+        if self.axis_name:
+            key = jax.random.fold_in(key, jax.lax.axis_index(self.axis_name))
+        logits, written = self.apply(variables, batch.image, mutable=["batch_stats"], rngs={"dropout": key}, **options)
+        return logits, written.get("batch_stats", {})
+
+    def averages(self, state: BilevelState, params: PyTree, batch: Batch) -> PyTree:
+        """Returns the running averages after a plain training pass."""
+        return self.logits(state, params, batch, train=True)[1]
+
+    def statistics(self, state: BilevelState, params: PyTree, batch: Batch) -> PyTree:
+        """Returns the batch statistics of a plain training pass alone, without the averages so far.
+
+        Running averages are linear in what they were, after = m before + (1 - m) new, with a slope m that forward mode
+        reads off, so that new = before + (after - before) / (1 - m), whatever momentum the module has. A frozen layer,
+        of slope 1, keeps its averages, which it is tested with.
+        """
+
+        def averages(before: PyTree) -> PyTree:
+            return self.averages(state.replace(batch_stats=before), params, batch)
+
+        def fresh(before: jax.Array, after: jax.Array, m: jax.Array) -> jax.Array:
+            return jnp.where(m < 1, before + (after - before) / jnp.where(m < 1, 1 - m, 1), before)
+
+        before = state.batch_stats
+        after, slope = jax.jvp(averages, (before,), (jax.tree.map(jnp.ones_like, before),))
+        return jax.tree.map(fresh, before, after, slope)
+
+    def probabilities(self, params: PyTree, batch_stats: PyTree, image: jax.Array) -> jax.Array:
+        """Returns the tested classifier's probabilities `[B, K]`: plain, by the running averages."""
+        options: dict[str, Any] = {"train": False} if self.takes_train else {}
+        variables = {"params": params, "batch_stats": batch_stats}
+        return jax.nn.softmax(self.apply(variables, image, modulate=no_modulation, **options))
+
+    def mean(self, values: jax.Array, batch: Batch) -> jax.Array:
+        """Returns the mean of `values [B]` over the whole batch, on however many devices; by its weights if any."""
+        mean = (values if batch.weight is None else values * batch.weight.astype(values.dtype)).mean()
+        return jax.lax.pmean(mean, self.axis_name) if self.axis_name else mean
+
+    def accuracy(self, logits: jax.Array, batch: Batch) -> jax.Array:
+        """Returns the share of the batch whose largest logit is the label's."""
+        return self.mean((jnp.argmax(logits, axis=-1) == batch.label).astype(logits.dtype), batch)
+
+    def norm(self, tree: PyTree, *, by_example: bool = False) -> jax.Array:
+        """Returns the global norm of a tree; `by_example`, of one that is split over the devices as the batch is."""
+        norm = optax.tree.norm(tree)
+        return jnp.sqrt(jax.lax.psum(norm**2, self.axis_name)) if by_example and self.axis_name else norm
