@@ -50,12 +50,12 @@ class Block(nn.Module):
     bottleneck: bool
     groups: int
     dtype: DTypeLike
-    axis_name: str | None
+    norm: functools.partial  # batch norm but for whether it trains
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool, weight: jax.Array | None) -> jax.Array:
         conv = functools.partial(_conv, dtype=self.dtype)
-        norm = functools.partial(BatchNorm, not train, axis_name=self.axis_name, dtype=self.dtype)
+        norm = functools.partial(self.norm, not train)
         if self.bottleneck:
             inner, outer = self.channels * (2 if self.groups > 1 else 1), 4 * self.channels
             y = nn.relu(norm(name="norm1")(conv(inner, 1, name="conv1")(x), weight))
@@ -121,8 +121,9 @@ class ResNet(nn.Module):
         weight: jax.Array | None = None,
     ) -> jax.Array:
         """Returns logits `[B, K]`; arguments as `resnet.CifarResNet` has them."""
+        norm = functools.partial(BatchNorm, axis_name=self.axis_name, dtype=self.dtype)
         x = _conv(self.width, 7, 2, dtype=self.dtype, name="stem")(image.astype(self.dtype))
-        x = BatchNorm(not train, axis_name=self.axis_name, dtype=self.dtype, name="stem_norm")(x, weight)
+        x = norm(not train, name="stem_norm")(x, weight)
         x = modulate("stem", nn.max_pool(nn.relu(x), window_shape=(3, 3), strides=(2, 2), padding=((1, 1), (1, 1))))
         kind = nn.remat(Block, static_argnums=2) if self.remat else Block
         for i, blocks in enumerate(self.blocks):
@@ -132,7 +133,7 @@ class ResNet(nn.Module):
                 bottleneck=self.bottleneck,
                 groups=self.groups,
                 dtype=self.dtype,
-                axis_name=self.axis_name,
+                norm=norm,
             )
             site = f"stage{i + 1}"
             x = modulate(site, Stage(blocks, block, 2 if i else 1, name=site)(x, train, weight))

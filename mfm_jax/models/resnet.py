@@ -34,12 +34,12 @@ class BasicBlock(nn.Module):
     channels: int
     stride: int
     dtype: DTypeLike
-    axis_name: str | None
+    norm: functools.partial  # batch norm but for whether it trains
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool, weight: jax.Array | None) -> jax.Array:
         conv = functools.partial(_Conv3x3, self.channels, dtype=self.dtype)
-        norm = functools.partial(BatchNorm, not train, axis_name=self.axis_name, dtype=self.dtype)
+        norm = functools.partial(self.norm, not train)
         y = nn.relu(norm()(conv(strides=self.stride)(x), weight))
         y = norm()(conv()(y), weight)
         return nn.relu(y + _shortcut(x, self.channels, self.stride))
@@ -52,17 +52,15 @@ class Stage(nn.Module):
     channels: int
     stride: int
     dtype: DTypeLike
-    axis_name: str | None
+    norm: functools.partial  # batch norm but for whether it trains
     remat: bool
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool, weight: jax.Array | None) -> jax.Array:
         kind = nn.remat(BasicBlock, static_argnums=2) if self.remat else BasicBlock
         for i in range(self.blocks):
-            block = kind(
-                self.channels, self.stride if i == 0 else 1, self.dtype, self.axis_name, name=f"BasicBlock_{i}"
-            )
-            x = block(x, train, weight)
+            stride = self.stride if i == 0 else 1
+            x = kind(self.channels, stride, self.dtype, self.norm, name=f"BasicBlock_{i}")(x, train, weight)
         return x
 
 
@@ -105,14 +103,13 @@ class CifarResNet(nn.Module):
           modulate: called at each site.
           weight: `[B]`, what each example counts in batch statistics; None where all count the same.
         """
+        norm = functools.partial(BatchNorm, axis_name=self.axis_name, dtype=self.dtype)
         x = _Conv3x3(self.width, dtype=self.dtype, name="stem")(image.astype(self.dtype))
-        x = BatchNorm(not train, axis_name=self.axis_name, dtype=self.dtype, name="stem_norm")(x, weight)
+        x = norm(not train, name="stem_norm")(x, weight)
         x = modulate("stem", nn.relu(x))
         for i in range(3):
             site = f"stage{i + 1}"
-            stage = Stage(
-                self.blocks, self.width * 2**i, 2 if i else 1, self.dtype, self.axis_name, self.remat, name=site
-            )
+            stage = Stage(self.blocks, self.width * 2**i, 2 if i else 1, self.dtype, norm, self.remat, name=site)
             x = modulate(site, stage(x, train, weight))
         x = modulate("pooled", x.mean(axis=(1, 2)))
         logits = nn.Dense(self.num_classes, kernel_init=_kaiming, dtype=self.dtype, name="head")(x)
