@@ -28,7 +28,7 @@ from rich.table import Table
 from mfm_jax import config as config_lib
 from mfm_jax import experiment as experiment_lib
 from mfm_jax import longtail, parallel
-from mfm_jax.methods import METHODS
+from mfm_jax.methods.table import METHODS
 from mfm_jax.types import Batch
 
 _BYTES = {"f64": 8, "f32": 4, "bf16": 2, "i32": 4, "ui32": 4}

@@ -12,9 +12,10 @@ import jinja2
 import numpy as np
 
 from mfm_jax import config as config_lib
-from mfm_jax import figures, longtail, report
+from mfm_jax import figures, report
 from mfm_jax.config import Config
 from mfm_jax.errors import UserError
+from mfm_jax.manifest import factor_in_words
 from mfm_jax.report import Run
 
 LOW_ACCURACY = 0.5  # classes below it are named among the limits
@@ -87,7 +88,7 @@ def _content(run: Run, which: str) -> dict[str, Any]:
         "epoch": found["epoch"],
         "step": found["step"],
         "manifest": manifest,
-        "factor": longtail.factor_in_words(manifest),
+        "factor": factor_in_words(manifest),
         "rule": _RULES.get(manifest.get("protocol", "")),
         "sizes": {name: split["class_counts"] for name, split in manifest["splits"].items()},
         "changed": list(config_lib.differences(Config().to_dict(), run.config)),

@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from mfm_jax import figures, longtail
+from mfm_jax import figures
 from mfm_jax.figures import Classes, Compared
+from mfm_jax.manifest import factor_in_words
 from mfm_jax.report import SPLITS, template
 
 
@@ -44,7 +45,7 @@ def write_page(
     methods = [compared(name, results[name], costs[name]) for name in order]
     content = {
         "manifest": manifest,
-        "factor": longtail.factor_in_words(manifest),
+        "factor": factor_in_words(manifest),
         "seeds": [run["seed"] for run in results[order[0]]],
         "baseline": baseline,
         "split": SPLITS[results[order[0]][0]["split"]],

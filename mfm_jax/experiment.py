@@ -16,12 +16,13 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from mfm_jax import bilevel, losses, methods, models, modulation, optim, parallel, pretrained
+from mfm_jax import bilevel, losses, models, modulation, optim, parallel, pretrained
 from mfm_jax.config import Config
 from mfm_jax.data import LongTailData, batches
 from mfm_jax.data.streaming import Streamed
 from mfm_jax.errors import UserError
-from mfm_jax.methods import METHODS, Method, heads, meta, sampling
+from mfm_jax.methods import heads, meta, sampling, table
+from mfm_jax.methods.table import METHODS, Method
 from mfm_jax.types import ApplyFn, BilevelState, LossFn, MetaLearner, Modulator, PyTree
 
 
@@ -94,7 +95,7 @@ def tested(config: Config, counts: np.ndarray) -> Tested:
         remat=config.model.remat,
         adapter_size=config.model.adapter_size if config.model.tune == "adapters" else 0,
     )
-    apply = _apply(config, methods.objective(config), module)
+    apply = _apply(config, table.objective(config), module)
     per_epoch = batches.steps_per_epoch(int(counts.sum()), config.train.batch_size)
     params = _tested_params(config, method, jnp.asarray(counts), config.second_stage * per_epoch)
     return Tested(module, apply, params, bilevel.make_eval_step(apply))
@@ -107,7 +108,7 @@ def build(config: Config, data: LongTailData, mesh: Mesh | None = None) -> Exper
       UserError: a site that the model does not have; padding as wide as the images; local batch norm on a batch that
         does not divide by the devices.
     """
-    method, objective, counts = METHODS[config.method.name], methods.objective(config), jnp.asarray(data.counts)
+    method, objective, counts = METHODS[config.method.name], table.objective(config), jnp.asarray(data.counts)
     _check_images(config, method, data)
     axis_name = parallel.AXIS if mesh else None
     devices = mesh.size if mesh else 1
@@ -180,7 +181,7 @@ def build(config: Config, data: LongTailData, mesh: Mesh | None = None) -> Exper
         eval_step=lambda state, image: probabilities(params(state), state.batch_stats, image),
         features=lambda state, image: extract({"params": state.params, "batch_stats": state.batch_stats}, image),
         apply=test_apply,
-        modulator=methods.modulator(config, counts, channels) if config.method.name == "mfm" else None,
+        modulator=table.modulator(config, counts, channels) if config.method.name == "mfm" else None,
         learning_rate=learning_rate,
         steps_per_epoch=per_epoch,
         total_steps=total,

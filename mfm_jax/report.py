@@ -12,7 +12,7 @@ checkpoint and opened in ten years. Everything from a file is data and may be st
 The files, all in the workdir:
 
 - `config.json`: the run's configuration, a nested object.
-- `manifest.json`: the split, of `longtail.make_manifest`; its training counts a class are required.
+- `manifest.json`: the split, of `manifest.make_manifest`; its training counts a class are required.
 - `metrics.jsonl`: one object a line, with `kind` (`train`, `val`, `modulation`, `warning`) and `step`.
 - `results.json`: `last` and `best`, each `{"step", "epoch", "test", "val"}`, the last two what
   `metrics.evaluate` returned; `split` names the one to show.
@@ -27,10 +27,11 @@ from typing import Any
 import jinja2
 import numpy as np
 
-from mfm_jax import figures, gallery, longtail
+from mfm_jax import figures, gallery
 from mfm_jax.errors import UserError
 from mfm_jax.figures import Classes, Picture
 from mfm_jax.gallery import Gallery
+from mfm_jax.manifest import factor_in_words
 
 # The summary's rows: label, key of `metrics.evaluate`.
 SUMMARY_ROWS = (
@@ -133,7 +134,7 @@ def _content(run: Run) -> dict[str, Any]:
         "manifest": run.manifest,
         "split": SPLITS[run.split],
         "which": run.title,
-        "factor": longtail.factor_in_words(run.manifest) if "imbalance_factor" in run.manifest else "–",
+        "factor": factor_in_words(run.manifest) if "imbalance_factor" in run.manifest else "–",
         "results": run.results,
         "best": best,
         "columns": [(title, source.get("epoch"), source[split]) for title, source, split in evaluations],

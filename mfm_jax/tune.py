@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from mfm_jax import config as config_lib
 from mfm_jax import runs
 from mfm_jax.errors import UserError
-from mfm_jax.methods import METHODS, Choice, Span
+from mfm_jax.methods.table import METHODS, Choice, Span
 
 if TYPE_CHECKING:
     import optuna

@@ -9,7 +9,7 @@ from absl.testing import flagsaver
 from mfm_jax import compare, runs
 from mfm_jax.config import Config
 from mfm_jax.errors import UserError
-from mfm_jax.methods import METHODS
+from mfm_jax.methods.table import METHODS
 
 
 def result(balanced: float, *, best: float | None = None, few: float | None = 0.5, seconds: float = 1.0) -> dict:

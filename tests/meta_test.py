@@ -9,7 +9,8 @@ import pytest
 
 from mfm_jax import bilevel, hypergrad, losses, models, modulation
 from mfm_jax import config as config_lib
-from mfm_jax.methods import METHODS, meta
+from mfm_jax.methods import meta
+from mfm_jax.methods.table import METHODS
 from mfm_jax.types import Batch, MetaLearner
 
 CLASSES, BATCH, WIDTH = 4, 12, 4

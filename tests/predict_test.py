@@ -20,7 +20,7 @@ from mfm_jax import classifier, command, decode, metrics, predict, train
 from mfm_jax import data as data_lib
 from mfm_jax.data import sources
 from mfm_jax.errors import UserError
-from mfm_jax.methods import METHODS
+from mfm_jax.methods.table import METHODS
 
 REPOSITORY = Path(__file__).parents[1]
 

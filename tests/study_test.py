@@ -10,7 +10,7 @@ import pytest
 
 from mfm_jax import config as config_lib
 from mfm_jax import train
-from mfm_jax.methods import METHODS
+from mfm_jax.methods.table import METHODS
 
 REPOSITORY = Path(__file__).parents[1]
 

@@ -8,7 +8,7 @@ import pytest
 from mfm_jax import compare, config, runs, tune
 from mfm_jax.config import GROUPS, Config
 from mfm_jax.errors import UserError
-from mfm_jax.methods import METHODS, Choice
+from mfm_jax.methods.table import METHODS, Choice
 
 
 @pytest.fixture

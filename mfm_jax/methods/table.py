@@ -1,0 +1,214 @@
+"""The methods by name, in one explicit table.
+
+A method is what distinguishes one way of training from another: how often classes are drawn, the loss of an example
+and the weight of its class, what a second stage trains, what is done to the head after training, and what a meta set
+governs. Data, budget, model, optimizer and evaluation are the same for all, and so is the training loop.
+
+`docs/methods.md` has a paragraph on each, with its formula, cost and use.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from mfm_jax import losses, modulation
+from mfm_jax.config import Config
+from mfm_jax.methods import heads, meta, sampling
+from mfm_jax.methods.sampling import Sampler
+from mfm_jax.types import LossFn, MetaLearner, Modulator, PyTree
+
+
+class Span(NamedTuple):
+    """The interval in which a field is tuned, by its logarithm if `log`."""
+
+    low: float
+    high: float
+    log: bool = False
+
+
+class Choice(NamedTuple):
+    """The values among which a field is tuned."""
+
+    values: tuple[Any, ...]
+
+
+class Retraining(NamedTuple):
+    """A second stage on a frozen classifier.
+
+    init: `(key, params) -> trained`, what it trains.
+    attach: `(params, trained) -> params`, the classifier with that in its place.
+    synthetic: train on stored features, balanced by SMOTE, in the place of images.
+    """
+
+    init: Callable[[jax.Array, PyTree], PyTree]
+    attach: Callable[[PyTree, PyTree], PyTree]
+    synthetic: bool = False
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way of training. `counts` are the training images of each class, `[K]`.
+
+    loss: `(config, counts) -> LossFn`, the per-example training loss.
+    weights: `(config, counts) -> [K]`, what each class's loss is multiplied by; None for no weights.
+    deferred: the weights act from the second stage on.
+    sampler: how often each class is drawn, by epoch.
+    cosine_head: the classifier compares directions (`heads.cosine`).
+    prior_bias: the head's bias starts at the log prior.
+    fine_tune: the second stage starts the learning-rate schedule again, at a tenth.
+    retraining: the second stage's, where it has one on a frozen classifier.
+    posthoc: `(config, counts, params) -> params` that are tested; None for those that were trained.
+    learner: `(config, counts, channels by site) -> MetaLearner`, what the meta set governs; None for none.
+    search: where the method's own fields are tuned, by `group.field` (`tune`).
+    """
+
+    loss: Callable[[Config, jax.Array], LossFn] = lambda config, counts: losses.cross_entropy
+    weights: Callable[[Config, jax.Array], jax.Array] | None = None
+    deferred: bool = False
+    sampler: Sampler = sampling.natural
+    cosine_head: bool = False
+    prior_bias: bool = False
+    fine_tune: bool = False
+    retraining: Retraining | None = None
+    posthoc: Callable[[Config, jax.Array, PyTree], PyTree] | None = None
+    learner: Callable[[Config, jax.Array, Mapping[str, int]], MetaLearner] | None = None
+    search: Mapping[str, Span | Choice] = field(default_factory=dict)
+
+
+def objective(config: Config) -> Method:
+    """Returns the method whose loss, class weights and head are trained: `method.base` under a meta learner."""
+    method = METHODS[config.method.name]
+    return METHODS[config.method.base] if method.learner else method
+
+
+def _focal(config: Config, counts: jax.Array) -> LossFn:
+    return losses.focal(config.method.focal_gamma)
+
+
+def _ldam(config: Config, counts: jax.Array) -> LossFn:
+    return losses.ldam(counts, config.method.ldam_margin, config.method.ldam_scale)
+
+
+def _logit_adjusted(config: Config, counts: jax.Array) -> LossFn:
+    return losses.logit_adjusted(counts, config.method.tau)
+
+
+def _dice(config: Config, counts: jax.Array) -> LossFn:
+    return losses.dice(config.method.dice_alpha)
+
+
+def _class_weights(config: Config, counts: jax.Array) -> jax.Array:
+    if config.method.weighting == "effective_number":
+        return losses.effective_number_weights(counts, config.method.effective_beta)
+    return losses.frequency_weights(counts, 1.0 if config.method.weighting == "inverse_frequency" else 0.5)
+
+
+def _prior_entropy_weights(config: Config, counts: jax.Array) -> jax.Array:
+    """One number for all classes: `log K / H(prior)`, so that the loss starts at log K as that of a balanced set does.
+
+    After Chen et al. 2019 (guided loss scaling), whose guide is a detector's localisation loss; a classifier has none.
+    """
+    log_prior = losses.log_prior(counts)
+    entropy = -jnp.sum(jnp.exp(log_prior) * log_prior)
+    return jnp.full_like(log_prior, jnp.log(len(log_prior)) / entropy)
+
+
+def _without_prior(config: Config, counts: jax.Array, params: PyTree) -> PyTree:
+    return heads.without_prior(params, counts, config.method.tau)
+
+
+def _tau_normalized(config: Config, counts: jax.Array, params: PyTree) -> PyTree:
+    return heads.tau_normalized(params, config.method.tau)
+
+
+def _meta_weight_net(config: Config, counts: jax.Array, channels: Mapping[str, int]) -> MetaLearner:
+    return meta.meta_weight_net(config.method.hidden)
+
+
+def _l2rw(config: Config, counts: jax.Array, channels: Mapping[str, int]) -> MetaLearner:
+    return meta.l2rw()
+
+
+def _l2ac(config: Config, counts: jax.Array, channels: Mapping[str, int]) -> MetaLearner:
+    return meta.l2ac(len(counts), config.method.hidden)
+
+
+def _metasaug(config: Config, counts: jax.Array, channels: Mapping[str, int]) -> MetaLearner:
+    size, strength = (len(counts), channels["pooled"]), config.method.isda_strength
+    if METHODS[config.method.base].cosine_head:
+        return meta.metasaug(*size, strength, lambda params: heads.cosine_kernel(params, config.method.ldam_scale))
+    return meta.metasaug(*size, strength)
+
+
+def modulator(config: Config, counts: jax.Array, channels: Mapping[str, int]) -> Modulator:
+    """Returns MFM's modulator, of the form that `config.modulation` asks for."""
+    chosen, widths = config.modulation, {site: channels[site] for site in config.sites}
+    if chosen.form == "direct":
+        return modulation.direct(widths, len(counts) if chosen.per_class else 0)
+    if chosen.form == "frequency":
+        return modulation.frequency(widths, counts, shift_only=chosen.shift_only)
+    return modulation.network(
+        widths,
+        counts if chosen.use_count else None,
+        hidden=chosen.hidden,
+        detach_inputs=chosen.detach_inputs,
+        shift_only=chosen.shift_only,
+    )
+
+
+def _mfm(config: Config, counts: jax.Array, channels: Mapping[str, int]) -> MetaLearner:
+    return modulation.learner(modulator(config, counts, channels))
+
+
+def _unit_scale(key: jax.Array, params: PyTree) -> PyTree:
+    return {"scale": jnp.ones_like(params["head"]["bias"])}
+
+
+def _scaled(params: PyTree, trained: PyTree) -> PyTree:
+    return heads.scaled(params, trained["scale"])
+
+
+_CRT = Retraining(heads.fresh, heads.replaced)
+_LWS = Retraining(_unit_scale, _scaled)
+
+_BETAS = {"method.effective_beta": Choice((0.9, 0.99, 0.999, 0.9999))}
+_MARGIN = {"method.ldam_margin": Span(0.1, 0.8)}
+_TAU = {"method.tau": Span(0.25, 2.5)}
+_STAGE = {"method.first_stage": Span(0.5, 0.95)}
+_META = {"meta.learning_rate": Span(1e-3, 1.0, log=True)}
+
+METHODS = {
+    # Losses.
+    "ce": Method(),
+    "focal": Method(_focal, search={"method.focal_gamma": Span(0.5, 5.0)}),
+    "class_balanced": Method(weights=_class_weights, search=_BETAS),
+    "ldam": Method(_ldam, cosine_head=True, search=_MARGIN),
+    "ldam_drw": Method(_ldam, cosine_head=True, weights=_class_weights, deferred=True, search={**_MARGIN, **_STAGE}),
+    "logit_adjusted": Method(_logit_adjusted, search=_TAU),
+    "dice": Method(_dice, search={"method.dice_alpha": Span(0.01, 1.0, log=True)}),
+    "sampling_free": Method(weights=_prior_entropy_weights, prior_bias=True),
+    # Sampling.
+    "oversample": Method(sampler=sampling.balanced),
+    "undersample": Method(sampler=sampling.undersampled),
+    "sqrt_sample": Method(sampler=sampling.square_root),
+    "progressive": Method(sampler=sampling.progressive),
+    # Stages.
+    "two_phase": Method(sampler=sampling.pretrained, fine_tune=True, search=_STAGE),
+    "crt": Method(sampler=sampling.balanced_later, retraining=_CRT, search=_STAGE),
+    "lws": Method(sampler=sampling.balanced_later, retraining=_LWS, search=_STAGE),
+    "smote": Method(
+        retraining=_CRT._replace(synthetic=True), search={**_STAGE, "method.smote_neighbors": Choice((1, 3, 5, 10))}
+    ),
+    # After training.
+    "posthoc_la": Method(posthoc=_without_prior, search=_TAU),
+    "tau_norm": Method(posthoc=_tau_normalized, search={"method.tau": Span(0.0, 1.5)}),
+    # Governed by the meta set, on the loss `method.base`.
+    "meta_weight_net": Method(learner=_meta_weight_net, search=_META),
+    "l2rw": Method(learner=_l2rw),
+    "l2ac": Method(learner=_l2ac, search=_META),
+    "metasaug": Method(learner=_metasaug, search={**_META, "method.isda_strength": Span(0.1, 2.0, log=True)}),
+    "mfm": Method(learner=_mfm, sampler=sampling.square_root, search=_META),
+}
