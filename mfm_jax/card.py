@@ -12,7 +12,7 @@ import jinja2
 import numpy as np
 
 from mfm_jax import config as config_lib
-from mfm_jax import figures, report
+from mfm_jax import report, style
 from mfm_jax.config import Config
 from mfm_jax.errors import UserError
 from mfm_jax.manifest import factor_in_words
@@ -59,7 +59,7 @@ def write_card(workdir: Path, path: Path, which: str, command: str, files: dict[
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.filters |= {"percent": figures.percent, "cell": cell}
+    environment.filters |= {"percent": style.percent, "cell": cell}
     page = environment.get_template("card.md.jinja").render(
         _content(run, which), which=which, command=command, files=files, low=LOW_ACCURACY
     )
@@ -96,7 +96,7 @@ def _content(run: Run, which: str) -> dict[str, Any]:
         "evaluations": [(report.SPLITS[s], found[s]) for s in ("test", "val") if found.get(s)],
         "summary": summary,
         "rows": rows,
-        "groups": {name: [row for row in rows if row[1] == name] for name in figures.GROUP_COLORS},
+        "groups": {name: [row for row in rows if row[1] == name] for name in style.GROUP_COLORS},
         "calibration": calibration,
         "calibrated": calibration and [(report.SPLITS[s], found[s]["ece"], e) for s, e in calibration["ece"].items()],
         "few": [row[0] for row in rows if row[1] == "few"],
