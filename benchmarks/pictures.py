@@ -18,8 +18,9 @@ from study import MAIN
 
 from mfm_jax import config as config_lib
 from mfm_jax import data as data_lib
-from mfm_jax import figures, predict
+from mfm_jax import predict, style
 from mfm_jax.comparison import compared
+from mfm_jax.comparison_figures import draw_class_accuracies
 
 HEAD, TAIL = 1, 9  # of CIFAR-10: automobile and truck, which are alike
 
@@ -29,7 +30,7 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, required=True, help="folder with a folder of seeds for each method")
     parser.add_argument("--out", type=Path, required=True, help="folder for the pictures")
     options = parser.parse_args()
-    with matplotlib.rc_context({**figures.STYLE, "svg.hashsalt": "study"}):
+    with matplotlib.rc_context({**style.STYLE, "svg.hashsalt": "study"}):
         for name, inches, draw in (("classes", (8.0, 3.8), draw_classes), ("boundary", (8.0, 3.2), draw_boundaries)):
             figure = Figure(figsize=inches, layout="constrained")
             draw(figure, options.runs)
@@ -38,12 +39,12 @@ def main() -> None:
 
 def draw_classes(figure: Figure, runs: Path) -> None:
     manifest = json.loads((runs / "ce" / "seed0" / "manifest.json").read_text())
-    classes = figures.Classes(manifest["class_names"], np.asarray(manifest["splits"]["train"]["class_counts"]))
+    classes = style.Classes(manifest["class_names"], np.asarray(manifest["splits"]["train"]["class_counts"]))
     results = {
         name: [json.loads(path.read_text()) for path in sorted((runs / name).glob("seed*/results.json"))]
         for name in MAIN
     }
-    figures.draw_class_accuracies(figure, classes, [compared(name, found, None) for name, found in results.items()])
+    draw_class_accuracies(figure, classes, [compared(name, found, None) for name, found in results.items()])
 
 
 def draw_boundaries(figure: Figure, runs: Path) -> None:
@@ -58,13 +59,13 @@ def draw_boundary(axes: Axes, name: str, workdir: Path) -> None:
     """Histograms of the log odds of the tail class against the head class; the boundary is at 0."""
     data = data_lib.build(config_lib.resolve(json.loads((workdir / "config.json").read_text())))
     classifier = predict.load(workdir)
-    for label, color in ((HEAD, figures.GROUP_COLORS["many"]), (TAIL, figures.GROUP_COLORS["few"])):
+    for label, color in ((HEAD, style.GROUP_COLORS["many"]), (TAIL, style.GROUP_COLORS["few"])):
         probabilities = classifier.probabilities(data.test_images[data.test_labels == label]) + 1e-12
         odds = np.log(probabilities[:, TAIL] / probabilities[:, HEAD])
         right = 100 * np.mean((odds > 0) == (label == TAIL))
         text = f"{data.class_names[label]} ({data.counts[label]:,} in training): {right:.0f} % right"
         axes.hist(odds, bins=np.linspace(-14, 14, 57).tolist(), color=color, alpha=0.6, label=text)
-    axes.axvline(0, color=figures.INK, linewidth=1.2)
+    axes.axvline(0, color=style.INK, linewidth=1.2)
     axes.set_title(name)
     axes.set_xlabel(f"log odds of {data.class_names[TAIL]} against {data.class_names[HEAD]}")
     axes.legend(loc="upper left", fontsize=7)

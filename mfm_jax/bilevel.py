@@ -32,7 +32,7 @@ are averaged over that mesh axis before they are differentiated, so that every d
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import chex
 import jax
@@ -71,14 +71,14 @@ class MetaRule(NamedTuple):
     lagged: take w_hat as the real step; otherwise repeat the step under the new phi.
     virtual_groups: top-level groups of `params` that move in the virtual step; None for all. The real step moves all
       parameters in any case.
-    bn: statistics of the meta pass, "fresh", "running" or "batch" (the policy above).
+    bn: statistics of the meta pass (the policy above).
     hypergrad: the route to the meta-gradient.
     """
 
     loss: LossFn = losses.cross_entropy
     lagged: bool = True
     virtual_groups: tuple[str, ...] | None = None
-    bn: str = "fresh"
+    bn: Literal["fresh", "running", "batch"] = "fresh"
     hypergrad: HypergradFn = mixed_mode
 
 

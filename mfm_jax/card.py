@@ -12,9 +12,10 @@ import jinja2
 import numpy as np
 
 from mfm_jax import config as config_lib
-from mfm_jax import figures, longtail, report
+from mfm_jax import report, style
 from mfm_jax.config import Config
 from mfm_jax.errors import UserError
+from mfm_jax.manifest import factor_in_words
 from mfm_jax.report import Run
 
 LOW_ACCURACY = 0.5  # classes below it are named among the limits
@@ -58,7 +59,7 @@ def write_card(workdir: Path, path: Path, which: str, command: str, files: dict[
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.filters |= {"percent": figures.percent, "cell": cell}
+    environment.filters |= {"percent": style.percent, "cell": cell}
     page = environment.get_template("card.md.jinja").render(
         _content(run, which), which=which, command=command, files=files, low=LOW_ACCURACY
     )
@@ -87,7 +88,7 @@ def _content(run: Run, which: str) -> dict[str, Any]:
         "epoch": found["epoch"],
         "step": found["step"],
         "manifest": manifest,
-        "factor": longtail.factor_in_words(manifest),
+        "factor": factor_in_words(manifest),
         "rule": _RULES.get(manifest.get("protocol", "")),
         "sizes": {name: split["class_counts"] for name, split in manifest["splits"].items()},
         "changed": list(config_lib.differences(Config().to_dict(), run.config)),
@@ -95,7 +96,7 @@ def _content(run: Run, which: str) -> dict[str, Any]:
         "evaluations": [(report.SPLITS[s], found[s]) for s in ("test", "val") if found.get(s)],
         "summary": summary,
         "rows": rows,
-        "groups": {name: [row for row in rows if row[1] == name] for name in figures.GROUP_COLORS},
+        "groups": {name: [row for row in rows if row[1] == name] for name in style.GROUP_COLORS},
         "calibration": calibration,
         "calibrated": calibration and [(report.SPLITS[s], found[s]["ece"], e) for s, e in calibration["ece"].items()],
         "few": [row[0] for row in rows if row[1] == "few"],

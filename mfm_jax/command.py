@@ -1,7 +1,6 @@
 """What the commands share: the `--config` flag, its overrides, and errors told in one line."""
 
 import argparse
-import dataclasses
 import os
 import re
 import sys
@@ -16,7 +15,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from mfm_jax import cache, cluster
-from mfm_jax.config import GROUPS, field_type
+from mfm_jax.config import FIELDS, GROUPS
 from mfm_jax.errors import UserError
 from mfm_jax.interruption import EXIT_INTERRUPTED, NOTICE, Interrupted, terminable
 
@@ -152,14 +151,14 @@ def _check_overrides(arguments: Sequence[str]) -> None:
         if not match:
             continue
         path, text = match.groups()
-        group, _, name = path.partition(".")
+        group = path.partition(".")[0]
         if group not in GROUPS:
             raise UserError(f"{path}: no such field; allowed groups: {', '.join(GROUPS)}")
-        types = {field.name: field_type(field) for field in dataclasses.fields(GROUPS[group])}
-        if name not in types:
-            raise UserError(f"{path}: no such field; allowed: {', '.join(f'{group}.{n}' for n in types)}")
-        if text is not None and not _is_a(types[name], text):
-            raise UserError(f"{path} = {text!r}: expected {types[name].__name__}")
+        if path not in FIELDS:
+            allowed = (known for known in FIELDS if known.startswith(f"{group}."))
+            raise UserError(f"{path}: no such field; allowed: {', '.join(allowed)}")
+        if text is not None and not _is_a(FIELDS[path].kind, text):
+            raise UserError(f"{path} = {text!r}: expected {FIELDS[path].kind.__name__}")
 
 
 def _is_a(kind: type, text: str) -> bool:

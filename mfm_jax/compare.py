@@ -33,7 +33,7 @@ from rich.table import Column, Table
 from mfm_jax import command, comparison, report, runs, train, tune
 from mfm_jax import config as config_lib
 from mfm_jax.errors import UserError
-from mfm_jax.longtail import read_manifest
+from mfm_jax.manifest import read_manifest
 from mfm_jax.methods.table import METHODS
 
 _METHODS = flags.DEFINE_list("methods", ["ce", "mfm"], "Methods, the baseline first.")

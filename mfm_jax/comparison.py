@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from mfm_jax import figures, longtail
-from mfm_jax.figures import Classes, Compared
+from mfm_jax.comparison_figures import Compared, draw_class_accuracies, draw_cost, draw_trade_off
+from mfm_jax.manifest import factor_in_words
 from mfm_jax.report import SPLITS, template
+from mfm_jax.style import Classes, render
 
 
 def write_page(
@@ -44,7 +45,7 @@ def write_page(
     methods = [compared(name, results[name], costs[name]) for name in order]
     content = {
         "manifest": manifest,
-        "factor": longtail.factor_in_words(manifest),
+        "factor": factor_in_words(manifest),
         "seeds": [run["seed"] for run in results[order[0]]],
         "baseline": baseline,
         "split": SPLITS[results[order[0]][0]["split"]],
@@ -55,9 +56,9 @@ def write_page(
         "warnings": warnings,
         "tuned": {name: values for name, values in tuned.items() if values},
         "pictures": {
-            "classes": figures.render(figures.draw_class_accuracies, (9.0, 4.6), classes, methods),
-            "trade_off": figures.render(figures.draw_trade_off, (5.4, 4.6), methods),
-            "cost": figures.render(figures.draw_cost, (5.4, 4.6), methods) if costs[order[0]] else None,
+            "classes": render(draw_class_accuracies, (9.0, 4.6), classes, methods),
+            "trade_off": render(draw_trade_off, (5.4, 4.6), methods),
+            "cost": render(draw_cost, (5.4, 4.6), methods) if costs[order[0]] else None,
         },
     }
     path = workdir / "compare.html"

@@ -1,4 +1,4 @@
-"""How a balanced dataset becomes a long-tailed one, and how the result is written down.
+"""How a balanced dataset becomes a long-tailed one, and which images its splits hold; `manifest` writes that down.
 
 A long-tailed benchmark is not a dataset but a recipe: keep all images of class 0, fewer of each later class,
 and 1/imbalance_factor of them in the last. Two recipes share the name "CIFAR-10-LT, factor 100" and their
@@ -7,13 +7,9 @@ the data before it is imbalanced, so the training set never holds a meta image a
 images; in `full` (LDAM, CMW-Net) all 5000 are imbalanced, and the meta set is redrawn from the training set
 every epoch.
 
-Which images were kept matters as much as how many, so a split is written as a manifest: the record ids of
-every split, the recipe that chose them and a hash over all of it. A manifest can be shared and re-used, and
-`check_leakage` proves from it alone that no test image was trained on.
-
-Data that is long-tailed by nature is taken as it is (`natural`): parts that it does not bring are held out of every
-class in proportion, whole groups at a time where records belong together; the meta set, too, or it is redrawn from the
-training set as under `full`.
+Data that is long-tailed by nature keeps its images (`natural`): parts that it does not bring are held out of every
+class in proportion, whole groups at a time where records belong together. So is the meta set, or it is redrawn from
+the training set as under `full`.
 
 Picks come from one permutation a class, seeded by (seed, class): validation images are its first entries,
 then meta, then training. Training sets of one seed are therefore nested: factor 100 keeps a subset of factor
@@ -23,13 +19,8 @@ NumPy only: nothing here needs JAX or the images.
 """
 
 import dataclasses
-import hashlib
-import json
-import os
-import tempfile
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -37,8 +28,6 @@ import numpy.typing as npt
 from mfm_jax.errors import UserError
 
 Ints = npt.NDArray[np.int64]
-
-MANIFEST_FORMAT = 1
 
 # First entries of the seed of each random stream, so that no two of them are ever the same stream.
 _PICK, _REDRAW, _HOLD_OUT = 0, 1, 2
@@ -52,14 +41,6 @@ class Split:
     meta: Ints  # [K * m], balanced; where it is redrawn, a part of `train`, as drawn for epoch 0
     val: Ints  # [K * v], balanced; under `natural` as long-tailed as `train`
     redrawn: bool  # whether the meta set is redrawn from `train` every epoch
-
-
-class Records(NamedTuple):
-    """One split's records: which pool the ids count in, the ids, and the label of each."""
-
-    pool: str  # "train" or "test" (the source's own splits), "all" where the source has only one
-    ids: npt.NDArray[np.integer]  # [N], sorted
-    labels: npt.NDArray[np.integer]  # [N]
 
 
 def class_counts(n_max: int, num_classes: int, imbalance_factor: float) -> Ints:
@@ -96,7 +77,7 @@ def make_split(
     val_images_per_class: int,
     seed: int,
 ) -> Split:
-    """Splits `labels` (integers [N]) into a long-tailed training set, a meta set and a validation set.
+    """Returns positions in `labels` (integers [N]) as a long-tailed training set, a meta set and a validation set.
 
     Validation images leave first, `val_images_per_class` a class. Under `meta_held_out` the meta images leave
     next; then the rest is imbalanced. `n_max` is the size of the smallest class at that point, so the profile
@@ -125,29 +106,32 @@ def make_split(
     return Split(train=train, meta=np.sort(meta), val=np.sort(np.concatenate(val)), redrawn=protocol == "full")
 
 
+class Labelled(NamedTuple):
+    """The records of data that is long-tailed by nature, before they are split."""
+
+    labels: npt.NDArray[np.integer]  # [N]
+    class_names: Sequence[str]  # K
+    given: npt.NDArray[np.str_]  # [N], "train", or "val" or "meta" where the data has such a split
+    groups: Sequence[str]  # N, "" for none: records of a group are never divided
+
+
 def natural_split(
-    labels: npt.NDArray[np.integer],
-    class_names: Sequence[str],
+    records: Labelled,
     *,
-    given: npt.NDArray[np.str_],
-    groups: Sequence[str],
     imbalance_factor: float,
     meta_images_per_class: int,
     val_fraction: float,
     meta_fraction: float,
     seed: int,
 ) -> Split:
-    """Splits `labels` (integers [N]), long-tailed by nature, into training, meta and validation set.
+    """Returns positions of `records` as training, meta and validation set.
 
     Args:
-      labels: the classes of the records.
-      class_names: of the K classes.
-      given: the split of each record: "train", or "val" or "meta" where the data says so itself.
-      groups: the group of each record, "" for none: records of a group are never divided.
-      imbalance_factor: 1 keeps the training set as it is. A larger factor f keeps of the class with the r-th most
-        images at most `int(n_max * f ** (-r / (K - 1)))`.
-      meta_images_per_class: where the meta set is redrawn, it is so many images a class of the training set, or as many
-        as its smallest class has; where it is held out, at most so many.
+      records: long-tailed by nature.
+      imbalance_factor: 1 keeps the training set. A larger factor f keeps of the class with the r-th most images at
+        most `int(n_max * f ** (-r / (K - 1)))`.
+      meta_images_per_class: a redrawn meta set has so many images a class of the training set, or as many as its
+        smallest class has; a meta set that is held out has at most so many.
       val_fraction: part of each class that is held out (`hold_out`); not read where the data has a validation set.
       meta_fraction: part of each class of what is left for training that is held out as the meta set; 0 redraws it
         from the training set every epoch. Not read where the data has a meta set.
@@ -156,6 +140,7 @@ def natural_split(
     Raises:
       UserError: a class has no training image, or none in the meta set.
     """
+    labels, class_names, given, groups = records
     train, val, meta = (np.flatnonzero(given == name).astype(np.int64) for name in ("train", "val", "meta"))
     num_classes = len(class_names)
 
@@ -258,7 +243,7 @@ def _left_over(sizes: Sequence[int], val: int, meta: int) -> int:
 def redraw_meta(
     train_labels: npt.NDArray[np.integer], num_classes: int, images_per_class: int, seed: int, epoch: int
 ) -> Ints:
-    """Draws the meta set of one epoch under `full`: positions in the training set, int64 [K, m].
+    """Returns the meta set of one epoch under `full`, as positions in the training set, int64 [K, m].
 
     `m = min(images_per_class, smallest class)`; row c holds distinct images of class c, sorted. The draw
     depends on (seed, epoch) and the labels alone, so a resumed run sees an uninterrupted one's meta sets.
@@ -294,132 +279,3 @@ def shot_groups(counts: npt.ArrayLike) -> dict[str, Ints]:
         "middle_third": np.sort(by_rarity[third : num_classes - third]),
         "head_third": np.sort(by_rarity[max(third, num_classes - third) :]),
     }
-
-
-def make_manifest(
-    *,
-    dataset: str,
-    version: str,
-    class_names: Sequence[str],
-    settings: Mapping[str, Any],
-    splits: Mapping[str, Records],
-    overlaps: Mapping[tuple[str, str], str],
-) -> dict[str, Any]:
-    """Returns the JSON-able record of a split.
-
-    Args:
-      dataset: the source's name; with `version` it says what the record ids count in.
-      version: the source's version.
-      class_names: one name a class.
-      settings: how the split was made (protocol, imbalance factor, seed, images per class).
-      splits: by name (`train`, `meta`, `val`, `test`), the records of each. A record is named by (pool, id):
-        ids in different pools never name the same record.
-      overlaps: `(part, whole) -> why`: the splits that are meant to share records, all of `part` in `whole`.
-    """
-    manifest = {
-        "format": MANIFEST_FORMAT,
-        "dataset": dataset,
-        "version": version,
-        "class_names": list(class_names),
-        **settings,
-        "splits": {
-            name: {
-                "pool": records.pool,
-                "class_counts": np.bincount(records.labels, minlength=len(class_names)).tolist(),
-                "ids": np.asarray(records.ids).tolist(),
-            }
-            for name, records in splits.items()
-        },
-        "overlaps": [{"part": part, "whole": whole, "why": why} for (part, whole), why in overlaps.items()],
-    }
-    return {**manifest, "hash": manifest_hash(manifest)}
-
-
-def manifest_hash(manifest: Mapping[str, Any]) -> str:
-    """Returns `sha256:<hex>` over the canonical JSON (sorted keys, no spaces) of all but the hash itself."""
-    rest = {key: value for key, value in manifest.items() if key != "hash"}
-    canonical = json.dumps(rest, sort_keys=True, separators=(",", ":"))
-    return "sha256:" + hashlib.sha256(canonical.encode()).hexdigest()
-
-
-def factor_in_words(manifest: Mapping[str, Any]) -> str:
-    """Returns the imbalance factor of a split: as set, or, of data taken as it is, that of its training counts."""
-    if manifest.get("protocol") != "natural" or manifest["imbalance_factor"] > 1:
-        return f"{manifest['imbalance_factor']:g}"
-    counts = manifest["splits"]["train"]["class_counts"]
-    return f"{round(max(counts) / min(counts), 1):g} (natural)"
-
-
-def write_manifest(manifest: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
-    """Writes `manifest` as JSON; a reader finds the old file or the whole new one, never a part."""
-    target = Path(path)
-    with tempfile.NamedTemporaryFile("w", dir=target.parent, suffix=".json", delete=False) as file:
-        try:
-            json.dump(manifest, file)
-            file.close()
-            os.chmod(file.name, 0o644)  # a temporary file is private; a manifest is made to be shared
-            os.replace(file.name, target)
-        except BaseException:
-            os.unlink(file.name)
-            raise
-
-
-def read_manifest(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Reads what `write_manifest` wrote.
-
-    Raises:
-      UserError: the file is missing, is not a manifest, or was changed after it was written.
-    """
-    try:
-        text = Path(path).read_text()
-    except OSError as error:
-        raise UserError(f"manifest {path}: cannot be read ({error.strerror})") from error
-    except ValueError as error:
-        raise UserError(f"manifest {path}: damaged, not text ({error}); get or make it again") from error
-    return parse_manifest(text, path)
-
-
-def parse_manifest(text: str, path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Returns the manifest that `text` is; `path` is where it was found, for messages.
-
-    Raises:
-      UserError: it is not a manifest, or was changed after it was written.
-    """
-    try:
-        manifest = json.loads(text)
-    except ValueError as error:
-        raise UserError(f"manifest {path}: damaged, not JSON ({error}); get or make it again") from error
-    if not isinstance(manifest, dict) or "hash" not in manifest:
-        raise UserError(f"manifest {path}: not a split manifest (it has no hash)")
-    if manifest["hash"] != manifest_hash(manifest):
-        raise UserError(f"manifest {path}: edited or damaged, its hash does not fit; get or make it again")
-    if manifest.get("format") != MANIFEST_FORMAT:
-        raise UserError(f"manifest {path}: format {manifest.get('format')}; allowed: {MANIFEST_FORMAT}")
-    return manifest
-
-
-def check_leakage(manifest: Mapping[str, Any]) -> None:
-    """Proves that no record is in two splits, except where the manifest declares that one lies in the other.
-
-    A declared overlap must be exact: every record of the part is in the whole.
-
-    Raises:
-      UserError: names the splits and how many records they share, or how many a declared part lacks.
-    """
-    members: dict[str, set[tuple[str, int]]] = {}
-    for name, split in manifest["splits"].items():
-        members[name] = {(split["pool"], record) for record in split["ids"]}
-        if repeats := len(split["ids"]) - len(members[name]):
-            raise UserError(f"split manifest: {name} lists {repeats} record ids more than once")
-    declared = {(overlap["part"], overlap["whole"]) for overlap in manifest["overlaps"]}
-    for part, whole in declared:
-        if missing := len(members[part] - members[whole]):
-            raise UserError(f"split manifest: {part} is declared to lie in {whole}, which lacks {missing} of it")
-    names = sorted(members)
-    for i, a in enumerate(names):
-        for b in names[i + 1 :]:
-            if (shared := members[a] & members[b]) and not declared & {(a, b), (b, a)}:
-                raise UserError(
-                    f"split manifest: {a} and {b} share {len(shared)} record ids, e.g. {min(shared)[1]}"
-                    f" of pool '{min(shared)[0]}'; they must be disjoint"
-                )

@@ -43,6 +43,7 @@ backward pass still needs them, and its part alone of the optimizer's state.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -113,7 +114,7 @@ def padded(batch: Batch, devices: int) -> Batch:
 def averaged_statistics(apply_fn: ApplyFn) -> ApplyFn:
     """Returns `apply_fn`, of a module with local batch norm, with the running averages averaged over the devices."""
 
-    def apply(variables: PyTree, image: jax.Array, **options) -> PyTree:
+    def apply(variables: PyTree, image: jax.Array, **options: Any) -> PyTree:
         found = apply_fn(variables, image, **options)
         if not options.get("mutable"):
             return found
@@ -126,7 +127,7 @@ def averaged_statistics(apply_fn: ApplyFn) -> ApplyFn:
 def gathered(apply_fn: ApplyFn) -> ApplyFn:
     """Returns `apply_fn` that begins by gathering the parameters over the axis `model`."""
 
-    def apply(variables: PyTree, image: jax.Array, **options) -> PyTree:
+    def apply(variables: PyTree, image: jax.Array, **options: Any) -> PyTree:
         whole = NamedSharding(jax.sharding.get_abstract_mesh(), P())
         params = jax.lax.with_sharding_constraint(variables["params"], whole)
         return apply_fn({**variables, "params": params}, image, **options)

@@ -12,7 +12,7 @@ checkpoint and opened in ten years. Everything from a file is data and may be st
 The files, all in the workdir:
 
 - `config.json`: the run's configuration, a nested object.
-- `manifest.json`: the split, of `longtail.make_manifest`; its training counts a class are required.
+- `manifest.json`: the split, of `manifest.make_manifest`; its training counts a class are required.
 - `metrics.jsonl`: one object a line, with `kind` (`train`, `val`, `modulation`, `warning`) and `step`.
 - `results.json`: `last` and `best`, each `{"step", "epoch", "test", "val"}`, the last two what
   `metrics.evaluate` returned; `split` names the one to show.
@@ -27,10 +27,11 @@ from typing import Any
 import jinja2
 import numpy as np
 
-from mfm_jax import figures, gallery, longtail
+from mfm_jax import figures, gallery, style
 from mfm_jax.errors import UserError
-from mfm_jax.figures import Classes, Picture
 from mfm_jax.gallery import Gallery
+from mfm_jax.manifest import factor_in_words
+from mfm_jax.style import Classes, Picture
 
 # The summary's rows: label, key of `metrics.evaluate`.
 SUMMARY_ROWS = (
@@ -115,7 +116,7 @@ def template(name: str) -> jinja2.Template:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("mfm_jax", ""), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters["percent"] = figures.percent
+    environment.filters["percent"] = style.percent
     environment.filters["number"] = _number
     return environment.get_template(name)
 
@@ -133,7 +134,7 @@ def _content(run: Run) -> dict[str, Any]:
         "manifest": run.manifest,
         "split": SPLITS[run.split],
         "which": run.title,
-        "factor": longtail.factor_in_words(run.manifest) if "imbalance_factor" in run.manifest else "–",
+        "factor": factor_in_words(run.manifest) if "imbalance_factor" in run.manifest else "–",
         "results": run.results,
         "best": best,
         "columns": [(title, source.get("epoch"), source[split]) for title, source, split in evaluations],
@@ -150,11 +151,11 @@ def _content(run: Run) -> dict[str, Any]:
 
 def _pictures(run: Run) -> dict[str, Picture | None]:
     """Every figure by name; None where the run has nothing to draw it from."""
-    render, classes, sites = figures.render, run.classes, _modulation(run)
+    render, classes, sites = style.render, run.classes, _modulation(run)
     train, val = run.rows["train"], run.rows["val"]
     best_step = (run.results.get("best") or {}).get("step")
     # The names of the classes, where they are written out, take room.
-    side = 7.0 if figures.CELL_CLASSES < len(classes.names) <= figures.LABELLED_CLASSES else 4.3
+    side = 7.0 if figures.CELL_CLASSES < len(classes.names) <= style.LABELLED_CLASSES else 4.3
     tall = 0.6 + 2.4 * len(sites)
     learned = [row for row in train if row.get("hypergrad_norm")]
     return {
@@ -172,7 +173,7 @@ def _pictures(run: Run) -> dict[str, Picture | None]:
 def _gallery(run: Run) -> Picture | None:
     if run.gallery is None or not len(run.gallery.labels):
         return None
-    return figures.render(figures.draw_gallery, figures.gallery_inches(run.gallery), run.classes, run.gallery)
+    return style.render(figures.draw_gallery, figures.gallery_inches(run.gallery), run.classes, run.gallery)
 
 
 # --- reading ------------------------------------------------------------------------------------------------

@@ -42,8 +42,8 @@ from mfm_jax.experiment import Experiment
 from mfm_jax.feed import Feed
 from mfm_jax.interruption import EXIT_INTERRUPTED, Interrupted, listening
 from mfm_jax.logs import MetricLog, RowList
-from mfm_jax.longtail import factor_in_words, manifest_hash, read_manifest, write_manifest
 from mfm_jax.loop import DeviceData, LoopState
+from mfm_jax.manifest import factor_in_words, manifest_hash, read_manifest, write_manifest
 from mfm_jax.methods.table import METHODS, modulating
 from mfm_jax.models import native
 from mfm_jax.ownership import owned

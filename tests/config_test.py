@@ -12,11 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mfm_jax import config as config_lib
-from mfm_jax.config import GROUPS, Config
+from mfm_jax.config import FIELDS, Config
 from mfm_jax.errors import UserError
+from mfm_jax.fields import Bounds
 
 FILES = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
-FIELDS = {f"{group}.{field.name}": field for group, cls in GROUPS.items() for field in dataclasses.fields(cls)}
 
 
 def override(path: str, value) -> dict:
@@ -86,6 +86,22 @@ def test_an_integer_is_welcome_where_a_float_is_due():
 # --- refusals -------------------------------------------------------------------------------------
 
 
+def test_every_field_is_declared_with_a_default_of_its_type_and_a_meaning():
+    assert list(FIELDS) == [f"{group}.{name}" for group, fields in Config().to_dict().items() for name in fields]
+    for field in FIELDS.values():
+        assert type(field.default) is field.kind
+        assert field.checked(field.default) == field.default
+        assert field.meaning == " ".join(field.meaning.split())
+        assert len(field.meaning) > 3
+
+
+def test_a_field_by_value():
+    assert FIELDS["meta.batch_size"] == ("meta.batch_size", int, 100, (), Bounds(1), "over all devices together")
+    assert FIELDS["meta.loss"].choices == ("ce", "gce")
+    assert FIELDS["meta.loss"].kind is str
+    assert FIELDS["meta.loss"].bounds is None
+
+
 def test_unknown_fields():
     assert refusal({"optimizer": {}}) == (
         "optimizer: no such field; allowed: data, augment, model, method, modulation, meta, optim, train, parallel,"
@@ -99,7 +115,7 @@ def test_unknown_fields():
 
 @pytest.mark.parametrize("path", FIELDS)
 def test_every_field_refuses_another_type(path):
-    kind = config_lib.field_type(FIELDS[path])
+    kind = FIELDS[path].kind
     for wrong in [["x"], None, 1 if kind in (bool, str) else "1", 1 if kind is bool else True]:
         message = refusal(override(path, wrong))
         assert message == f"{path} = {wrong!r}: expected {kind.__name__}, got {type(wrong).__name__}"
@@ -113,9 +129,9 @@ NEEDED = {
 }
 
 
-@pytest.mark.parametrize("path", [path for path, field in FIELDS.items() if "choices" in field.metadata])
+@pytest.mark.parametrize("path", [path for path, field in FIELDS.items() if field.choices])
 def test_every_choice_is_accepted_and_no_other(path):
-    choices = FIELDS[path].metadata["choices"]
+    choices = FIELDS[path].choices
     assert len(choices) > 1
     for choice in choices:
         group, name = path.split(".")
@@ -124,11 +140,10 @@ def test_every_choice_is_accepted_and_no_other(path):
     assert refusal(override(path, "nonsense")) == f"{path} = 'nonsense': allowed: {', '.join(sorted(choices))}"
 
 
-@pytest.mark.parametrize("path", [path for path, f in FIELDS.items() if config_lib.field_type(f) in (int, float)])
+@pytest.mark.parametrize("path", [path for path, field in FIELDS.items() if field.kind in (int, float)])
 def test_every_number_has_bounds_that_are_enforced(path):
     field = FIELDS[path]
-    low, high = field.metadata["low"], field.metadata["high"]
-    kind = config_lib.field_type(field)
+    kind, low, high = field.kind, field.bounds.low, field.bounds.high
     assert low <= field.default <= high
     bound = f"{low:.10g} or more" if high == math.inf else f"{low:.10g} to {high:.10g}"
     outside = [kind(low - 1)] + ([] if high == math.inf else [kind(high + 1)])

@@ -24,6 +24,7 @@ from mfm_jax import data, longtail
 from mfm_jax.config import Config, Data, Meta, Train
 from mfm_jax.data import batches, sources
 from mfm_jax.errors import UserError
+from mfm_jax.manifest import manifest_hash, write_manifest
 
 CIFAR = Path(os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")).expanduser() / "cifar10"
 needs_cifar = pytest.mark.skipif(not CIFAR.is_dir(), reason="TFDS_DATA_DIR holds no prepared cifar10")
@@ -344,7 +345,7 @@ def test_mean_and_std_are_of_the_training_images():
 def test_a_manifest_brings_the_split_back(tmp_path, protocol, train_on_meta):
     path = tmp_path / "manifest.json"
     config = digits(protocol=protocol, train_on_meta=train_on_meta, val_images_per_class=3)
-    longtail.write_manifest(data.build(config).manifest, path)
+    write_manifest(data.build(config).manifest, path)
     for again in (False, True):  # a manifest serves runs with and without `train_on_meta`
         fields = dataclasses.replace(config.data, train_on_meta=again)
         fresh = data.build(dataclasses.replace(config, data=fields))
@@ -367,7 +368,7 @@ def test_a_manifest_brings_the_split_back(tmp_path, protocol, train_on_meta):
 )
 def test_a_manifest_of_other_settings_is_refused(tmp_path, change, line):
     path = tmp_path / "manifest.json"
-    longtail.write_manifest(data.build(digits()).manifest, path)
+    write_manifest(data.build(digits()).manifest, path)
     with pytest.raises(UserError, match=line):
         data.build(digits(**change, manifest=str(path)))
 
@@ -391,7 +392,7 @@ def test_a_manifest_that_does_not_fit_is_refused(tmp_path, edit, line):
     path = tmp_path / "manifest.json"
     manifest = data.build(digits()).manifest
     edit(manifest)
-    longtail.write_manifest({**manifest, "hash": longtail.manifest_hash(manifest)}, path)
+    write_manifest({**manifest, "hash": manifest_hash(manifest)}, path)
     with pytest.raises(UserError, match=line):
         data.build(digits(manifest=str(path)))
 

@@ -76,7 +76,7 @@ def test_the_artifact_is_for_every_platform_and_any_batch(trained_run):
 
 
 SLOW = pytest.mark.slow
-NAMES = config_lib.GROUPS["model"].__dataclass_fields__["name"].metadata["choices"]
+NAMES = config_lib.FIELDS["model.name"].choices
 QUICK = ("resnet8", "resnet10", "vit_b16")
 
 

@@ -23,6 +23,7 @@ from mfm_jax import interruption, longtail, train
 from mfm_jax import loop as loop_lib
 from mfm_jax.data import files, listing, streaming
 from mfm_jax.errors import UserError
+from mfm_jax.manifest import check_leakage, write_manifest
 
 COUNTS = {"ant": 40, "bee": 12, "cricket": 5}
 
@@ -74,7 +75,7 @@ def test_a_folder_is_split_in_proportion(root):
     assert data.class_names == tuple(COUNTS)
     # Test: rint of a fifth of 40, 12 and 5. Validation: a tenth of the 32, 10 and 4 that are left, at least one.
     assert counts_of(data) == {"train": [29, 9, 3], "meta": [3, 3, 3], "val": [3, 1, 1], "test": [8, 2, 1]}
-    longtail.check_leakage(data.manifest)
+    check_leakage(data.manifest)
     chex.assert_shape(data.train_images, (41, 8, 8, 3))
     assert data.manifest["files"][0] == "ant/00.png"
     assert "0.2 of each class" in data.manifest["test_rule"]
@@ -92,7 +93,7 @@ def test_the_test_split_does_not_depend_on_the_seed(root):
 
 def test_a_manifest_gives_the_same_split_again_and_notices_a_changed_picture(root, tmp_path):
     data = build(root)
-    longtail.write_manifest(data.manifest, tmp_path / "split.json")
+    write_manifest(data.manifest, tmp_path / "split.json")
     again = build(root, data__manifest=str(tmp_path / "split.json"))
     assert again.manifest == data.manifest
     renamed = root.rename(root.with_name("elsewhere"))

@@ -5,7 +5,6 @@ examples go on to their end, after one step.
 """
 
 import contextlib
-import dataclasses
 import io
 import os
 import sys
@@ -24,11 +23,11 @@ from hypothesis import strategies as st
 from mfm_jax import command, main, train
 from mfm_jax import config as config_lib
 from mfm_jax import loop as loop_lib
+from mfm_jax.config import FIELDS
 from mfm_jax.errors import UserError
 
 # ml_collections reads a config file in a way that Python 3.12 no longer has; a user's filters hide the warning.
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
-FIELDS = {f"{group}.{f.name}": f for group, cls in config_lib.GROUPS.items() for f in dataclasses.fields(cls)}
 TINY = {
     "data.source": "digits",
     "data.name": "digits",
@@ -136,9 +135,9 @@ ANYTHING = st.one_of(NUMBERS, TEXT, st.booleans(), st.none(), st.lists(st.intege
 def values(name: str) -> st.SearchStrategy:
     """Returns values of a field: mostly some that it allows, also its bounds and beyond, also anything."""
     field = FIELDS[name]
-    kind, low, high = config_lib.field_type(field), field.metadata.get("low", 0), field.metadata.get("high", 8)
-    if "choices" in field.metadata:
-        allowed = st.sampled_from(field.metadata["choices"])
+    kind, (low, high) = field.kind, (field.bounds.low, field.bounds.high) if field.bounds else (0, 8)
+    if field.choices:
+        allowed = st.sampled_from(field.choices)
     elif name == "modulation.sites":
         sites = st.sampled_from(["stem", "stage1", "stage2", "stage3", "pooled", "logits", "stage9", ""])
         allowed = st.lists(sites, min_size=1, max_size=3).map(",".join)

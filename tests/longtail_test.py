@@ -1,6 +1,5 @@
-"""Class counts, splits and manifests: the published table, golden index hashes, and properties."""
+"""Class counts and splits: the published table, golden index hashes, and properties."""
 
-import copy
 import hashlib
 import json
 from pathlib import Path
@@ -205,95 +204,6 @@ def test_shot_groups_partition_the_classes(counts):
     assert len(groups["rarest_third"]) == max(len(counts) // 3, 1)
 
 
-def records(pool: str, ids: list[int]) -> longtail.Records:
-    return longtail.Records(pool, np.array(ids, np.int64), np.array(ids, np.int64) % 2)
-
-
-def manifest_of(**changes) -> dict:
-    fields = {
-        "dataset": "toy",
-        "version": "1.0.0",
-        "class_names": ("even", "odd"),
-        "settings": {"protocol": "meta_held_out", "imbalance_factor": 10.0, "seed": 0},
-        "splits": {
-            "train": records("train", [0, 1, 2]),
-            "meta": records("train", [3, 4]),
-            "val": records("train", []),
-            "test": records("test", [0, 1, 2, 3]),
-        },
-        "overlaps": {},
-    }
-    fields["splits"] = fields["splits"] | changes.pop("splits", {})
-    return longtail.make_manifest(**{**fields, **changes})
-
-
-def test_manifest_round_trip(tmp_path):
-    manifest = manifest_of()
-    longtail.write_manifest(manifest, tmp_path / "manifest.json")
-    assert longtail.read_manifest(tmp_path / "manifest.json") == manifest
-    assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]
-    assert manifest["splits"]["train"]["class_counts"] == [2, 1]
-    longtail.check_leakage(manifest)
-
-
-def test_manifest_hash_is_over_everything_else():
-    manifest = manifest_of()
-    for key in manifest.keys() - {"hash"}:
-        changed = copy.deepcopy(manifest)
-        changed[key] = "other"
-        assert longtail.manifest_hash(changed) != manifest["hash"], key
-
-
-def test_a_failed_write_leaves_the_old_manifest(tmp_path):
-    path = tmp_path / "manifest.json"
-    longtail.write_manifest(manifest_of(), path)
-    with pytest.raises(TypeError):
-        longtail.write_manifest({"hash": {1, 2}}, path)
-    assert longtail.read_manifest(path) == manifest_of()
-    assert len(list(tmp_path.iterdir())) == 1
-
-
-def test_tampering_and_damage_are_found(tmp_path):
-    path = tmp_path / "manifest.json"
-    with pytest.raises(UserError, match=r"manifest .*manifest\.json: cannot be read"):
-        longtail.read_manifest(path)
-    manifest = manifest_of()
-    manifest["splits"]["test"]["ids"].pop()
-    longtail.write_manifest(manifest, path)
-    with pytest.raises(UserError, match=r"manifest\.json: edited or damaged"):
-        longtail.read_manifest(path)
-    path.write_text(json.dumps(manifest_of())[:-20])
-    with pytest.raises(UserError, match=r"manifest\.json: damaged, not JSON"):
-        longtail.read_manifest(path)
-    path.write_text("[]")
-    with pytest.raises(UserError, match=r"not a split manifest"):
-        longtail.read_manifest(path)
-
-
-@pytest.mark.parametrize(
-    ("splits", "overlaps", "line"),
-    [
-        ({"test": records("train", [2, 9])}, {}, "test and train share 1 record ids, e.g. 2 of pool 'train'"),
-        ({"val": records("train", [3, 4])}, {}, "meta and val share 2 record ids, e.g. 3"),
-        ({"meta": records("train", [1, 1, 9])}, {}, "meta lists 1 record ids more than once"),
-        ({"meta": records("train", [1, 2])}, {}, "meta and train share 2 record ids"),
-        (
-            {"meta": records("train", [1, 2, 9])},
-            {("meta", "train"): "redrawn"},
-            "meta is declared to lie in train, which lacks 1 of it",
-        ),
-    ],
-)
-def test_leaks_are_found(splits, overlaps, line):
-    with pytest.raises(UserError, match=line):
-        longtail.check_leakage(manifest_of(splits=splits, overlaps=overlaps))
-
-
-def test_a_declared_overlap_is_no_leak():
-    splits = {"meta": records("train", [1, 2])}
-    longtail.check_leakage(manifest_of(splits=splits, overlaps={("meta", "train"): "redrawn"}))
-
-
 # --- long-tailed by nature ------------------------------------------------------------------------
 
 
@@ -303,12 +213,11 @@ def natural(labels, given=None, groups=None, **fields):
     settings_ = {"val_fraction": 0.25, "meta_fraction": 0.0, **settings_}
     given = np.full(len(labels), "train") if given is None else np.asarray(given)
     groups = groups or ("",) * len(labels)
-    return longtail.natural_split(
-        labels, [f"class{c}" for c in range(labels.max() + 1)], given=given, groups=groups, **settings_
-    )
+    names = [f"class{c}" for c in range(labels.max() + 1)]
+    return longtail.natural_split(longtail.Labelled(labels, names, given, groups), **settings_)
 
 
-def test_natural_data_is_taken_as_it_is():
+def test_natural_data_keeps_its_images():
     labels = np.repeat([0, 1, 2], [16, 5, 2])
     split = natural(labels)
     assert np.bincount(labels[split.val]).tolist() == [4, 1, 1]  # rint(4), rint(1.25), at least one of two

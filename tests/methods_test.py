@@ -8,6 +8,7 @@ import dataclasses
 import json
 import os
 import signal
+from typing import get_args
 
 import chex
 import flax.linen as nn
@@ -23,10 +24,12 @@ from mfm_jax import data as data_lib
 from mfm_jax import experiment as experiment_lib
 from mfm_jax import loop as loop_lib
 from mfm_jax.errors import UserError
+from mfm_jax.methods.settings import Staged
 from mfm_jax.methods.table import METHODS
 from mfm_jax.types import Batch, no_modulation
 
 ALL = list(METHODS)
+STAGED = get_args(Staged)
 # One of each kind for the quick tier (a loss, a sampler, each second stage and meta learner), the others in the slow.
 KINDS = ("mfm", "ce", "ldam_drw", "progressive", "two_phase", "crt", "smote", "meta_weight_net", "l2rw", "metasaug")
 BY_KIND = [name if name in KINDS else pytest.param(name, marks=pytest.mark.slow) for name in ALL]
@@ -250,9 +253,15 @@ def test_whole_runs_of_a_residual_network(name, dtype, tmp_path, monkeypatch):
 
 
 def test_the_table_and_the_config_have_the_same_names():
-    choices = config_lib.GROUPS["method"].__dataclass_fields__["name"].metadata["choices"]
-    assert set(choices) == set(METHODS)
-    assert {name for name, m in METHODS.items() if m.retraining or m.fine_tune} == set(config_lib.STAGED)
+    assert set(config_lib.FIELDS["method.name"].choices) == set(METHODS)
+    assert {name for name, m in METHODS.items() if m.retraining or m.fine_tune} == set(STAGED)
+    assert set(config_lib.FIELDS["method.base"].choices) <= set(METHODS)
+    counts, channels = jnp.array([4, 2]), {"pooled": 3, "logits": 2}
+    for name, method in METHODS.items():
+        settings = config_lib.Method(name=name)
+        learner = method.learner and method.learner(config_lib.Config(method=settings), counts, channels)
+        assert settings.per_batch == bool(learner and learner.per_batch)
+        assert settings.deferred == method.deferred
 
 
 def test_weights_of_one_batch_cannot_be_lagged():
@@ -275,7 +284,7 @@ def test_clipping_a_gradient_of_zero_has_no_derivative():
         configured("l2rw", optim__clip_norm=1.0)
 
 
-@pytest.mark.parametrize("name", config_lib.STAGED)
+@pytest.mark.parametrize("name", STAGED)
 def test_a_second_stage_needs_an_epoch(name):
     with pytest.raises(UserError, match=r"method.first_stage = 0.5: leaves .* no epoch of train.epochs = 1"):
         configured(name, train__epochs=1)

@@ -280,7 +280,7 @@ def test_sites_for_large_images_come_in_order_with_their_shapes(kind):
     assert seen == list(zip(("stem", *middle, "pooled", "logits"), SHAPES[kind], strict=True))
 
 
-@pytest.mark.parametrize("name", config.Model.__dataclass_fields__["name"].metadata["choices"])
+@pytest.mark.parametrize("name", config.FIELDS["model.name"].choices)
 def test_every_model_can_be_made_and_has_its_virtual_groups(name):
     width = 16 if name == "resnext50" else 4
     params = shapes_of(models.create(name, 3, width, jnp.bfloat16, remat=True))["params"]

@@ -12,7 +12,7 @@ import pytest
 
 from mfm_jax import metrics, report
 from mfm_jax.errors import UserError
-from mfm_jax.figures import INK
+from mfm_jax.style import INK
 
 STRANGE_NAMES = ["<b>bold</b>", 'quo"te & co', "$\\notmath$", "猫"]
 

@@ -22,7 +22,7 @@ from mfm_jax import experiment as experiment_lib
 from mfm_jax import loop as loop_lib
 from mfm_jax.checkpoint import Checkpointer, restore_phi
 from mfm_jax.errors import UserError
-from mfm_jax.longtail import manifest_hash, write_manifest
+from mfm_jax.manifest import manifest_hash, write_manifest
 from mfm_jax.models import native
 
 

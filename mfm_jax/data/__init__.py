@@ -19,7 +19,8 @@ from mfm_jax.data import arrays, files, sources
 from mfm_jax.data.sources import Images, Labels, Source
 from mfm_jax.data.streaming import Streamed
 from mfm_jax.errors import UserError
-from mfm_jax.longtail import Records, Split
+from mfm_jax.longtail import Labelled, Split
+from mfm_jax.manifest import Records, check_leakage, make_manifest, read_manifest
 
 # Mean and standard deviation, in units of 0..255: by data set, those of the CIFAR long-tail literature; by
 # `data.normalize`, those that published weights were trained with.
@@ -52,7 +53,7 @@ class LongTailData:
     counts: npt.NDArray[np.int64]  # [K], images of each class in `train_labels`
     mean: npt.NDArray[np.float32]  # [C], in units of 0..255
     std: npt.NDArray[np.float32]  # [C]
-    manifest: dict[str, Any]  # see `longtail.make_manifest`
+    manifest: dict[str, Any]  # see `make_manifest`
 
     @property
     def num_classes(self) -> int:
@@ -93,7 +94,7 @@ def build(config: Config) -> LongTailData:
     if config.data.train_on_meta:
         in_training = np.union1d(split.train, split.meta)
     manifest = _manifest(config, source, split, in_training)
-    longtail.check_leakage(manifest)
+    check_leakage(manifest)
     _check_batch(config, len(in_training))
     if not config.eval.test and not len(split.val):
         raise UserError(
@@ -140,7 +141,7 @@ def _draw_split(config: Config, source: Source) -> Split:
     given = np.full(len(labels), "train") if source.given is None else source.given
     if settings.pop("protocol") == "natural":
         groups = source.groups or ("",) * len(labels)
-        return longtail.natural_split(labels, source.class_names, given=given, groups=groups, **settings)
+        return longtail.natural_split(Labelled(labels, source.class_names, given, groups), **settings)
     if (given != "train").any() or source.groups:
         raise UserError(
             f"data.protocol = {config.data.protocol!r}: draws from all images alike, and {source.name} has splits,"
@@ -152,7 +153,7 @@ def _draw_split(config: Config, source: Source) -> Split:
 def _split(config: Config, source: Source) -> Split:
     packed = source.manifest
     if config.data.manifest:
-        return _read_split(config, source, longtail.read_manifest(config.data.manifest))
+        return _read_split(config, source, read_manifest(config.data.manifest))
     if packed and packed["protocol"] == config.data.protocol:
         return _read_split(config, source, packed)
     return _draw_split(config, source)
@@ -161,7 +162,7 @@ def _split(config: Config, source: Source) -> Split:
 def _read_split(config: Config, source: Source, manifest: dict[str, Any]) -> Split:
     """Returns the split that the manifest records, as positions in the source."""
     _check_agrees(config, source, manifest)
-    longtail.check_leakage(manifest)
+    check_leakage(manifest)
     where = {}
     for name in ("train", "meta", "val"):
         records = manifest["splits"][name]
@@ -226,7 +227,7 @@ def _manifest(config: Config, source: Source, split: Split, in_training: longtai
         name: Records(source.train_pool, source.train_ids[position], source.train_labels[position])
         for name, position in parts.items()
     }
-    return longtail.make_manifest(
+    return make_manifest(
         dataset=source.name,
         version=source.version,
         class_names=source.class_names,

@@ -7,6 +7,7 @@ bottleneck sits in its 3x3 convolution (version 1.5).
 """
 
 import functools
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -20,7 +21,7 @@ from mfm_jax.types import Modulate, no_modulation
 _kaiming = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
 
 
-def _conv(channels: int, kernel: int, stride: int = 1, groups: int = 1, **options) -> nn.Conv:
+def _conv(channels: int, kernel: int, stride: int = 1, groups: int = 1, **options: Any) -> nn.Conv:
     """A square convolution without bias, padded by half its kernel as PyTorch pads (`SAME` pads stride 2 otherwise)."""
     return nn.Conv(
         channels,

@@ -175,12 +175,14 @@ def _both_ways(operands: Sequence[tuple[jax.Array, jax.Array]]) -> list[tuple[ja
     for (x, kernel), (*_, stride, dilation) in zip(operands, _CASES, strict=True):
         padding = ((1, 1), (2, 0))
 
-        def by_xla(kernel, x=x, stride=stride, padding=padding, dilation=dilation):
-            numbers = ("NHWC", "HWIO", "NHWC")
-            return lax.conv_general_dilated(
-                x, kernel, (stride, stride), padding, (dilation, dilation), dimension_numbers=numbers
-            )
-
+        by_xla = functools.partial(
+            lax.conv_general_dilated,
+            x,
+            window_strides=(stride, stride),
+            padding=padding,
+            rhs_dilation=(dilation, dilation),
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
         told = attributes((stride, stride), padding, (dilation, dilation))
         y, pull_back = jax.vjp(by_xla, kernel)
         dy = jnp.sin(y)

@@ -1,5 +1,7 @@
 """Which parameters of a classifier are trained, and the classifier whose others are frozen."""
 
+from typing import Any
+
 import jax
 
 from mfm_jax.types import ApplyFn, PyTree
@@ -24,7 +26,7 @@ def frozen(apply_fn: ApplyFn, tune: str) -> ApplyFn:
     modulation there). Batch norm is as at test time, in training too: the running averages belong to the frozen part.
     """
 
-    def apply(variables: PyTree, image: jax.Array, *, train: bool = False, **options) -> PyTree:
+    def apply(variables: PyTree, image: jax.Array, *, train: bool = False, **options: Any) -> PyTree:
         params = variables["params"]
         held = jax.tree.map(lambda on, leaf: leaf if on else jax.lax.stop_gradient(leaf), trained(params, tune), params)
         return apply_fn({**variables, "params": held}, image, train=False, **options)

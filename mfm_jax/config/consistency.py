@@ -1,0 +1,97 @@
+"""Values that are possible alone but not together. A rule yields its message, which names a field and a way out."""
+
+from collections.abc import Iterator
+
+from mfm_jax.config.groups import Config, Data, Modulation
+
+
+def problems(config: Config) -> Iterator[str]:
+    """Yields a line for every rule that `config` breaks."""
+    yield from _modulation(config.modulation, config.sites)
+    if config.model.tune == "adapters" and config.model.name != "vit_b16":
+        yield (
+            f"model.tune = 'adapters': only model.name = 'vit_b16' has them, not {config.model.name!r}; choose"
+            " 'head' or 'all'"
+        )
+    yield from _per_batch(config)
+    yield from _unread(config.data)
+    if config.augment.crop == "resized" and config.data.source not in ("folder", "list"):
+        yield (
+            f"augment.crop = 'resized': needs whole pictures, which only data.source = 'folder' or 'list' has, not"
+            f" {config.data.source!r}; use 'shift'"
+        )
+    if 0 < config.train.spike_factor <= 1:
+        yield f"train.spike_factor = {config.train.spike_factor}: allowed: more than 1, or 0 for none"
+    yield from _stages(config)
+    if not config.eval.test and not config.data.validates:
+        yield (
+            "eval.test = False: there is nothing else to show; choose data.val_images_per_class, or under protocol"
+            " natural data.val_fraction, above 0"
+        )
+    begins = {"optim.warmup_epochs": config.optim.warmup_epochs, "meta.start_epoch": config.meta.start_epoch}
+    for name, epochs in begins.items():
+        if epochs >= config.train.epochs:
+            yield f"{name} = {epochs}: allowed: less than train.epochs = {config.train.epochs}"
+
+
+def _modulation(modulation: Modulation, sites: tuple[str, ...]) -> Iterator[str]:
+    form = modulation.form
+    if "" in sites or len(set(sites)) != len(sites):
+        yield f"modulation.sites = {modulation.sites!r}: expected distinct, comma-separated site names"
+    if modulation.per_class and form != "direct":
+        yield f"modulation.per_class = True: only modulation.form = 'direct' has one row a class, not {form!r}"
+    if modulation.per_class and "logits" in sites:
+        yield (
+            "modulation.per_class = True: at site 'logits' a row looked up by the label gives the label away;"
+            " choose other modulation.sites"
+        )
+    if modulation.shift_only and form == "direct":
+        yield (
+            "modulation.shift_only = True: modulation.form = 'direct' cannot leave the scale out; use 'frequency' or"
+            " 'network'"
+        )
+    if modulation.use_count and form != "network":
+        only = "only modulation.form = 'network' joins the count to its input"
+        yield f"modulation.use_count = True: {only}, not {form!r}"
+
+
+def _per_batch(config: Config) -> Iterator[str]:
+    if config.method.per_batch and config.meta.lagged:
+        yield (
+            f"meta.lagged = True: {config.method.name}'s weights belong to one batch, so the next step cannot use them;"
+            " set meta.lagged = False"
+        )
+    if config.method.per_batch and config.optim.clip_norm:
+        yield (
+            f"optim.clip_norm = {config.optim.clip_norm}: {config.method.name}'s virtual step starts from a gradient of"
+            " zero, where clipping has no derivative; set it to 0"
+        )
+
+
+def _unread(data: Data) -> Iterator[str]:
+    for name in ("train_list", "val_list", "meta_list", "test_list", "group"):
+        sources = ("folder", "list") if name == "group" else ("list",)
+        if (value := getattr(data, name)) and data.source not in sources:
+            only = " or ".join(map(repr, sources))
+            yield f"data.{name} = {value!r}: not read with data.source = {data.source!r}; only with {only}"
+    held_out, natural = ("val_images_per_class", "data.val_fraction"), ("meta_fraction", "meta.images_per_class")
+    unread, instead = held_out if data.protocol == "natural" else natural
+    if value := getattr(data, unread):
+        yield (
+            f"data.{unread} = {value}: not read under data.protocol = {data.protocol!r}; choose another protocol, or"
+            f" {instead}"
+        )
+
+
+def _stages(config: Config) -> Iterator[str]:
+    method, epochs, second = config.method, config.train.epochs, config.second_stage
+    if (method.staged or method.deferred) and second >= epochs:
+        yield (
+            f"method.first_stage = {method.first_stage}: leaves {method.name} no epoch of train.epochs = {epochs} for"
+            " its second stage; choose a smaller part or more epochs"
+        )
+    if method.staged and config.optim.warmup_epochs >= second:
+        yield (
+            f"optim.warmup_epochs = {config.optim.warmup_epochs}: allowed: less than the {second} epochs of"
+            f" {method.name}'s first stage"
+        )

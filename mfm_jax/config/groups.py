@@ -1,0 +1,209 @@
+"""The fields of the configuration, a dataclass a group: the only place where a field, its values and its default stand.
+
+`mfm_jax.fields` says how an annotation is read, `methods.settings` has the group `method`.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, get_args
+
+from mfm_jax.fields import Bounds, Field, declared
+from mfm_jax.methods.settings import Method
+
+_SEED = Bounds(0, 2**31 - 1)
+
+
+@dataclass(frozen=True)
+class Data:
+    """The images, and how they become long-tailed (see `longtail`). A meaning begins with the sources that read it."""
+
+    source: Annotated[Literal["tfds", "digits", "folder", "list", "npz"], "where images come from"] = "tfds"
+    name: Annotated[str, "tfds: the set"] = "cifar10"
+    root: Annotated[str, "tfds: prepared data, '' = $TFDS_DATA_DIR, else TFDS's default; others: folder or file"] = ""
+    train_list: Annotated[str, "list: file of `path label` lines, or CSV with the columns path, label (and group)"] = ""
+    val_list: Annotated[str, "list: as train_list; a split without a list is made from train_list"] = ""
+    meta_list: Annotated[str, "list: as train_list; without one the meta set is made as for other sources"] = ""
+    test_list: Annotated[str, "list: as val_list"] = ""
+    imbalance_factor: Annotated[float, Bounds(1), "largest class count / smallest; natural: 1 keeps all images"] = 100.0
+    protocol: Annotated[Literal["meta_held_out", "full", "natural"], "how splits are made"] = "meta_held_out"
+    val_images_per_class: Annotated[int, Bounds(0), "meta_held_out, full: validation images of each class"] = 0
+    val_fraction: Annotated[float, Bounds(0, 0.9), "natural: of each class, where no validation split exists"] = 0.1
+    meta_fraction: Annotated[float, Bounds(0, 0.5), "natural: of each class, held out as meta set; 0 = redrawn"] = 0.0
+    test_fraction: Annotated[float, Bounds(0, 0.9), "folder, list: of each class, where no test split exists"] = 0.2
+    group: Annotated[str, "folder, list: regular expression; paths with equal matches stay in one split"] = ""
+    on_bad_image: Annotated[Literal["error", "skip"], "folder, list: a bad image ends the run or is left out"] = "error"
+    seed: Annotated[int, _SEED, "of the draw of each split, not of training"] = 0
+    train_on_meta: Annotated[bool, "also train on the meta images: a baseline then sees what MFM sees"] = False
+    image_size: Annotated[int, Bounds(0), "pixels a side; 0 = as stored"] = 0
+    fit: Annotated[Literal["crop", "pad", "squeeze"], "folder, list: how another shape becomes square"] = "crop"
+    channels: Annotated[int, Bounds(0, 3), "folder, list: 1 grey, 3 colour; 0 = grey if every image is"] = 0
+    normalize: Annotated[Literal["own", "imagenet", "half", "pytorch_cifar"], "mean and std"] = "own"
+    resident_mb: Annotated[
+        int, Bounds(0), "decoded images up to this many MB stay on the device; more are streamed"
+    ] = 4096
+    workers: Annotated[int, Bounds(0), "streaming: processes that decode; 0 = the main process"] = 2
+    manifest: Annotated[str, "reuse this split manifest; '' = draw a split"] = ""
+
+    @property
+    def validates(self) -> bool:
+        """Whether images are set aside for validation, or the data may bring them."""
+        if self.protocol != "natural":
+            return self.val_images_per_class > 0
+        return bool(self.val_list or self.val_fraction) or self.source in ("folder", "npz")
+
+
+@dataclass(frozen=True)
+class Augment:
+    """Training-time augmentation: on the device, but for `crop = "resized"`, which needs the whole picture."""
+
+    crop: Annotated[Literal["shift", "resized"], "by up to `pad`; or RandomResizedCrop, of streamed files"] = "shift"
+    min_area: Annotated[float, Bounds(0.01, 1), "crop resized: least part of the picture that is seen"] = 0.08
+    color_jitter: Annotated[float, Bounds(0, 1), "largest change of brightness, contrast, saturation; 0 = off"] = 0.0
+    pad: Annotated[int, Bounds(0), "crop shift: reflect-pad this many pixels, then crop at random; 0 = off"] = 4
+    flip: Annotated[bool, "mirror left-right with probability 1/2"] = True
+    mixup: Annotated[float, Bounds(0), "mix images in pairs, shares from Beta(mixup, mixup); 0 = off"] = 0.0
+
+
+SmallResNet = Literal["resnet32", "resnet8", "resnet20", "resnet44", "resnet56"]  # for 16 to 64 pixels a side
+LargeModel = Literal["resnet10", "resnet18", "resnet50", "resnet101", "resnet152", "resnext50", "vit_b16"]  # for 224
+SMALL_RESNETS = get_args(SmallResNet)
+
+
+@dataclass(frozen=True)
+class Model:
+    """The classifier (see `models`)."""
+
+    name: Annotated[Literal[SmallResNet, LargeModel], "the architecture"] = "resnet32"
+    width: Annotated[int, Bounds(0), "channels of the stem or a token; 0 = 16 for small ResNets, 64 large, 768 ViT"] = 0
+    pretrained: Annotated[str, "initial weights: .safetensors, .npz or PyTorch state dict; the head may differ"] = ""
+    tune: Annotated[Literal["all", "head", "adapters"], "what is trained; adapters: of a ViT, and the head"] = "all"
+    adapter_size: Annotated[int, Bounds(1), "tune adapters: hidden units of each"] = 64
+    remat: Annotated[bool, "compute activations again in the backward pass: less memory, a third more time"] = False
+
+
+@dataclass(frozen=True)
+class Modulation:
+    """What generates the modulation, and where (see `modulation`). A meaning begins with the forms that read it."""
+
+    form: Annotated[Literal["frequency", "direct", "network"], "what generates gamma and beta"] = "frequency"
+    sites: Annotated[str, "comma-separated, e.g. stage3,pooled"] = "logits"
+    per_class: Annotated[bool, "direct: one row a class, looked up by the training label"] = False
+    hidden: Annotated[int, Bounds(1), "network: hidden units"] = 64
+    use_count: Annotated[bool, "network: join log(n_y / n_max) to the input"] = False
+    detach_inputs: Annotated[bool, "network: no gradient into the features that the modulator reads"] = True
+    shift_only: Annotated[bool, "frequency, network: generate beta alone"] = False
+    init_from: Annotated[str, "run folder whose modulator to start from; '' = the identity"] = ""
+
+
+@dataclass(frozen=True)
+class Meta:
+    """The balanced meta set and the outer update (see `hypergrad` and `bilevel`)."""
+
+    images_per_class: Annotated[int, Bounds(1), "meta images of each class"] = 10
+    batch_size: Annotated[int, Bounds(1), "over all devices together"] = 100
+    every: Annotated[int, Bounds(1), "update the modulator every k-th step"] = 8
+    start_epoch: Annotated[int, Bounds(0), "no modulator update before this epoch"] = 0
+    lagged: Annotated[bool, "the real step reuses the virtual one"] = True
+    virtual: Annotated[Literal["all", "last_stage", "head"], "parameters that move in the virtual step"] = "all"
+    bn: Annotated[Literal["fresh", "running", "batch"], "statistics that normalise the meta pass"] = "fresh"
+    loss: Annotated[Literal["ce", "gce"], "cross-entropy, or generalised (bounded) cross-entropy"] = "ce"
+    temperature: Annotated[float, Bounds(1e-3), "divides the logits in the meta loss"] = 1.0
+    learning_rate: Annotated[float, Bounds(0), "how far phi moves in a meta-step where meta-gradients agree"] = 0.01
+    freeze: Annotated[bool, "keep the modulator as it starts; the meta-step is not paid for"] = False
+
+
+@dataclass(frozen=True)
+class Optim:
+    """The classifier's optimizer (see `optim`)."""
+
+    name: Annotated[Literal["sgd", "adamw"], "the optimizer"] = "sgd"
+    learning_rate: Annotated[float, Bounds(0), "the largest of the schedule"] = 0.1
+    momentum: Annotated[float, Bounds(0, 0.9999), "Nesterov momentum of SGD, b1 of AdamW"] = 0.9
+    weight_decay: Annotated[float, Bounds(0), "of SGD added to the gradient, of AdamW decoupled"] = 5e-4
+    clip_norm: Annotated[float, Bounds(0), "clip the gradient's global norm to this; 0 = off"] = 0.0
+    schedule: Annotated[Literal["cosine", "step", "constant"], "of the learning rate after the warm-up"] = "cosine"
+    warmup_epochs: Annotated[int, Bounds(0), "epochs of a linear warm-up"] = 0
+    reference_batch_size: Annotated[
+        int, Bounds(0), "learning_rate is for this batch and is scaled to train's; 0 = not scaled"
+    ] = 0
+
+
+@dataclass(frozen=True)
+class Train:
+    """The training run."""
+
+    epochs: Annotated[int, Bounds(1), "passes over the training set"] = 200
+    batch_size: Annotated[int, Bounds(1), "over all devices together"] = 100
+    accumulate: Annotated[int, Bounds(1), "compute a batch in this many parts, one after the other: less memory"] = 1
+    seed: Annotated[int, _SEED, "of parameters, order and augmentation"] = 0
+    max_steps: Annotated[int, Bounds(0), "stop after this many steps; 0 = after `epochs`"] = 0
+    steps_per_call: Annotated[int, Bounds(0), "steps in one compiled call; 0 = 1 on CPU, 10 elsewhere"] = 0
+    dtype: Annotated[Literal["float32", "bfloat16"], "of the computation; parameters stay float32"] = "float32"
+    on_nonfinite: Annotated[Literal["stop", "skip"], "a non-finite loss or gradient ends the run or is skipped"] = (
+        "stop"
+    )
+    spike_factor: Annotated[float, Bounds(0), "a grad_norm above this times its mean counts as non-finite; 0 = off"] = (
+        0.0
+    )
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """How a step is spread over several devices (see `parallel`)."""
+
+    batch_norm: Annotated[Literal["sync", "local"], "statistics of the whole batch, or of a device's part"] = "sync"
+    fsdp: Annotated[int, Bounds(1), "divide parameters and optimizer state over this many devices; 1 = off"] = 1
+
+
+@dataclass(frozen=True)
+class Eval:
+    """Evaluation on the validation split while training, and once, at the end, on the test split."""
+
+    every_epochs: Annotated[int, Bounds(1), "epochs between two evaluations on validation"] = 1
+    batch_size: Annotated[int, Bounds(1), "over all devices together"] = 500
+    test: Annotated[bool, "False while choices are being made: tables and pages show validation, test stays unread"] = (
+        True
+    )
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What is kept of a run."""
+
+    every_epochs: Annotated[int, Bounds(1), "epochs between two checkpoints"] = 1
+    keep: Annotated[int, Bounds(1), "how many of the last; the best on validation is kept beside them"] = 2
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything a run depends on. Two runs with equal configs on equal software are equal."""
+
+    data: Data = Data()
+    augment: Augment = Augment()
+    model: Model = Model()
+    method: Method = Method()
+    modulation: Modulation = Modulation()
+    meta: Meta = Meta()
+    optim: Optim = Optim()
+    train: Train = Train()
+    parallel: Parallel = Parallel()
+    eval: Eval = Eval()
+    checkpoint: Checkpoint = Checkpoint()
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """Names in `modulation.sites`, in the order given."""
+        return tuple(site.strip() for site in self.modulation.sites.split(","))
+
+    @property
+    def second_stage(self) -> int:
+        """The epoch at which the second stage, or a deferred weighting, begins: at least one epoch before it."""
+        return max(round(self.method.first_stage * self.train.epochs), 1)
+
+    def to_dict(self) -> dict[str, dict[str, Any]]:
+        """Returns nested plain dicts, ready for JSON."""
+        return dataclasses.asdict(self)
+
+
+GROUPS: dict[str, type[Any]] = {group.name: type(group.default) for group in dataclasses.fields(Config)}
+FIELDS: dict[str, Field] = {one.path: one for name, cls in GROUPS.items() for one in declared(name, cls).values()}
