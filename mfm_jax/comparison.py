@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from mfm_jax import figures, longtail
-from mfm_jax.figures import Classes, Compared
-from mfm_jax.report import SPLITS, template
+from mfm_jax import disk, figures, finished, longtail
+from mfm_jax.figures import Compared
+from mfm_jax.finished import SPLITS, Classes
+from mfm_jax.report import template
 
 
 def write_page(
@@ -35,7 +36,7 @@ def write_page(
       tuned: by method, the values that tuning chose, by `group.field`.
       manifest: of the split, which all runs share.
       baseline: the method that the others are compared with.
-      warnings: of `report.warnings`, each with the run's name before it.
+      warnings: of `finished.warnings`, each with the run's name before it.
     """
     train = manifest["splits"]["train"]
     classes = Classes(list(manifest["class_names"]), np.asarray(train["class_counts"]))
@@ -61,7 +62,7 @@ def write_page(
         },
     }
     path = workdir / "compare.html"
-    path.write_text(template("compare.html.jinja").render(**content), encoding="utf-8")
+    disk.write(path, template("compare.html.jinja").render(**content))
     return path
 
 
@@ -81,7 +82,7 @@ def cell(mean: float | None, spread: float | None) -> str:
 
 def compared(name: str, runs: Sequence[dict[str, Any]], cost: float | None) -> Compared:
     """Returns a method's numbers: means over `runs`, the content of `results.json` of each seed."""
-    found = [run["last"][run["split"]] for run in runs]
+    found = [finished.shown(run) for run in runs]
     balanced = [one["balanced_accuracy"] for one in found]
     return Compared(
         name=name,

@@ -8,7 +8,6 @@ Each `draw_*` function draws on the figure it is given and returns the caption; 
 """
 
 import dataclasses
-import functools
 import io
 import math
 import re
@@ -20,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import markupsafe
 import numpy as np
 
-from mfm_jax import longtail
+from mfm_jax.finished import Classes
 from mfm_jax.gallery import Gallery
 
 if TYPE_CHECKING:
@@ -67,26 +66,6 @@ STYLE: dict[Any, Any] = {
 }
 
 Rows = Sequence[dict[str, Any]]
-
-
-@dataclasses.dataclass(frozen=True)
-class Classes:
-    """The classes of a run: `names` and training `counts`, both of length K."""
-
-    names: list[str]
-    counts: np.ndarray
-
-    @functools.cached_property
-    def order(self) -> np.ndarray:
-        """The classes from most to fewest training images, int [K]."""
-        return np.argsort(-self.counts, kind="stable")
-
-    @functools.cached_property
-    def groups(self) -> list[str]:
-        """The shot group of each class."""
-        members = longtail.shot_groups(self.counts)
-        name_of = {int(k): name for name in GROUP_COLORS for k in members[name]}
-        return [name_of[k] for k in range(len(self.counts))]
 
 
 class Picture(NamedTuple):
