@@ -153,9 +153,8 @@ def run_fields(config: Any, method: str, seed: int) -> dict[str, dict[str, Any]]
 
 def peak_memory(folder: Path, seeds: Sequence[int]) -> float | None:
     """Returns the median peak memory of a method's runs in bytes; None where they had no processes of their own."""
-    found = [Workdir(folder / f"seed{seed}").read_peak_memory() for seed in seeds]
-    known = [value for value in found if value is not None]
-    return statistics.median(known) if len(known) == len(found) else None
+    known = [value for seed in seeds if (value := Workdir(folder / f"seed{seed}").read_peak_memory()) is not None]
+    return statistics.median(known) if len(known) == len(seeds) else None
 
 
 def table(

@@ -29,14 +29,10 @@ def on_split(
     *,
     watch: Callable[..., Any] = lambda parts, text, total: parts,
 ) -> Asked:
-    """Returns the question for a split of `data`, `train`, `val` or `test`, in order and not augmented.
+    """Returns the question for a split, `train`, `val` or `test`, of one image or more, in order and not augmented.
 
-    Args:
-      data: with one image or more in the split.
-      split: its name.
-      batch_size: images at a time; the last batch is padded.
-      workers: processes that decode streamed images.
-      watch: `(parts, text, how many) -> parts`, such as `rich.progress.track`.
+    The last batch is padded. Streamed images are decoded by `workers` processes. `watch` shows how far it is:
+    `(parts, text, how many) -> parts`, such as `rich.progress.track`.
     """
     images, labels = getattr(data, f"{split}_images"), getattr(data, f"{split}_labels")
 
