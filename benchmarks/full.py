@@ -15,8 +15,6 @@ the records of all runs, and, at the end, for each run that was cut off, its las
 """
 
 import contextlib
-import csv
-import io
 import json
 import shlex
 import sys
@@ -31,10 +29,12 @@ import study
 from absl import flags
 from ml_collections import config_flags
 
-from mfm_jax import command, compare, runs, train, tune
+from mfm_jax import command, compare, disk, runs, tune
 from mfm_jax import config as config_lib
 from mfm_jax.errors import UserError
+from mfm_jax.finished import shown
 from mfm_jax.interruption import EXIT_INTERRUPTED, Interrupted
+from mfm_jax.workdir import Workdir, read_object
 
 _MINUTES = flags.DEFINE_float(
     "minutes", 0.0, "When to have ended, from the end of the imports; 0: when all is done.", lower_bound=0
@@ -44,10 +44,6 @@ _DATA = flags.DEFINE_string("data", "", "A benchmark packed by benchmarks/subset
 _PACK = flags.DEFINE_string("pack", "", "Folder for the archives.")
 _FROM = flags.DEFINE_string("from", "", "Folder of archives to go on from.")
 
-RECORDS = (
-    *("results.json", "metrics.jsonl", "config.json", "manifest.json", "classifier.json"),
-    *(runs.PROCESSES, "peak_memory.json"),
-)
 COLUMNS = (
     *("method", "seed", "state", "epoch", "balanced_accuracy", "head_third", "middle_third", "rarest_third", "ece"),
     *("train_loss", "train_accuracy", "step_ms", "compile_seconds", "device_memory_mb", "seconds", "command"),
@@ -116,7 +112,7 @@ def main(argv: Sequence[str]) -> int:
         failed.update({run.workdir: one.error for run, one in zip(group, outcomes, strict=True) if one.error})
         record(planned, workdir, failed)
 
-    todo = [[one.run] for one in planned if not (one.run.workdir / "results.json").exists()]
+    todo = [[one.run] for one in planned if not Workdir(one.run.workdir).results.exists()]
     for (run,) in todo:
         _move(run)
     limits: dict[str, float] = {}
@@ -138,23 +134,19 @@ def main(argv: Sequence[str]) -> int:
 
 def _move(run: runs.Run) -> None:
     """Has a run that was begun elsewhere go on with the data where they are here; its manifest is compared later."""
-    path = run.workdir / "config.json"
+    path = Workdir(run.workdir).config
     if path.exists():
-        fields = train.read_object(path)
+        fields = read_object(path)
         fields["data"].update(source=run.config.data.source, root=run.config.data.root)
-        train.write(path, json.dumps(fields, indent=2))
+        disk.write_object(path, fields, indent=2)
 
 
 def record(planned: Sequence[Planned], workdir: Path, failed: Mapping[Path, str]) -> str:
     """Writes the tables, and the records' archive where one is wanted; returns the table."""
     rows = [row_of(one, failed.get(one.run.workdir, "")) for one in planned]
-    buffer = io.StringIO(newline="")
-    writer = csv.DictWriter(buffer, COLUMNS)
-    writer.writeheader()
-    writer.writerows({name: "" if value is None else value for name, value in row.items()} for row in rows)
-    train.write(workdir / "table.csv", buffer.getvalue())
+    disk.write_rows(workdir / "table.csv", [COLUMNS, *([row[name] for name in COLUMNS] for row in rows)])
     text = markdown(rows, planned, flags.FLAGS.jobs)
-    train.write(workdir / "table.md", text)
+    disk.write(workdir / "table.md", text)
     if _PACK.value:
         pack_records(planned, workdir, Path(_PACK.value))
     return text
@@ -164,18 +156,19 @@ def row_of(one: Planned, error: str = "") -> dict[str, Any]:
     """Returns the table's row of a run, by column; None where there is nothing to tell."""
     folder, row = one.run.workdir, dict.fromkeys(COLUMNS)
     row |= {"method": one.row.name, "seed": one.seed, "command": shell(one)}
-    results = train.read_object(folder / "results.json") if (folder / "results.json").exists() else None
-    rows = list(_rows(folder / "metrics.jsonl"))
+    files = Workdir(folder)
+    results = read_object(files.results) if files.results.exists() else None
+    rows = list(_rows(files.metrics))
     epoch = rows[-1]["epoch"] + 1 if rows else 0
-    begun = f"at epoch {epoch}" if (folder / "config.json").exists() else "not begun"
+    begun = f"at epoch {epoch}" if files.config.exists() else "not begun"
     row |= {"state": "finished" if results else f"failed: {error}" if error else begun, "epoch": epoch}
     if results:
-        found = results["last"][results["split"]]
+        found = shown(results)
         names = ("balanced_accuracy", "head_third", "middle_third", "rarest_third", "ece")
         row |= {name: round(100 * found[name], 2) for name in names}
     if trained := [line for line in rows if line["kind"] == "train"]:
         row |= {"train_loss": round(trained[-1]["loss"], 4), "train_accuracy": round(100 * trained[-1]["accuracy"], 2)}
-    return row | _cost(runs.processes(folder))
+    return row | _cost(files.read_processes())
 
 
 def _rows(path: Path) -> Iterator[dict[str, Any]]:
@@ -223,9 +216,10 @@ def markdown(rows: Sequence[Mapping[str, Any]], planned: Sequence[Planned], jobs
     )
     data, devices = set(), set()
     for one in planned:
-        if (path := one.run.workdir / "manifest.json").exists():
-            data.add(_data(train.read_object(path)))
-        devices |= {line["device"] for line in runs.processes(one.run.workdir)}
+        files = Workdir(one.run.workdir)
+        if files.manifest.exists():
+            data.add(_data(read_object(files.manifest)))
+        devices |= {line["device"] for line in files.read_processes()}
     facts = [f"Data: {'; '.join(sorted(data))}."] if data else []
     facts += [f"Devices: {', '.join(sorted(devices))}; {jobs} side by side."] if devices else []
     return "\n\n".join([table, note, *facts]) + "\n"
@@ -246,8 +240,9 @@ def pack_records(planned: Sequence[Planned], workdir: Path, folder: Path) -> Non
         for name in ("table.md", "table.csv"):
             archive.add(workdir / name, name)
         for one in planned:
-            place = one.run.workdir
-            for path in (*(place / name for name in RECORDS), place.with_suffix(".log")):
+            place = Workdir(one.run.workdir)
+            records = (place.results, place.metrics, place.config, place.manifest, place.facts)
+            for path in (*records, place.processes, place.peak_memory, place.path.with_suffix(".log")):
                 if path.exists():
                     archive.add(path, path.relative_to(workdir))
 
@@ -255,8 +250,8 @@ def pack_records(planned: Sequence[Planned], workdir: Path, folder: Path) -> Non
 def pack_checkpoint(run: Path, folder: Path) -> None:
     """Writes `METHOD-seedN.tar.gz` of a run that was cut off: its last checkpoint. Removes it of one that is done."""
     path = folder / f"{run.parent.name}-{run.name}.tar.gz"
-    steps = [step for step in (run / "checkpoints").glob("*") if step.name.isdecimal()]
-    if (run / "results.json").exists() or not steps:
+    steps = [step for step in Workdir(run).checkpoints.glob("*") if step.name.isdecimal()]
+    if Workdir(run).results.exists() or not steps:
         path.unlink(missing_ok=True)
         return
     last = max(steps, key=lambda step: int(step.name))

@@ -21,6 +21,7 @@ from mfm_jax import data as data_lib
 from mfm_jax import predict, style
 from mfm_jax.comparison import compared
 from mfm_jax.comparison_figures import draw_class_accuracies
+from mfm_jax.finished import Classes
 
 HEAD, TAIL = 1, 9  # of CIFAR-10: automobile and truck, which are alike
 
@@ -39,7 +40,7 @@ def main() -> None:
 
 def draw_classes(figure: Figure, runs: Path) -> None:
     manifest = json.loads((runs / "ce" / "seed0" / "manifest.json").read_text())
-    classes = style.Classes(manifest["class_names"], np.asarray(manifest["splits"]["train"]["class_counts"]))
+    classes = Classes(manifest["class_names"], np.asarray(manifest["splits"]["train"]["class_counts"]))
     results = {
         name: [json.loads(path.read_text()) for path in sorted((runs / name).glob("seed*/results.json"))]
         for name in MAIN

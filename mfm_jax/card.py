@@ -8,15 +8,14 @@ import html
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 
 from mfm_jax import config as config_lib
-from mfm_jax import report, style
+from mfm_jax import disk, finished, report, style
 from mfm_jax.config import Config
 from mfm_jax.errors import UserError
+from mfm_jax.finished import SPLITS, Finished
 from mfm_jax.manifest import factor_in_words
-from mfm_jax.report import Run
 
 LOW_ACCURACY = 0.5  # classes below it are named among the limits
 
@@ -49,21 +48,11 @@ def write_card(workdir: Path, path: Path, which: str, command: str, files: dict[
     Raises:
       UserError: the run has not finished, or one of its files is damaged.
     """
-    run = report.read_run(workdir)
+    run = finished.read(workdir)
     if run.results.get(which) is None:
         raise UserError(f"{workdir}: the run has no results of its {which} checkpoint")
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("mfm_jax", ""),
-        keep_trailing_newline=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    environment.filters |= {"percent": style.percent, "cell": cell}
-    page = environment.get_template("card.md.jinja").render(
-        _content(run, which), which=which, command=command, files=files, low=LOW_ACCURACY
-    )
-    path.write_text(page, encoding="utf-8")
+    content = _content(run, which) | {"which": which, "command": command, "files": files, "low": LOW_ACCURACY}
+    disk.write(path, report.template("card.md.jinja", cell=cell).render(content))
 
 
 def cell(text: object) -> str:
@@ -72,7 +61,7 @@ def cell(text: object) -> str:
     return "".join("\\" + c if c in "\\`*_[]|#~$" else c for c in escaped)
 
 
-def _content(run: Run, which: str) -> dict[str, Any]:
+def _content(run: Finished, which: str) -> dict[str, Any]:
     manifest, found, classes = run.manifest, run.results[which], run.classes
     shown, counts = found[run.split], classes.counts
     images = np.array(shown["per_class_images"])
@@ -92,13 +81,13 @@ def _content(run: Run, which: str) -> dict[str, Any]:
         "rule": _RULES.get(manifest.get("protocol", "")),
         "sizes": {name: split["class_counts"] for name, split in manifest["splits"].items()},
         "changed": list(config_lib.differences(Config().to_dict(), run.config)),
-        "split": report.SPLITS[run.split],
-        "evaluations": [(report.SPLITS[s], found[s]) for s in ("test", "val") if found.get(s)],
+        "split": SPLITS[run.split],
+        "evaluations": [(SPLITS[s], found[s]) for s in ("test", "val") if found.get(s)],
         "summary": summary,
         "rows": rows,
         "groups": {name: [row for row in rows if row[1] == name] for name in style.GROUP_COLORS},
         "calibration": calibration,
-        "calibrated": calibration and [(report.SPLITS[s], found[s]["ece"], e) for s, e in calibration["ece"].items()],
+        "calibrated": calibration and [(SPLITS[s], found[s]["ece"], e) for s, e in calibration["ece"].items()],
         "few": [row[0] for row in rows if row[1] == "few"],
         "inaccurate": [row[0] for row in rows if row[4] is not None and row[4] < LOW_ACCURACY],
         "untested": [row[0] for row in rows if row[4] is None],

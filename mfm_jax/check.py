@@ -1,12 +1,11 @@
 """What `--mode=check` says of somebody's pictures before anything is trained: how many, how large, what is wrong.
 
 Nothing is decided here: the tables show what `data.listing` and `data.checking` found. What does not fit on a screen is
-written to the workdir, `problems.csv` and `duplicates.csv`, a row each. Needs no JAX.
+written to the workdir, a row each. Needs no JAX.
 """
 
-import csv
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import ml_collections
@@ -15,13 +14,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from mfm_jax import longtail
+from mfm_jax import disk, longtail
 from mfm_jax.config import resolve
 from mfm_jax.data import checking, listing
 from mfm_jax.data.checking import Checked, Duplicate
 from mfm_jax.data.listing import SPLITS, Listing
 from mfm_jax.data.pictures import Facts
 from mfm_jax.errors import UserError
+from mfm_jax.workdir import Workdir
 
 _SHOWN = 20  # problems on the screen
 _ENDS = 8  # classes shown at either end of a long table
@@ -90,8 +90,9 @@ def _class_table(names: Sequence[str], counts: dict[str, longtail.Ints]) -> Tabl
 
 
 def _print_problems(console: Console, checked: Checked, workdir: Path) -> None:
-    file = workdir / "problems.csv"
-    _write(file, ("path", "reason"), checked.problems)
+    file = Workdir(workdir).problems
+    file.parent.mkdir(parents=True, exist_ok=True)
+    disk.write_rows(file, [("path", "reason"), *checked.problems])
     if not checked.problems:
         console.print("no problems")
         return
@@ -104,12 +105,13 @@ def _print_problems(console: Console, checked: Checked, workdir: Path) -> None:
 
 def _print_duplicates(console: Console, found: Listing, duplicates: Sequence[Duplicate], workdir: Path) -> None:
     """Prints, for each kind and pair of splits, how many there are and one of them, first one of different classes."""
-    file = workdir / "duplicates.csv"
+    file = Workdir(workdir).duplicates
     rows = [
         (d.kind, *(str(value[i]) for i in (d.first, d.second) for value in (found.paths, found.splits, found.labels)))
         for d in duplicates
     ]
-    _write(file, ("kind", "path", "split", "label", "other_path", "other_split", "other_label"), rows)
+    header = ("kind", "path", "split", "label", "other_path", "other_split", "other_label")
+    disk.write_rows(file, [header, *rows])
     pairs: defaultdict[tuple[str, str, str], list[Duplicate]] = defaultdict(list)
     for d in duplicates:
         pairs[d.kind, str(found.splits[d.second]), str(found.splits[d.first])].append(d)
@@ -131,9 +133,3 @@ def _print_duplicates(console: Console, found: Listing, duplicates: Sequence[Dup
 def _shown(name: str) -> Text:
     """Returns a name with what cannot be printed, such as a line's end or a byte that is no UTF-8, as its escape."""
     return Text("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name))
-
-
-def _write(file: Path, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("w", newline="", encoding="utf-8", errors="surrogateescape") as text:
-        csv.writer(text).writerows([header, *rows])

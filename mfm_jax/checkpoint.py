@@ -25,6 +25,7 @@ from mfm_jax import cluster, integrity
 from mfm_jax.config import Checkpoint
 from mfm_jax.errors import UserError
 from mfm_jax.types import BilevelState, PyTree
+from mfm_jax.workdir import Workdir
 
 _METRIC = "val_balanced_accuracy"
 
@@ -98,14 +99,17 @@ class Checkpointer:
     def _damage(self, step: int) -> str:
         return integrity.damage(self._folder / str(step))
 
+    def _check(self, step: int) -> None:
+        if reason := self._damage(step):
+            raise UserError(f"{self._folder / str(step)}: damaged: {reason}")
+
     def restore(self, step: int, like: PyTree) -> tuple[PyTree, dict]:
         """Returns (state, record) of `step`, placed like the arrays of `like`.
 
         Raises:
           UserError: the checkpoint was damaged since the folder was opened.
         """
-        if reason := self._damage(step):
-            raise UserError(f"{self._folder / str(step)}: damaged: {reason}")
+        self._check(step)
         args = ocp.args.Composite(state=ocp.args.StandardRestore(like), record=ocp.args.JsonRestore())
         restored = self._manager.restore(step, args=args)
         return restored["state"], restored["record"]
@@ -119,8 +123,7 @@ class Checkpointer:
         Raises:
           UserError: the checkpoint is damaged.
         """
-        if reason := self._damage(step):
-            raise UserError(f"{self._folder / str(step)}: damaged: {reason}")
+        self._check(step)
         path, place = self._folder / str(step) / "state", jax.sharding.SingleDeviceSharding(jax.devices()[0])
         with ocp.PyTreeCheckpointer() as reader:
             saved = reader.metadata(path).item_metadata.tree["bilevel"]
@@ -203,7 +206,7 @@ def restore_phi(workdir: Path, like: PyTree, kind: str) -> PyTree:
 
 
 def _set_aside_damaged(folder: Path) -> None:
-    """Moves damaged checkpoints to `damaged-checkpoints` beside the folder, and names them.
+    """Moves damaged checkpoints to a folder beside the one of checkpoints, and names them.
 
     Raises:
       UserError: all are damaged; they stay where they are.
@@ -214,7 +217,7 @@ def _set_aside_damaged(folder: Path) -> None:
     if steps and len(damaged) == len(steps):
         raise UserError(f"{folder}: every checkpoint is damaged ({named}); remove the workdir to start anew")
     for path, reason in damaged.items():
-        aside = folder.with_name("damaged-checkpoints") / path.name
+        aside = Workdir(folder.parent).damaged_checkpoints / path.name
         aside.parent.mkdir(exist_ok=True)
         shutil.rmtree(aside, ignore_errors=True)
         path.rename(aside)
@@ -228,7 +231,7 @@ def _reason(error: Exception) -> str:
 
 
 def _folder(workdir: Path) -> Path:
-    return workdir.absolute() / "checkpoints"
+    return Workdir(workdir.absolute()).checkpoints
 
 
 def _metric(metrics: dict[str, float]) -> float:

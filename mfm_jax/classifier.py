@@ -1,12 +1,11 @@
 """The trained classifier of a run, as it is tested, from what lies in the workdir: its data set need not be at hand.
 
-Three files make it: `config.json` says which network and method, the checkpoint has the parameters, and
-`classifier.json`, which training writes at its start, has what only the data could tell. `load_pretrained` makes one of
-pretrained weights and data in their place.
+Three files make it: the config says which network and method, the checkpoint has the parameters, and the facts, which
+training writes at its start, have what only the data could say. `load_pretrained` makes one of pretrained weights and
+data in their place. In training, the same type stands for the state so far.
 """
 
-import dataclasses
-import json
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,48 +15,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from mfm_jax import augment
-from mfm_jax import config as config_lib
 from mfm_jax import experiment as experiment_lib
+from mfm_jax import facts as facts_lib
 from mfm_jax.checkpoint import Checkpointer
 from mfm_jax.config import Config
 from mfm_jax.data import LongTailData
 from mfm_jax.errors import UserError
+from mfm_jax.facts import Facts
+from mfm_jax.workdir import Workdir
 
-FILE = "classifier.json"
 WHICH = ("last", "best")
 
 
 class NoBest(UserError):
     """The run has no checkpoint that was best on validation."""
-
-
-def refuse_run(out: Path) -> None:
-    """Checks that what is made of a run does not go into a run's own workdir.
-
-    Raises:
-      UserError: `out` holds a run.
-    """
-    if (out / "config.json").exists():
-        raise UserError(f"--out={out}: holds a run; choose another folder")
-
-
-@dataclasses.dataclass(frozen=True)
-class Facts:
-    """What the training data told: the content of `classifier.json`.
-
-    class_names: K names.
-    image_shape: (H, W, C) of an image.
-    fit: how a picture of another shape becomes one (`pictures.read`).
-    mean, std: of each channel, in units of 0..255; images are normalised by them.
-    train_class_counts: K, images of each class that were trained on.
-    """
-
-    class_names: tuple[str, ...]
-    image_shape: tuple[int, int, int]
-    fit: str
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    train_class_counts: tuple[int, ...]
 
 
 class Classifier(NamedTuple):
@@ -87,20 +58,6 @@ class Classifier(NamedTuple):
         return self.facts.image_shape
 
 
-def describe(config: Config, data: LongTailData) -> Facts:
-    """Returns the facts of a run's data."""
-    height, width, channels = data.train_images.shape[1:]
-    return Facts(
-        class_names=tuple(data.class_names),
-        image_shape=(height, width, channels),
-        # The other sources hold arrays, which `sources.resize` squeezes.
-        fit=config.data.fit if config.data.source in ("folder", "list") else "squeeze",
-        mean=tuple(data.mean.tolist()),
-        std=tuple(data.std.tolist()),
-        train_class_counts=tuple(data.counts.tolist()),
-    )
-
-
 def load(workdir: str | Path, which: str = "last") -> Classifier:
     """Returns the classifier of the run in `workdir`.
 
@@ -115,9 +72,9 @@ def load(workdir: str | Path, which: str = "last") -> Classifier:
     workdir = Path(workdir)
     if which not in WHICH:
         raise UserError(f"which = {which!r}: allowed: {', '.join(WHICH)}")
-    config, facts = read_config(workdir), _read_facts(workdir)
-    checkpoints = Checkpointer(workdir, config.checkpoint, has_validation=True, read_only=True)
-    try:
+    config, facts = Workdir(workdir).read_config(), facts_lib.read(Workdir(workdir))
+    reader = Checkpointer(workdir, config.checkpoint, has_validation=True, read_only=True)
+    with contextlib.closing(reader) as checkpoints:
         step = checkpoints.latest_step()
         if step is None:
             raise UserError(f"{workdir}: the run there has no checkpoint yet")
@@ -125,11 +82,9 @@ def load(workdir: str | Path, which: str = "last") -> Classifier:
         if which == "best":
             step = _best(checkpoints, record, workdir)
             state, _ = checkpoints.restore_tested(step)
-    finally:
-        checkpoints.close()
     tested = experiment_lib.tested(config, np.asarray(facts.train_class_counts))
     params = tested.params(state)
-    return _of(facts, config, step, lambda image: tested.probabilities(params, state.batch_stats, image))
+    return _of(facts, config, step, lambda image: tested.of_params(params, state.batch_stats, image))
 
 
 def load_pretrained(config: Config, data: LongTailData) -> Classifier:
@@ -143,7 +98,8 @@ def load_pretrained(config: Config, data: LongTailData) -> Classifier:
     experiment = experiment_lib.build(config, data)
     assert experiment.init_pretrained is not None
     state = experiment.init_pretrained(whole=True)
-    return _of(describe(config, data), config, 0, lambda image: experiment.eval_step(state, image))
+    facts = facts_lib.describe(config, data)
+    return _of(facts, config, 0, lambda image: experiment.tested.probabilities(state, image))
 
 
 def _of(facts: Facts, config: Config, step: int, predict: Callable[[jax.Array], jax.Array]) -> Classifier:
@@ -155,44 +111,6 @@ def _of(facts: Facts, config: Config, step: int, predict: Callable[[jax.Array], 
 
     compiled = jax.jit(forward)
     return Classifier(facts, config, step, forward, lambda images: np.asarray(compiled(images)))
-
-
-def read_config(workdir: Path) -> Config:
-    """Returns the config of the run in `workdir`.
-
-    Raises:
-      UserError: there is none, or it is damaged.
-    """
-    path = workdir / "config.json"
-    if not path.exists():
-        raise UserError(f"{workdir}: no run there; give the workdir of one")
-    try:
-        return config_lib.resolve(_read_object(path))
-    except ValueError as error:  # not JSON, not text, or a config that is none
-        raise UserError(f"{path}: damaged, or of another version of mfm_jax: {error}") from error
-
-
-def _read_facts(workdir: Path) -> Facts:
-    path = workdir / FILE
-    way_out = "remove {} and run the training command again, which writes both"
-    try:
-        fields = _read_object(path)
-        return Facts(**{name: _as_tuple(value) for name, value in fields.items()})
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: missing; {way_out.format('results.json beside it')}") from error
-    except (TypeError, ValueError) as error:  # TypeError: another set of fields
-        raise UserError(f"{path}: damaged; {way_out.format('it and results.json beside it')}") from error
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    value = json.loads(path.read_text())
-    if not isinstance(value, dict):
-        raise ValueError("not a JSON object")
-    return value
-
-
-def _as_tuple(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
 
 
 def _best(checkpoints: Checkpointer, record: dict[str, Any], workdir: Path) -> int:

@@ -16,7 +16,6 @@ standard deviation over seeds, the paired difference to the first method with it
 peak memory as multiples of the first method's.
 """
 
-import csv
 import itertools
 import statistics
 from collections.abc import Mapping, Sequence
@@ -30,11 +29,13 @@ from rich import box
 from rich.console import Console
 from rich.table import Column, Table
 
-from mfm_jax import command, comparison, report, runs, train, tune
+from mfm_jax import command, comparison, disk, finished, runs, tune
 from mfm_jax import config as config_lib
 from mfm_jax.errors import UserError
+from mfm_jax.finished import shown
 from mfm_jax.manifest import read_manifest
 from mfm_jax.methods.table import METHODS
+from mfm_jax.workdir import Workdir, read_object
 
 _METHODS = flags.DEFINE_list("methods", ["ce", "mfm"], "Methods, the baseline first.")
 _SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Training seeds.")
@@ -68,14 +69,14 @@ def main(argv: Sequence[str]) -> int:
     rows = table(results, methods[0], {name: peak_memory(workdir / name, seeds) for name in results})
     write(rows, seeds, workdir, methods[0], failed, tuned)
     print_table(rows, methods[0], failed, tuned)
-    manifest = read_manifest(workdir / next(iter(results)) / f"seed{seeds[0]}" / "manifest.json")
     folders = {f"{name} seed {seed}": workdir / name / f"seed{seed}" for name in results for seed in seeds}
-    warnings = [(run, sentence) for run, folder in folders.items() for sentence in report.warnings(folder)]
+    manifest = read_manifest(Workdir(next(iter(folders.values()))).manifest)
+    warnings = [(run, sentence) for run, folder in folders.items() for sentence in finished.warnings(folder)]
     for run, sentence in warnings:
         print(f"warning: {run}: {sentence}")
     page = comparison.write_page(workdir, rows, results, failed, tuned, manifest, methods[0], warnings)
     print(f"table: {workdir}/compare.md, {workdir}/compare.csv; figures: {page}")
-    print(f"report: {workdir / list(results)[-1] / f'seed{seeds[0]}' / 'report.html'}")
+    print(f"report: {Workdir(folders[f'{list(results)[-1]} seed {seeds[0]}']).report}")
     return 1 if failed else 0
 
 
@@ -134,9 +135,9 @@ def run_all(
 
 def _check_tuned(folder: Path, trials: int) -> None:
     """Refuses to tune a method of which there are runs that were tuned otherwise: they would be another config's."""
-    path = folder / "tune" / "best.json"
-    done = train.read_object(path)["trials"] if path.exists() else 0
-    if done != trials and any(folder.glob("seed*/config.json")):
+    path = folder / "tune" / tune.BEST
+    done = read_object(path)["trials"] if path.exists() else 0
+    if done != trials and any(Workdir(run).config.exists() for run in folder.glob("seed*")):
         raise UserError(f"--tune={trials}: {folder} has runs that followed {done} trials; choose a new --workdir")
 
 
@@ -152,9 +153,8 @@ def run_fields(config: Any, method: str, seed: int) -> dict[str, dict[str, Any]]
 
 def peak_memory(folder: Path, seeds: Sequence[int]) -> float | None:
     """Returns the median peak memory of a method's runs in bytes; None where they had no processes of their own."""
-    found = [runs.peak_memory(folder / f"seed{seed}") for seed in seeds]
-    known = [value for value in found if value is not None]
-    return statistics.median(known) if len(known) == len(found) else None
+    known = [value for seed in seeds if (value := Workdir(folder / f"seed{seed}").read_peak_memory()) is not None]
+    return statistics.median(known) if len(known) == len(seeds) else None
 
 
 def table(
@@ -183,7 +183,7 @@ def table(
                 continue
             row: dict[str, Any] = {"method": method, "epoch": which, "seeds": len(found)}
             for name in _COLUMNS:
-                values = [run[which][run["split"]][name] for run in found]
+                values = [shown(run, which)[name] for run in found]
                 missing = any(value is None for value in values)
                 row[f"{name}_mean"] = None if missing else statistics.fmean(values)
                 row[f"{name}_std"] = None if missing or len(values) < 2 else statistics.stdev(values)
@@ -203,7 +203,7 @@ def _paired_difference(found: list, baseline: list | None, which: str) -> dict[s
     if baseline is None or found is baseline or any(run[which] is None for run in baseline):
         return dict.fromkeys(("difference", "difference_se", "difference_t95"))
     name = "balanced_accuracy"
-    gaps = [a[which][a["split"]][name] - b[which][b["split"]][name] for a, b in zip(found, baseline, strict=True)]
+    gaps = [shown(a, which)[name] - shown(b, which)[name] for a, b in zip(found, baseline, strict=True)]
     error = statistics.stdev(gaps) / len(gaps) ** 0.5 if len(gaps) > 1 else None
     half = None if error is None else float(scipy.stats.t.ppf(0.975, len(gaps) - 1)) * error
     return {"difference": statistics.fmean(gaps), "difference_se": error, "difference_t95": half}
@@ -218,10 +218,7 @@ def write(
     tuned: Tuned = _NOTHING,
 ) -> None:
     """Writes `compare.csv`, in fractions, and `compare.md`, in percent, with what failed and what was tuned."""
-    with (workdir / "compare.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    disk.write_rows(workdir / "compare.csv", [list(rows[0]), *(row.values() for row in rows)])
     head = ["method", "epoch", *_COLUMNS, f"balanced - {baseline}", "time", "memory"]
     lines = [head, ["---"] * len(head)]
     for row in rows:
@@ -236,7 +233,7 @@ def write(
     )
     below = [f"Failed: {method} ({reason})." for method, reason in failed.items()]
     below += [f"Tuned: {method}: {_in_words(values)}." for method, values in tuned.items() if values]
-    (workdir / "compare.md").write_text("\n\n".join([text, note, *below]) + "\n")
+    disk.write(workdir / "compare.md", "\n\n".join([text, note, *below]) + "\n")
 
 
 def _in_words(values: Mapping[str, Any]) -> str:

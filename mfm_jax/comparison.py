@@ -10,10 +10,12 @@ from typing import Any
 
 import numpy as np
 
+from mfm_jax import disk, finished
 from mfm_jax.comparison_figures import Compared, draw_class_accuracies, draw_cost, draw_trade_off
+from mfm_jax.finished import SPLITS, Classes
 from mfm_jax.manifest import factor_in_words
-from mfm_jax.report import SPLITS, template
-from mfm_jax.style import Classes, render
+from mfm_jax.report import template
+from mfm_jax.style import render
 
 
 def write_page(
@@ -36,7 +38,7 @@ def write_page(
       tuned: by method, the values that tuning chose, by `group.field`.
       manifest: of the split, which all runs share.
       baseline: the method that the others are compared with.
-      warnings: of `report.warnings`, each with the run's name before it.
+      warnings: of `finished.warnings`, each with the run's name before it.
     """
     train = manifest["splits"]["train"]
     classes = Classes(list(manifest["class_names"]), np.asarray(train["class_counts"]))
@@ -62,7 +64,7 @@ def write_page(
         },
     }
     path = workdir / "compare.html"
-    path.write_text(template("compare.html.jinja").render(**content), encoding="utf-8")
+    disk.write(path, template("compare.html.jinja").render(**content))
     return path
 
 
@@ -82,7 +84,7 @@ def cell(mean: float | None, spread: float | None) -> str:
 
 def compared(name: str, runs: Sequence[dict[str, Any]], cost: float | None) -> Compared:
     """Returns a method's numbers: means over `runs`, the content of `results.json` of each seed."""
-    found = [run["last"][run["split"]] for run in runs]
+    found = [finished.shown(run) for run in runs]
     balanced = [one["balanced_accuracy"] for one in found]
     return Compared(
         name=name,

@@ -4,10 +4,10 @@ Where there is no run, but the config names pretrained weights, these are evalua
 What training wrote stays as it is; an evaluation has a folder of its own, with `results.json` and `report.html`.
 """
 
+import contextlib
 import dataclasses
-import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +15,17 @@ import ml_collections
 import numpy as np
 from rich.progress import track
 
-from mfm_jax import classifier, decode, metrics, predict, report, train
+from mfm_jax import classifier, decode, disk, predict, report
 from mfm_jax import config as config_lib
 from mfm_jax import data as data_lib
+from mfm_jax import results as results_lib
 from mfm_jax.classifier import Classifier
 from mfm_jax.config import Config
-from mfm_jax.data import LongTailData, batches, listing
+from mfm_jax.data import listing
 from mfm_jax.errors import UserError
-
-# A classifier -> (its probabilities [N, K], the labels [N]).
-Predicted = Callable[[Classifier], tuple[np.ndarray, np.ndarray]]
+from mfm_jax.results import Answers, Asked
+from mfm_jax.versions import versions
+from mfm_jax.workdir import Workdir
 
 
 def evaluate_run(
@@ -57,50 +58,48 @@ def evaluate_run(
       UserError: no such run or split, another config or other data than the run's, other class names, `out` holds a
         run, or pretrained weights that are not this classifier's.
     """
-    given = config if isinstance(config, Config) else config_lib.resolve(config)
-    as_is = bool(given.model.pretrained) and not (workdir / "config.json").exists()
+    given, run = config if isinstance(config, Config) else config_lib.resolve(config), Workdir(workdir)
+    as_is = bool(given.model.pretrained) and not run.config.exists()
     if not as_is:
-        _check_config(given, workdir)
+        _check_config(given, run)
     split = split or ("test" if given.eval.test else "val")
-    out = out or workdir / "eval" / (f"outside-{folder.resolve().name}" if folder else split)
-    classifier.refuse_run(out)
+    out = out or run.evaluations / (f"outside-{folder.resolve().name}" if folder else split)
+    Workdir(out).check_no_run()
     data = None
     if as_is:
         print(f"no run in {workdir}: evaluates {given.model.pretrained} as it is, without training", file=sys.stderr)
         data = data_lib.build(given)
         last, best = classifier.load_pretrained(given, data), None
     else:
-        last, best = classifier.load(workdir), _load_best(workdir)
-        if not (workdir / "results.json").exists():
+        last, best = classifier.load(workdir), None
+        with contextlib.suppress(classifier.NoBest):
+            best = classifier.load(workdir, "best")
+        if not run.results.exists():
             print(f"warning: the run in {workdir} has not finished; this is its step {last.step}", file=sys.stderr)
     unread: dict[str, str] = {}
     if folder:
-        split, predicted = "outside", _of_folder(folder, last.class_names, given, unread)
+        split, asked = "outside", _on_folder(folder, last.class_names, given, unread)
     else:
-        data = data or _data_of_run(given, workdir)
-        predicted = _of_split(given, data, split)
-    of_last = _evaluated(last, predicted, split)
-    results = {
-        "method": given.method.name,
-        "seed": given.train.seed,
-        "split": split,
-        "last": of_last,
-        "best": best and (of_last if best.step == last.step else _evaluated(best, predicted, split)),
+        data = data or data_lib.build(given)
+        run.check_split(data.manifest)
+        if not len(getattr(data, f"{split}_labels")):
+            raise UserError(f"--split={split}: {data.name} has no such split")
+        asked = results_lib.on_split(data, split, given.eval.batch_size, given.data.workers, watch=track)
+    results = results_lib.of_run(last, best, {split: asked}, split) | {
         "folder": str(folder or ""),
         "pretrained": given.model.pretrained if as_is else "",
         "unread": unread,
-        "versions": train.versions(),
+        "versions": versions(),
     }
     out.mkdir(parents=True, exist_ok=True)
-    train.write(out / "results.json", json.dumps(results, indent=1))
-    if as_is and data:
-        return results, report.write_pretrained(given.to_dict(), data.manifest, out)
-    return results, report.write_report(workdir, out)
+    disk.write_object(Workdir(out).results, results)
+    untrained = (given.to_dict(), data.manifest) if as_is and data else None
+    return results, report.write_report(workdir, out, untrained)
 
 
-def _check_config(given: Config, workdir: Path) -> None:
+def _check_config(given: Config, run: Workdir) -> None:
     """Checks the config against that of the run: where the data lies may have changed."""
-    ran = classifier.read_config(workdir)
+    ran = run.read_config()
     elsewhere = dataclasses.replace(
         given,
         data=dataclasses.replace(given.data, root=ran.data.root, workers=ran.data.workers),
@@ -108,55 +107,19 @@ def _check_config(given: Config, workdir: Path) -> None:
     )
     if changed := list(config_lib.differences(ran.to_dict(), elsewhere.to_dict())):
         raise UserError(
-            f"--workdir={workdir} belongs to another config ({'; '.join(changed)}); give the one of the run"
+            f"--workdir={run.path} belongs to another config ({'; '.join(changed)}); give the one of the run"
         )
 
 
-def _load_best(workdir: Path) -> Classifier | None:
-    try:
-        return classifier.load(workdir, "best")
-    except classifier.NoBest:
-        return None
-
-
-def _evaluated(trained: Classifier, predicted: Predicted, split: str) -> dict[str, Any]:
-    counts = np.asarray(trained.facts.train_class_counts)
-    per_epoch = batches.steps_per_epoch(int(counts.sum()), trained.config.train.batch_size)
-    return {
-        "step": trained.step,
-        "epoch": -(-trained.step // per_epoch),
-        split: metrics.evaluate(*predicted(trained), counts),
-    }
-
-
-def _data_of_run(config: Config, workdir: Path) -> LongTailData:
-    data = data_lib.build(config)
-    train.check_split(data, workdir)
-    return data
-
-
-def _of_split(config: Config, data: LongTailData, split: str) -> Predicted:
-    images, labels, size = getattr(data, f"{split}_images"), getattr(data, f"{split}_labels"), config.eval.batch_size
-    if not len(labels):
-        raise UserError(f"--split={split}: {data.name} has no such split")
-
-    def predicted(trained: Classifier) -> tuple[np.ndarray, np.ndarray]:
-        stream = batches.eval_batches(images, size, config.data.workers)
-        parts = track(stream, f"step {trained.step}", -(-len(labels) // size))
-        return np.concatenate([trained.probabilities(part)[mask] for part, mask in parts]), labels
-
-    return predicted
-
-
-def _of_folder(folder: Path, class_names: Sequence[str], config: Config, unread: dict[str, str]) -> Predicted:
-    """Returns the predictions for the pictures in `folder` that can be read; the others are noted in `unread`."""
+def _on_folder(folder: Path, class_names: Sequence[str], config: Config, unread: dict[str, str]) -> Asked:
+    """Returns the question for the pictures in `folder` that can be read; the others are noted in `unread`."""
     _check_classes(folder, class_names)
     label = {path: k for k, name in enumerate(class_names) for path in decode.files([folder / name])}
     if not label:
         raise UserError(f"--eval_folder={folder}: no pictures there")
     size, workers = config.eval.batch_size, config.data.workers
 
-    def predicted(trained: Classifier) -> tuple[np.ndarray, np.ndarray]:
+    def asked(trained: Classifier) -> Answers:
         probabilities, labels = [], []
         parts = predict.predicted(trained, label, size, workers)
         for batch, rows in track(parts, f"step {trained.step}", -(-len(label) // size)):
@@ -166,9 +129,9 @@ def _of_folder(folder: Path, class_names: Sequence[str], config: Config, unread:
             unread.update((str(item.path), item.problem) for item in batch if item.image is None)
         if not labels:
             raise UserError(f"--eval_folder={folder}: none of its {len(label)} pictures can be read")
-        return np.concatenate(probabilities), np.asarray(labels)
+        return Answers(np.concatenate(probabilities), np.asarray(labels))
 
-    return predicted
+    return asked
 
 
 def _check_classes(folder: Path, class_names: Sequence[str]) -> None:

@@ -34,13 +34,17 @@ class Tested(NamedTuple):
     module: the Flax module.
     apply: `(variables, image, modulate=, train=) -> logits`, the module's own or with a head of the method's.
     params: `state -> params`.
-    probabilities: `(params, batch_stats, image) -> [B, K]`, of those parameters.
+    of_params: `(params, batch_stats, image) -> [B, K]`, the probabilities, of those parameters.
     """
 
     module: nn.Module
     apply: ApplyFn
     params: Callable[[BilevelState], PyTree]
-    probabilities: Callable[[PyTree, PyTree, jax.Array], jax.Array]
+    of_params: Callable[[PyTree, PyTree, jax.Array], jax.Array]
+
+    def probabilities(self, state: BilevelState, image: jax.Array) -> jax.Array:
+        """Returns the probabilities `[B, K]` for normalised images `[B, H, W, C]`."""
+        return self.of_params(self.params(state), state.batch_stats, image)
 
 
 @dataclass(frozen=True)
@@ -56,8 +60,7 @@ class Experiment:
     retrain_from: the step at which that stage begins.
     synthetic: whether it trains on stored features that SMOTE balances, `[B, C]` in the place of images.
     order: `(key, epoch) -> int32 [steps_per_epoch, B]`, the examples of each batch of an epoch.
-    params: `state -> params` of the classifier that is tested: plain, with what a second stage or a post-hoc step does.
-    eval_step: `(state, image) -> probabilities` of that classifier.
+    tested: the classifier that is tested.
     features: `(state, image) -> [B, C]`, its `pooled` features.
     apply: the classifier outside `shard_map`; `(variables, image, modulate=, train=) -> logits`.
     modulator: what generates gamma and beta; None for a method without one.
@@ -76,8 +79,7 @@ class Experiment:
     retrain_from: int
     synthetic: bool
     order: Callable[[jax.Array, int], jax.Array]
-    params: Callable[[BilevelState], PyTree]
-    eval_step: Callable[[BilevelState, jax.Array], jax.Array]
+    tested: Tested
     features: Callable[[BilevelState, jax.Array], jax.Array]
     apply: ApplyFn
     modulator: Modulator | None
@@ -116,7 +118,8 @@ def build(config: Config, data: LongTailData, mesh: Mesh | None = None) -> Exper
     _check_images(config, method, data)
     _check_divisible(config, mesh.size if mesh else 1)
     _check_parts(config, data, mesh, has_meta_step=method.learner is not None)
-    local, test_apply, params, probabilities = tested(config, data.counts)
+    plain = tested(config, data.counts)
+    local, test_apply = plain.module, plain.apply
     image = jnp.zeros((1, *data.train_images.shape[1:]), jnp.float32)
     channels = _channels(config, local, image)  # checks the sites for every method
     learner = method.learner(config, counts, channels) if method.learner else None
@@ -183,8 +186,7 @@ def build(config: Config, data: LongTailData, mesh: Mesh | None = None) -> Exper
         retrain_from=retrain_from,
         synthetic=bool(retraining and retraining.synthetic),
         order=_order(config, method, data),
-        params=params,
-        eval_step=lambda state, image: probabilities(params(state), state.batch_stats, image),
+        tested=plain,
         features=lambda state, image: extract({"params": state.params, "batch_stats": state.batch_stats}, image),
         apply=test_apply,
         modulator=learner.modulator if learner else None,

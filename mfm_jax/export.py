@@ -9,7 +9,6 @@ modulator stays behind. Exit status: 0 done; 2 a mistake, told in one line.
 """
 
 import dataclasses
-import json
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -18,12 +17,13 @@ from typing import Any
 
 import jax
 import jax.export
-import jinja2
 import numpy as np
 
-from mfm_jax import card, classifier, command, report, train
+from mfm_jax import card, classifier, command, disk, finished, report
 from mfm_jax.classifier import Classifier
 from mfm_jax.errors import UserError
+from mfm_jax.versions import versions
+from mfm_jax.workdir import Workdir
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 TOLERANCE = 1e-5  # of a probability, between a file and the checkpoint
@@ -47,17 +47,17 @@ def export(workdir: Path, out: Path, which: str = "last", *, onnx: bool = False,
         installed.
       RuntimeError: a file's probabilities differ from the checkpoint's by more than 1e-5.
     """
-    classifier.refuse_run(out)
-    trained, run = classifier.load(workdir, which), report.read_run(workdir)
+    Workdir(out).check_no_run()
+    trained, run = classifier.load(workdir, which), finished.read(workdir)
     found = run.results[which]
     if trained.step != found["step"]:
-        raise UserError(f"{workdir}: results.json is of step {found['step']}, the checkpoint of step {trained.step}")
+        raise UserError(f"{Workdir(workdir).results}: of step {found['step']}, the checkpoint of step {trained.step}")
     programs = {"classifier.bin": _serialized(trained)}
     if onnx:
         programs["classifier.onnx"] = _onnx(trained)
     out.mkdir(parents=True, exist_ok=True)
     for name, program in programs.items():
-        (out / name).write_bytes(program)
+        disk.write(out / name, program)
     calibration = found.get("calibration")
     facts = dataclasses.asdict(trained.facts) | {
         "temperature": calibration and calibration["temperature"],  # not applied in the artifact
@@ -65,10 +65,10 @@ def export(workdir: Path, out: Path, which: str = "last", *, onnx: bool = False,
         "which": which,
         "step": trained.step,
         "manifest": run.manifest.get("hash"),
-        "versions": train.versions(),
+        "versions": versions(),
     }
-    (out / "classifier.json").write_text(json.dumps(facts, indent=1))
-    (out / "how_to_use.py").write_text(_how_to_use(trained))
+    disk.write_object(Workdir(out).facts, facts)  # by the name that it has in a workdir
+    disk.write(out / "how_to_use.py", report.template("how_to_use.py.jinja").render(fit=trained.facts.fit))
     sizes = {name: len(program) for name, program in programs.items()}
     card.write_card(workdir, out / "MODEL_CARD.md", which, made_by, sizes)
     return sizes
@@ -112,13 +112,6 @@ def _check(name: str, trained: Classifier, program: Callable[[np.ndarray], np.nd
         raise RuntimeError(f"{name}: its probabilities differ from the checkpoint's by {gap:.1e}")
 
 
-def _how_to_use(trained: Classifier) -> str:
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("mfm_jax", ""), trim_blocks=True, keep_trailing_newline=True
-    )
-    return environment.get_template("how_to_use.py.jinja").render(fit=trained.facts.fit)
-
-
 def main(argv: Sequence[str]) -> int:
     parser = command.Parser("export", __doc__)
     parser.add_argument("--checkpoint", type=Path, required=True, help="workdir of the finished run")
@@ -128,9 +121,10 @@ def main(argv: Sequence[str]) -> int:
     options: Any = parser.parse_args(argv[1:])
     made_by = f"python -m mfm_jax.export {shlex.join(argv[1:])}"
     sizes = export(options.checkpoint, options.out, options.which, onnx=options.onnx, made_by=made_by)
+    facts = Workdir(options.out).facts.name
     for name, size in sizes.items():
         print(f"{options.out / name}: {size:,} bytes, the checkpoint's probabilities to {TOLERANCE:g}")
-    print(f"{options.out / 'how_to_use.py'}: names the classes of pictures with it, by what classifier.json tells")
+    print(f"{options.out / 'how_to_use.py'}: names the classes of pictures with it, by what {facts} tells")
     print(f"{options.out / 'MODEL_CARD.md'}: what it was trained on, how accurate it is, and its limits")
     return 0
 

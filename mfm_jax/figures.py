@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mfm_jax.finished import Classes
 from mfm_jax.gallery import Gallery
 from mfm_jax.style import (
     BLUE,
@@ -17,7 +18,6 @@ from mfm_jax.style import (
     MUTED,
     ORANGE,
     PURPLE,
-    Classes,
     as_percent,
     name_ticks,
     percent,

@@ -4,6 +4,7 @@ A mean accuracy of the rare classes does not say whether a model confuses two sp
 some pictures does.
 """
 
+import io
 import zipfile
 import zlib
 from pathlib import Path
@@ -11,7 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mfm_jax import longtail
+from mfm_jax import disk, longtail
+from mfm_jax.data.sources import Images
 
 EACH = 16  # pictures of either kind, at most
 _PER_CLASS = 2
@@ -51,11 +53,20 @@ def choose(probabilities: np.ndarray, labels: np.ndarray, train_counts: np.ndarr
     return np.array(chosen, int)
 
 
-def write(path: Path, gallery: Gallery) -> None:
-    """Writes a gallery, its pictures thinned out to at most 112 pixels a side."""
-    step = -(-max(gallery.images.shape[1:3]) // _SIDE)
-    with path.open("wb") as file:
-        np.savez_compressed(file, **gallery._replace(images=gallery.images[:, ::step, ::step])._asdict())
+def write(path: Path, images: Images, labels: np.ndarray, probabilities: np.ndarray, train_counts: np.ndarray) -> None:
+    """Writes the examples that `choose` takes of `images` `[N, H, W, C]`, if it takes any, to `path`.
+
+    Pictures are thinned out to at most 112 pixels a side.
+    """
+    chosen = choose(probabilities, labels, train_counts)
+    if not len(chosen):
+        return
+    pictures, found = np.stack([images[i] for i in chosen]), probabilities[chosen]
+    step = -(-max(pictures.shape[1:3]) // _SIDE)
+    shown = Gallery(pictures[:, ::step, ::step], labels[chosen], found.argmax(1), found.max(1))
+    content = io.BytesIO()
+    np.savez_compressed(content, **shown._asdict())
+    disk.write(path, content.getvalue())
 
 
 def read(path: Path) -> Gallery | None:

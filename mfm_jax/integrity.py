@@ -10,6 +10,8 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+from mfm_jax import disk
+
 SEAL = "sha256.json"
 # Written by Orbax after the seal; a restore needs neither.
 _LATER = ("_CHECKPOINT_METADATA", "commit_success.txt")
@@ -17,7 +19,7 @@ _LATER = ("_CHECKPOINT_METADATA", "commit_success.txt")
 
 def seal(folder: Path) -> None:
     """Writes the SHA-256 of every file below `folder` to `folder/sha256.json`."""
-    (folder / SEAL).write_text(json.dumps(dict(_digests(folder)), indent=1))
+    disk.write_object(folder / SEAL, dict(_digests(folder)))
 
 
 def damage(folder: Path) -> str:

@@ -12,33 +12,27 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.record_writer import RecordWriter
 from tensorboardX.summary import scalar
 
+from mfm_jax.workdir import Workdir
+
 Row = dict[str, Any]
-
-
-class _Sink(Protocol):
-    """Where rows go. `write` appends rows, all or, where it raises OSError, none."""
-
-    name: str
-
-    def write(self, rows: Sequence[Row]) -> None: ...
-
-    def close(self) -> None: ...
 
 
 class MetricLog:
     """The rows of one run."""
 
-    def __init__(self, workdir: Path, rows: list[Row]):
-        """Starts from `rows`, replacing what an interrupted run wrote after its last checkpoint."""
+    def __init__(self, workdir: Path | None, rows: list[Row]):
+        """Starts from `rows`, replacing what an interrupted run wrote after its last checkpoint; None: in memory."""
         self.rows = list(rows)
         purge = rows[-1]["step"] + 1 if rows else None
-        self._sinks: tuple[_Sink, ...] = (_Lines(workdir / "metrics.jsonl"), _Events(workdir / "tensorboard", purge))
+        self._sinks: tuple[_Lines | _Events, ...] = ()  # each appends rows, all or, where it raises OSError, none
+        if workdir:
+            self._sinks = (_Lines(Workdir(workdir).metrics), _Events(Workdir(workdir).tensorboard, purge))
         self._written = [0, len(rows)]  # rows that each sink holds; TensorBoard has kept those from before
         self._told: set[str] = set()
         self._write()
@@ -68,19 +62,6 @@ class MetricLog:
             sink.close()
 
 
-class RowList(MetricLog):
-    """The rows in a process that writes none."""
-
-    def __init__(self, rows: list[Row]):
-        self.rows = list(rows)
-
-    def _write(self) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
-
-
 class _Lines:
     """`metrics.jsonl`: a row a line."""
 
@@ -106,10 +87,8 @@ class _Lines:
 class _Events:
     """TensorBoard's files: one, and another after each failure."""
 
-    name = "tensorboard"
-
     def __init__(self, folder: Path, purge_step: int | None):
-        self._folder, self._purge, self._files = folder, purge_step, 0
+        self.name, self._folder, self._purge, self._files = folder.name, folder, purge_step, 0
         self._writer: RecordWriter | None = None
 
     def write(self, rows: Sequence[Row]) -> None:

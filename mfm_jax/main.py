@@ -28,7 +28,8 @@ from rich.table import Table
 
 from mfm_jax import check, cluster, command
 from mfm_jax.errors import UserError
-from mfm_jax.report import SPLITS
+from mfm_jax.finished import SPLITS, shown
+from mfm_jax.workdir import Workdir
 
 _MODE = flags.DEFINE_enum(
     "mode",
@@ -86,7 +87,7 @@ def main(argv: Sequence[str]) -> int:
     results = train.train_and_evaluate(config, command.workdir())
     if cluster.is_primary():
         print_results(results)
-        print(f"report: {command.workdir()}/report.html")
+        print(f"report: {Workdir(command.workdir()).report}")
     return 0
 
 
@@ -104,11 +105,10 @@ def _evaluate(config: ml_collections.ConfigDict) -> int:
 
 def print_results(results: dict[str, Any]) -> None:
     """Prints the accuracies of the last epoch and of the best on validation, in percent."""
-    split = results["split"]
     last = "as read" if results.get("pretrained") else "last epoch"
-    table = Table(f"{SPLITS[split]}, %", last, "best on validation")
+    table = Table(f"{SPLITS[results['split']]}, %", last, "best on validation")
     for name in ("balanced_accuracy", "accuracy", "many", "medium", "few", "rarest_third", "macro_f1"):
-        cells = [results[which] and results[which][split][name] for which in ("last", "best")]
+        cells = [results[which] and shown(results, which)[name] for which in ("last", "best")]
         table.add_row(name, *("–" if cell is None else f"{100 * cell:.2f}" for cell in cells))
     Console().print(table)
 

@@ -7,7 +7,6 @@ from it alone that no test image was trained on. NumPy only.
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from mfm_jax import disk
 from mfm_jax.errors import UserError
 
 MANIFEST_FORMAT = 1
@@ -84,16 +84,7 @@ def factor_in_words(manifest: Mapping[str, Any]) -> str:
 
 def write_manifest(manifest: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
     """Writes `manifest` as JSON; a reader finds the old file or the whole new one, never a part."""
-    target = Path(path)
-    with tempfile.NamedTemporaryFile("w", dir=target.parent, suffix=".json", delete=False) as file:
-        try:
-            json.dump(manifest, file)
-            file.close()
-            os.chmod(file.name, 0o644)  # a temporary file is private; a manifest is made to be shared
-            os.replace(file.name, target)
-        except BaseException:
-            os.unlink(file.name)
-            raise
+    disk.write_object(Path(path), manifest, indent=None)
 
 
 def read_manifest(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """One run at a time in a workdir.
 
-The lock is the operating system's (`flock`) on `workdir/.owner`, so that it ends with the process that holds it,
-however that ends; the file's content only tells who that is. Where there is no `flock`, as on Windows and on some
-network file systems, nothing is locked.
+The lock is the operating system's (`flock`) on a file there (`Workdir.owner`), so that it ends with the process that
+holds it, however that ends; the file's content only says who that is. Where there is no `flock`, as on Windows and on
+some network file systems, nothing is locked.
 """
 
 import contextlib
@@ -21,13 +21,13 @@ from mfm_jax.errors import UserError
 
 
 @contextlib.contextmanager
-def owned(workdir: Path) -> Iterator[None]:
-    """Holds `workdir` for this process.
+def owned(path: Path) -> Iterator[None]:
+    """Holds the workdir of which `path` is the lock for this process.
 
     Raises:
       UserError: another run holds it; the message names its host and process.
     """
-    file = _locked(workdir)
+    file = _locked(path)
     try:
         with contextlib.suppress(OSError):  # a full disk: the lock holds, without its owner's name
             file.truncate(0)
@@ -41,9 +41,8 @@ def owned(workdir: Path) -> Iterator[None]:
             file.close()
 
 
-def _locked(workdir: Path) -> TextIO:
+def _locked(path: Path) -> TextIO:
     """Returns the locked, open file."""
-    path = workdir / ".owner"
     while True:
         file = path.open("a+")
         try:
@@ -54,7 +53,8 @@ def _locked(workdir: Path) -> TextIO:
             owner = file.read().strip() or "its name is not known"
             file.close()
             raise UserError(
-                f"--workdir={workdir}: another run is at work there ({owner}); wait for it, or choose a new --workdir"
+                f"--workdir={path.parent}: another run is at work there ({owner}); wait for it, or choose a new"
+                " --workdir"
             ) from None
         except OSError:  # a file system without locks
             return file

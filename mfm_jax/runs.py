@@ -34,13 +34,13 @@ import jax
 from rich.live import Live
 from rich.table import Table
 
-from mfm_jax import command, train
+from mfm_jax import command, disk, train
 from mfm_jax import config as config_lib
 from mfm_jax.config import Config
 from mfm_jax.errors import UserError
 from mfm_jax.interruption import EXIT_INTERRUPTED, Interrupted
+from mfm_jax.workdir import Workdir, read_object
 
-PROCESSES = "processes.jsonl"
 _POLL_SECONDS = 0.5
 _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"  # programs read from the cache included
 
@@ -82,6 +82,10 @@ class _Job:
         return self.runs[0].config.train.epochs
 
     @property
+    def workdir(self) -> Workdir:
+        return Workdir(self.runs[0].workdir)
+
+    @property
     def log(self) -> Path:
         return self.runs[0].workdir.with_suffix(".log")
 
@@ -92,7 +96,8 @@ class _Job:
     def look(self) -> int | None:
         """Reads how far the first run is, and returns the exit status if the process has ended."""
         status = self.process.poll() if self.process else None
-        self.epoch, self.score = _progress(self.runs[0].workdir)
+        self.epoch, score = self.workdir.progress()
+        self.score = "–" if score is None else f"{100 * score:.1f}"
         return status
 
 
@@ -151,15 +156,15 @@ def _planned(runs: Sequence[Run]) -> _Job:
     """Returns the job, with its outcomes if all of its runs have finished before, or one cannot begin."""
     try:
         for run in runs:
-            train.claim_workdir(run.config, run.workdir)
-        done = all((run.workdir / name).exists() for run in runs for name in ("results.json", "report.html"))
+            Workdir(run.workdir).claim(run.config)
+        done = all(p.exists() for run in runs for p in (Workdir(run.workdir).results, Workdir(run.workdir).report))
         return _Job(runs, outcomes=[_read(run) for run in runs] if done else None)
     except UserError as error:
         return _Job(runs, outcomes=[Outcome(None, str(error))] * len(runs))
 
 
 def _read(run: Run) -> Outcome:
-    return Outcome(train.read_object(run.workdir / "results.json"))
+    return Outcome(read_object(Workdir(run.workdir).results))
 
 
 def _shares_of_cores(jobs: int) -> list[Sequence[int]]:
@@ -172,11 +177,11 @@ def _shares_of_cores(jobs: int) -> list[Sequence[int]]:
 
 def _start(job: _Job, cores: Sequence[int]) -> None:
     for run in job.runs:
-        run.workdir.with_suffix(".json").write_text(json.dumps(run.config.to_dict()))
+        disk.write_object(run.workdir.with_suffix(".json"), run.config.to_dict(), indent=None)
     folders = [str(run.workdir) for run in job.runs]
     arguments = [sys.executable, "-m", "mfm_jax.runs", ",".join(map(str, cores)), *folders]
     environment = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", **os.environ}
-    job.cores, job.began, job.epochs_before = cores, time.monotonic(), _progress(job.runs[0].workdir)[0]
+    job.cores, job.began, job.epochs_before = cores, time.monotonic(), job.workdir.progress()[0]
     job.epoch = job.epochs_before
     with job.log.open("w") as log:
         # A session of its own: Ctrl-C reaches it through this process alone, once.
@@ -251,22 +256,6 @@ def _overall(jobs: Sequence[_Job], began: float) -> str:
     return f"{text}, about {max(pace * left / 60, 1):.0f} min left" if pace and left else text
 
 
-def _progress(workdir: Path) -> tuple[int, str]:
-    """Returns how many epochs the run there has logged, and its last balanced accuracy on validation, percent."""
-    path = workdir / "metrics.jsonl"
-    lines = path.read_text().split("\n")[:-1] if path.exists() else []  # what follows the last newline is on its way
-    rows = [json.loads(line) for line in lines[-4:]]
-    scores = [row["balanced_accuracy"] for row in rows if row["kind"] == "val"]
-    return (rows[-1]["epoch"] + 1 if rows else 0), (f"{100 * scores[-1]:.1f}" if scores else "–")
-
-
-def peak_memory(workdir: Path) -> int | None:
-    """Returns the peak memory in bytes of a run that had a process of its own; None of one that had not."""
-    with contextlib.suppress(OSError, UserError):
-        return train.read_object(workdir / "peak_memory.json")["bytes"]
-    return None
-
-
 def _measure() -> dict[str, Any]:
     """Returns the peak memory of the accelerator, or of the process where there is none."""
     stats = jax.devices()[0].memory_stats() or {}
@@ -280,7 +269,7 @@ def _measure() -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _accounted(workdirs: Sequence[Path]) -> Iterator[None]:
-    """Adds a line on this process to `processes.jsonl` in each workdir, where the body ends or is interrupted.
+    """Adds a line on this process to `Workdir.processes` of each run, where the body ends or is interrupted.
 
     `seconds`: of the process, from here; `compile_seconds`: XLA's; `step_seconds`: of a step, the median over the
     epochs but the first, in which programs are compiled (None without others); `bytes`: peak memory, and `of` what;
@@ -304,7 +293,7 @@ def _accounted(workdirs: Sequence[Path]) -> Iterator[None]:
             "device": jax.devices()[0].device_kind,
         }
         for workdir in workdirs:
-            with (workdir / PROCESSES).open("a") as file:
+            with Workdir(workdir).processes.open("a") as file:
                 file.write(json.dumps(line) + "\n")
 
     began = time.monotonic()
@@ -319,24 +308,18 @@ def _accounted(workdirs: Sequence[Path]) -> Iterator[None]:
     write()
 
 
-def processes(workdir: Path) -> list[dict[str, Any]]:
-    """Returns the lines of a run's `processes.jsonl`; a process that was killed left none."""
-    path = workdir / PROCESSES
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
 def main(argv: Sequence[str]) -> int:
     """Trains the runs of one process."""
     cores, *folders = argv
     if cores and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, [int(core) for core in cores.split(",")])  # before JAX counts them
     workdirs = [Path(folder) for folder in folders]
-    configs = [config_lib.resolve(json.loads(workdir.with_suffix(".json").read_text())) for workdir in workdirs]
-    fresh = not (workdirs[0] / "checkpoints").exists()
+    configs = [config_lib.resolve(read_object(workdir.with_suffix(".json"))) for workdir in workdirs]
+    fresh = not Workdir(workdirs[0]).checkpoints.exists()
     with _accounted(workdirs):
         train.train_together(configs, workdirs)
     if fresh and len(workdirs) == 1:  # neither a run in two halves nor one of several has a peak of its own
-        train.write(workdirs[0] / "peak_memory.json", json.dumps(_measure()))
+        disk.write_object(Workdir(workdirs[0]).peak_memory, _measure(), indent=None)
     return 0
 
 

@@ -5,8 +5,6 @@ Their words are real text that the browser sets in its own font (class names in 
 search. Names are drawn with mathematical markup switched off: a class may be called `$x$`.
 """
 
-import dataclasses
-import functools
 import io
 import math
 import re
@@ -17,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import markupsafe
 import numpy as np
 
-from mfm_jax import longtail
+from mfm_jax.finished import Classes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -53,26 +51,6 @@ STYLE: dict[Any, Any] = {
     "legend.frameon": False,
     "lines.linewidth": 1.6,
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class Classes:
-    """The classes of a run: `names` and training `counts`, both of length K."""
-
-    names: list[str]
-    counts: np.ndarray
-
-    @functools.cached_property
-    def order(self) -> np.ndarray:
-        """Classes from most to fewest training images, int [K]."""
-        return np.argsort(-self.counts, kind="stable")
-
-    @functools.cached_property
-    def groups(self) -> list[str]:
-        """The shot group of each class."""
-        members = longtail.shot_groups(self.counts)
-        name_of = {int(k): name for name in GROUP_COLORS for k in members[name]}
-        return [name_of[k] for k in range(len(self.counts))]
 
 
 class Picture(NamedTuple):

@@ -11,12 +11,9 @@ import contextlib
 import dataclasses
 import functools
 import itertools
-import json
-import platform
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -27,27 +24,30 @@ import numpy as np
 from jax.sharding import Mesh
 from rich import progress
 
-import mfm_jax
-from mfm_jax import classifier, cluster, gallery, health, losses, metrics, parallel, report
+from mfm_jax import cluster, disk, facts, gallery, health, losses, parallel, report
 from mfm_jax import config as config_lib
 from mfm_jax import data as data_lib
 from mfm_jax import experiment as experiment_lib
 from mfm_jax import loop as loop_lib
+from mfm_jax import results as results_lib
 from mfm_jax.checkpoint import Checkpointer, restore_phi
+from mfm_jax.classifier import Classifier
 from mfm_jax.config import Config
-from mfm_jax.data import LongTailData, batches
+from mfm_jax.data import LongTailData
 from mfm_jax.data.streaming import Streamed
 from mfm_jax.errors import UserError
 from mfm_jax.experiment import Experiment
 from mfm_jax.feed import Feed
 from mfm_jax.interruption import EXIT_INTERRUPTED, Interrupted, listening
-from mfm_jax.logs import MetricLog, RowList
+from mfm_jax.logs import MetricLog
 from mfm_jax.loop import DeviceData, LoopState
-from mfm_jax.manifest import factor_in_words, manifest_hash, read_manifest, write_manifest
+from mfm_jax.manifest import factor_in_words
 from mfm_jax.methods.table import METHODS, modulating
 from mfm_jax.models import native
-from mfm_jax.ownership import owned
+from mfm_jax.results import Answers, Asked
 from mfm_jax.types import META_METRICS, BilevelState
+from mfm_jax.versions import versions
+from mfm_jax.workdir import Workdir, read_object
 
 EPOCH_EVENT = "/mfm_jax/epoch"  # to listeners of `jax.monitoring`: seconds of an epoch's steps, how many there were
 _SYNC_SECONDS = 0.5
@@ -64,17 +64,16 @@ def train_and_evaluate(
     """Trains as `config` says, in `workdir`, and returns the results.
 
     A workdir that holds an interrupted run of the same config is resumed; a finished one is returned as it is.
-    Leaves `config.json`, `manifest.json`, `classifier.json`, `metrics.jsonl`, `checkpoints/`, `tensorboard/`,
-    `results.json` and `report.html`.
+    Leaves the files that `Workdir` names.
 
     Args:
       config: from a config file, or a dict of the same form.
       workdir: the run's folder; made if absent.
 
     Returns:
-      The content of `results.json`: `last` and `best` (on validation; None without one), each with the metrics of
-      `metrics.evaluate` on `val` and `test` (None where there is no such split, or `eval.test` is False), and the
-      `calibration` by a temperature that was fitted on validation; `split` is the one to show.
+      The content of `results.json` (`results.of_run`): `last` and `best` (on validation; None without one), each with
+      the metrics of `metrics.evaluate` on `val` and `test` (None where there is no such split, or `eval.test` is
+      False), and the `calibration` by a temperature that was fitted on validation; `split` is the one to show.
 
     Raises:
       UserError: a config or data mistake, before training starts; the workdir belongs to another config.
@@ -105,15 +104,15 @@ def train_together(configs: Sequence[Config], workdirs: Sequence[Path]) -> list[
       Interrupted: SIGTERM or Ctrl-C; all runs are saved.
     """
     for config, workdir in zip(configs, workdirs, strict=True):
-        claim_workdir(config, workdir)
+        Workdir(workdir).claim(config)
         seedless = [dataclasses.replace(c, train=dataclasses.replace(c.train, seed=0)) for c in (configs[0], config)]
         if changed := list(config_lib.differences(*(c.to_dict() for c in seedless))):
             raise UserError(f"runs trained together may differ in train.seed alone, not in {'; '.join(changed)}")
-    todo = [pair for pair in zip(configs, workdirs, strict=True) if not (pair[1] / "results.json").exists()]
+    todo = [pair for pair in zip(configs, workdirs, strict=True) if not Workdir(pair[1]).results.exists()]
     if todo:
         with contextlib.ExitStack() as stack:
             for _, workdir in todo if cluster.is_primary() else ():
-                stack.enter_context(owned(workdir))
+                stack.enter_context(Workdir(workdir).owned())
             data = data_lib.build(configs[0])
             fsdp = configs[0].parallel.fsdp
             mesh = parallel.data_mesh(fsdp=fsdp) if jax.device_count() > 1 or fsdp > 1 else None
@@ -135,86 +134,29 @@ def train_together(configs: Sequence[Config], workdirs: Sequence[Path]) -> list[
             for run in runs:
                 results = run.results()
                 if cluster.is_primary():
-                    write(run.workdir / "results.json", json.dumps(results, indent=1))
+                    disk.write_object(Workdir(run.workdir).results, results)
     for workdir in workdirs:
-        if cluster.is_primary() and not (workdir / "report.html").exists():
+        if cluster.is_primary() and not Workdir(workdir).report.exists():
             report.write_report(workdir)
     cluster.barrier("written")
-    return [read_object(workdir / "results.json") for workdir in workdirs]
+    return [read_object(Workdir(workdir).results) for workdir in workdirs]
 
 
 def _start(config: Config, workdir: Path, data: LongTailData, device_data: DeviceData, mesh: Mesh | None) -> "_Run":
     """Returns the run, restored if it was interrupted; leaves its config, manifest and classifier's facts there."""
-    experiment = experiment_lib.build(config, data, mesh)
+    experiment, files = experiment_lib.build(config, data, mesh), Workdir(workdir)
     _check_meta(config, data, experiment)
-    check_split(data, workdir)
+    files.check_split(data.manifest)
     run = _Run(config, workdir, data, experiment, device_data, mesh)
-    path = workdir / "config.json"
-    # Before the first config.json what is there is of a start that failed; an older run may go on without any.
-    if cluster.is_primary() and not (path.exists() and (workdir / classifier.FILE).exists()):
-        write(workdir / classifier.FILE, json.dumps(dataclasses.asdict(classifier.describe(config, data)), indent=1))
-    if cluster.is_primary() and not path.exists():  # a mistake found so far leaves the workdir free for another config
-        write_manifest(data.manifest, workdir / "manifest.json")
-        write(path, json.dumps(config.to_dict(), indent=2))
-    cluster.barrier(f"{path} is written")
+    if cluster.is_primary():  # not before: after a mistake so far the workdir is free for another config
+        files.begin(config, data.manifest, dataclasses.asdict(run.facts))
+    cluster.barrier(f"{files.config} is written")
     cluster.check_agreed(
-        f"{config} {data.manifest['hash']} {run.step} {path.exists()}",
+        f"{config} {data.manifest['hash']} {run.step} {files.config.exists()}",
         f"--workdir={workdir}: the processes differ in config, data or checkpoints; start all with the same command,"
         " on a file system that they share",
     )
     return run
-
-
-def write(path: Path, text: str) -> None:
-    """Writes a file so that it is there whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """Returns the JSON object in a file of a workdir.
-
-    Raises:
-      UserError: the file is damaged.
-    """
-    with contextlib.suppress(ValueError):  # not JSON, not text
-        if isinstance(content := json.loads(path.read_text()), dict):
-            return content
-    way_out = "remove it, and it is written again" if path.name == "results.json" else "choose a new --workdir"
-    raise UserError(f"{path}: damaged, not a JSON object; {way_out}")
-
-
-def check_split(data: LongTailData, workdir: Path) -> None:
-    """Checks that a run goes on, or is evaluated, with the images that it began with.
-
-    Raises:
-      UserError: the manifest in `workdir` is another.
-    """
-    path = workdir / "manifest.json"
-    if not (workdir / "config.json").exists():
-        return
-    # A folder may have been given another name; what is in it, the version says.
-    began, now = (manifest_hash({**manifest, "dataset": ""}) for manifest in (read_manifest(path), data.manifest))
-    if began != now:
-        raise UserError(f"{path}: the data or its split is not what this run began with; choose a new --workdir")
-
-
-def claim_workdir(config: Config, workdir: Path) -> None:
-    """Makes `workdir` if it is absent.
-
-    Raises:
-      UserError: it holds a run of another config (the differences are named), or it is not a folder.
-    """
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--workdir={workdir}: cannot be made: {error.strerror}") from error
-    path = workdir / "config.json"
-    if path.exists():
-        changed = list(config_lib.differences(read_object(path), config.to_dict()))
-        if changed:
-            raise UserError(f"--workdir={workdir} belongs to another config ({'; '.join(changed)}); choose a new one")
 
 
 def _check_meta(config: Config, data: LongTailData, experiment: Experiment) -> None:
@@ -331,6 +273,7 @@ class _Run:
         mesh: Mesh | None,
     ):
         self.config, self.workdir, self.data, self.experiment = config, workdir, data, experiment
+        self.facts = facts.describe(config, data)
         self.has_validation = len(data.val_labels) > 0
         self.checkpoints = Checkpointer(workdir, config.checkpoint, has_validation=self.has_validation)
         latest = self.checkpoints.latest_step()
@@ -354,14 +297,15 @@ class _Run:
         self.feed = Feed(data, config, mesh, self.device_data) if streamed else None
         self.has_own_data = experiment.synthetic or self.feed is not None  # not shared by runs that differ in the seed
         self.versions = versions()  # before the first step: whatever fails here loses no training
-        self.log = MetricLog(workdir, record["rows"]) if cluster.is_primary() else RowList(record["rows"])
+        self.log = MetricLog(workdir if cluster.is_primary() else None, record["rows"])
         self.seconds_before, self.began = record["seconds"], time.perf_counter()
         self.train_seconds = record["seconds"]
         self.told_step = -1  # the last skipped step that was told
         self.mesh, whole = mesh, parallel.replicated(mesh) if mesh else None
         self.settle = loop_lib.make_settle(experiment)
         self.describe = jax.jit(functools.partial(loop_lib.describe, experiment), out_shardings=whole)
-        self.eval_step = jax.jit(functools.partial(loop_lib.evaluate_batch, experiment.eval_step), out_shardings=whole)
+        self.predict = functools.partial(loop_lib.evaluate_batch, experiment.tested.probabilities)
+        self.eval_step = jax.jit(self.predict, out_shardings=whole)
 
     def close(self) -> None:
         if self.feed:
@@ -449,7 +393,8 @@ class _Run:
             self.loop = self.loop.replace(bilevel=self.settle(self.loop.bilevel, self.device_data))
         score = None
         if validates:
-            values = self.evaluate(self.loop.bilevel, "val")
+            tested = self.classifier(self.loop.bilevel, step)
+            values = results_lib.evaluate(tested, self.asked("val")(tested))
             score = values["balanced_accuracy"]
             scalars = {name: value for name, value in values.items() if isinstance(value, float)}
             self.log.write("val", step, epoch, scalars)
@@ -512,74 +457,45 @@ class _Run:
         bad = parallel.place(loop_lib.no_anomalies(self.config.train), self.loop.bad.sharding)
         self.loop = self.loop.replace(bad=bad)
 
-    def probabilities(self, state: BilevelState, split: str) -> np.ndarray:
-        """Returns the plain classifier's probabilities `[N, K]` on the split `val` or `test`."""
-        images = getattr(self.data, f"{split}_images")
-        probabilities, devices = [], self.mesh.shape[parallel.AXIS] if self.mesh else 1
+    def classifier(self, state: BilevelState, step: int) -> Classifier:
+        """Returns the classifier that is tested, with the weights of `state`."""
+
+        def probabilities(images: np.ndarray) -> np.ndarray:
+            placed = parallel.place(images, parallel.split(self.mesh)) if self.mesh else images
+            return np.asarray(self.eval_step(state, placed, self.device_data))
+
+        def forward(images: jax.Array) -> jax.Array:
+            return self.predict(state, images, self.device_data)
+
+        return Classifier(self.facts, self.config, step, forward, probabilities)
+
+    def asked(self, split: str) -> Asked:
+        """Returns the question for the split `val` or `test`, in batches that divide by the devices."""
+        devices = self.mesh.shape[parallel.AXIS] if self.mesh else 1
         size = -(-self.config.eval.batch_size // devices) * devices
-        for image, mask in batches.eval_batches(images, size, self.config.data.workers):
-            part = parallel.place(image, parallel.split(self.mesh)) if self.mesh else image
-            out = self.eval_step(state, part, self.device_data)
-            probabilities.append(np.asarray(out)[mask])
-        return np.concatenate(probabilities)
-
-    def evaluate(self, state: BilevelState, split: str) -> dict[str, Any]:
-        """Returns `metrics.evaluate` of the plain classifier on the split `val` or `test`."""
-        return self._evaluation(self.probabilities(state, split), split)
-
-    def _evaluation(self, found: np.ndarray, split: str, *, show: bool = False) -> dict[str, Any]:
-        """Returns `metrics.evaluate` of a split's probabilities; with `show`, leaves some pictures for the report."""
-        labels = getattr(self.data, f"{split}_labels")
-        counts = self.data.counts  # shot groups go by what is trained on
-        chosen = gallery.choose(found, labels, counts) if show else ()
-        if len(chosen) and cluster.is_primary():
-            images = np.stack([getattr(self.data, f"{split}_images")[i] for i in chosen])
-            shown = gallery.Gallery(images, labels[chosen], found[chosen].argmax(1), found[chosen].max(1))
-            gallery.write(self.workdir / report.GALLERY, shown)
-        return metrics.evaluate(found, labels, counts)
+        return results_lib.on_split(self.data, split, size, self.config.data.workers)
 
     def results(self) -> dict[str, Any]:
         """Evaluates the last and the best-on-validation state; the one time that the test split is read."""
-        last = self._result(self.loop.bilevel, self.step, show=True)
+        last, best = self.classifier(self.loop.bilevel, self.step), None
         scores = [row["balanced_accuracy"] for row in self.log.rows if row["kind"] == "val"]
-        best_step = self.checkpoints.best_step(max(scores, default=0.0))
-        best = None
-        if best_step is not None:
-            same = best_step == self.step
-            best = last if same else self._result(self.checkpoints.restore(best_step, self.loop)[0].bilevel, best_step)
-        return {
-            "method": self.config.method.name,
-            "seed": self.config.train.seed,
-            "split": "test" if self.config.eval.test else "val",
-            "last": last,
-            "best": best,
+        if (step := self.checkpoints.best_step(max(scores, default=0.0))) is not None:
+            same = step == self.step
+            best = last if same else self.classifier(self.checkpoints.restore(step, self.loop)[0].bilevel, step)
+        wanted = {"val": self.has_validation, "test": self.config.eval.test}
+        asked = {split: self.asked(split) if is_there else None for split, is_there in wanted.items()}
+        split = "test" if self.config.eval.test else "val"
+
+        def show(answers: Answers) -> None:
+            if cluster.is_primary():
+                images, place = getattr(self.data, f"{split}_images"), Workdir(self.workdir).gallery
+                gallery.write(place, images, answers.labels, answers.probabilities, self.data.counts)
+
+        return results_lib.of_run(last, best, asked, split, calibrate=True, show=show) | {
             "train_seconds": self.train_seconds,
             "input_wait": self.feed.waited() if self.feed else 0.0,
             "versions": self.versions,
         }
-
-    def _result(self, state: BilevelState, step: int, *, show: bool = False) -> dict[str, Any]:
-        wanted = {"val": self.has_validation, "test": self.config.eval.test}
-        found = {split: self.probabilities(state, split) for split, is_there in wanted.items() if is_there}
-        *_, shown = found
-        evaluations = {s: self._evaluation(p, s, show=show and s == shown) for s, p in found.items()}
-        return {
-            "step": step,
-            "epoch": -(-step // self.experiment.steps_per_epoch),
-            **{split: evaluations.get(split) for split in wanted},
-            "calibration": self._calibration(found) if self.has_validation else None,
-        }
-
-    def _calibration(self, found: dict[str, np.ndarray]) -> dict[str, Any]:
-        """Returns the temperature that suits validation best, and each split's calibration error with it."""
-        labels = {split: getattr(self.data, f"{split}_labels") for split in found}
-        temperature = metrics.fit_temperature(found["val"], labels["val"])
-        errors = {}
-        for split, probabilities in found.items():
-            scaled = metrics.with_temperature(probabilities, temperature)
-            bins = metrics.reliability_bins(scaled.max(axis=1), scaled.argmax(axis=1) == labels[split])
-            errors[split] = metrics.expected_calibration_error(bins)
-        return {"temperature": temperature, "ece": errors}
 
 
 def _progress_bar() -> progress.Progress:
@@ -612,22 +528,3 @@ def _tell_convolutions(step: int, now: str, before: str) -> None:
     """Says so where a run goes on with convolutions that are computed in another way."""
     if before != now and cluster.is_primary():
         print(f"goes on from step {step} with convolutions by {now}, before: {before}; sums are rounded differently")
-
-
-def versions() -> dict[str, str]:
-    """Returns the versions of what numbers depend on, and the devices; "unknown" where a package does not tell."""
-    names = ("jax", "flax", "optax", "orbax-checkpoint", "numpy")
-    return {
-        "mfm-jax": mfm_jax.__version__,  # of this source, which need not be installed
-        **{name: _version(name) for name in names},
-        "python": platform.python_version(),
-        "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-        "convolutions": native.lowering(),
-    }
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "unknown"

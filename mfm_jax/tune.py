@@ -6,19 +6,19 @@ scores, so that tuning that was interrupted goes on with the same command. A tri
 (`eval.test = False`).
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mfm_jax import config as config_lib
-from mfm_jax import runs
+from mfm_jax import disk, runs
 from mfm_jax.errors import UserError
 from mfm_jax.methods.table import METHODS, Choice, Span
 
 if TYPE_CHECKING:
     import optuna
 
+BEST = "best.json"  # in the folder of trials: the values, and how many trials they took
 Fields = dict[str, dict[str, Any]]
 # What is searched for every method: methods differ in the gradient's size, so one rate for all would favour some.
 COMMON: Mapping[str, Span | Choice] = {"optim.learning_rate": Span(0.01, 0.3, log=True)}
@@ -77,7 +77,7 @@ def tune(method: str, fields: Fields, trials: int, folder: Path, jobs: int = 1) 
         "trials": trials,
         "scored": len(scored),
     }
-    (folder / "best.json").write_text(json.dumps(best, indent=1))
+    disk.write_object(folder / BEST, best)
     return study.best_params
 
 

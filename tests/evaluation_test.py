@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import shutil
-import types
 
 import jax
 import pytest
@@ -11,10 +10,11 @@ from PIL import Image
 from predict_test import changed
 
 from mfm_jax import data as data_lib
-from mfm_jax import evaluation, integrity, train
+from mfm_jax import evaluation, integrity
 from mfm_jax.config import Eval
 from mfm_jax.data import sources
 from mfm_jax.errors import UserError
+from mfm_jax.workdir import Workdir
 
 
 @pytest.fixture(autouse=True)
@@ -60,9 +60,9 @@ def test_a_folder_of_pictures_may_have_been_given_another_name(trained_run):
     """`data.root` is not compared, and the name that the manifest takes from it is not either; other images are."""
     _, workdir, _ = trained_run
     manifest = json.loads((workdir / "manifest.json").read_text())
-    train.check_split(types.SimpleNamespace(manifest={**manifest, "dataset": "another name"}), workdir)
+    Workdir(workdir).check_split({**manifest, "dataset": "another name"})
     with pytest.raises(UserError, match="not what this run began with"):
-        train.check_split(types.SimpleNamespace(manifest={**manifest, "version": "2"}), workdir)
+        Workdir(workdir).check_split({**manifest, "version": "2"})
 
 
 def test_the_training_split_has_a_report_of_its_own(trained_run, tmp_path):

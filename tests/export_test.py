@@ -213,7 +213,7 @@ def test_a_run_is_not_overwritten(trained_run):
 
 
 def test_a_run_that_has_not_finished_is_not_exported(trained_run, tmp_path):
-    for name in ("config.json", classifier.FILE, "manifest.json"):
+    for name in ("config.json", "classifier.json", "manifest.json"):
         (tmp_path / name).write_bytes((trained_run.workdir / name).read_bytes())
     (tmp_path / "checkpoints").symlink_to(trained_run.workdir / "checkpoints")
     with pytest.raises(UserError, match=r"results.json: no such file"):

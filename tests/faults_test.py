@@ -31,8 +31,8 @@ from mfm_jax.checkpoint import Checkpointer, restore_phi
 from mfm_jax.config import Checkpoint, Train
 from mfm_jax.errors import UserError
 from mfm_jax.logs import MetricLog
-from mfm_jax.ownership import owned
 from mfm_jax.types import BilevelState
+from mfm_jax.workdir import Workdir
 
 
 @contextlib.contextmanager
@@ -221,8 +221,8 @@ def scalars_by_step(folder: Path) -> dict[int, float]:
 HOLD = """
 import sys, time
 from pathlib import Path
-from mfm_jax.ownership import owned
-with owned(Path(sys.argv[1])):
+from mfm_jax.workdir import Workdir
+with Workdir(Path(sys.argv[1])).owned():
     print("held", flush=True)
     time.sleep(60)
 """
@@ -235,9 +235,9 @@ def test_a_second_run_in_a_workdir_is_refused_until_the_first_is_dead(tmp_path):
         train.train_and_evaluate(config_lib.default(), tmp_path)
     holder.send_signal(signal.SIGKILL)
     holder.communicate()
-    with owned(tmp_path):
+    with Workdir(tmp_path).owned():
         assert (tmp_path / ".owner").read_text().startswith(f"process {os.getpid()} on ")
-        with pytest.raises(UserError, match="another run"), owned(tmp_path):
+        with pytest.raises(UserError, match="another run"), Workdir(tmp_path).owned():
             pass
     assert not list(tmp_path.iterdir())
 

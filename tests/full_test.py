@@ -14,8 +14,9 @@ import jax
 import pytest
 
 from mfm_jax import config as config_lib
-from mfm_jax import data, train
+from mfm_jax import data
 from mfm_jax.errors import UserError
+from mfm_jax.workdir import Workdir, read_object
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -134,6 +135,6 @@ def test_it_stops_at_its_time_and_goes_on_elsewhere_with_the_same_bits(full, tmp
     for name in names:
         moved, whole = (tmp_path / runs / name / "seed0" for runs in ("moved", "whole"))
         assert (moved / "metrics.jsonl").read_text() == (whole / "metrics.jsonl").read_text()
-        found, expected = (train.read_object(folder / "results.json") for folder in (moved, whole))
+        found, expected = (read_object(Workdir(folder).results) for folder in (moved, whole))
         assert found["last"] == expected["last"]
         assert f"| {name} | 0 | finished | 60 |" in (tmp_path / "moved" / "table.md").read_text()

@@ -15,7 +15,7 @@ import pytest
 
 from mfm_jax import config as config_lib
 from mfm_jax import experiment as experiment_lib
-from mfm_jax import health, losses, report, train
+from mfm_jax import finished, health, losses, train
 from mfm_jax import loop as loop_lib
 
 GUESS = health.Guess(equal=2.3, by_count=3.2, accuracy=0.4)
@@ -193,7 +193,7 @@ def test_a_planted_collapse_is_told_once_and_shown(tmp_path, capfd, code, overri
     for sentence in sentences:
         assert told.count(f"warning: {sentence}") == 1
         assert page.count(f"<li>{sentence.replace(chr(39), '&#39;')}</li>") == 1
-    assert report.warnings(tmp_path) == sentences
+    assert finished.warnings(tmp_path) == sentences
 
 
 def test_pictures_that_spoil_from_the_second_epoch_on_are_told(tmp_path, monkeypatch):
@@ -221,7 +221,7 @@ def test_a_run_that_goes_on_is_told_nothing_again(tmp_path, capfd):
     before = lines(tmp_path)
     assert capfd.readouterr().err.count("warning: meta_loss = ") == 1
     assert [row["code"] for row in before if row["kind"] == "warning"] == ["meta_loss"]
-    assert report.warnings(tmp_path)[0] in (tmp_path / "report.html").read_text()
+    assert finished.warnings(tmp_path)[0] in (tmp_path / "report.html").read_text()
     shutil.rmtree(tmp_path / "checkpoints/18")  # as a kill in the second epoch leaves it
     (tmp_path / "results.json").unlink()
     train.train_and_evaluate(config, tmp_path)

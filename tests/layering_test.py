@@ -7,32 +7,36 @@ from pathlib import Path
 
 import pytest
 
+from mfm_jax.workdir import Workdir
+
 PACKAGE = Path(__file__).parents[1] / "mfm_jax"
 ORDER = (
     ("errors",),
-    ("allocator", "cache", "integrity", "ownership"),
+    ("allocator", "cache", "disk", "ownership"),
+    ("integrity",),
     ("types",),
     ("fields",),
     ("methods.settings",),
     ("config",),
     ("longtail", "manifest"),
+    ("workdir",),
     ("augment",),
     ("data",),
     ("decode",),
     ("modulation",),
     ("models",),
-    ("pretrained",),
+    ("pretrained", "versions"),
     ("losses",),
     ("optim",),
     ("hypergrad", "outer", "passes"),
     ("bilevel",),
     ("methods",),
     ("parallel", "cluster"),
-    ("metrics", "gallery", "health"),
-    ("checkpoint",),
+    ("facts", "metrics", "gallery", "health"),
+    ("checkpoint", "finished"),
     ("experiment",),
     ("loop", "logs", "interruption", "classifier"),
-    ("feed",),
+    ("feed", "results"),
     ("style",),
     ("figures", "comparison_figures"),
     ("report",),
@@ -52,10 +56,12 @@ ONLY = {
     "fields": set(),
     "methods.settings": set(),
     "config": {"ml_collections"},
+    "disk": set(),
     "health": set(),
     "longtail": {"numpy"},
     "manifest": {"numpy"},
     "metrics": {"numpy", "scipy", "sklearn"},
+    "workdir": set(),
 }
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 
@@ -121,6 +127,20 @@ def test_a_module_that_needs_little_imports_little(module):
     assert set().union(*needed) <= ONLY[module]
 
 
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(PACKAGE).as_posix())
+def test_no_other_module_has_the_name_of_a_file_of_a_run(path):
+    names = {one.name for one in vars(Workdir).values() if hasattr(one, "name")} - {"tensorboard", "eval"}
+    assert {"config.json", "manifest.json", "results.json", "metrics.jsonl", ".owner"} <= names
+    tree = ast.parse(path.read_text())
+    documentation = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    texts = [
+        node.value
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in documentation
+    ]
+    assert path.name == "workdir.py" or not names & {Path(text).name for text in texts}
+
+
 def python(code: str) -> str:
     """Runs `code` in a fresh interpreter; returns what it printed on both streams."""
     command = [sys.executable, "-W", "error", "-c", code]
@@ -135,6 +155,6 @@ def test_importing_the_package_costs_and_prints_nothing():
 
 
 def test_the_report_and_the_check_need_no_jax():
-    names = ("report", "comparison", "card", "health", "metrics", "longtail", "manifest", "decode", "check")
+    names = ("report", "comparison", "card", "health", "metrics", "longtail", "manifest", "decode", "check", "finished")
     modules = ", ".join(f"mfm_jax.{name}" for name in names)
     assert python(f"import sys, {modules}; print('jax' in sys.modules)") == "False\n"

@@ -22,11 +22,13 @@ from mfm_jax import augment, classifier, interruption, models, optim, parallel, 
 from mfm_jax import config as config_lib
 from mfm_jax import data as data_lib
 from mfm_jax import experiment as experiment_lib
+from mfm_jax import facts as facts_lib
 from mfm_jax import loop as loop_lib
 from mfm_jax.errors import UserError
 from mfm_jax.methods.settings import Staged
 from mfm_jax.methods.table import METHODS
 from mfm_jax.types import Batch, no_modulation
+from mfm_jax.workdir import Workdir
 
 ALL = list(METHODS)
 STAGED = get_args(Staged)
@@ -164,19 +166,21 @@ def test_is_the_plain_classifier_at_test_time(name, finished):
     """No modulation, and nothing of what the meta set taught; a second stage is in the parameters themselves."""
     experiment, state = finished.experiment, finished.loop.bilevel
     image = jax.random.normal(jax.random.key(0), (5, *finished.data.test_images.shape[1:]))
-    probabilities = experiment.eval_step(state, image)
-    variables = {"params": experiment.params(state), "batch_stats": state.batch_stats}
+    probabilities = experiment.tested.probabilities(state, image)
+    variables = {"params": experiment.tested.params(state), "batch_stats": state.batch_stats}
     if not METHODS[name].cosine_head:
         plain = Tiny(10, jnp.float32, None).apply(variables, image)
         chex.assert_trees_all_close(probabilities, jax.nn.softmax(plain), rtol=1e-5)
     noise = jax.tree.map(lambda x: 2 * x + 1, state.phi)
     changed = experiment.eval_step(state.replace(phi=noise), image)
+    noise = jax.tree.map(lambda x: 2 * x + 1, state.mod_params)
+    changed = experiment.tested.probabilities(state.replace(mod_params=noise), image)
     if METHODS[name].retraining is None:
         chex.assert_trees_all_equal(changed, probabilities)
     else:
         assert np.abs(changed - probabilities).max() > 1e-3
         early = state.replace(step=jnp.int32(experiment.retrain_from))
-        chex.assert_trees_all_equal(experiment.params(early), state.params)
+        chex.assert_trees_all_equal(experiment.tested.params(early), state.params)
 
 
 @pytest.mark.parametrize("name", BY_KIND)
@@ -184,11 +188,11 @@ def test_is_loaded_as_it_is_tested(name, finished):
     """From the workdir alone: neither the data nor the experiment is built."""
     config, workdir, images = finished.config, finished.workdir, finished.data.test_images[:50]
     (workdir / "config.json").write_text(json.dumps(config.to_dict()))
-    facts = classifier.describe(config, finished.data)
-    (workdir / classifier.FILE).write_text(json.dumps(dataclasses.asdict(facts)))
+    facts = facts_lib.describe(config, finished.data)
+    Workdir(workdir).facts.write_text(json.dumps(dataclasses.asdict(facts)))
     loaded = classifier.load(workdir)
     normalized = augment.normalize(jnp.asarray(images), *map(jnp.asarray, (finished.data.mean, finished.data.std)))
-    expected = finished.experiment.eval_step(finished.loop.bilevel, normalized)
+    expected = finished.experiment.tested.probabilities(finished.loop.bilevel, normalized)
     np.testing.assert_allclose(loaded.probabilities(images), expected, rtol=1e-5, atol=1e-7)
     # What is exported holds the classifier's numbers and no others: no modulator, no second head.
     kept = (finished.loop.bilevel.params, finished.loop.bilevel.batch_stats, facts.mean, facts.std)

@@ -16,8 +16,9 @@ import pytest
 from absl import logging
 from PIL import Image
 
-from mfm_jax import classifier, command, decode, metrics, predict, train
+from mfm_jax import command, decode, metrics, predict, train
 from mfm_jax import data as data_lib
+from mfm_jax import facts as facts_lib
 from mfm_jax.data import sources
 from mfm_jax.errors import UserError
 from mfm_jax.methods.table import METHODS
@@ -97,7 +98,7 @@ def test_calibration_is_by_the_temperature_that_validation_chose(trained_run, te
 def test_facts_are_those_of_the_data(trained_run):
     data = data_lib.build(trained_run.config)
     facts = predict.load(trained_run.workdir).facts
-    assert facts == classifier.describe(trained_run.config, data)
+    assert facts == facts_lib.describe(trained_run.config, data)
     assert (facts.image_shape, facts.fit, facts.class_names) == ((8, 8, 1), "squeeze", tuple("0123456789"))
     assert facts.train_class_counts == tuple(data.counts)
     np.testing.assert_array_equal(np.float32(facts.mean), data.mean)
@@ -106,26 +107,26 @@ def test_facts_are_those_of_the_data(trained_run):
 def test_a_run_from_before_gets_its_facts_when_it_goes_on(trained_run, tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(trained_run.workdir, workdir)
-    for name in (classifier.FILE, "results.json"):
+    for name in ("classifier.json", "results.json"):
         (workdir / name).unlink()
-    with pytest.raises(UserError, match=r"classifier.json: missing; remove results.json beside it and run the"):
+    with pytest.raises(UserError, match=r"classifier.json: no such file; remove results.json beside it and run the"):
         predict.load(workdir)
     train.train_and_evaluate(trained_run.config, workdir)
-    assert (workdir / classifier.FILE).read_bytes() == (trained_run.workdir / classifier.FILE).read_bytes()
+    assert (workdir / "classifier.json").read_bytes() == (trained_run.workdir / "classifier.json").read_bytes()
 
 
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [
-        ("config.json", "{", "config.json: damaged, or of another version of mfm_jax: "),
-        ("config.json", "[]", "config.json: damaged, or of another version of mfm_jax: not a JSON object"),
-        ("config.json", '{"optim": {"lr": 1}}', "optim.lr: no such field"),
-        ("classifier.json", "\0", "classifier.json: damaged; remove it and results.json beside it and run"),
-        ("classifier.json", '{"class_names": []}', "classifier.json: damaged; remove it"),
+        ("config.json", "{", "config.json: damaged, not a JSON object; choose a new --workdir"),
+        ("config.json", "[]", "config.json: damaged, not a JSON object; choose a new --workdir"),
+        ("config.json", '{"optim": {"lr": 1}}', "damaged, or of another version of mfm_jax: optim.lr: no such field"),
+        ("classifier.json", "\0", "damaged, not a JSON object; remove it and results.json beside it and run"),
+        ("classifier.json", '{"class_names": []}', "classifier.json: damaged, no field 'image_shape'; remove it"),
     ],
 )
 def test_a_damaged_file_is_named_in_one_line(name, content, says, trained_run, tmp_path):
-    for file in ("config.json", classifier.FILE):
+    for file in ("config.json", "classifier.json"):
         shutil.copy(trained_run.workdir / file, tmp_path)
     (tmp_path / name).write_text(content)
     with pytest.raises(UserError) as refused:

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mfm_jax import metrics, report
+from mfm_jax import finished, metrics, report
 from mfm_jax.errors import UserError
 from mfm_jax.style import INK
+from mfm_jax.workdir import Workdir
 
 STRANGE_NAMES = ["<b>bold</b>", 'quo"te & co', "$\\notmath$", "猫"]
 
@@ -281,7 +282,7 @@ def test_resumed_run_keeps_the_later_row_and_the_order_of_steps(tmp_path):
     written = [(1, 1.0), (2, 9.0), (3, 9.0), (2, 0.5)]
     rows = [{"kind": "train", "step": step, "loss": loss} for step, loss in written]
     path.write_text("\n".join(json.dumps(row) for row in rows) + "\n\n")
-    read = [(row["step"], row["loss"]) for row in report._read_rows(path)["train"]]
+    read = [(row["step"], row["loss"]) for row in finished._rows(Workdir(tmp_path))["train"]]
     assert read == [(1, 1.0), (2, 0.5), (3, 9.0)]
 
 

@@ -14,6 +14,7 @@ import pytest
 
 from mfm_jax import compare, interruption, runs, train
 from mfm_jax import config as config_lib
+from mfm_jax.workdir import Workdir
 
 
 def run(tmp_path, name: str, **overrides) -> runs.Run:
@@ -72,16 +73,16 @@ def test_side_by_side_gives_the_same_results_and_outlives_a_failure(tmp_path, ca
         [[one] for one in planned], jobs=2, ended=lambda group, found: told.update({group[0].label: found})
     )
     assert told == {"good": [good], "bad": [bad]}
-    (line,) = runs.processes(tmp_path / "good")
+    (line,) = Workdir(tmp_path / "good").read_processes()
     assert line["of"] == "process"
     assert 0 < line["step_seconds"] < line["seconds"]
     assert 0 < line["compile_seconds"] < line["seconds"]
-    assert runs.processes(tmp_path / "bad") == []
+    assert Workdir(tmp_path / "bad").read_processes() == []
     assert bad.results is None
     assert bad.error.startswith("modulation.sites = 'stage9': the model has no such site")
     assert good.results is not None
-    assert runs.peak_memory(tmp_path / "good") > 1e7
-    assert runs.peak_memory(tmp_path / "bad") is None
+    assert Workdir(tmp_path / "good").read_peak_memory() > 1e7
+    assert Workdir(tmp_path / "bad").read_peak_memory() is None
     out = capsys.readouterr().out
     assert "good: done in" in out
     assert "s; 2 of 2 done" in out
