@@ -5,7 +5,8 @@ import json
 import pytest
 
 from mfm_jax import config as config_lib
-from mfm_jax import disk, longtail
+from mfm_jax import disk
+from mfm_jax import manifest as manifests
 from mfm_jax.errors import UserError
 from mfm_jax.workdir import Workdir, read_object, read_objects
 
@@ -81,7 +82,7 @@ def test_lines_are_read_up_to_the_first_that_is_damaged(workdir):
 
 def test_a_folder_belongs_to_the_config_that_began_there(tmp_path):
     workdir = Workdir(tmp_path / "runs" / "one")
-    manifest = longtail.make_manifest(
+    manifest = manifests.make_manifest(
         dataset="toy", version="1", class_names=("even", "odd"), settings={"seed": 0}, splits={}, overlaps={}
     )
     workdir.claim(CONFIG)
@@ -94,7 +95,7 @@ def test_a_folder_belongs_to_the_config_that_began_there(tmp_path):
     workdir.begin(CONFIG, {}, {})
     assert read_object(workdir.facts) == {"a": 1}
     assert workdir.read_config() == CONFIG
-    assert longtail.read_manifest(workdir.manifest) == manifest
+    assert manifests.read_manifest(workdir.manifest) == manifest
     workdir.facts.unlink()  # as after an older version
     workdir.begin(CONFIG, {}, {"a": 2})
     assert read_object(workdir.facts) == {"a": 2}
