@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mfm_jax import augment
+from mfm_jax import augment, tested
 from mfm_jax import experiment as experiment_lib
 from mfm_jax import facts as facts_lib
 from mfm_jax.checkpoint import Checkpointer
@@ -82,9 +82,9 @@ def load(workdir: str | Path, which: str = "last") -> Classifier:
         if which == "best":
             step = _best(checkpoints, record, workdir)
             state, _ = checkpoints.restore_tested(step)
-    tested = experiment_lib.tested(config, np.asarray(facts.train_class_counts))
-    params = tested.params(state)
-    return _of(facts, config, step, lambda image: tested.of_params(params, state.batch_stats, image))
+    plain = tested.of(config, np.asarray(facts.train_class_counts))
+    params = plain.params(state)
+    return _of(facts, config, step, lambda image: plain.of_params(params, state.batch_stats, image))
 
 
 def load_pretrained(config: Config, data: LongTailData) -> Classifier:

@@ -24,7 +24,7 @@ import numpy as np
 from jax.sharding import Mesh
 from rich import progress
 
-from mfm_jax import cluster, disk, facts, gallery, health, losses, parallel, report
+from mfm_jax import cluster, disk, facts, gallery, health, losses, parallel, preflight, recipe, report
 from mfm_jax import config as config_lib
 from mfm_jax import data as data_lib
 from mfm_jax import experiment as experiment_lib
@@ -42,7 +42,6 @@ from mfm_jax.interruption import EXIT_INTERRUPTED, Interrupted, listening
 from mfm_jax.logs import MetricLog
 from mfm_jax.loop import DeviceData, LoopState
 from mfm_jax.manifest import factor_in_words
-from mfm_jax.methods.table import METHODS, modulating
 from mfm_jax.models import native
 from mfm_jax.results import Answers, Asked
 from mfm_jax.types import META_METRICS, BilevelState
@@ -145,7 +144,7 @@ def train_together(configs: Sequence[Config], workdirs: Sequence[Path]) -> list[
 def _start(config: Config, workdir: Path, data: LongTailData, device_data: DeviceData, mesh: Mesh | None) -> "_Run":
     """Returns the run, restored if it was interrupted; leaves its config, manifest and classifier's facts there."""
     experiment, files = experiment_lib.build(config, data, mesh), Workdir(workdir)
-    _check_meta(config, data, experiment)
+    preflight.check_meta(config, data)
     files.check_split(data.manifest)
     run = _Run(config, workdir, data, experiment, device_data, mesh)
     if cluster.is_primary():  # not before: after a mistake so far the workdir is free for another config
@@ -157,22 +156,6 @@ def _start(config: Config, workdir: Path, data: LongTailData, device_data: Devic
         " on a file system that they share",
     )
     return run
-
-
-def _check_meta(config: Config, data: LongTailData, experiment: Experiment) -> None:
-    """Refuses to keep a modulator that does nothing, and meta batches larger than the meta set."""
-    if config.meta.freeze and METHODS[config.method.name].learner:
-        if not experiment.modulator:
-            raise UserError(
-                f"meta.freeze = True: {config.method.name} would learn nothing from the meta set;"
-                f" only {modulating()} can"
-            )
-        if not config.modulation.init_from:
-            raise UserError("meta.freeze = True: would keep a modulator that does nothing; set modulation.init_from")
-    if experiment.meta_step and config.meta.batch_size > (images := data.meta_table(0).size):
-        raise UserError(
-            f"meta.batch_size = {config.meta.batch_size}: the meta set has {images} images; choose at most {images}"
-        )
 
 
 def _summary(config: Config, data: LongTailData) -> str:
@@ -413,7 +396,7 @@ class _Run:
     @functools.cached_property
     def guess(self) -> health.Guess:
         counts = self.data.counts
-        equal, by_count = losses.of_guesses(experiment_lib.meta_loss(self.config), jnp.asarray(counts))
+        equal, by_count = losses.of_guesses(recipe.meta_loss(self.config), jnp.asarray(counts))
         return health.Guess(equal, by_count, float(counts.max() / counts.sum()))
 
     def _notice(self, step: int, epoch: int) -> None:

@@ -19,7 +19,7 @@ from mfm_jax import config as config_lib
 from mfm_jax import data as data_lib
 from mfm_jax import experiment as experiment_lib
 from mfm_jax import feed as feed_lib
-from mfm_jax import interruption, longtail, train
+from mfm_jax import interruption, longtail, preflight, train
 from mfm_jax import loop as loop_lib
 from mfm_jax.data import files, listing, streaming
 from mfm_jax.errors import UserError
@@ -160,8 +160,8 @@ def test_a_meta_set_of_ones_own_is_as_large_as_its_smallest_class_allows(root):
     chex.assert_shape(data.meta_table(0), (3, 1))
     learning, without = (config_lib.resolve(config(root.parent / "split", method__name=n)) for n in ("mfm", "ce"))
     with pytest.raises(UserError, match=r"meta\.batch_size = 6: the meta set has 3 images"):
-        train._check_meta(learning, data, experiment_lib.build(learning, data))
-    train._check_meta(without, data, experiment_lib.build(without, data))  # which reads no meta set
+        preflight.check_meta(learning, data)
+    preflight.check_meta(without, data)  # which reads no meta set
 
 
 def test_nothing_to_show_is_refused_before_training(root):

@@ -14,8 +14,7 @@ import numpy as np
 import pytest
 
 from mfm_jax import config as config_lib
-from mfm_jax import experiment as experiment_lib
-from mfm_jax import finished, health, losses, train
+from mfm_jax import finished, health, losses, recipe, train
 from mfm_jax import loop as loop_lib
 
 GUESS = health.Guess(equal=2.3, by_count=3.2, accuracy=0.4)
@@ -139,7 +138,7 @@ def test_each_sign_is_told_once_and_a_method_without_gamma_is_heard_too():
 @pytest.mark.parametrize("meta", [{}, {"temperature": 2.0}, {"loss": "gce"}, {"loss": "gce", "temperature": 0.5}])
 def test_the_loss_of_guesses(meta):
     counts = np.array([500, 60, 7])
-    loss = experiment_lib.meta_loss(config_lib.resolve({"meta": meta}))
+    loss = recipe.meta_loss(config_lib.resolve({"meta": meta}))
     shares = (counts / counts.sum()) ** (1 / meta.get("temperature", 1.0))
 
     def mean(share):

@@ -34,6 +34,7 @@ ORDER = (
     ("parallel", "cluster"),
     ("facts", "metrics", "gallery", "health"),
     ("checkpoint", "finished"),
+    ("preflight", "recipe", "tested"),
     ("experiment",),
     ("loop", "logs", "interruption", "classifier"),
     ("feed", "results"),

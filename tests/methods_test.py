@@ -174,7 +174,7 @@ def test_is_the_plain_classifier_at_test_time(name, finished):
     noise = jax.tree.map(lambda x: 2 * x + 1, state.phi)
     changed = experiment.eval_step(state.replace(phi=noise), image)
     noise = jax.tree.map(lambda x: 2 * x + 1, state.mod_params)
-    changed = experiment.tested.probabilities(state.replace(mod_params=noise), image)
+    changed = experiment.tested.probabilities(state.replace(phi=noise), image)
     if METHODS[name].retraining is None:
         chex.assert_trees_all_equal(changed, probabilities)
     else:
