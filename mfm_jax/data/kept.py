@@ -28,9 +28,9 @@ def cached(name: str, build: Callable[[], tuple[Pixels, Labels]]) -> tuple[Pixel
     """
     root = cache.folder()
     entry = root / name
-    found = _read_entry(entry)
-    if found is not None:
-        return found
+    kept = _read_entry(entry)
+    if kept is not None:
+        return kept
     images, labels = build()
     try:
         _write_entry(entry, images, labels)
@@ -40,7 +40,7 @@ def cached(name: str, build: Callable[[], tuple[Pixels, Labels]]) -> tuple[Pixel
 
 
 def _read_entry(entry: Path) -> tuple[Pixels, Labels] | None:
-    """Returns the arrays of a sound entry; None where there is none or it is damaged."""
+    """Returns the arrays of an entry; None where it is missing or damaged."""
     try:
         if json.loads((entry / "checksums.json").read_text()) != _checksums(entry):
             return None
