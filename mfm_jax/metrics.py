@@ -1,20 +1,17 @@
 """One evaluation of a classifier on long-tailed data, from its probabilities alone.
 
-On a long-tailed task a single accuracy hides the question. Test sets are balanced while training sets are
-not, so a classifier that has only learned the head can look respectable; and an imbalanced test set would
-reward exactly the bias the methods here try to remove. So everything starts from the recall of each class,
-and the summary numbers are plain means of those recalls: over all classes (balanced accuracy), over the shot
-groups that the literature reports (many, medium, few, by *training* count), and over thirds of the classes
-ordered by training count. The thirds exist because a shot group may be empty (CIFAR-10 has no few-shot class
-at any usual factor), and a number that is sometimes missing cannot be compared across runs.
+A single accuracy hides the question: a classifier that has only learned the head can look respectable on a balanced
+test set, and an imbalanced one would reward the bias that the methods here remove. So everything starts from the recall
+of each class, and the summary numbers are plain means of those recalls: over all classes (balanced accuracy), over the
+shot groups of the literature (many, medium, few, by *training* count), and over thirds of the classes ordered by
+training count. A shot group may be empty (CIFAR-10 has no few-shot class at any usual factor); a third never is.
 
-Two further questions are independent of where the threshold falls: does the score of a class rank its images
-above the others (ROC AUC), and does the confidence mean what it says (ECE, negative log-likelihood)? Methods
-that shift logits by a prior change the second a great deal, often without touching the first.
+Two more questions do not depend on the threshold: does the score of a class rank its images above the others (ROC AUC),
+and does the confidence mean what it says (ECE, negative log-likelihood)? Methods that shift logits by a prior change
+the second a great deal, often without touching the first.
 
-Numbers are fractions in 0..1; whoever prints them multiplies by a hundred. A quantity that does not exist for
-the data at hand (the accuracy of a class without test images, the mean of an empty group) is None, never NaN
-and never 0: None survives JSON, and nobody averages it by mistake.
+Numbers are fractions in 0..1. A quantity that does not exist for the data (the accuracy of a class without test images,
+the mean of an empty group) is None, never NaN and never 0: None survives JSON, and nobody averages it by mistake.
 """
 
 from typing import Any
