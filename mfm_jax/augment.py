@@ -11,7 +11,7 @@ from mfm_jax.config import Augment
 
 
 def crop_flip(key: jax.Array, image: jax.Array, pad: int, flip: bool) -> jax.Array:
-    """Shifts one image by up to `pad` pixels each way (reflecting at the edges) and mirrors it half the time.
+    """Returns one image, shifted by up to `pad` pixels each way (reflecting at the edges) and mirrored half the time.
 
     The same as reflect-pad, random crop and random left-right flip, written as one gather of rows and columns.
 
@@ -35,12 +35,12 @@ def crop_flip(key: jax.Array, image: jax.Array, pad: int, flip: bool) -> jax.Arr
 
 
 def _reflect(index: jax.Array, size: int) -> jax.Array:
-    """Maps an index outside [0, size) back inside, mirrored at the edge pixel."""
+    """Returns an index outside [0, size) mirrored back inside at the edge pixel."""
     return (size - 1) - jnp.abs((size - 1) - jnp.abs(index))
 
 
 def color_jitter(key: jax.Array, image: jax.Array, strength: float) -> jax.Array:
-    """Varies brightness, contrast and saturation of one image, each by a factor from 1 - strength to 1 + strength.
+    """Returns one image with brightness, contrast and saturation times factors from 1 - strength to 1 + strength.
 
     Brightness multiplies the pixels, contrast their distance from the mean luminance, saturation each pixel's distance
     from its own luminance (Rec. 601: 0.299 R + 0.587 G + 0.114 B), one after the other, cut off at 0 and 255.
@@ -60,7 +60,7 @@ def color_jitter(key: jax.Array, image: jax.Array, strength: float) -> jax.Array
 
 
 def luminance(image: jax.Array) -> jax.Array:
-    """Returns the luminance `[H, W, 1]` of `[H, W, C]` (Rec. 601); a grey image is its own."""
+    """Returns the luminance `[H, W, 1]` of `[H, W, C]` (Rec. 601); a grey image is returned."""
     if image.shape[-1] == 1:
         return image
     return (image * jnp.array([0.299, 0.587, 0.114], image.dtype).reshape(1, 1, 3)).sum(-1, keepdims=True)
@@ -71,7 +71,7 @@ def _away_from(origin: jax.Array, image: jax.Array, factor: jax.Array) -> jax.Ar
 
 
 def augment_batch(key: jax.Array, images: jax.Array, settings: Augment) -> jax.Array:
-    """Applies `crop_flip` and `color_jitter`, as set, to each of `images` `[B, H, W, C]` with a key of its own."""
+    """Returns `images` `[B, H, W, C]` under `crop_flip` and `color_jitter`, as set, each with a key of its own."""
     pad = settings.pad if settings.crop == "shift" else 0
 
     def one(key: jax.Array, image: jax.Array) -> jax.Array:
@@ -86,7 +86,7 @@ def augment_batch(key: jax.Array, images: jax.Array, settings: Augment) -> jax.A
 
 
 def mixup(key: jax.Array, images: jax.Array, labels: jax.Array, alpha: float) -> tuple[jax.Array, ...]:
-    """Mixes each image with another of the batch, at random, seldom itself: `share x_i + (1 - share) x_j`.
+    """Returns each image mixed with a random one of the batch, seldom itself: `share x_i + (1 - share) x_j`.
 
     The share is drawn for each pair from Beta(alpha, alpha) and, as a pair has no order, taken as the larger part: the
     first label is the one that the image has more of.

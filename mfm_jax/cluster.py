@@ -1,8 +1,8 @@
-"""Several processes that train as one: `jax.distributed` connects them, and what this program asks of it is here.
+"""Several processes that train as one, connected by `jax.distributed`.
 
-Every process runs the same command on the same data and workdir, which lies on a file system that all of them share.
-Each computes its part of every batch; process 0 alone writes logs and reports, and the checkpoints are everyone's. What
-a process does must follow from the step, not from its clock: all enter the same collectives in the same order.
+Every process runs the same command on the same data and run folder, on a file system that all of them share. Each
+computes its part of every batch and writes its part of a checkpoint; process 0 alone writes logs and reports. What a
+process does must follow from the step, not from its clock: all enter the same collectives in the same order.
 
 A process that dies ends the job: the others fail in their next collective, or learn of it from the heartbeats that
 stopped, and end too. Nothing waits without a time-out.
@@ -30,7 +30,7 @@ BARRIER_SECONDS = 300  # the longest that processes wait for each other; nothing
 _LEAVE_SECONDS = 5
 _ORBAX_BARRIERS = "experimental_orbax_use_distributed_barrier"  # those with time-outs, also of 300 s
 _barriers = itertools.count()
-# What errors say that come from another process's end, not from this one's doing.
+# Words in errors that come from the end of another process.
 _LOST = ("Gloo", "NCCL", "UNAVAILABLE", "DEADLINE_EXCEEDED", "heartbeat", "coordination service")
 
 
@@ -39,11 +39,11 @@ def join(coordinator: str, processes: int | None, process: int | None) -> None:
 
     Args:
       coordinator: `HOST:PORT` of process 0, or `auto`: JAX finds the job by itself (Slurm, TPU pod, Kubernetes, MPI).
-      processes: how many there are; not with `auto`.
-      process: the number of this one; not with `auto`.
+      processes: their number; not with `auto`.
+      process: the index of this one; not with `auto`.
 
     Raises:
-      UserError: arguments that do not fit, or the job cannot be found or reached.
+      UserError: arguments that do not fit together, no job, or one that cannot be reached.
     """
     _check(coordinator, processes, process)
     if not coordinator:
@@ -82,7 +82,7 @@ def _check(coordinator: str, processes: int | None, process: int | None) -> None
 
 
 def is_primary() -> bool:
-    """Whether this is process 0, the one that writes."""
+    """Returns whether this is process 0, the one that writes."""
     return jax.process_index() == 0
 
 
@@ -98,16 +98,16 @@ def barrier(name: str, seconds: int = BARRIER_SECONDS) -> None:
 
 def check_agreed(text: str, message: str) -> None:
     """Raises `UserError(message)` in every process where `text` is not the same in all."""
-    found = np.uint32(zlib.crc32(text.encode()))
-    if len(np.unique(multihost_utils.process_allgather(found))) > 1:
+    checksum = np.uint32(zlib.crc32(text.encode()))
+    if len(np.unique(multihost_utils.process_allgather(checksum))) > 1:
         raise UserError(message)
 
 
 def agreed_stop() -> Callable[[int], bool]:
-    """Returns `stopped(step)`, to be asked before each call of the step; it turns true at one step in all processes.
+    """Returns `stopped(step)`, to be called before each call of the step; it turns true at one step in all processes.
 
     SIGTERM at any process starts it. JAX's preemption service, which listens for the signal, then names the step after
-    the last that a process has asked for; it is told every number once.
+    the last that a process has asked for; each step is asked for once.
     """
     asked, reached = -1, False
 
@@ -121,8 +121,8 @@ def agreed_stop() -> Callable[[int], bool]:
     return stopped
 
 
-def told_lost(error: Exception) -> bool:
-    """Whether `error` comes of another process's end; if so, says that in a line."""
+def reported_lost(error: Exception) -> bool:
+    """Returns whether `error` comes from the end of another process; if so, prints a line."""
     lost = jax.distributed.is_initialized() and any(word in str(error) for word in _LOST)
     if lost:
         print(
@@ -137,15 +137,15 @@ def told_lost(error: Exception) -> bool:
 def bound_together(status_if_lost: int) -> Iterator[None]:
     """Ends this process at once where the body fails in it alone, or because another process has ended.
 
-    Nothing is closed then: a save that is under way would wait for the others, or they for this one. What all
-    processes meet alike, a mistake or an interruption, is raised.
+    Nothing is closed then: a save that is under way would wait for the others, or they for this one. A mistake or an
+    interruption that all processes meet is raised.
     """
     try:
         yield
     except Exception as error:
         if not jax.distributed.is_initialized():
             raise
-        if told_lost(error):
+        if reported_lost(error):
             _end(status_if_lost)
         if _all_come():
             raise
@@ -157,14 +157,14 @@ def bound_together(status_if_lost: int) -> Iterator[None]:
 
 
 def leave(status: int) -> int:
-    """Returns the exit status, if all processes end with one; otherwise ends this one, so that none waits for it."""
+    """Returns `status` if all processes leave with one; otherwise ends this one, so that none waits for it."""
     if status and jax.distributed.is_initialized() and not _all_come():
         _end(status)
     return status
 
 
 def _all_come() -> bool:
-    """Waits a little for all processes to come here, and tells whether they have."""
+    """Returns whether all processes come here within a few seconds."""
     try:
         barrier("all come", _LEAVE_SECONDS)
     except jax.errors.JaxRuntimeError:
@@ -173,7 +173,7 @@ def _all_come() -> bool:
 
 
 def _end(status: int) -> NoReturn:
-    """Ends this process without a word to the others."""
+    """Ends this process without notice to the others."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)

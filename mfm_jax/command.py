@@ -1,4 +1,4 @@
-"""What the commands share: the `--config` flag, its overrides, and errors told in one line."""
+"""What the commands share: the `--config` flag, its overrides, and one line for an error."""
 
 import argparse
 import os
@@ -20,7 +20,7 @@ from mfm_jax.errors import UserError
 from mfm_jax.interruption import EXIT_INTERRUPTED, NOTICE, Interrupted, terminable
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="Path of a config file.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder for everything that is written.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "The run folder, for everything that is written.")
 _NOTICE = flags.DEFINE_string(
     "preemption_notice",
     "",
@@ -36,7 +36,7 @@ def config() -> ml_collections.ConfigDict:
 
 
 def workdir() -> Path:
-    """Returns `--workdir`; a leading `~` is the home folder, which a shell leaves as it is after `=`."""
+    """Returns `--workdir`; a leading `~`, which a shell does not expand after `=`, is the home folder."""
     return Path(os.path.expanduser(_WORKDIR.value or ""))
 
 
@@ -49,7 +49,7 @@ class Parser(argparse.ArgumentParser):
     """The arguments of a command that needs no config; a mistake in them ends the program with one line, status 2."""
 
     def __init__(self, name: str, about: str | None):
-        """Makes one for `python -m mfm_jax.NAME`; `about` is what `--help` tells."""
+        """Makes one for `python -m mfm_jax.NAME`; `--help` prints `about`."""
         form = argparse.RawDescriptionHelpFormatter
         super().__init__(f"python -m mfm_jax.{name}", description=about, formatter_class=form, allow_abbrev=False)
 
@@ -66,7 +66,7 @@ def whole_number(text: str, least: int = 1) -> int:
 
 
 def guarded(main: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
-    """Returns the status of `main(argv)`; a `UserError`, an interruption or a lost process is told in one line."""
+    """Returns the status of `main(argv)`; an expected end (`UserError`, interruption, lost process) prints one line."""
     try:
         return cluster.leave(_status(main, argv))
     except Exception:
@@ -77,7 +77,7 @@ def guarded(main: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
 
 
 def _status(main: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
-    logging.set_verbosity(logging.FATAL)  # Orbax tells every step of every save, and of a failed one its tracebacks
+    logging.set_verbosity(logging.FATAL)  # Orbax logs every step of every save, and the tracebacks of a failed one
     # A program that was compiled once is not compiled again, by this run's continuation or by the next seed's.
     if not jax.config.values["jax_compilation_cache_dir"]:
         jax.config.update("jax_compilation_cache_dir", str(cache.folder() / "xla"))
@@ -93,7 +93,7 @@ def _status(main: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
             print(error if isinstance(error, Interrupted) else Interrupted(), file=sys.stderr)
         return EXIT_INTERRUPTED
     except Exception as error:
-        if not cluster.told_lost(error):
+        if not cluster.reported_lost(error):
             raise
         return EXIT_INTERRUPTED
 
@@ -116,7 +116,7 @@ def _parse(argv: Sequence[str]) -> Sequence[str]:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     if _NOTICE.value:
-        os.environ[NOTICE] = _NOTICE.value  # there for the processes that this one starts, too
+        os.environ[NOTICE] = _NOTICE.value  # for the processes that this one starts, too
     return rest
 
 

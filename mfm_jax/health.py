@@ -1,14 +1,14 @@
-"""What a run should be told about itself: signs that the meta pass has come to nothing.
+"""Warnings of a run: signs that the meta pass has come to nothing.
 
-A meta learner that has broken down stops nothing: the training loss goes on falling. `notices` looks at the rows that a
-run has logged, at the end of an epoch, and names the field to look at. It gives each sign once a run.
+A meta learner that has broken down stops nothing: the training loss goes on falling. `notices` reads the rows that a
+run has logged, at the end of an epoch, and returns each sign once a run, with the fields to look at.
 
   meta_loss      the mean meta loss of an epoch is above that of a guess.
   meta_gradient  its mean norm is 100 times that of one of the last three epochs.
   phi_still      gamma and beta have not moved for three epochs, though the meta loss is far from low.
   phi_bound      gamma has been at the bound of tanh for three epochs, or beta beyond any use.
 
-What is no sign, and happens in runs that end well:
+No sign are these, which happen in runs that end well:
 
   - Under `meta.bn=running` the averages lag in the first steps, and the meta loss is several times that of a guess.
   - A classifier first learns how often each class comes. On a balanced set such a guess is worse than an equal one, by
@@ -35,7 +35,7 @@ _GAMMA_BOUND, _BETA_BOUND = 0.98, 20.0  # at 0.98 the slope of tanh is 0.04
 
 
 class Notice(NamedTuple):
-    """A sign, by its name and for the user."""
+    """A warning: the name of the sign, and a sentence for the user."""
 
     code: str
     sentence: str
@@ -43,7 +43,7 @@ class Notice(NamedTuple):
 
 @dataclass(frozen=True)
 class Guess:
-    """What a classifier reaches that has seen no image.
+    """The numbers of a classifier that has seen no image.
 
     equal: the meta loss of equal probabilities; log K for the cross-entropy.
     by_count: the meta loss, on a balanced set, of the classes' shares of the training images.
@@ -56,15 +56,14 @@ class Guess:
 
 
 def notices(rows: Sequence[Mapping[str, Any]], config: Config, guess: Guess) -> list[Notice]:
-    """Returns what the newest epoch shows for the first time.
+    """Returns the warnings that the newest epoch gives for the first time.
 
     Args:
-      rows: of `metrics.jsonl`, in order, those of kind `warning` included; the newest epoch's `train` and `modulation`
-        are there.
+      rows: of `metrics.jsonl`, in order, with those of kind `warning` and the newest epoch's `train` and `modulation`.
       config: the run's.
       guess: of the run's classes and meta loss.
     """
-    told = {row["code"] for row in rows if row["kind"] == KIND}
+    given = {row["code"] for row in rows if row["kind"] == KIND}
     train = [row for row in rows if row["kind"] == "train"]
     if not train or "meta_loss" not in train[-1]:  # no meta-step in it: none is due, or phi is frozen
         return []
@@ -72,7 +71,7 @@ def notices(rows: Sequence[Mapping[str, Any]], config: Config, guess: Guess) -> 
     if modulation := [row for row in rows if row["kind"] == "modulation"]:
         signs["phi_still"] = _phi_still(train, modulation, guess)
         signs["phi_bound"] = _phi_bound(modulation, bounded=config.modulation.form != "direct")
-    return [Notice(code, sentence) for code, sentence in signs.items() if sentence and code not in told]
+    return [Notice(code, sentence) for code, sentence in signs.items() if sentence and code not in given]
 
 
 def _meta_loss(train: Sequence[Mapping[str, Any]], guess: Guess) -> str | None:

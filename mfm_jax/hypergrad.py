@@ -32,7 +32,7 @@ from mfm_jax.types import PyTree
 TrainLoss = Callable[[PyTree, PyTree], tuple[jax.Array, Any]]
 # params -> (scalar loss, aux)
 MetaLoss = Callable[[PyTree], tuple[jax.Array, Any]]
-# grads -> (new params, aux); aux is where the new optimizer state goes
+# grads -> (new params, aux); aux holds the new optimizer state
 Update = Callable[[PyTree], tuple[PyTree, Any]]
 
 
@@ -43,7 +43,7 @@ class Hypergrad(NamedTuple):
     train: (loss, aux) of the inner loss at (w, phi).
     meta: (loss, aux) of the meta loss at w_hat.
     inner_grad: g, like `params`.
-    updated: (U(w, g), aux): the full update, which a lagged real step takes as it is.
+    updated: (U(w, g), aux): the full update, which is also a lagged real step.
     """
 
     grad: PyTree

@@ -1,4 +1,4 @@
-"""How a program that is to be stopped learns of it: SIGTERM, Ctrl-C, or a notice of pre-emption.
+"""Stops a program on SIGTERM, Ctrl-C or a notice of pre-emption.
 
 The training loop asks, finishes its step and saves (`listening`); elsewhere nothing needs saving (`terminable`). Either
 way the program ends by `Interrupted`, with the status `EXIT_INTERRUPTED`.
@@ -23,7 +23,7 @@ _LOOK_SECONDS = 0.5
 
 
 class Interrupted(Exception):
-    """SIGTERM, Ctrl-C or a notice of pre-emption arrived; `saved` tells what was saved, where that was needed."""
+    """SIGTERM, Ctrl-C or a notice of pre-emption arrived; `saved` says what was saved, where that was needed."""
 
     def __init__(self, saved: str = ""):
         super().__init__("; ".join(filter(None, ("interrupted", saved, "run the same command to go on"))))
@@ -31,10 +31,9 @@ class Interrupted(Exception):
 
 @contextlib.contextmanager
 def listening() -> Iterator[Callable[[int], bool]]:
-    """Yields a function of the step that tells whether SIGTERM, Ctrl-C or a notice of pre-emption has arrived.
+    """Yields `step -> bool`: whether SIGTERM, Ctrl-C or a notice of pre-emption has arrived.
 
-    Outside the main thread a process gets no signals. Of several processes, one that has got a signal stops all at
-    one step.
+    Outside the main thread a process gets no signals. With several processes, a signal to one stops all at one step.
     """
     received: list[int] = []
     notice = _Notice(os.environ.get(NOTICE, ""))
@@ -62,7 +61,7 @@ def listening() -> Iterator[Callable[[int], bool]]:
 
 @contextlib.contextmanager
 def terminable() -> Iterator[None]:
-    """Has SIGTERM end the body as an interruption, wherever it is but in training, which listens itself and saves."""
+    """Raises `Interrupted` in the body on SIGTERM; training, which saves first, uses `listening` instead."""
 
     def interrupt(number: int, frame: object) -> None:
         raise Interrupted
@@ -82,14 +81,14 @@ class _Notice:
         self._seen, self._looked = False, time.monotonic()
 
     def arrived(self) -> bool:
-        """Looks twice a second."""
+        """Returns whether the file has appeared or changed; looks twice a second."""
         if self._path and not self._seen and time.monotonic() - self._looked > _LOOK_SECONDS:
             self._looked = time.monotonic()
             self._seen = self._written(self._path) not in (None, self._before)
         return self._seen
 
     def passed_on(self) -> bool:
-        """Tells the other processes as well, by the signal that they agree on; returns False."""
+        """Passes a notice on to all processes, by the signal that they agree on; returns False."""
         if not self._seen and self.arrived():
             os.kill(os.getpid(), signal.SIGTERM)
         return False

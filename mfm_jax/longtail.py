@@ -192,10 +192,10 @@ def hold_out(
 ) -> npt.NDArray[np.bool_]:
     """Returns which of the records (labels [N], groups of length N) are held out, bool [N].
 
-    Of a class with n records `round(fraction * n)` are, but at most `most`, and at least one where it has two or more;
-    never all. Records of one group (other than "") go together: groups are taken at random, for the rarest class first,
-    until a class has its share; one that would leave a class without a record is passed over. So a class may get more
-    than its share, or, where all its records are of one group, none.
+    A class with n records gives `round(fraction * n)`, at most `most`, at least one if it has two or more, and never
+    all. Records of one group (other than "") stay together: groups are taken at random, for the rarest class first,
+    until a class has its share; a group that would leave a class without a record is passed over. So a class may give
+    more than its share, or none if all its records are of one group.
     """
     counts = np.bincount(labels, minlength=num_classes)
     wanted = np.zeros_like(counts)
@@ -264,8 +264,8 @@ def shot_groups(counts: npt.ArrayLike) -> dict[str, Ints]:
     `many`, `medium` and `few` hold more than 100, 20 to 100 and fewer than 20 training images (Liu et al.,
     "Large-Scale Long-Tailed Recognition in an Open World", arXiv:1904.05160); any of them may be empty.
     `rarest_third` and `head_third` hold the `max(K // 3, 1)` classes with the fewest and the most images,
-    `middle_third` the rest (a single class is the rarest). Of two classes with equal counts the later one
-    passes for the rarer: that is their order before the profile was truncated to whole images.
+    `middle_third` the rest (a single class is the rarest). With equal counts the later class passes
+    for the rarer: that is their order before the profile was truncated to whole images.
     """
     count = np.asarray(counts, np.int64)
     num_classes = len(count)

@@ -1,10 +1,12 @@
 """Per-example losses on logits, and the class priors and class weights that some of them need.
 
-Every loss maps `(logits [B, K], labels [B])` to `[B]`: weighting and averaging are the caller's business.
+Every loss maps floating-point logits `[B, K]` and integer labels `[B]` to `[B]` and refuses other ranks and types with
+an `AssertionError` (chex). The caller weighs and averages.
 """
 
 import math
 
+import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -31,8 +33,19 @@ def of_guesses(loss: LossFn, counts: jax.Array) -> tuple[float, float]:
     return mean(jnp.zeros_like(prior)), mean(prior)
 
 
+def _check(logits: jax.Array, labels: jax.Array) -> None:
+    chex.assert_rank([logits, labels], [2, 1])
+    chex.assert_type([logits, labels], [float, int])
+    chex.assert_equal_shape_prefix([logits, labels], 1)
+
+
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """Returns `-log softmax(logits)[y]`, `[B]`, in nats."""
+    """Returns `-log softmax(logits)[y]`, `[B]`, in nats.
+
+    >>> cross_entropy(jnp.zeros((1, 4)), jnp.array([2])).round(3)
+    Array([1.386], dtype=float32)
+    """
+    _check(logits, labels)
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
 
 
@@ -40,6 +53,9 @@ def logit_adjusted(counts: jax.Array, tau: float = 1.0) -> LossFn:
     """Returns the logit-adjusted cross-entropy `-log softmax(logits + tau * log prior)[y]`.
 
     With `tau = 1` it is balanced softmax, with `tau = 0` the cross-entropy.
+
+    >>> logit_adjusted(jnp.array([3, 1]))(jnp.zeros((1, 2)), jnp.array([1])).round(3)
+    Array([1.386], dtype=float32)
 
     Args:
       counts: training images of each class, `[K]`, all at least 1.
@@ -52,15 +68,19 @@ def logit_adjusted(counts: jax.Array, tau: float = 1.0) -> LossFn:
     offset = tau * log_prior(counts)[None, :]
 
     def loss(logits: jax.Array, labels: jax.Array) -> jax.Array:
+        _check(logits, labels)
         return cross_entropy(logits + offset.astype(logits.dtype), labels)
 
     return loss
 
 
 def focal(gamma: float = 2.0) -> LossFn:
-    """Returns the focal loss `-(1 - p_y)^gamma log p_y`: what is classified well already counts for little.
+    """Returns the focal loss `-(1 - p_y)^gamma log p_y`: images that are classified well count for little.
 
     With `gamma = 0` it is the cross-entropy.
+
+    >>> focal(gamma=2.0)(jnp.zeros((1, 2)), jnp.array([0])).round(3)
+    Array([0.173], dtype=float32)
 
     References:
       Lin et al., Focal loss for dense object detection, ICCV 2017, eq. 4.
@@ -76,16 +96,19 @@ def focal(gamma: float = 2.0) -> LossFn:
 
 
 def ldam(counts: jax.Array, max_margin: float = 0.5, scale: float = 30.0) -> LossFn:
-    """Returns the label-distribution-aware margin loss: cross-entropy with `scale * margin_y` off the label's logit.
+    """Returns the label-distribution-aware margin loss: cross-entropy with the label's logit less `scale * margin_y`.
 
     The margin of class k is `max_margin (n_min / n_k)^(1/4)`: rarer classes are held further from the boundary. The
     logits are `scale` times a cosine, as `methods.heads.cosine` makes them, so that the margin is one of cosines. With
     `max_margin = 0` it is the cross-entropy of those scaled cosines.
 
+    >>> ldam(jnp.array([16, 1]), max_margin=0.5, scale=2.0)(jnp.zeros((1, 2)), jnp.array([1])).round(3)
+    Array([1.313], dtype=float32)
+
     Args:
       counts: training images of each class, `[K]`, all at least 1.
       max_margin: margin of the rarest class.
-      scale: what the cosines were multiplied by.
+      scale: factor of the cosines.
 
     References:
       Cao et al., Learning imbalanced datasets with label-distribution-aware margin loss, NeurIPS 2019 (LDAM loss).
@@ -94,6 +117,7 @@ def ldam(counts: jax.Array, max_margin: float = 0.5, scale: float = 30.0) -> Los
     offset = -scale * max_margin * (counts.min() / counts) ** 0.25
 
     def loss(logits: jax.Array, labels: jax.Array) -> jax.Array:
+        _check(logits, labels)
         own = jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype)
         return cross_entropy(logits + own * offset.astype(logits.dtype)[None, :], labels)
 
@@ -103,8 +127,11 @@ def ldam(counts: jax.Array, max_margin: float = 0.5, scale: float = 30.0) -> Los
 def dice(alpha: float = 0.1) -> LossFn:
     """Returns the self-adjusting Dice loss `1 - (2 f + 1) / (f + 2)`, `f = (1 - p_y)^alpha p_y`.
 
-    It takes no account of how many easy negatives there are. `f` is largest, and the loss smallest, at
-    `p_y = 1 / (1 + alpha)`: a large alpha keeps a classifier from becoming sure. With `alpha = 0` it is the Dice loss.
+    The number of easy negatives does not enter. `f` is largest, and the loss smallest, at `p_y = 1 / (1 + alpha)`: a
+    large alpha keeps a classifier from becoming sure. With `alpha = 0` it is the Dice loss.
+
+    >>> dice(alpha=1.0)(jnp.zeros((1, 2)), jnp.array([0])).round(3)
+    Array([0.333], dtype=float32)
 
     References:
       Li et al., Dice loss for data-imbalanced NLP tasks, ACL 2020 (DSC), with the smoothing term 1.
@@ -122,8 +149,11 @@ def dice(alpha: float = 0.1) -> LossFn:
 def smoothed(loss: LossFn, amount: float) -> LossFn:
     """Returns `(1 - amount) loss(z, y) + amount / K sum_k loss(z, k)`; label smoothing, for any per-example loss.
 
-    For the cross-entropy this is the cross-entropy to the smoothed label. It evaluates `loss` for every class: K times
-    the cost of the loss; `[K, B]` of memory where the loss only looks the label up, `[K, B, K]` for LDAM.
+    For the cross-entropy this is the cross-entropy to the smoothed label. `loss` is evaluated for every class: K times
+    its cost, and `[K, B]` of memory where it only looks the label up, `[K, B, K]` for LDAM.
+
+    >>> smoothed(cross_entropy, 0.5)(jnp.array([[0.0, 1.0]]), jnp.array([1])).round(3)
+    Array([0.563], dtype=float32)
 
     References:
       Szegedy et al., Rethinking the Inception architecture for computer vision, CVPR 2016, section 7.
@@ -168,6 +198,9 @@ def generalized_cross_entropy(logits: jax.Array, labels: jax.Array, q: float = 0
 
     `q -> 0` gives the cross-entropy, `q = 1` the mean absolute error.
 
+    >>> generalized_cross_entropy(jnp.zeros((1, 2)), jnp.array([0])).round(3)
+    Array([0.549], dtype=float32)
+
     References:
       Zhang and Sabuncu, Generalized cross entropy loss for training deep neural networks with noisy labels,
       NeurIPS 2018, eq. 6.
@@ -176,5 +209,14 @@ def generalized_cross_entropy(logits: jax.Array, labels: jax.Array, q: float = 0
 
 
 def with_temperature(loss: LossFn, temperature: float) -> LossFn:
-    """Returns `loss` of `logits / temperature`: above 1 it softens the probabilities."""
-    return lambda logits, labels: loss(logits / temperature, labels)
+    """Returns `loss` of `logits / temperature`: above 1 it softens the probabilities.
+
+    >>> with_temperature(cross_entropy, 2.0)(jnp.array([[0.0, 2.0]]), jnp.array([0])).round(3)
+    Array([1.313], dtype=float32)
+    """
+
+    def softened(logits: jax.Array, labels: jax.Array) -> jax.Array:
+        _check(logits, labels)
+        return loss(logits / temperature, labels)
+
+    return softened

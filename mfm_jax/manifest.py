@@ -75,7 +75,7 @@ def manifest_hash(manifest: Mapping[str, Any]) -> str:
 
 
 def factor_in_words(manifest: Mapping[str, Any]) -> str:
-    """Returns the imbalance factor of a split: as set, or, of data taken as it is, that of its training counts."""
+    """Returns the imbalance factor of a split: as set, or that of the training counts of natural data."""
     if manifest.get("protocol") != "natural" or manifest["imbalance_factor"] > 1:
         return f"{manifest['imbalance_factor']:g}"
     counts = manifest["splits"]["train"]["class_counts"]
@@ -103,7 +103,7 @@ def read_manifest(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def parse_manifest(text: str, path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Returns the manifest that `text` is; `path` is where it was found, for messages.
+    """Returns the manifest that `text` is; `path` names its file in messages.
 
     Raises:
       UserError: it is not a manifest, or was changed after it was written.

@@ -1,20 +1,17 @@
 """One evaluation of a classifier on long-tailed data, from its probabilities alone.
 
-On a long-tailed task a single accuracy hides the question. Test sets are balanced while training sets are
-not, so a classifier that has only learned the head can look respectable; and an imbalanced test set would
-reward exactly the bias the methods here try to remove. So everything starts from the recall of each class,
-and the summary numbers are plain means of those recalls: over all classes (balanced accuracy), over the shot
-groups that the literature reports (many, medium, few, by *training* count), and over thirds of the classes
-ordered by training count. The thirds exist because a shot group may be empty (CIFAR-10 has no few-shot class
-at any usual factor), and a number that is sometimes missing cannot be compared across runs.
+A single accuracy hides the question: a classifier that has only learned the head can look respectable on a balanced
+test set, and an imbalanced one would reward the bias that the methods here remove. So everything starts from the recall
+of each class, and the summary numbers are plain means of those recalls: over all classes (balanced accuracy), over the
+shot groups of the literature (many, medium, few, by *training* count), and over thirds of the classes ordered by
+training count. A shot group may be empty (CIFAR-10 has no few-shot class at any usual factor); a third never is.
 
-Two further questions are independent of where the threshold falls: does the score of a class rank its images
-above the others (ROC AUC), and does the confidence mean what it says (ECE, negative log-likelihood)? Methods
-that shift logits by a prior change the second a great deal, often without touching the first.
+Two more questions do not depend on the threshold: does the score of a class rank its images above the others (ROC AUC),
+and does the confidence mean what it says (ECE, negative log-likelihood)? Methods that shift logits by a prior change
+the second a great deal, often without touching the first.
 
-Numbers are fractions in 0..1; whoever prints them multiplies by a hundred. A quantity that does not exist for
-the data at hand (the accuracy of a class without test images, the mean of an empty group) is None, never NaN
-and never 0: None survives JSON, and nobody averages it by mistake.
+Numbers are fractions in 0..1. A quantity that does not exist for the data (the accuracy of a class without test images,
+the mean of an empty group) is None, never NaN and never 0: None survives JSON, and nobody averages it by mistake.
 """
 
 from typing import Any
@@ -29,13 +26,11 @@ from mfm_jax import longtail
 ECE_BINS = 15
 # How far a row of probabilities may sum from one: bfloat16 softmax stays well inside, logits do not.
 _SUM_TOLERANCE = 1e-2
-
-
-CONFUSION_CLASSES = 1_000  # the most classes of which the confusion matrix is kept
+CONFUSION_CLASSES = 1_000  # above this many classes the confusion matrix is not kept
 
 
 def evaluate(probs: np.ndarray, labels: np.ndarray, train_counts: np.ndarray) -> dict[str, Any]:
-    """Computes every reported number of one evaluation.
+    """Returns every reported number of one evaluation.
 
     With `C[i, j]` the number of images of class i that were predicted as j (the largest probability; the
     lowest class index on a tie) and `N_i = sum_j C[i, j]`:
@@ -50,7 +45,7 @@ def evaluate(probs: np.ndarray, labels: np.ndarray, train_counts: np.ndarray) ->
     - `ece`, `reliability`: see `expected_calibration_error` and `reliability_bins`, 15 bins.
     - `nll`: `-mean log p(label)` in nats; probabilities are floored at the smallest normal float32 (1.2e-38),
       so that a zero costs 87 nats rather than infinity.
-    - `confusion`: C, K lists of K ints; None for more than 1,000 classes, of which it would be gigabytes of text.
+    - `confusion`: C, K lists of K ints; None for more than 1,000 classes, where it would be gigabytes of text.
     - `per_class_images`: `N_i`, a list of K. `num_examples`: N.
 
     Args:
@@ -102,7 +97,7 @@ def evaluate(probs: np.ndarray, labels: np.ndarray, train_counts: np.ndarray) ->
 def reliability_bins(
     confidence: np.ndarray, correct: np.ndarray, num_bins: int = ECE_BINS
 ) -> list[dict[str, float | int | None]]:
-    """Sorts predictions into equal-width bins of confidence and compares confidence with accuracy in each.
+    """Returns confidence and accuracy of predictions in equal-width bins of confidence.
 
     Args:
       confidence: float[N] in 0..1, the probability of the predicted class.
@@ -143,7 +138,7 @@ def expected_calibration_error(bins: list[dict[str, Any]]) -> float:
 
 
 def with_temperature(probs: np.ndarray, temperature: float) -> np.ndarray:
-    """Returns `softmax(log(probs) / temperature)`, float64 [N, K]: of a softmax, that of its logits divided.
+    """Returns `softmax(log(probs) / temperature)`, float64 [N, K]: the softmax of logits divided by `temperature`.
 
     Probabilities are floored at the smallest normal float32, as in `evaluate`.
     """
@@ -154,7 +149,7 @@ def with_temperature(probs: np.ndarray, temperature: float) -> np.ndarray:
 def fit_temperature(probs: np.ndarray, labels: np.ndarray) -> float:
     """Returns the temperature, 0.05 to 20, at which `with_temperature` has the least negative log-likelihood.
 
-    Above 1 the classifier was too sure, below 1 not sure enough. Which class is likeliest does not change.
+    Above 1 the classifier was too sure, below 1 not sure enough. The likeliest class stays the same.
 
     Args:
       probs: float[N, K], rows that sum to one; of images that were not trained on.
@@ -164,14 +159,14 @@ def fit_temperature(probs: np.ndarray, labels: np.ndarray) -> float:
     """
 
     def loss(log_temperature: float) -> float:
-        found = with_temperature(probs, np.exp(log_temperature))[np.arange(len(labels)), labels]
-        return -np.log(np.maximum(found, np.finfo(np.float32).tiny)).mean()
+        of_label = with_temperature(probs, np.exp(log_temperature))[np.arange(len(labels)), labels]
+        return -np.log(np.maximum(of_label, np.finfo(np.float32).tiny)).mean()
 
     return float(np.exp(scipy.optimize.minimize_scalar(loss, bounds=np.log([0.05, 20]), method="bounded").x))
 
 
 def _roc_auc(probs: np.ndarray, labels: np.ndarray, present: np.ndarray) -> float | None:
-    """The mean one-vs-rest ROC AUC over the classes for which it is defined."""
+    """Returns the mean one-vs-rest ROC AUC over the classes for which it is defined."""
     if len(present) < 2:  # every image has the same label: there are no negatives for any class
         return None
     return float(np.mean([sklearn.metrics.roc_auc_score(labels == k, probs[:, k]) for k in present]))

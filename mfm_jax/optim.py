@@ -19,8 +19,8 @@ EPS_ROOT = 1e-8
 def scaled(config: Optim, batch_size: int) -> Optim:
     """Returns `config` with its rate for a batch of `batch_size` in all: `rate * batch_size / reference_batch_size`.
 
-    As it is where `reference_batch_size` is 0. The rule is one of SGD and small enough rates; a batch many times larger
-    wants `warmup_epochs` too.
+    With `reference_batch_size = 0` it is returned unchanged. The rule is one of SGD and small rates; a batch many times
+    larger wants `warmup_epochs` too.
 
     References:
       Goyal et al., Accurate, large minibatch SGD: training ImageNet in 1 hour, arXiv:1706.02677, 2017, section 2.1.
@@ -33,9 +33,9 @@ def scaled(config: Optim, batch_size: int) -> Optim:
 def schedule(config: Optim, epochs: int, steps_per_epoch: int) -> optax.Schedule:
     """Returns the learning rate as a function of the step.
 
-    A linear warm-up over `warmup_epochs`, its first step at rate / warm-up steps; then: `cosine` to zero at the end;
-    `step` divides by 100 at 80 % and at 90 % of the epochs (160 and 180 of 200: the published CIFAR-LT recipe, Cao et
-    al. 2019); or `constant`.
+    It rises linearly over `warmup_epochs`, from rate / warm-up steps. Then `cosine` falls to zero at the end, `step`
+    divides by 100 at 80 % and at 90 % of the epochs (160 and 180 of 200: the published CIFAR-LT recipe, Cao et al.
+    2019), and `constant` stays.
     """
     total, warmup = epochs * steps_per_epoch, config.warmup_epochs * steps_per_epoch
     rate = config.learning_rate
@@ -69,9 +69,9 @@ def classifier(config: Optim, learning_rate: optax.ScalarOrSchedule) -> optax.Gr
 
 
 def only(tx: optax.GradientTransformation, trained: Callable[[PyTree], PyTree]) -> optax.GradientTransformation:
-    """Returns `tx` on the leaves where `trained(params)` is True; the others stay as they are, and have no state.
+    """Returns `tx` on the leaves where `trained(params)` is True; the others never change and have no state.
 
-    Weight decay and the norm that clipping looks at are likewise of the trained leaves alone.
+    Weight decay and clipping see the trained leaves alone.
     """
     return optax.partition({True: tx, False: optax.set_to_zero()}, trained)
 

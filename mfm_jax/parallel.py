@@ -1,7 +1,7 @@
 """Data parallelism: the step under `shard_map` over the mesh axis `data`, and state sharded over the axis `model`.
 
 State is the same on all devices of `data`, batches are split over it. Let device d of D hold the part B_d of the
-batch B, |B_d| = |B| / D. What the step computes, and where the devices have to talk:
+batch B, |B_d| = |B| / D. What the step computes, and where the devices communicate:
 
     L_train = mean_B l_i = mean_d mean_{B_d} l_i          averaged: the scalar
     g       = grad_w L_train = sum_d grad_w (1/D) mean_{B_d} l_i        summed: |w| numbers
@@ -112,13 +112,13 @@ def padded(batch: Batch, devices: int) -> Batch:
 
 
 def averaged_statistics(apply_fn: ApplyFn) -> ApplyFn:
-    """Returns `apply_fn`, of a module with local batch norm, with the running averages averaged over the devices."""
+    """Returns `apply_fn` of a module with local batch norm, its running averages averaged over the devices."""
 
     def apply(variables: PyTree, image: jax.Array, **options: Any) -> PyTree:
-        found = apply_fn(variables, image, **options)
+        result = apply_fn(variables, image, **options)
         if not options.get("mutable"):
-            return found
-        logits, written = found
+            return result
+        logits, written = result
         return logits, jax.lax.pmean(written, AXIS)
 
     return apply
@@ -136,9 +136,9 @@ def gathered(apply_fn: ApplyFn) -> ApplyFn:
 
 
 def state_sharding(state: PyTree, mesh: Mesh) -> PyTree:
-    """Returns where each array of `state` lives: whole on every device, or split over the axis `model` if there is one.
+    """Returns the sharding of each array of `state`: whole on every device, or split over the axis `model`.
 
-    Split are floating-point arrays of two or more axes, along the longest axis that divides (of equal ones the last).
+    Floating-point arrays of two or more axes are split, along the longest axis that divides (the last of equal ones).
     """
     parts = mesh.shape.get(MODEL_AXIS, 1)
 
@@ -153,7 +153,7 @@ def state_sharding(state: PyTree, mesh: Mesh) -> PyTree:
 
 
 def compiler_options() -> dict[str, str] | None:
-    """Returns what XLA is told beside its defaults.
+    """Returns the options of XLA that differ from its defaults; None for none.
 
     On CPU its scheduler computes weight gradients' operands long before they are used; the scheduler that spares memory
     is as fast, and needs half as much.
@@ -162,7 +162,7 @@ def compiler_options() -> dict[str, str] | None:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Returns the sharding of whatever every device holds in full."""
+    """Returns the sharding of arrays that every device holds in full."""
     return NamedSharding(mesh, P())
 
 
@@ -172,14 +172,14 @@ def split(mesh: Mesh) -> NamedSharding:
 
 
 def whole(tree: PyTree, mesh: Mesh | None) -> PyTree:
-    """Returns `tree`, of which a compiled program is to have every device compute the whole."""
+    """Returns `tree` under the constraint that every device computes the whole of it."""
     return jax.lax.with_sharding_constraint(tree, replicated(mesh)) if mesh else tree
 
 
 def place(tree: PyTree, sharding: PyTree) -> PyTree:
     """Returns `tree` under `sharding` (one for all, or one a leaf) on the devices of all processes.
 
-    Where these are several, each has the whole of `tree` and places its own devices' part; nothing is sent.
+    Each process has the whole of `tree` and places the part of its own devices; nothing is sent.
     """
 
     def one(leaf: jax.Array, where: Sharding) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Config files in, frozen dataclasses out; a mistake is told in one line."""
+"""Config files in, frozen dataclasses out; a mistake is one line."""
 
 import dataclasses
 import json

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tensorflow_datasets as tfds
+import tensorflow_datasets
 from array_record.python import array_record_module
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -22,7 +22,8 @@ from tensorflow_datasets.proto import tf_example_pb2
 
 from mfm_jax import data, longtail
 from mfm_jax.config import Config, Data, Meta, Train
-from mfm_jax.data import batches, sources
+from mfm_jax.data import batches, kept, sources, tfds
+from mfm_jax.data import digits as digits_lib
 from mfm_jax.errors import UserError
 from mfm_jax.manifest import manifest_hash, write_manifest
 
@@ -39,7 +40,7 @@ def digits(*, meta: Meta = Meta(), train: Train = Train(), **fields) -> Config: 
 
 
 def test_digits_has_a_fixed_test_split():
-    first, second = sources.load(Data(source="digits")), sources.load(Data(source="digits", seed=5))
+    first, second = digits_lib.load(Data(source="digits")), digits_lib.load(Data(source="digits", seed=5))
     chex.assert_trees_all_equal(first.test_ids, second.test_ids)
     assert np.bincount(first.test_labels).tolist() == [50] * 10
     both = np.sort(np.concatenate([first.train_ids, first.test_ids]))
@@ -79,10 +80,10 @@ def prepare(root: Path, splits: dict[str, list[tuple[np.ndarray, int]]], **chang
     """Writes a prepared TFDS set `tiny` 1.0.0 of two classes, without TensorFlow."""
     folder = root / "tiny" / "1.0.0"
     folder.mkdir(parents=True)
-    features = tfds.features.FeaturesDict(
+    features = tensorflow_datasets.features.FeaturesDict(
         {
-            "image": tfds.features.Image(shape=changes.get("shape", (4, 4, 3))),
-            "label": tfds.features.ClassLabel(names=["cat", "dog"]),
+            "image": tensorflow_datasets.features.Image(shape=changes.get("shape", (4, 4, 3))),
+            "label": tensorflow_datasets.features.ClassLabel(names=["cat", "dog"]),
         }
     )
     features.save_config(folder)
@@ -125,7 +126,7 @@ def test_tfds_set_is_read_without_tensorflow(tmp_path, cache):
     train, test = pictures(30), pictures(6, seed=1)
     root = prepare(tmp_path / "a", {"train": train, "test": test})
     for _ in range(2):  # decoded, then from the cache
-        source = sources.load(tiny(root))
+        source = tfds.load(tiny(root))
         chex.assert_trees_all_equal(source.train_images, np.stack([image for image, _ in train]))
         chex.assert_trees_all_equal(source.test_images, np.stack([image for image, _ in test]))
         assert source.train_labels.tolist() == [label for _, label in train]
@@ -138,46 +139,46 @@ def test_tfds_set_is_read_without_tensorflow(tmp_path, cache):
 def test_cache_does_not_mix_copies_or_sizes(tmp_path, cache):
     a = prepare(tmp_path / "a", {"train": pictures(8), "test": pictures(2)})
     b = prepare(tmp_path / "b", {"train": pictures(8, seed=1), "test": pictures(2)})
-    of_a, of_b = sources.load(tiny(a)), sources.load(tiny(b))
+    of_a, of_b = tfds.load(tiny(a)), tfds.load(tiny(b))
     assert not np.array_equal(of_a.train_images, of_b.train_images)
-    small = sources.load(tiny(a, image_size=2))
+    small = tfds.load(tiny(a, image_size=2))
     chex.assert_trees_all_equal(small.train_images, sources.resize(of_a.train_images, 2))
     assert len(list(cache.iterdir())) == 6
 
 
 def test_validation_stands_in_for_a_missing_test_split(tmp_path, cache):
     root = prepare(tmp_path / "a", {"train": pictures(8), "validation": pictures(2)})
-    assert sources.load(tiny(root)).test_pool == "validation"
+    assert tfds.load(tiny(root)).test_pool == "validation"
     root = prepare(tmp_path / "b", {"train": pictures(8)})
     with pytest.raises(UserError, match="needs the splits train and test"):
-        sources.load(tiny(root))
+        tfds.load(tiny(root))
 
 
 def test_images_of_several_sizes_need_a_size(tmp_path, cache):
     mixed = pictures(3) + pictures(3, size=(6, 8))
     root = prepare(tmp_path / "a", {"train": mixed, "test": pictures(2)}, shape=(None, None, 3))
     with pytest.raises(UserError, match=r"data\.image_size = 0: images of 'tiny' differ .* record 3 is \(6, 8, 3\)"):
-        sources.load(tiny(root))
-    chex.assert_shape(sources.load(tiny(root, image_size=2)).train_images, (6, 2, 2, 3))
+        tfds.load(tiny(root))
+    chex.assert_shape(tfds.load(tiny(root, image_size=2)).train_images, (6, 2, 2, 3))
 
 
 def test_unlabelled_split_is_an_error(tmp_path, cache):
     unlabelled = [(image, -1) for image, _ in pictures(2)]
     root = prepare(tmp_path / "a", {"train": pictures(8), "test": unlabelled})
     with pytest.raises(UserError, match="split test has no labels"):
-        sources.load(tiny(root))
+        tfds.load(tiny(root))
 
 
 def test_set_in_another_file_format_is_an_error(tmp_path, cache):
     root = prepare(tmp_path / "a", {"train": pictures(8), "test": pictures(2)}, file_format="tfrecord")
     with pytest.raises(UserError, match=r"prepared in .* as tfrecord, .* array_record form$"):
-        sources.load(tiny(root))
+        tfds.load(tiny(root))
 
 
 def test_unprepared_set_without_tensorflow_is_one_line(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(tfds.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError) as error:
-        sources.load(Data(name="cifar10", root=str(tmp_path)))
+        tfds.load(Data(name="cifar10", root=str(tmp_path)))
     line = str(error.value)
     assert line.startswith(f"data.name = 'cifar10': not prepared in {tmp_path}")
     for way_out in ("TFDS_DATA_DIR", "--config.data.root", "python -m pip install -e '.[prepare]'"):
@@ -190,10 +191,10 @@ def test_failed_preparation_is_one_line(tmp_path, monkeypatch):
     def offline(self):
         raise ConnectionError("no route to host\nmore")
 
-    monkeypatch.setattr(sources.importlib.util, "find_spec", lambda name: object())
-    monkeypatch.setattr(tfds.core.DatasetBuilder, "download_and_prepare", offline)
+    monkeypatch.setattr(tfds.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(tensorflow_datasets.core.DatasetBuilder, "download_and_prepare", offline)
     with pytest.raises(UserError) as error:
-        sources.load(Data(name="cifar10", root=str(tmp_path)))
+        tfds.load(Data(name="cifar10", root=str(tmp_path)))
     assert "could not be prepared" in str(error.value)
     assert "ConnectionError: no route to host" in str(error.value)
     assert "\n" not in str(error.value)
@@ -201,9 +202,9 @@ def test_failed_preparation_is_one_line(tmp_path, monkeypatch):
 
 def test_unknown_and_unfit_sets_are_errors(tmp_path):
     with pytest.raises(UserError, match=r"data\.name = 'nosuch': neither a TFDS set nor one prepared"):
-        sources.load(Data(name="nosuch", root=str(tmp_path)))
+        tfds.load(Data(name="nosuch", root=str(tmp_path)))
     with pytest.raises(UserError, match="needs an `image` and a class `label`; it has:"):
-        sources.load(Data(name="ag_news_subset", root=str(tmp_path)))
+        tfds.load(Data(name="ag_news_subset", root=str(tmp_path)))
 
 
 # --- the cache ------------------------------------------------------------------------------------
@@ -220,7 +221,7 @@ def never() -> tuple[np.ndarray, np.ndarray]:
 @pytest.mark.parametrize("file", ["images.npy", "labels.npy", "checksums.json"])
 @pytest.mark.parametrize("damage", ["cut", "flipped", "gone"])
 def test_damaged_entry_is_rebuilt(cache, file, damage):
-    sources.cached("set", lambda: arrays(1))
+    kept.cached("set", lambda: arrays(1))
     path = cache / "set" / file
     content = path.read_bytes()
     if damage == "gone":
@@ -228,21 +229,21 @@ def test_damaged_entry_is_rebuilt(cache, file, damage):
     else:
         flipped = content[:-2] + bytes([content[-2] ^ 1]) + content[-1:]
         path.write_bytes(content[:-3] if damage == "cut" else flipped)
-    chex.assert_trees_all_equal(sources.cached("set", lambda: arrays(2)), arrays(2))
-    chex.assert_trees_all_equal(sources.cached("set", never), arrays(2))
+    chex.assert_trees_all_equal(kept.cached("set", lambda: arrays(2)), arrays(2))
+    chex.assert_trees_all_equal(kept.cached("set", never), arrays(2))
     assert [path.name for path in cache.iterdir()] == ["set"]
 
 
 def test_a_failed_build_leaves_nothing(cache):
     with pytest.raises(AssertionError, match="was in the cache"):
-        sources.cached("set", never)
+        kept.cached("set", never)
     assert not cache.exists()
 
 
 def test_unwritable_cache_costs_only_the_cache(tmp_path, monkeypatch, caplog):
     (tmp_path / "file").touch()
     monkeypatch.setenv("MFM_JAX_CACHE", str(tmp_path / "file" / "cache"))
-    chex.assert_trees_all_equal(sources.cached("set", arrays), arrays())
+    chex.assert_trees_all_equal(kept.cached("set", arrays), arrays())
     assert "decoded images are not kept" in caplog.text
 
 
@@ -250,7 +251,7 @@ BUILDER = """
 import sys, time
 from pathlib import Path
 import numpy as np
-from mfm_jax.data import sources
+from mfm_jax.data import kept
 me, other = Path(sys.argv[1]), Path(sys.argv[2])
 
 def build():
@@ -259,7 +260,7 @@ def build():
         time.sleep(0.01)
     return np.full((2000, 16, 16, 3), 7, np.uint8), np.zeros(2000, np.int32)
 
-images, labels = sources.cached("set", build)
+images, labels = kept.cached("set", build)
 assert (images == 7).all() and images.shape == (2000, 16, 16, 3)
 """
 
@@ -269,7 +270,7 @@ def test_two_processes_may_build_at_once(cache, tmp_path):
     command = [sys.executable, "-c", BUILDER]
     both = [subprocess.Popen([*command, *order]) for order in (marks, marks[::-1])]
     assert [process.wait(60) for process in both] == [0, 0]
-    images, _ = sources.cached("set", never)
+    images, _ = kept.cached("set", never)
     assert (images == 7).all()
     assert [path.name for path in cache.iterdir()] == ["set"]
 
@@ -315,7 +316,7 @@ def test_train_on_meta_adds_the_same_meta_images():
 
 
 def test_records_are_the_ones_the_manifest_names():
-    made, source = data.build(digits(val_images_per_class=2)), sources.load(Data(source="digits"))
+    made, source = data.build(digits(val_images_per_class=2)), digits_lib.load(Data(source="digits"))
     position = {record: i for i, record in enumerate(source.train_ids)}
     for name in ("train", "meta", "val"):
         rows = [position[record] for record in made.manifest["splits"][name]["ids"]]
@@ -424,7 +425,7 @@ def test_real_cifar(protocol, total):
     chex.assert_shape(made.test_images, (10_000, 32, 32, 3))
     assert made.class_names[:2] == ("airplane", "automobile")
     # The published constants describe all 50,000 images; a tail-heavy swap of channels would show.
-    source = sources.load(Data())
+    source = tfds.load(Data())
     channel_means = source.train_images.mean((0, 1, 2))
     chex.assert_trees_all_close(channel_means.astype(np.float32), made.mean, atol=0.06)
 

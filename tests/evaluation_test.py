@@ -12,7 +12,7 @@ from predict_test import changed
 from mfm_jax import data as data_lib
 from mfm_jax import evaluation, integrity
 from mfm_jax.config import Eval
-from mfm_jax.data import sources
+from mfm_jax.data import digits
 from mfm_jax.errors import UserError
 from mfm_jax.workdir import Workdir
 
@@ -86,7 +86,7 @@ def folder(trained_run, tmp_path):
 
 
 def test_folders_of_pictures_give_the_numbers_of_their_pixels_without_the_data(trained_run, folder, monkeypatch):
-    monkeypatch.setattr(sources, "load", None)
+    monkeypatch.setattr(digits, "load", None)
     config, workdir, recorded = trained_run
     (folder / ".ipynb_checkpoints").mkdir()
     results, page = evaluation.evaluate_run(config, workdir, folder=folder)

@@ -14,7 +14,7 @@ from PIL import Image
 
 from mfm_jax import card, classifier, export, models
 from mfm_jax import config as config_lib
-from mfm_jax.data import pictures, sources
+from mfm_jax.data import digits, pictures
 from mfm_jax.errors import UserError
 
 SIZES = (1, 7, 64)
@@ -30,7 +30,7 @@ def folder(trained_run, tmp_path_factory):
     """The exported best checkpoint."""
     out = tmp_path_factory.mktemp("export") / "new"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sources, "load", None)  # the data set is not there any more
+        patch.setattr(digits, "load", None)  # the data set is not there any more
         export.export(trained_run.workdir, out, "best", made_by="the command")
     return out
 

@@ -1,5 +1,6 @@
 """Losses by hand, their identities, and their gradients in float64."""
 
+import doctest
 import math
 
 import chex
@@ -198,6 +199,19 @@ def test_each_example_has_its_own_loss_and_the_dtype_of_the_logits(name):
     chex.assert_shape(both, (2,))
     chex.assert_trees_all_close(both[1:], loss(LOGITS[1:], LABELS[1:]), rtol=1e-6)
     chex.assert_type(loss(jnp.asarray(LOGITS, jnp.bfloat16), LABELS), jnp.bfloat16)
+
+
+def test_the_examples_in_the_docstrings():
+    result = doctest.testmod(losses)
+    assert (result.failed, result.attempted) == (0, len(LOSSES))
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_other_ranks_and_types_are_refused(name):
+    labels = [LABELS[:, None], LABELS.astype(np.float32), LABELS[:1]]
+    for logits, label in [(LOGITS[0], LABELS), (LOGITS.astype(int), LABELS), *((LOGITS, label) for label in labels)]:
+        with pytest.raises(AssertionError):
+            LOSSES[name](logits, label)
 
 
 def test_first_and_second_derivatives_in_float64():

@@ -19,7 +19,7 @@ from PIL import Image
 from mfm_jax import command, decode, metrics, predict, train
 from mfm_jax import data as data_lib
 from mfm_jax import facts as facts_lib
-from mfm_jax.data import sources
+from mfm_jax.data import digits
 from mfm_jax.errors import UserError
 from mfm_jax.methods.table import METHODS
 
@@ -64,7 +64,7 @@ def without_data(monkeypatch):
     def refuse(config):
         raise AssertionError("the data set was read")
 
-    monkeypatch.setattr(sources, "load", refuse)
+    monkeypatch.setattr(digits, "load", refuse)
 
 
 @pytest.mark.parametrize("which", ["last", "best"])

@@ -38,9 +38,7 @@ class Data:
     fit: Annotated[Literal["crop", "pad", "squeeze"], "folder, list: how another shape becomes square"] = "crop"
     channels: Annotated[int, Bounds(0, 3), "folder, list: 1 grey, 3 colour; 0 = grey if every image is"] = 0
     normalize: Annotated[Literal["own", "imagenet", "half", "pytorch_cifar"], "mean and std"] = "own"
-    resident_mb: Annotated[
-        int, Bounds(0), "decoded images up to this many MB stay on the device; more are streamed"
-    ] = 4096
+    resident_mb: Annotated[int, Bounds(0), "MB of decoded images that stay on the device; more are streamed"] = 4096
     workers: Annotated[int, Bounds(0), "streaming: processes that decode; 0 = the main process"] = 2
     manifest: Annotated[str, "reuse this split manifest; '' = draw a split"] = ""
 
@@ -123,9 +121,7 @@ class Optim:
     clip_norm: Annotated[float, Bounds(0), "clip the gradient's global norm to this; 0 = off"] = 0.0
     schedule: Annotated[Literal["cosine", "step", "constant"], "of the learning rate after the warm-up"] = "cosine"
     warmup_epochs: Annotated[int, Bounds(0), "epochs of a linear warm-up"] = 0
-    reference_batch_size: Annotated[
-        int, Bounds(0), "learning_rate is for this batch and is scaled to train's; 0 = not scaled"
-    ] = 0
+    reference_batch_size: Annotated[int, Bounds(0), "batch of learning_rate, scaled to train's; 0 = not scaled"] = 0
 
 
 @dataclass(frozen=True)

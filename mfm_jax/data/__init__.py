@@ -15,8 +15,8 @@ import numpy.typing as npt
 
 from mfm_jax import longtail
 from mfm_jax.config import Config
-from mfm_jax.data import arrays, files, sources
-from mfm_jax.data.sources import Images, Labels, Source
+from mfm_jax.data import arrays, digits, files, tfds
+from mfm_jax.data.sources import Images, Labels, Source, streamed_if_large
 from mfm_jax.data.streaming import Streamed
 from mfm_jax.errors import UserError
 from mfm_jax.longtail import Labelled, Split
@@ -81,12 +81,7 @@ def build(config: Config) -> LongTailData:
     Raises:
       UserError: one line that names the field, the value and what is allowed.
     """
-    if config.data.source in ("folder", "list"):
-        source = files.load(config.data, whole=config.augment.crop == "resized")
-    elif config.data.source == "npz":
-        source = sources.streamed_if_large(config.data, arrays.load(config.data))
-    else:
-        source = sources.load(config.data)
+    source = _load(config)
     if len(source.class_names) < 2:
         raise UserError(f"data: {source.name} has only one class, {source.class_names[0]!r}")
     split = _split(config, source)
@@ -121,6 +116,13 @@ def build(config: Config) -> LongTailData:
         std=std,
         manifest=manifest,
     )
+
+
+def _load(config: Config) -> Source:
+    if config.data.source in ("folder", "list"):
+        return files.load(config.data, whole=config.augment.crop == "resized")
+    load = {"digits": digits.load, "tfds": tfds.load, "npz": arrays.load}[config.data.source]
+    return streamed_if_large(config.data, load(config.data))
 
 
 def _settings(config: Config) -> dict[str, Any]:

@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 
 from mfm_jax.config import Data
-from mfm_jax.data.sources import Labels, Pixels, Source, cached, in_two_pools, resize
+from mfm_jax.data.kept import cached
+from mfm_jax.data.sources import Labels, Pixels, Source, in_two_pools, resize
 from mfm_jax.errors import UserError
 from mfm_jax.manifest import parse_manifest
 

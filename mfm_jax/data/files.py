@@ -20,9 +20,10 @@ from rich.progress import Progress
 from mfm_jax import longtail
 from mfm_jax.config import Data
 from mfm_jax.data import checking, listing, streaming
+from mfm_jax.data.kept import cached
 from mfm_jax.data.listing import Listing
 from mfm_jax.data.pictures import FORMAT, Facts
-from mfm_jax.data.sources import PROGRESS_FROM, TEST_SEED, Images, Labels, Pixels, Source, cached
+from mfm_jax.data.sources import PROGRESS_FROM, TEST_SEED, Images, Labels, Pixels, Source
 from mfm_jax.data.streaming import Files
 from mfm_jax.errors import UserError
 

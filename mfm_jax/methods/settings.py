@@ -40,11 +40,7 @@ class Method:
         Literal["own", "natural", "square_root", "square_root_later", "balanced", "balanced_later", "progressive"],
         "any method: how often classes are drawn; own = as the method says",
     ] = "own"
-    first_stage: Annotated[
-        float,
-        Bounds(0.01, 0.99),
-        "ldam_drw, two_phase, crt, lws, smote, sampling *_later: the first part of the epochs",
-    ] = 0.8
+    first_stage: Annotated[float, Bounds(0.01, 0.99), "ldam_drw, two stages, *_later: first part of the epochs"] = 0.8
     pretrain: Annotated[Literal["oversample", "undersample"], "two_phase: the first phase's sampling"] = "oversample"
     smote_neighbors: Annotated[int, Bounds(1), "smote: nearest neighbours to interpolate to"] = 5
     hidden: Annotated[int, Bounds(1), "meta_weight_net, l2ac: hidden units"] = 100

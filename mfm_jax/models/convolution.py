@@ -53,11 +53,10 @@ def convolution(
 ) -> jax.Array:
     """Returns the convolution of `x [B, H, W, C]` with `kernel [kh, kw, C, N]`, as `lax.conv_general_dilated` does.
 
-    Made for `flax.linen.Conv(conv_general_dilated=convolution)`, with that function's arguments. Groups, a dilated
-    kernel and another layout are refused.
+    For `flax.linen.Conv(conv_general_dilated=convolution)`, with that function's arguments.
 
     Raises:
-      NotImplementedError: an option that this form does not have.
+      NotImplementedError: groups, a dilated kernel or another layout.
     """
     layout = lax.conv_dimension_numbers(x.shape, kernel.shape, dimension_numbers or _LAYOUT)
     other = {name: value for name, value in options.items() if value not in (None, 1)}
@@ -83,7 +82,7 @@ def _bind(primitive: Primitive, a: jax.Array, b: jax.Array, window: _Window) -> 
 
 
 def _varying(x: jax.Array) -> frozenset[str]:
-    """The mesh axes over which `x` varies inside `shard_map`; JAX has renamed the attribute that tells."""
+    """Returns the mesh axes over which `x` varies inside `shard_map`; JAX has renamed the attribute."""
     kind = jax.typeof(x)
     return kind.manual_axis_type.varying if hasattr(kind, "manual_axis_type") else kind.vma
 
@@ -95,7 +94,7 @@ def _convolve_by_xla(x: jax.Array, kernel: jax.Array, *, window: _Window) -> jax
 
 
 def _weight_gradient_by_xla(x: jax.Array, dy: jax.Array, *, window: _Window) -> jax.Array:
-    """The transpose in the kernel: `x` slid over `dy`, images in the place of channels."""
+    """Returns the transpose in the kernel: `x` slid over `dy`, images in the place of channels."""
     padding = []
     for axis, (low, _) in enumerate(window.padding):
         covered = (dy.shape[axis + 1] - 1) * window.stride[axis] + window.kernel[axis]
@@ -119,7 +118,7 @@ def _weight_gradient_in_slices(x: jax.Array, dy: jax.Array, *, window: _Window) 
 
 
 def _input_gradient(dy: jax.Array, kernel: jax.Array, shape: tuple[int, ...], window: _Window) -> jax.Array:
-    """The convolution's transpose in x, as a convolution of the dilated `dy` with the flipped kernel."""
+    """Returns the convolution's transpose in x, as a convolution of the dilated `dy` with the flipped kernel."""
     padding = []
     for axis in range(2):
         low = window.kernel[axis] - 1 - window.padding[axis][0]
@@ -131,7 +130,7 @@ def _input_gradient(dy: jax.Array, kernel: jax.Array, shape: tuple[int, ...], wi
 
 
 def _mapped(operation: Any) -> Any:
-    """Maps an operation on arrays of four axes over the leading axes of its operands."""
+    """Returns an operation on arrays of four axes, mapped over the leading axes of its operands."""
 
     def over_leading(a: jax.Array, b: jax.Array, *, window: _Window) -> jax.Array:
         one = functools.partial(operation, window=window)
@@ -143,22 +142,22 @@ def _mapped(operation: Any) -> Any:
 
 
 def _lowering_on_cpu(target: str, by_xla: Any) -> Any:
-    """The rule that takes the native kernels wherever they can be taken, and otherwise `by_xla`."""
+    """Returns the rule that lowers to the native kernels where it can, and otherwise to `by_xla`."""
     fallback = mlir.lower_fun(by_xla, multiple_results=False)
 
     def rule(ctx: mlir.LoweringRuleContext, a: Any, b: Any, *, window: _Window) -> Any:
         if not _is_native(ctx):
             return fallback(ctx, a, b, window=window)
-        told = native.attributes(window.stride, window.padding, window.dilation)
-        return jax.ffi.ffi_lowering(target)(ctx, a, b, **told)
+        fields = native.attributes(window.stride, window.padding, window.dilation)
+        return jax.ffi.ffi_lowering(target)(ctx, a, b, **fields)
 
     return rule
 
 
 def _is_native(ctx: mlir.LoweringRuleContext) -> bool:
-    """Whether an operation is one for the native kernels.
+    """Returns whether the native kernels take an operation.
 
-    Not so in an exported program, which is to run elsewhere, or where XLA's partitioner may divide the operation over
+    They do not in an exported program, which runs elsewhere, nor where XLA's partitioner may divide the operation over
     devices, which it cannot do to a kernel that it does not know.
     """
     where: Any = ctx.module_context.axis_context
@@ -176,7 +175,7 @@ def _is_native(ctx: mlir.LoweringRuleContext) -> bool:
 
 
 def _primitive(name: str, default: Any, on_cpu: Any, left: Any, right: Any) -> Primitive:
-    """A bilinear primitive: `left` and `right` transpose it in its first and its second operand."""
+    """Returns a bilinear primitive: `left` and `right` transpose it in its first and its second operand."""
     default, on_cpu = _mapped(default), _mapped(on_cpu)
     primitive = Primitive(name)
     primitive.def_impl(jax.jit(primitive.bind, static_argnames="window"))

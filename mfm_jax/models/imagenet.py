@@ -22,7 +22,7 @@ _kaiming = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
 
 
 def _conv(channels: int, kernel: int, stride: int = 1, groups: int = 1, **options: Any) -> nn.Conv:
-    """A square convolution without bias, padded by half its kernel as PyTorch pads (`SAME` pads stride 2 otherwise)."""
+    """Returns a square convolution without bias, padded as PyTorch pads (`SAME` differs at stride 2)."""
     return nn.Conv(
         channels,
         (kernel, kernel),

@@ -1,8 +1,8 @@
 """The convolution's own CPU kernels (`convolution.cc`): compiled on first use, checked, and left out where they fail.
 
-XLA's convolutions reach a third of a CPU's rate. The kernels are compiled with the C++ compiler that is there, into the
-cache folder, once for each source, jaxlib, compiler and kind of processor. Before they are used their results are
-compared with XLA's. Whatever goes wrong, XLA's own convolutions are used, and `lowering` and `reason` say so;
+XLA's convolutions reach a third of a CPU's rate. The kernels are compiled with an installed C++ compiler into the cache
+folder, once for each source, jaxlib, compiler and kind of processor. Before use, their results are compared with XLA's.
+If anything goes wrong, XLA's own convolutions are used, and `lowering` and `reason` say so.
 `MFM_JAX_NATIVE=0` turns the kernels off.
 """
 
@@ -28,7 +28,7 @@ from mfm_jax import cache
 SOURCE = Path(__file__).with_name("convolution.cc")
 TARGETS = {"mfm_convolution": "MfmConvolution", "mfm_convolution_weight_gradient": "MfmWeightGradient"}
 _FLAGS = ("-std=c++17", "-O2", "-ffp-contract=fast", "-fPIC", "-shared")
-_BY_FEATURE = {  # widest first: what the processor must have, and how the compiler is told
+_BY_FEATURE = {  # widest first: features that the processor must have, and the compiler's flags
     "avx512": (("avx512f", "fma"), ("-mavx512f", "-mfma")),
     "avx2": (("avx2", "fma"), ("-mavx2", "-mfma")),
 }
@@ -81,7 +81,7 @@ def _vectors() -> tuple[str, tuple[str, ...]]:
 
 
 def _cpu_features() -> frozenset[str]:
-    """The processor's features by Linux's names; none where Linux does not list them."""
+    """Returns the processor's features by Linux's names; none where Linux does not list them."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -117,7 +117,7 @@ def _compilers() -> Iterator[str]:
 
 
 def _is_whole(path: Path) -> bool:
-    """Whether a library is there and ends, behind what the loader reads, with the digest of the rest."""
+    """Returns whether a library exists and ends, behind what the loader reads, with the digest of the rest."""
     try:
         content = path.read_bytes()
     except FileNotFoundError:
@@ -144,7 +144,7 @@ def _output(command: list[str]) -> str:
 def attributes(
     stride: Sequence[int], padding: Sequence[tuple[int, int]], dilation: Sequence[int]
 ) -> dict[str, np.ndarray]:
-    """Returns what the kernels are told beside their operands; the shapes tell the rest."""
+    """Returns the attributes of a call of the kernels; the shapes of the operands say the rest."""
     named = {"stride": stride, "low": [low for low, _ in padding], "dilation": dilation}
     return {name: np.array(values, np.int64) for name, values in named.items()}
 
@@ -163,18 +163,17 @@ def _check() -> None:
             for channels, outputs, *_ in _CASES:
                 shapes = (3, 9, 8, channels), (3, 3, channels, outputs)
                 operands.append(tuple(rng.normal(size=shape).astype(dtype) for shape in shapes))
-            for found, expected in jax.device_get(jax.jit(_both_ways)(operands)):
-                gap = np.abs(found - expected).max() / np.abs(expected).max()
+            for native, expected in jax.device_get(jax.jit(_both_ways)(operands)):
+                gap = np.abs(native - expected).max() / np.abs(expected).max()
                 if not gap <= tolerance:
                     raise Unavailable(f"its convolutions differ from XLA's by {gap:.1e} of the largest, in {dtype}")
 
 
 def _both_ways(operands: Sequence[tuple[jax.Array, jax.Array]]) -> list[tuple[jax.Array, jax.Array]]:
     """Returns convolutions and weight gradients, each by the kernels and by XLA."""
-    found = []
+    pairs = []
     for (x, kernel), (*_, stride, dilation) in zip(operands, _CASES, strict=True):
         padding = ((1, 1), (2, 0))
-
         by_xla = functools.partial(
             lax.conv_general_dilated,
             x,
@@ -183,10 +182,10 @@ def _both_ways(operands: Sequence[tuple[jax.Array, jax.Array]]) -> list[tuple[ja
             rhs_dilation=(dilation, dilation),
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
         )
-        told = attributes((stride, stride), padding, (dilation, dilation))
+        fields = attributes((stride, stride), padding, (dilation, dilation))
         y, pull_back = jax.vjp(by_xla, kernel)
         dy = jnp.sin(y)
         convolved, gradient = TARGETS
-        found.append((jax.ffi.ffi_call(convolved, jax.typeof(y))(x, kernel, **told), y))
-        found.append((jax.ffi.ffi_call(gradient, jax.typeof(kernel))(x, dy, **told), *pull_back(dy)))
-    return found
+        pairs.append((jax.ffi.ffi_call(convolved, jax.typeof(y))(x, kernel, **fields), y))
+        pairs.append((jax.ffi.ffi_call(gradient, jax.typeof(kernel))(x, dy, **fields), *pull_back(dy)))
+    return pairs

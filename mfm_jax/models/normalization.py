@@ -31,7 +31,7 @@ class BatchNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, weight: jax.Array | None = None) -> jax.Array:
-        """Returns `x [B, ..., C]`, normalised; `weight [B]`, of mean 1, says what each example counts."""
+        """Returns `x [B, ..., C]` normalised; `weight [B]`, with mean 1, is the weight of each example."""
         axes, shape = tuple(range(x.ndim - 1)), x.shape[-1:]
         running_mean = self.variable("batch_stats", "mean", lambda: jnp.zeros(shape, jnp.float32))
         running_var = self.variable("batch_stats", "var", lambda: jnp.ones(shape, jnp.float32))

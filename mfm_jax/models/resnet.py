@@ -22,7 +22,7 @@ _Conv3x3 = functools.partial(
 
 
 def _shortcut(x: jax.Array, channels: int, stride: int) -> jax.Array:
-    """Option A of He et al.: subsample, and fill the new channels with zeros; no parameters."""
+    """Returns the shortcut of option A of He et al.: subsample, and fill the new channels with zeros; no parameters."""
     x = x[:, ::stride, ::stride]
     extra = channels - x.shape[-1]
     return jnp.pad(x, [(0, 0)] * 3 + [(extra // 2, extra - extra // 2)])
@@ -101,7 +101,7 @@ class CifarResNet(nn.Module):
           image: `[B, H, W, C]`, normalised.
           train: normalise with batch statistics and update the running ones.
           modulate: called at each site.
-          weight: `[B]`, what each example counts in batch statistics; None where all count the same.
+          weight: `[B]`, the weight of each example in batch statistics; None for equal weights.
         """
         norm = functools.partial(BatchNorm, axis_name=self.axis_name, dtype=self.dtype)
         x = _Conv3x3(self.width, dtype=self.dtype, name="stem")(image.astype(self.dtype))

@@ -8,7 +8,7 @@ from mfm_jax.types import ApplyFn, PyTree
 
 
 def trained(params: PyTree, tune: str) -> PyTree:
-    """Returns a tree like `params`, True where `model.tune` trains: everywhere, in the head, in head and adapters."""
+    """Returns a tree like `params`, True where `model.tune` trains."""
 
     def chosen(path: tuple, leaf: jax.Array) -> bool:
         del leaf
@@ -22,8 +22,8 @@ def trained(params: PyTree, tune: str) -> PyTree:
 def frozen(apply_fn: ApplyFn, tune: str) -> ApplyFn:
     """Returns `apply_fn` that is constant in the parameters that `model.tune` does not train.
 
-    No gradient is computed for them, and no backward pass goes below the first one that is trained (but for a
-    modulation there). Batch norm is as at test time, in training too: the running averages belong to the frozen part.
+    No gradient is computed for them, and no backward pass goes below the first trained one, except to a modulation
+    there. Batch norm uses its running averages in training too: they belong to the frozen part.
     """
 
     def apply(variables: PyTree, image: jax.Array, *, train: bool = False, **options: Any) -> PyTree:

@@ -24,7 +24,7 @@ _ADAPTER_SCALE = 0.1
 
 
 class Embedding(nn.Module):
-    """Image `[B, H, W, C]` to tokens `[B, 1 + H W / patch^2, width]`: projected patches and a class token, placed."""
+    """Maps images `[B, H, W, C]` to tokens `[B, 1 + H W / patch^2, width]`: projected patches and a class token."""
 
     width: int
     patch: int

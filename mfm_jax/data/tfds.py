@@ -1,0 +1,163 @@
+"""Classification sets that TFDS has prepared, read from array_record files without TensorFlow."""
+
+import contextlib
+import hashlib
+import importlib.util
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import Progress
+
+from mfm_jax.config import Data
+from mfm_jax.data.kept import cached
+from mfm_jax.data.sources import PROGRESS_FROM, Labels, Pixels, Source, in_two_pools, resize
+from mfm_jax.errors import UserError
+
+_DECODE_BATCH = 256
+
+
+def load(config: Data) -> Source:
+    """Loads a TFDS set's `train` split, and `test` (else `validation`) as the test split."""
+    with _quiet():
+        builder = _prepared_builder(config)
+        splits = list(builder.info.splits)
+        test = next((split for split in ("test", "validation") if split in splits), None)
+        if test is None or "train" not in splits:
+            raise UserError(
+                f"data.name = {config.name!r}: needs the splits train and test (or validation); it has:"
+                f" {', '.join(splits)}"
+            )
+        records = _decoded(builder, "train", config), _decoded(builder, test, config)
+    name, version = builder.info.full_name.rsplit("/", 1)
+    class_names = tuple(builder.info.features["label"].names)
+    return in_two_pools(name, version, class_names, *records, test)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silences what TFDS logs about paths it tried; what matters is raised."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _prepared_builder(config: Data) -> Any:
+    """Returns the TFDS builder of `config.name`, its data prepared (downloaded if that is possible)."""
+    import tensorflow_datasets as tfds  # here: half a second that other sources do not pay
+
+    root = os.path.expanduser(config.root or os.environ.get("TFDS_DATA_DIR", "")) or None
+    where = root or "~/tensorflow_datasets"
+    try:
+        builder = tfds.builder(config.name, data_dir=root)
+    except Exception as error:  # TFDS raises many types here; its first line says what it misses
+        raise UserError(
+            f"data.name = {config.name!r}: neither a TFDS set nor one prepared in {where}"
+            f" ({_first_line(error)}); check the name, or set TFDS_DATA_DIR or --config.data.root"
+        ) from error
+    _check_features(config.name, builder.info.features)  # before a download that would be in vain
+    if builder.is_prepared():
+        return builder
+    ways_out = (
+        "set TFDS_DATA_DIR or --config.data.root to data prepared in array_record form,"
+        " or python -m pip install -e '.[prepare]' on a machine with a connection"
+    )
+    if importlib.util.find_spec("tensorflow") is None:
+        raise UserError(
+            f"data.name = {config.name!r}: not prepared in {where}, and TensorFlow, which prepares it, is not"
+            f" installed; {ways_out}"
+        )
+    try:
+        builder = tfds.builder(config.name, data_dir=root, file_format="array_record")
+        builder.download_and_prepare()
+    except Exception as error:  # network, disk, checksum, manual download: each its own type
+        raise UserError(
+            f"data.name = {config.name!r}: could not be prepared in {where} ({_first_line(error)}); {ways_out}"
+        ) from error
+    return builder
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
+
+
+def _check_features(name: str, features: Any) -> None:
+    import tensorflow_datasets as tfds
+
+    keys = list(features) if isinstance(features, tfds.features.FeaturesDict) else []
+    image, label = (features[key] if key in keys else None for key in ("image", "label"))
+    if not isinstance(image, tfds.features.Image) or not isinstance(label, tfds.features.ClassLabel):
+        raise UserError(
+            f"data.name = {name!r}: needs an `image` and a class `label`; it has: {', '.join(keys) or 'neither'}"
+        )
+    if image.np_dtype != np.uint8:
+        raise UserError(f"data.name = {name!r}: images are {np.dtype(image.np_dtype)}; only uint8 is supported")
+
+
+def _decoded(builder: Any, split: str, config: Data) -> tuple[Pixels, Labels]:
+    """Returns images and labels of `split`, from the cache where it holds them."""
+    fields = (
+        builder.info.full_name.replace("/", "-"),
+        split,
+        f"{config.image_size}px" if config.image_size else "as_stored",
+        _fingerprint(Path(builder.data_path)),
+    )
+
+    def decode() -> tuple[Pixels, Labels]:
+        try:
+            records = builder.as_data_source(split=split)
+        except (NotImplementedError, ValueError) as error:
+            raise UserError(
+                f"data.name = {config.name!r}: prepared in {builder.data_path} as"
+                f" {getattr(builder.info.file_format, 'value', 'an unknown format')}, which only TensorFlow"
+                " reads; set TFDS_DATA_DIR or --config.data.root to data prepared in array_record form"
+            ) from error
+        return _decode(records, config, split)
+
+    return cached("-".join(fields), decode)
+
+
+def _fingerprint(folder: Path) -> str:
+    """Returns 16 hex digits that change with the place, the files, their sizes or their times."""
+    files = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(folder.glob("*")) if f.is_file()]
+    return hashlib.sha256(repr((str(folder.resolve()), files)).encode()).hexdigest()[:16]
+
+
+def _decode(records: Sequence[Any], config: Data, split: str) -> tuple[Pixels, Labels]:
+    """Decodes all `records` ({"image": uint8 [H, W, C], "label": int}); a bar on stderr for many."""
+    total = len(records)
+    labels = np.empty(total, np.int32)
+    images: Pixels | None = None
+    quiet = total < PROGRESS_FROM
+    with Progress(console=Console(stderr=True), transient=True, disable=quiet) as progress:
+        task = progress.add_task(f"decoding {config.name} {split} (once)", total=total)
+        for start in range(0, total, _DECODE_BATCH):
+            batch = records.__getitems__(list(range(start, min(start + _DECODE_BATCH, total))))  # type: ignore[attr-defined]
+            for i, record in enumerate(batch, start):
+                image = resize(record["image"][None], config.image_size)[0]
+                if images is None:
+                    images = np.empty((total, *image.shape), np.uint8)
+                if image.shape != images.shape[1:]:
+                    raise UserError(_unequal(config, split, i, images.shape[1:], image.shape))
+                images[i], labels[i] = image, record["label"]
+            progress.update(task, advance=len(batch))
+    if images is None or labels.min() < 0:
+        raise UserError(f"data.name = {config.name!r}: split {split} has no {'labels' if total else 'records'}")
+    return images, labels
+
+
+def _unequal(config: Data, split: str, i: int, first: tuple[int, ...], other: tuple[int, ...]) -> str:
+    way_out = "use a set with one number of channels" if config.image_size else "set it, e.g. to 32"
+    return (
+        f"data.image_size = {config.image_size}: images of {config.name!r} differ in shape (in {split},"
+        f" record 0 is {first}, record {i} is {other}); {way_out}"
+    )
