@@ -34,10 +34,10 @@ from mfm_jax import config as config_lib
 from mfm_jax.errors import UserError
 from mfm_jax.finished import shown
 from mfm_jax.manifest import read_manifest
-from mfm_jax.methods.table import METHODS
+from mfm_jax.methods.table import COMPARED, METHODS
 from mfm_jax.workdir import Workdir, read_object
 
-_METHODS = flags.DEFINE_list("methods", ["ce", "mfm"], "Methods, the baseline first.")
+_METHODS = flags.DEFINE_list("methods", list(COMPARED), "Methods, the baseline first.")
 _SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Training seeds.")
 _TOGETHER = flags.DEFINE_bool("together", False, "Train all seeds of a method in one program (for small networks).")
 
@@ -146,8 +146,8 @@ def run_fields(config: Any, method: str, seed: int) -> dict[str, dict[str, Any]]
     fields = config_lib.resolve(config).to_dict()
     fields["method"]["name"], fields["train"]["seed"] = method, seed
     fields["data"]["train_on_meta"] &= METHODS[method].learner is None
-    if method == "l2rw":  # its weights are made for one batch and used on it
-        fields["meta"].update(lagged=False, every=1)
+    for group, values in METHODS[method].overrides.items():
+        fields[group].update(values)
     return fields
 
 

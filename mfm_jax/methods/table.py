@@ -64,6 +64,7 @@ class Method:
     posthoc: `(config, counts, params) -> params` that are tested; None for those that were trained.
     learner: `(config, counts, channels by site) -> MetaLearner`, what the meta set governs; None for none.
     modulates: that learner is a modulator, which can be frozen and taken to another run.
+    overrides: fields that it cannot share with the methods beside it in a comparison, `{group: {field: value}}`.
     search: where the method's own fields are tuned, by `group.field` (`tune`).
     """
 
@@ -78,6 +79,7 @@ class Method:
     posthoc: Callable[[Config, jax.Array, PyTree], PyTree] | None = None
     learner: Callable[[Config, jax.Array, Mapping[str, int]], MetaLearner] | None = None
     modulates: bool = False
+    overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     search: Mapping[str, Span | Choice] = field(default_factory=dict)
 
 
@@ -210,11 +212,14 @@ METHODS = {
     "tau_norm": Method(posthoc=_tau_normalized, search={"method.tau": Span(0.0, 1.5)}),
     # Governed by the meta set, on the loss `method.base`.
     "meta_weight_net": Method(learner=_meta_weight_net, search=_META),
-    "l2rw": Method(learner=_l2rw),
+    # Its weights are made for one batch and used on it.
+    "l2rw": Method(learner=_l2rw, overrides={"meta": {"lagged": False, "every": 1}}),
     "l2ac": Method(learner=_l2ac, search=_META),
     "metasaug": Method(learner=_metasaug, search={**_META, "method.isda_strength": Span(0.1, 2.0, log=True)}),
     "mfm": Method(learner=_mfm, modulates=True, sampler=sampling.square_root, search=_META),
 }
+
+COMPARED = ("ce", "mfm")  # where no methods are named; the baseline first
 
 
 def modulating() -> str:
