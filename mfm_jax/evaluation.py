@@ -15,12 +15,12 @@ import ml_collections
 import numpy as np
 from rich.progress import track
 
-from mfm_jax import classifier, decode, metrics, predict, report, train
+from mfm_jax import classifier, metrics, predict, report, train
 from mfm_jax import config as config_lib
 from mfm_jax import data as data_lib
 from mfm_jax.classifier import Classifier
 from mfm_jax.config import Config
-from mfm_jax.data import LongTailData, batches, listing
+from mfm_jax.data import LongTailData, batches, walk
 from mfm_jax.errors import UserError
 
 # A classifier -> (its probabilities [N, K], the labels [N]).
@@ -151,7 +151,7 @@ def _of_split(config: Config, data: LongTailData, split: str) -> Predicted:
 def _of_folder(folder: Path, class_names: Sequence[str], config: Config, unread: dict[str, str]) -> Predicted:
     """Returns the predictions for the pictures in `folder` that can be read; the others are noted in `unread`."""
     _check_classes(folder, class_names)
-    label = {path: k for k, name in enumerate(class_names) for path in decode.files([folder / name])}
+    label = {path: k for k, name in enumerate(class_names) for path in walk.given([folder / name])}
     if not label:
         raise UserError(f"--eval_folder={folder}: no pictures there")
     size, workers = config.eval.batch_size, config.data.workers
@@ -174,7 +174,7 @@ def _of_folder(folder: Path, class_names: Sequence[str], config: Config, unread:
 def _check_classes(folder: Path, class_names: Sequence[str]) -> None:
     if not folder.is_dir():
         raise UserError(f"--eval_folder={folder}: no such folder")
-    there = {path.name for path in folder.iterdir() if path.is_dir() and not listing.passed_over(path.name)}
+    there = {path.name for path in folder.iterdir() if path.is_dir() and not walk.passed_over(path.name)}
     known = set(class_names)
     if there != known:
         differences = (("missing", known - there), ("unknown", there - known))
