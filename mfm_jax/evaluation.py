@@ -15,7 +15,7 @@ import ml_collections
 import numpy as np
 from rich.progress import track
 
-from mfm_jax import classifier, metrics, predict, report, train
+from mfm_jax import classifier, metrics, predict, report, train, versions
 from mfm_jax import config as config_lib
 from mfm_jax import data as data_lib
 from mfm_jax.classifier import Classifier
@@ -89,7 +89,7 @@ def evaluate_run(
         "folder": str(folder or ""),
         "pretrained": given.model.pretrained if as_is else "",
         "unread": unread,
-        "versions": train.versions(),
+        "versions": versions.versions(),
     }
     out.mkdir(parents=True, exist_ok=True)
     train.write(out / "results.json", json.dumps(results, indent=1))

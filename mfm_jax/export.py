@@ -21,7 +21,7 @@ import jax.export
 import jinja2
 import numpy as np
 
-from mfm_jax import card, classifier, command, report, train
+from mfm_jax import card, classifier, command, report, versions
 from mfm_jax.classifier import Classifier
 from mfm_jax.errors import UserError
 
@@ -65,7 +65,7 @@ def export(workdir: Path, out: Path, which: str = "last", *, onnx: bool = False,
         "which": which,
         "step": trained.step,
         "manifest": run.manifest.get("hash"),
-        "versions": train.versions(),
+        "versions": versions.versions(),
     }
     (out / "classifier.json").write_text(json.dumps(facts, indent=1))
     (out / "how_to_use.py").write_text(_how_to_use(trained))

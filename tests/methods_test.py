@@ -17,7 +17,7 @@ import numpy as np
 import optax
 import pytest
 
-from mfm_jax import augment, classifier, interruption, models, optim, parallel, train
+from mfm_jax import augment, classifier, inputs, interruption, models, optim, parallel, train
 from mfm_jax import config as config_lib
 from mfm_jax import data as data_lib
 from mfm_jax import experiment as experiment_lib
@@ -88,11 +88,11 @@ class Watched:
 def trained(config, workdir, stop_at: int = 0):
     """Trains as `train_and_evaluate` does, without the reports; returns the run."""
     data = data_lib.build(config)
-    run = train._Run(config, workdir, data, experiment_lib.build(config, data), loop_lib.to_device(data), None)
+    run = train._Run(config, workdir, data, experiment_lib.build(config, data), inputs.to_device(data))
     run.call = Watched(loop_lib.make_call(run.experiment, config), stop_at)
     with contextlib.closing(run), pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop_lib, "make_call", lambda *_: run.call)
-        train._drive([run])
+        train._train([run])
     return run
 
 

@@ -7,10 +7,11 @@ What somebody may not have meant (a file that is no picture, a link that leads n
 picture in two splits) becomes a `Problem` and is left out. What leaves no sensible set raises `UserError`.
 """
 
+import itertools
 import posixpath
 import re
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -41,15 +42,8 @@ class Listing:
         """Returns the listing less the pictures whose paths are in `bad`; classes and problems stay."""
         left_out = frozenset(bad)
         keep = np.array([path not in left_out for path in self.paths], bool)
-        return Listing(
-            root=self.root,
-            class_names=self.class_names,
-            paths=tuple(path for path, kept in zip(self.paths, keep, strict=True) if kept),
-            labels=self.labels[keep],
-            splits=self.splits[keep],
-            groups=tuple(group for group, kept in zip(self.groups, keep, strict=True) if kept),
-            problems=self.problems,
-        )
+        paths, groups = (tuple(itertools.compress(values, keep)) for values in (self.paths, self.groups))
+        return replace(self, paths=paths, labels=self.labels[keep], splits=self.splits[keep], groups=groups)
 
 
 def load(config: Data) -> Listing:

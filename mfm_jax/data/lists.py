@@ -35,14 +35,7 @@ class Row(NamedTuple):
 def read(root: Path, files: Mapping[str, Path], problems: list[Problem]) -> tuple[list[Row], dict[str, str]]:
     """Returns the pictures that list files name, and the name of each class by its label, in the order of the classes.
 
-    Args:
-      root: the folder that paths are relative to.
-      files: the file of each split, by its name in `SPLITS`; at least "train".
-      problems: lines and classes that cannot be used are added.
-
-    Raises:
-      UserError: a file is missing, empty or not understood as a whole, none of the pictures is there, or there are
-        fewer than two classes.
+    Arguments and errors are those of `listing.lists`; lines and classes that cannot be used are added to `problems`.
     """
     given = [split for split in reversed(SPLITS) if split in files]
     lines = [line for split in given for line in _lines(split, files[split], problems)]

@@ -9,7 +9,6 @@ NumPy on the host only; who reads puts batches on the device.
 """
 
 import abc
-import contextlib
 import functools
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
@@ -127,9 +126,8 @@ class Picks(NamedTuple):
     part: RandomPart | None = None  # None: the whole of each picture
 
 
-@contextlib.contextmanager
-def stream(streams: Sequence[Picks], *, workers: int, first: int = 0) -> Iterator[Iterator[tuple[Pixels, ...]]]:
-    """Gives an iterator over steps: a batch of each stream, uint8 [B, size, size, C], decoded ahead.
+def stream(streams: Sequence[Picks], *, workers: int, first: int = 0) -> Generator[tuple[Pixels, ...], None, None]:
+    """Yields a batch of each stream at every step, uint8 [B, size, size, C], decoded ahead until it is closed.
 
     Args:
       streams: equally many batches each.
@@ -140,14 +138,9 @@ def stream(streams: Sequence[Picks], *, workers: int, first: int = 0) -> Iterato
       UserError: a file is gone or was damaged since it was checked, or a process was ended from outside.
     """
     decodes = any(isinstance(picks.images, Files) for picks in streams)  # an array is read faster than it is sent
-    with contextlib.closing(_steps(streams, first, workers if decodes else 0)) as steps:
-        yield steps
-
-
-def _steps(streams: Sequence[Picks], first: int, workers: int) -> Generator[tuple[Pixels, ...], None, None]:
-    read = functools.partial(_batches, streams)
+    steps, read = range(first, len(streams[0].order)), functools.partial(_batches, streams)
     try:
-        yield from processes.mapped(read, range(first, len(streams[0].order)), workers)
+        yield from processes.mapped(read, steps, workers if decodes else 0)
     except processes.WorkerEnded as error:
         raise UserError(
             f"data.workers = {workers}: a process that decodes was ended; is memory short? choose fewer, and run the"
@@ -162,9 +155,8 @@ def _batches(streams: Sequence[Picks], step: int) -> tuple[Pixels, ...]:
 def in_batches(images: Streamed, batch_size: int, workers: int) -> Iterator[Pixels]:
     """Yields all images in order, the last batch as small as it comes; raises as `stream`."""
     order = [np.arange(i, min(i + batch_size, len(images))) for i in range(0, len(images), batch_size)]
-    with stream([Picks(images, order)], workers=workers) as steps:
-        for (batch,) in steps:
-            yield batch
+    for (batch,) in stream([Picks(images, order)], workers=workers):
+        yield batch
 
 
 def paths(names: Sequence[str]) -> npt.NDArray[np.object_]:
