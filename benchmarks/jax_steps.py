@@ -21,7 +21,9 @@ from mfm_jax import (
     augment,
     bilevel,
     experiment,
+    feed,
     hypergrad,
+    inputs,
     longtail,
     loop,
     losses,
@@ -232,7 +234,7 @@ def _config(spec: Spec) -> config_lib.Config:
     return config_lib.resolve(config)
 
 
-def _start(spec: Spec, config: config_lib.Config) -> tuple[experiment.Experiment, loop.LoopState, loop.DeviceData]:
+def _start(spec: Spec, config: config_lib.Config) -> tuple[experiment.Experiment, loop.LoopState, inputs.ResidentSet]:
     """Returns the experiment, its loop state and its data on the device, of all seeds; images are noise."""
     data, rng = _data(spec, config), np.random.default_rng(0)
     data.train_images, data.meta_images = (
@@ -242,8 +244,9 @@ def _start(spec: Spec, config: config_lib.Config) -> tuple[experiment.Experiment
     one = loop.initial(dataclasses.replace(built, init=lambda: _drawn(built.init)), config.train)
     order = rng.integers(0, len(data.train_labels), (built.steps_per_epoch, spec.batch), np.int32)
     table = np.arange(len(data.meta_labels), dtype=np.int32).reshape(-1, spec.classes).T
-    resident = loop.to_device(data).replace(order=jnp.asarray(order), meta_table=jnp.asarray(table))
-    state, resident = loop.stack([one] * spec.seeds, [resident] * spec.seeds)
+    resident = inputs.to_device(data).replace(order=jnp.asarray(order), meta_table=jnp.asarray(table))
+    state = loop.stack([one] * spec.seeds)
+    resident = inputs.stack([resident] * spec.seeds) if spec.seeds > 1 else resident
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     return built, parallel.place(state, place), parallel.place(resident, place)
 
@@ -254,7 +257,7 @@ def _loop(spec: Spec) -> Program:
     Whole calls alone are run, so a number of steps is rounded up; `unit` steps have their whole share of meta-steps.
     """
     config = _config(spec)
-    each = config.train.steps_per_call or (1 if jax.default_backend() == "cpu" else 10)  # as `train` has it
+    each = feed.steps_per_call(config)
     with TRACING:
         built, state, resident = _start(spec, config)
         decided = _decided(config, built)

@@ -105,7 +105,7 @@ def rate(root: Path, paths: Sequence[Path], workers: int) -> float:
     files = streaming.Files(root, names, SIDE, 3, "crop")
     order = list(np.random.default_rng(0).integers(0, len(paths), (_STARTED + 80, _BATCH.value)))
     picks = streaming.Picks(files, order, streaming.RandomPart(0.08, (0,), np.arange(_BATCH.value)))
-    with streaming.stream([picks], workers=workers) as steps:
+    with contextlib.closing(streaming.stream([picks], workers=workers)) as steps:
         for _ in range(_STARTED):
             next(steps)
         began = time.perf_counter()

@@ -15,16 +15,15 @@ import ml_collections
 import numpy as np
 from rich.progress import track
 
-from mfm_jax import classifier, decode, disk, predict, report
+from mfm_jax import classifier, disk, predict, report, versions
 from mfm_jax import config as config_lib
 from mfm_jax import data as data_lib
 from mfm_jax import results as results_lib
 from mfm_jax.classifier import Classifier
 from mfm_jax.config import Config
-from mfm_jax.data import listing
+from mfm_jax.data import walk
 from mfm_jax.errors import UserError
 from mfm_jax.results import Answers, Asked
-from mfm_jax.versions import versions
 from mfm_jax.workdir import Workdir
 
 
@@ -89,7 +88,7 @@ def evaluate_run(
         "folder": str(folder or ""),
         "pretrained": given.model.pretrained if as_is else "",
         "unread": unread,
-        "versions": versions(),
+        "versions": versions.versions(),
     }
     out.mkdir(parents=True, exist_ok=True)
     disk.write_object(Workdir(out).results, results)
@@ -114,7 +113,7 @@ def _check_config(given: Config, run: Workdir) -> None:
 def _on_folder(folder: Path, class_names: Sequence[str], config: Config, unread: dict[str, str]) -> Asked:
     """Returns the question for the pictures in `folder` that can be read; the others are noted in `unread`."""
     _check_classes(folder, class_names)
-    label = {path: k for k, name in enumerate(class_names) for path in decode.files([folder / name])}
+    label = {path: k for k, name in enumerate(class_names) for path in walk.given([folder / name])}
     if not label:
         raise UserError(f"--eval_folder={folder}: no pictures there")
     size, workers = config.eval.batch_size, config.data.workers
@@ -137,7 +136,7 @@ def _on_folder(folder: Path, class_names: Sequence[str], config: Config, unread:
 def _check_classes(folder: Path, class_names: Sequence[str]) -> None:
     if not folder.is_dir():
         raise UserError(f"--eval_folder={folder}: no such folder")
-    there = {path.name for path in folder.iterdir() if path.is_dir() and not listing.passed_over(path.name)}
+    there = {path.name for path in folder.iterdir() if path.is_dir() and not walk.passed_over(path.name)}
     known = set(class_names)
     if there != known:
         differences = (("missing", known - there), ("unknown", there - known))

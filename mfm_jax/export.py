@@ -19,10 +19,9 @@ import jax
 import jax.export
 import numpy as np
 
-from mfm_jax import card, classifier, command, disk, finished, report
+from mfm_jax import card, classifier, command, disk, finished, report, versions
 from mfm_jax.classifier import Classifier
 from mfm_jax.errors import UserError
-from mfm_jax.versions import versions
 from mfm_jax.workdir import Workdir
 
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -65,7 +64,7 @@ def export(workdir: Path, out: Path, which: str = "last", *, onnx: bool = False,
         "which": which,
         "step": trained.step,
         "manifest": run.manifest.get("hash"),
-        "versions": versions(),
+        "versions": versions.versions(),
     }
     disk.write_object(Workdir(out).facts, facts)  # by the name that it has in a workdir
     disk.write(out / "how_to_use.py", report.template("how_to_use.py.jinja").render(fit=trained.facts.fit))

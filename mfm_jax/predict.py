@@ -28,6 +28,7 @@ from rich import progress
 from mfm_jax import command, decode
 from mfm_jax.classifier import WHICH, Classifier
 from mfm_jax.classifier import load as load
+from mfm_jax.data import walk
 from mfm_jax.decode import Decoded
 from mfm_jax.errors import UserError
 from mfm_jax.interruption import EXIT_INTERRUPTED, Interrupted
@@ -71,7 +72,7 @@ def write_csv(
     """
     if out.is_dir():
         raise UserError(f"--out={out}: a folder; name a file")
-    total = sum(1 for _ in decode.files(places))
+    total = sum(1 for _ in walk.given(places))
     if not total:
         raise UserError(f"{', '.join(map(str, places))}: no pictures there")
     names, top, unread = classifier.class_names, min(top, len(classifier.class_names)), 0
@@ -80,7 +81,7 @@ def write_csv(
     with part.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file, _progress_bar() as bar:
         writer, task = csv.writer(file), bar.add_task(out.name, total=total)
         writer.writerow(_header(names, top, all_classes))
-        for batch, probabilities in predicted(classifier, decode.files(places), batch_size, workers):
+        for batch, probabilities in predicted(classifier, walk.given(places), batch_size, workers):
             for item, row in zip(batch, probabilities, strict=True):
                 writer.writerow(_row(item, row, names, top, all_classes))
             unread += sum(item.image is None for item in batch)

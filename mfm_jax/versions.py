@@ -1,4 +1,4 @@
-"""What a run's numbers depend on besides its config and data."""
+"""What numbers depend on beside config and data: versions and devices, as results and checkpoints record them."""
 
 import platform
 from importlib import metadata
@@ -10,7 +10,7 @@ from mfm_jax.models import native
 
 
 def versions() -> dict[str, str]:
-    """Returns the versions of what numbers depend on, and the devices; "unknown" where a package does not tell."""
+    """Returns the versions of packages, and the devices; "unknown" where a package does not tell."""
     names = ("jax", "flax", "optax", "orbax-checkpoint", "numpy")
     return {
         "mfm-jax": mfm_jax.__version__,  # of this source, which need not be installed
@@ -26,3 +26,8 @@ def _version(package: str) -> str:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return "unknown"
+
+
+def devices() -> str:
+    """Returns how many devices there are, in how many processes."""
+    return f"{jax.device_count()} device(s) in {jax.process_count()} process(es)"

@@ -1,9 +1,6 @@
 """A check opens every picture once, remembers what it found, and tells which pictures are the same."""
 
 import os
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +9,6 @@ from PIL import Image
 
 from mfm_jax.data import checking, listing
 from mfm_jax.data.pictures import look_at
-
-REPOSITORY = Path(__file__).parents[1]
 
 
 def noise(path: Path, seed: int, size: tuple[int, int] = (90, 80)) -> Image.Image:
@@ -229,30 +224,6 @@ def test_many_looks_agree_with_comparing_each_with_each():
 
 
 # Processes
-
-
-def test_processes_do_not_import_the_program_and_end_when_it_is_killed(tmp_path):
-    script = (
-        tmp_path / "script.py"
-    )  # without `if __name__ == "__main__"`: imported again, it would start processes again
-    script.write_text(
-        textwrap.dedent("""
-        import jax, os, sys, time
-        from mfm_jax.data.workers import pool
-        with pool(1) as executor:
-            has_jax = executor.submit(eval, "'jax' in __import__('sys').modules").result()
-            print("started", has_jax, executor.submit(os.getpid).result(), flush=True)
-            time.sleep(600)
-        """)
-    )
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    with subprocess.Popen([sys.executable, script], env=environment, stdout=subprocess.PIPE, text=True) as program:
-        assert program.stdout is not None
-        started, has_jax, child = program.stdout.readline().split()
-        program.kill()
-        assert program.stdout.read() == ""  # ends when the child, which has it too, has ended
-    assert (started, has_jax) == ("started", "False")
-    assert not Path(f"/proc/{child}/exe").exists()
 
 
 def crash(path: Path) -> None:

@@ -74,7 +74,7 @@ def test_the_training_split_has_a_report_of_its_own(trained_run, tmp_path):
 
 @pytest.fixture
 def folder(trained_run, tmp_path):
-    """The test split as files, and a file that is none."""
+    """The test split as files, one without a suffix, a class behind a link, and a file that is no picture."""
     data = data_lib.build(trained_run.config)
     root = tmp_path / "mine"
     for i, (pixels, label) in enumerate(zip(data.test_images, data.test_labels, strict=True)):
@@ -82,6 +82,11 @@ def folder(trained_run, tmp_path):
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels.squeeze()).save(path)
     (root / "7" / "broken.png").write_bytes(b"?")
+    first = min((root / "7").iterdir())
+    first.rename(first.with_suffix(""))
+    (root / "3").rename(tmp_path / "elsewhere")
+    (root / "3").mkdir()
+    (root / "3" / "more").symlink_to(tmp_path / "elsewhere")
     return root
 
 

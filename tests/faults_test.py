@@ -22,10 +22,10 @@ import numpy as np
 import pytest
 from tensorboardX.proto import event_pb2
 
+from mfm_jax import anomalies, inputs, integrity, interruption, train
 from mfm_jax import config as config_lib
 from mfm_jax import data as data_lib
 from mfm_jax import experiment as experiment_lib
-from mfm_jax import integrity, interruption, train
 from mfm_jax import loop as loop_lib
 from mfm_jax.checkpoint import Checkpointer, restore_phi
 from mfm_jax.config import Checkpoint, Train
@@ -332,7 +332,7 @@ def test_a_step_that_is_not_finite_is_left_out(stepping, tmp_path, capfd):
 def test_an_epoch_of_skipped_steps_ends_the_run(stepping, tmp_path):
     stepping(poison(*range(7, 14)))
     with pytest.raises(
-        train.NonFiniteError, match="every step of epoch 1 was skipped; the checkpoint of step 7 is kept"
+        anomalies.NonFiniteError, match="every step of epoch 1 was skipped; the checkpoint of step 7 is kept"
     ):
         train.train_and_evaluate(tiny(), tmp_path)
 
@@ -343,7 +343,7 @@ def test_a_skipped_step_changes_nothing_but_the_step_and_compiles_nothing():
     experiment = experiment_lib.build(config, data)
     call, loop = loop_lib.make_call(experiment, config), loop_lib.initial(experiment, config.train)
     order = jnp.arange(64 * experiment.steps_per_epoch, dtype=jnp.int32).reshape(-1, 64)
-    resident = loop_lib.to_device(data).replace(order=order, meta_table=jnp.asarray(data.meta_table(0), jnp.int32))
+    resident = inputs.to_device(data).replace(order=order, meta_table=jnp.asarray(data.meta_table(0), jnp.int32))
     kind = loop_lib.steps([False])
     loop = call(loop, resident, *kind)
     before = jax.device_get(loop.replace(bilevel=loop.bilevel.replace(key=None)))
@@ -362,15 +362,15 @@ def test_a_spike_is_a_norm_far_above_the_running_mean():
     """By hand: 11 norms of 2, then 5.9, 6.1 and an infinite one under factor 3."""
     norms = jnp.zeros(2)
     for _ in range(11):
-        norms, spike = loop_lib._watch_norm(norms, jnp.float32(2.0), 3.0)
+        norms, spike = anomalies.watch_norm(norms, jnp.float32(2.0), 3.0)
         assert not spike
     weight = (1 - 0.99**11) / 0.01
     np.testing.assert_allclose(norms, [2 * weight, weight], rtol=1e-6)
-    assert not loop_lib._watch_norm(norms, jnp.float32(5.9), 3.0)[1]
-    after, spike = loop_lib._watch_norm(norms, jnp.float32(6.1), 3.0)
+    assert not anomalies.watch_norm(norms, jnp.float32(5.9), 3.0)[1]
+    after, spike = anomalies.watch_norm(norms, jnp.float32(6.1), 3.0)
     assert spike
     np.testing.assert_allclose(after, [0.99 * 2 * weight + 6, 0.99 * weight + 1], rtol=1e-6)
-    after, _ = loop_lib._watch_norm(norms, jnp.float32(jnp.inf), 3.0)
+    after, _ = anomalies.watch_norm(norms, jnp.float32(jnp.inf), 3.0)
     np.testing.assert_allclose(after, 0.99 * norms, rtol=1e-6)
 
 
@@ -380,10 +380,10 @@ def test_a_spike_is_noted_and_skipped():
     new = old.replace(step=old.step + 1, params={"w": jnp.float32(5)})
     settings = Train(on_nonfinite="skip", spike_factor=3.0)
     sums = dict.fromkeys(("loss", "accuracy", "grad_norm", "steps", "skipped"), jnp.float32(0))
-    loop = loop_lib.LoopState(old, sums, loop_lib.no_anomalies(settings), jnp.array([40.0, 20.0]))
+    loop = loop_lib.LoopState(old, sums, anomalies.none_noted(settings), jnp.array([40.0, 20.0]))
     loop = loop_lib._accumulate(loop, new, metrics, False, settings)
     assert (int(loop.bilevel.step), float(loop.bilevel.params["w"])) == (21, 1.0)
-    assert loop.bad[0].tolist() == [20, len(loop_lib.ANOMALIES) - 1]
+    assert loop.bad[0].tolist() == [20, len(anomalies.ANOMALIES) - 1]
     assert (float(loop.sums["skipped"]), float(loop.sums["loss"])) == (1.0, 0.0)
 
 

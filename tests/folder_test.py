@@ -1,5 +1,6 @@
 """One's own pictures as a data set: folders and lists, their splits, and the streamed path against the resident one."""
 
+import contextlib
 import functools
 import json
 import multiprocessing
@@ -19,11 +20,12 @@ from mfm_jax import config as config_lib
 from mfm_jax import data as data_lib
 from mfm_jax import experiment as experiment_lib
 from mfm_jax import feed as feed_lib
-from mfm_jax import interruption, longtail, preflight, train
+from mfm_jax import inputs, interruption, longtail, preflight, train
 from mfm_jax import loop as loop_lib
 from mfm_jax.data import files, listing, streaming
 from mfm_jax.errors import UserError
 from mfm_jax.manifest import check_leakage, write_manifest
+from mfm_jax.types import BilevelState
 
 COUNTS = {"ant": 40, "bee": 12, "cricket": 5}
 
@@ -301,28 +303,34 @@ def test_streamed_pictures_are_those_that_would_be_resident(root):
 
 
 def feed(root: Path, first: int, **overrides):
-    """Returns what a `Feed` gives from step `first` of an epoch on: (image, meta image or None) of each step."""
+    """Returns what a feed gives from step `first` of epoch 1 on: images and labels, and those of the meta batch."""
     resolved = config_lib.resolve(config(root, data__resident_mb=0, **overrides))
     data = data_lib.build(resolved)
     experiment = experiment_lib.build(resolved, data)
-    order = np.asarray(experiment.order(jax.random.key(0), 1))
-    steps = [len(order) + i if i % 2 == 0 else None for i in range(len(order))]
-    meta_order = loop_lib.meta_order(jax.random.key(7), steps, jnp.asarray(data.meta_table(1)), 6)
-    source, found = feed_lib.Feed(data, resolved, None, loop_lib.to_device(data)), []
-    source.start_epoch(1, order, meta_order, first)
-    for step in range(first, len(order)):
-        device_data = source.next()
-        meta = (device_data.meta_images, device_data.meta_labels) if steps[step] else ()
-        found.append(jax.tree.map(np.asarray, (device_data.images, device_data.labels, *meta)))
+    source, found = feed_lib.make(data, experiment, resolved, inputs.to_device(data)), []
+    assert (source.steps_per_call, source.is_shared) == (1, False)
+    begin, end = experiment.steps_per_epoch, 2 * experiment.steps_per_epoch
+    source.start_epoch(1, begin + first, state())
+    for is_meta in loop_lib.meta_steps(experiment, resolved, range(begin + first, end)):
+        given = source.next()
+        assert isinstance(given, inputs.StepBatches)
+        assert given is source.data
+        meta = inputs.meta(given, jax.random.key(7), 0, 6) if is_meta else ()
+        found.append(jax.tree.map(np.asarray, (*inputs.training(given, 0), *meta)))
     source.close()
     return found
+
+
+def state() -> BilevelState:
+    """Returns a state of which the key alone counts."""
+    return BilevelState(jnp.int32(0), jax.random.key(7), {}, {}, (), {}, ())
 
 
 def test_signals_are_left_to_the_program_and_a_lost_worker_is_told_in_one_line(root):
     """Ctrl-C and some schedulers' SIGTERM reach every process; the program saves, and needs its workers until then."""
     order = [np.array([i % 40]) for i in range(100)]
     files = build(root, data__resident_mb=0).train_images
-    with streaming.stream([streaming.Picks(files, order)], workers=1) as steps:
+    with contextlib.closing(streaming.stream([streaming.Picks(files, order)], workers=1)) as steps:
         next(steps)
         (worker,) = multiprocessing.active_children()
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -346,13 +354,18 @@ def test_a_streamed_epoch_has_the_batches_of_a_resident_one(root):
     resolved = config_lib.resolve(config(root))
     data = data_lib.build(resolved)
     experiment = experiment_lib.build(resolved, data)
-    order = np.asarray(experiment.order(jax.random.key(0), 1))
-    table = jnp.asarray(data.meta_table(1))
-    for step, (image, label, *meta) in enumerate(feed(root, 0)):
-        chex.assert_trees_all_equal((image, label), (data.train_images[order[step]], data.train_labels[order[step]]))
+    resident = feed_lib.make(data, experiment, resolved, inputs.to_device(data))
+    begin = experiment.steps_per_epoch
+    resident.start_epoch(1, begin, state())
+    given = resident.next()
+    assert isinstance(given, inputs.ResidentSet)
+    streamed = feed(root, 0)
+    chex.assert_trees_all_equal(streamed[0][:2], inputs.training(given, begin))
+    assert [len(step) for step in streamed] == [2, 4, 2, 4, 2]
+    for step, (image, label, *meta) in enumerate(streamed, begin):
+        chex.assert_trees_all_equal((image, label), inputs.training(given, step))
         if meta:
-            index = loop_lib.meta_index(jax.random.key(7), len(order) + step, table, 6)
-            chex.assert_trees_all_equal(tuple(meta), (data.meta_images[index], data.meta_labels[index]))
+            chex.assert_trees_all_equal(tuple(meta), inputs.meta(given, state().key, step, 6))
 
 
 @pytest.mark.slow

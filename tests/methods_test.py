@@ -18,7 +18,7 @@ import numpy as np
 import optax
 import pytest
 
-from mfm_jax import augment, classifier, interruption, models, optim, parallel, train
+from mfm_jax import augment, classifier, inputs, interruption, models, optim, parallel, train
 from mfm_jax import config as config_lib
 from mfm_jax import data as data_lib
 from mfm_jax import experiment as experiment_lib
@@ -27,6 +27,7 @@ from mfm_jax import loop as loop_lib
 from mfm_jax.errors import UserError
 from mfm_jax.methods.settings import Staged
 from mfm_jax.methods.table import METHODS
+from mfm_jax.run import Run
 from mfm_jax.types import Batch, no_modulation
 from mfm_jax.workdir import Workdir
 
@@ -93,11 +94,11 @@ class Watched:
 def trained(config, workdir, stop_at: int = 0):
     """Trains as `train_and_evaluate` does, without the reports; returns the run."""
     data = data_lib.build(config)
-    run = train._Run(config, workdir, data, experiment_lib.build(config, data), loop_lib.to_device(data), None)
+    run = Run(config, workdir, data, experiment_lib.build(config, data), inputs.to_device(data))
     run.call = Watched(loop_lib.make_call(run.experiment, config), stop_at)
     with contextlib.closing(run), pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop_lib, "make_call", lambda *_: run.call)
-        train._drive([run])
+        train.train_runs([run])
     return run
 
 
@@ -173,7 +174,7 @@ def test_is_the_plain_classifier_at_test_time(name, finished):
         chex.assert_trees_all_close(probabilities, jax.nn.softmax(plain), rtol=1e-5)
     noise = jax.tree.map(lambda x: 2 * x + 1, state.phi)
     changed = experiment.eval_step(state.replace(phi=noise), image)
-    noise = jax.tree.map(lambda x: 2 * x + 1, state.mod_params)
+    noise = jax.tree.map(lambda x: 2 * x + 1, state.phi)
     changed = experiment.tested.probabilities(state.replace(phi=noise), image)
     if METHODS[name].retraining is None:
         chex.assert_trees_all_equal(changed, probabilities)

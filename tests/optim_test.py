@@ -10,8 +10,8 @@ import pytest
 from mfm_jax import config as config_lib
 from mfm_jax import data as data_lib
 from mfm_jax import experiment as experiment_lib
+from mfm_jax import inputs, optim
 from mfm_jax import loop as loop_lib
-from mfm_jax import optim
 from mfm_jax.config import Meta, Optim
 
 PARAMS = {"w": np.array([1.0, -2.0], np.float32)}
@@ -190,7 +190,7 @@ def test_phi_recovers_from_any_single_meta_gradient(at, monkeypatch):
         monkeypatch.setattr(optim, "outer", lambda rate: optax.chain(spiked(planted), chain(rate)))
         experiment = experiment_lib.build(config, data)
         call, loop = loop_lib.make_call(experiment, config), loop_lib.initial(experiment)
-        on_device = loop_lib.to_device(data)
+        on_device = inputs.to_device(data)
         for step in range(at + 51):
             if step % experiment.steps_per_epoch == 0:
                 epoch = step // experiment.steps_per_epoch

@@ -19,8 +19,9 @@ from methods_test import ALL, Tiny, arrays, configured
 from mfm_jax import config as config_lib
 from mfm_jax import data as data_lib
 from mfm_jax import experiment as experiment_lib
+from mfm_jax import feed as feed_lib
+from mfm_jax import inputs, losses, models, optim, parallel
 from mfm_jax import loop as loop_lib
-from mfm_jax import losses, models, optim, parallel
 from mfm_jax.checkpoint import Checkpointer
 from mfm_jax.errors import UserError
 from mfm_jax.models import native
@@ -86,25 +87,20 @@ def trajectory(config, mesh, steps: int = STEPS):
     """
     data = data_of(config)
     experiment = experiment_lib.build(config, data, mesh)
-    loop, on_device = to_double(loop_lib.initial(experiment)), loop_lib.to_device(data)
+    loop = to_double(loop_lib.initial(experiment))
     loop = loop.replace(sums=jax.tree.map(lambda x: x.astype(jnp.float32), loop.sums))
-    place = parallel.replicated(mesh) if mesh else jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    loop = jax.device_put(loop, parallel.state_sharding(loop, mesh) if mesh else place)
+    loop = jax.device_put(loop, parallel.state_sharding(loop, mesh) if mesh else inputs.everywhere(None))
+    feed = feed_lib.make(data, experiment, config, inputs.to_device(data))
     call, seen = loop_lib.make_call(experiment, config), set()
     for step in range(steps):
         epoch, at = divmod(step, experiment.steps_per_epoch)
         if at == 0:
-            order = experiment.order(jax.random.key(1), epoch)
-            on_device = on_device.replace(order=order, meta_table=jnp.asarray(data.meta_table(epoch), jnp.int32))
-        retrain = step >= experiment.retrain_from
-        if retrain and experiment.synthetic and on_device.images.ndim > 2:
-            on_device = loop_lib.synthetic_data(experiment, on_device, loop.bilevel, 5, 0, 500)
-        on_device = jax.device_put(on_device, place)
-        is_meta = experiment.meta_step is not None and step % config.meta.every == 0
-        arguments, before, compiled = loop_lib.steps((is_meta,), retrain=retrain), loop, len(_compiled)
+            feed.start_epoch(epoch, step, loop.bilevel)
+        is_meta, retrain = loop_lib.meta_steps(experiment, config, [step]), step >= experiment.retrain_from
+        arguments, before, compiled = loop_lib.steps(is_meta, retrain=retrain), loop, len(_compiled)
         guard = "disallow" if arguments[1] in seen else "allow"
         with jax.transfer_guard_device_to_host(guard), jax.transfer_guard_host_to_device(guard):
-            loop = call(loop, on_device, *arguments)
+            loop = call(loop, feed.next(), *arguments)
         assert arguments[1] not in seen or len(_compiled) == compiled
         assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before))
         seen.add(arguments[1])
@@ -348,7 +344,7 @@ def test_sampling_and_padding_add_no_collective(name, collectives, tiny):
     data, mesh = data_of(config), parallel.data_mesh()
     experiment = experiment_lib.build(config, data, mesh)
     order, table = experiment.order(jax.random.key(1), 0), jnp.asarray(data.meta_table(0), jnp.int32)
-    on_device = loop_lib.to_device(data).replace(order=order, meta_table=table)
+    on_device = inputs.to_device(data).replace(order=order, meta_table=table)
     given = jax.device_put((loop_lib.initial(experiment), on_device), parallel.replicated(mesh))
     call = loop_lib.make_call(experiment, config)
     text = call.lower(*given, *loop_lib.steps((name != "ce",))).compile().as_text()

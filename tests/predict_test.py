@@ -19,7 +19,7 @@ from PIL import Image
 from mfm_jax import command, decode, metrics, predict, train
 from mfm_jax import data as data_lib
 from mfm_jax import facts as facts_lib
-from mfm_jax.data import digits
+from mfm_jax.data import digits, walk
 from mfm_jax.errors import UserError
 from mfm_jax.methods.table import METHODS
 
@@ -244,7 +244,7 @@ def test_a_folder_that_cannot_be_read_is_told(folder, monkeypatch):
     scan = os.scandir
     monkeypatch.setattr(os, "scandir", scandir)
     with pytest.raises(UserError, match="b: cannot be read: Permission denied"):
-        list(decode.files([folder]))
+        list(walk.given([folder]))
 
 
 # --- the command ----------------------------------------------------------------------------------

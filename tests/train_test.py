@@ -15,11 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mfm_jax import compare, interruption, models, parallel, train
+from mfm_jax import compare, inputs, interruption, models, parallel, train
 from mfm_jax import config as config_lib
 from mfm_jax import data as data_lib
 from mfm_jax import experiment as experiment_lib
 from mfm_jax import loop as loop_lib
+from mfm_jax.anomalies import NonFiniteError
 from mfm_jax.checkpoint import Checkpointer, restore_phi
 from mfm_jax.errors import UserError
 from mfm_jax.manifest import manifest_hash, write_manifest
@@ -89,7 +90,7 @@ def test_a_run_leaves_what_it_promises(finished):
 
 def test_a_finished_run_is_not_repeated(finished, monkeypatch):
     workdir, results = finished
-    monkeypatch.setattr(train, "_drive", None)
+    monkeypatch.setattr(train, "train_runs", None)
     again = train.train_and_evaluate(tiny(), workdir)
     assert again == json.loads(json.dumps(results))
 
@@ -184,7 +185,7 @@ def test_each_kind_of_step_compiles_once_and_nothing_leaves_the_device():
     call, loop, resident = loop_lib.make_call(experiment, config), loop_lib.initial(experiment), None
     order = jnp.arange(64 * experiment.steps_per_epoch, dtype=jnp.int32).reshape(-1, 64)
     table = jnp.asarray(data.meta_table(0), jnp.int32)
-    resident = loop_lib.to_device(data).replace(order=order, meta_table=table)
+    resident = inputs.to_device(data).replace(order=order, meta_table=table)
     for is_meta in (True, False):
         loop = call(loop, resident, *loop_lib.steps([is_meta]))
     with jax.transfer_guard("disallow"):
@@ -201,7 +202,7 @@ def test_several_steps_a_call_equal_single_steps():
     experiment = experiment_lib.build(config, data)
     call = loop_lib.make_call(experiment, config)
     order = jnp.arange(64 * experiment.steps_per_epoch, dtype=jnp.int32).reshape(-1, 64)
-    resident = loop_lib.to_device(data).replace(order=order, meta_table=jnp.asarray(data.meta_table(0), jnp.int32))
+    resident = inputs.to_device(data).replace(order=order, meta_table=jnp.asarray(data.meta_table(0), jnp.int32))
     single, several = loop_lib.initial(experiment), loop_lib.initial(experiment)
     for is_meta in (True, False):
         single = call(single, resident, *loop_lib.steps([is_meta]))
@@ -223,7 +224,7 @@ def test_non_finite_loss_stops_and_keeps_the_last_good_checkpoint(tmp_path, monk
 
         return poisoned
 
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(train.NonFiniteError) as error:
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(NonFiniteError) as error:
         patch.setattr(loop_lib, "make_call", make_call)
         train.train_and_evaluate(config, tmp_path)
     assert re.match(r"(loss|grad_norm) became non-finite at step 8; the checkpoint of step 6 is kept", str(error.value))
@@ -328,7 +329,7 @@ def test_an_interrupted_run_does_not_go_on_with_other_images(tmp_path, monkeypat
     write_manifest(first, manifest)
     config = tiny(data__manifest=str(manifest))
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="lights out"):
-        patch.setattr(train._Run, "results", lambda *_: (_ for _ in ()).throw(RuntimeError("lights out")))
+        patch.setattr(Run, "results", lambda *_: (_ for _ in ()).throw(RuntimeError("lights out")))
         train.train_and_evaluate(config, tmp_path / "run")
     swapped = second | {"seed": 0}
     write_manifest(swapped | {"hash": manifest_hash(swapped)}, manifest)

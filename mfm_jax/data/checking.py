@@ -13,7 +13,6 @@ import logging
 import os
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -25,8 +24,9 @@ from rich.progress import Progress, TextColumn
 
 from mfm_jax import cache as cache_lib
 from mfm_jax.data import workers as processes
-from mfm_jax.data.listing import SPLITS, Listing, Problem
+from mfm_jax.data.listing import SPLITS, Listing
 from mfm_jax.data.pictures import FORMAT, Facts, facts_or_reason
+from mfm_jax.data.walk import Problem
 from mfm_jax.errors import UserError
 
 NEAR = 2  # bits of `Facts.look` in which pictures that look alike may differ
@@ -90,16 +90,12 @@ def check(listing: Listing, workers: int = 2, progress: bool = True) -> Checked:
 
 def _looked_at(paths: Sequence[Path], workers: int) -> Iterator[Facts | str]:
     """Yields facts, or the reason why there are none, of each picture in turn."""
-    if not workers or len(paths) <= _CHUNK:
-        yield from map(facts_or_reason, paths)
-        return
-    done = 0
+    done, workers = 0, workers if len(paths) > _CHUNK else 0
     try:
-        with processes.pool(workers) as executor:
-            for found in executor.map(facts_or_reason, paths, chunksize=_CHUNK):
-                yield found
-                done += 1
-    except BrokenProcessPool as error:
+        for found in processes.mapped(facts_or_reason, paths, workers, _CHUNK):
+            yield found
+            done += 1
+    except processes.WorkerEnded as error:
         raise UserError(
             f"data.workers = {workers}: a process that decodes was killed, within {(2 * workers + 1) * _CHUNK} pictures"
             f" of {str(paths[done])!r}; one of them needs more memory than there is, or crashes its decoder"

@@ -1,30 +1,26 @@
 """Pictures that are decoded when they are needed: for data that does not fit into the device's memory.
 
 `Files` stands where an array of images would: it has a shape, a length, and takes an index. `stream` decodes what an
-order asks for, batch by batch, in worker processes (grain's), ahead of who reads. Like the resident path it keeps no
-position: which pictures are in batch t, and which part of each is seen, follows from the order, the seed and t alone,
-so a run that goes on in the middle of an epoch asks for the rest of the same stream.
+order asks for, batch by batch, in worker processes, ahead of who reads. Like the resident path it keeps no position:
+which pictures are in batch t, and which part of each is seen, follows from the order, the seed and t alone, so a run
+that goes on in the middle of an epoch asks for the rest of the same stream.
 
 NumPy on the host only; who reads puts batches on the device.
 """
 
 import abc
-import contextlib
-import signal
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from absl import flags
 
 from mfm_jax.data import pictures
 from mfm_jax.data import workers as processes
 from mfm_jax.errors import UserError
-
-_AHEAD = 2  # batches that each worker prepares before they are asked for
 
 Ints = npt.NDArray[np.integer]
 Pixels = npt.NDArray[np.uint8]
@@ -130,22 +126,8 @@ class Picks(NamedTuple):
     part: RandomPart | None = None  # None: the whole of each picture
 
 
-@dataclass(frozen=True, eq=False)
-class _Steps:
-    """All batches of a step, as grain asks for them."""
-
-    streams: Sequence[Picks]
-
-    def __len__(self) -> int:
-        return len(self.streams[0].order)
-
-    def __getitem__(self, step: int) -> tuple[Pixels, ...]:
-        return tuple(images.batch(order[step], part, (step,)) for images, order, part in self.streams)
-
-
-@contextlib.contextmanager
-def stream(streams: Sequence[Picks], *, workers: int, first: int = 0) -> Iterator[Iterator[tuple[Pixels, ...]]]:
-    """Gives an iterator over steps: a batch of each stream, uint8 [B, size, size, C], decoded ahead.
+def stream(streams: Sequence[Picks], *, workers: int, first: int = 0) -> Generator[tuple[Pixels, ...], None, None]:
+    """Yields a batch of each stream at every step, uint8 [B, size, size, C], decoded ahead until it is closed.
 
     Args:
       streams: equally many batches each.
@@ -155,50 +137,26 @@ def stream(streams: Sequence[Picks], *, workers: int, first: int = 0) -> Iterato
     Raises:
       UserError: a file is gone or was damaged since it was checked, or a process was ended from outside.
     """
-    import grain  # here: it imports JAX, which the processes that decode do without
-
-    steps = grain.MapDataset.source(_Steps(streams))[first:].to_iter_dataset(grain.ReadOptions(1, 1))
     decodes = any(isinstance(picks.images, Files) for picks in streams)  # an array is read faster than it is sent
-    if workers and decodes and len(streams[0].order) > first:
-        if not flags.FLAGS.is_parsed():  # in a notebook; grain's workers ask for its own flags
-            flags.FLAGS.mark_as_parsed()
-        steps = steps.mp_prefetch(grain.MultiprocessingOptions(workers, _AHEAD), _begin)
-    iterator = iter(steps)
+    steps, read = range(first, len(streams[0].order)), functools.partial(_batches, streams)
     try:
-        yield _told(iterator, workers)
-    finally:
-        iterator.close()
-
-
-def _begin(worker: int, count: int) -> None:
-    """In a new process: leaves SIGTERM, too, which schedulers send to every process, to the program: it saves first."""
-    del worker, count
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    processes.begin()
-
-
-def _told(steps: Iterator[tuple[Pixels, ...]], workers: int) -> Iterator[tuple[Pixels, ...]]:
-    """Yields `steps`; a process that is lost is told as what the user can do."""
-    try:
-        # Copied: on a CPU the device would use grain's shared memory itself, and hold it beyond the program's end.
-        yield from map(_copied, steps)
-    except RuntimeError as error:
+        yield from processes.mapped(read, steps, workers if decodes else 0)
+    except processes.WorkerEnded as error:
         raise UserError(
-            f"data.workers = {workers}: a process that decodes was ended; is memory, or /dev/shm, short? choose fewer,"
-            " and run the same command to go on"
+            f"data.workers = {workers}: a process that decodes was ended; is memory short? choose fewer, and run the"
+            " same command to go on"
         ) from error
 
 
-def _copied(step: tuple[Pixels, ...]) -> tuple[Pixels, ...]:
-    return tuple(np.array(batch) for batch in step)
+def _batches(streams: Sequence[Picks], step: int) -> tuple[Pixels, ...]:
+    return tuple(images.batch(order[step], part, (step,)) for images, order, part in streams)
 
 
 def in_batches(images: Streamed, batch_size: int, workers: int) -> Iterator[Pixels]:
     """Yields all images in order, the last batch as small as it comes; raises as `stream`."""
     order = [np.arange(i, min(i + batch_size, len(images))) for i in range(0, len(images), batch_size)]
-    with stream([Picks(images, order)], workers=workers) as steps:
-        for (batch,) in steps:
-            yield batch
+    for (batch,) in stream([Picks(images, order)], workers=workers):
+        yield batch
 
 
 def paths(names: Sequence[str]) -> npt.NDArray[np.object_]:
