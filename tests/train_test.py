@@ -25,6 +25,7 @@ from mfm_jax.checkpoint import Checkpointer, restore_phi
 from mfm_jax.errors import UserError
 from mfm_jax.manifest import manifest_hash, write_manifest
 from mfm_jax.models import native
+from mfm_jax.run import Run
 
 
 def tiny(**overrides):

@@ -55,7 +55,7 @@ class Streamed(abc.ABC):
     def __len__(self) -> int:
         return self.shape[0]
 
-    def __getitem__(self, index):  # of the type that `index` says
+    def __getitem__(self, index: Any) -> Any:  # an image for a position, else what `at` returns
         return self.batch(np.array([index]))[0] if isinstance(index, int | np.integer) else self.at(index)
 
 

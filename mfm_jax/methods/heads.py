@@ -5,6 +5,7 @@ Everything here maps parameters to parameters of the same form, so what is teste
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -73,7 +74,7 @@ def cosine(apply_fn: ApplyFn, scale: float) -> ApplyFn:
       Cao et al., Learning imbalanced datasets with label-distribution-aware margin loss, NeurIPS 2019, section 3.1.
     """
 
-    def apply(variables: PyTree, image: jax.Array, *, modulate: Modulate = no_modulation, **options) -> PyTree:
+    def apply(variables: PyTree, image: jax.Array, *, modulate: Modulate = no_modulation, **options: Any) -> PyTree:
         params = variables["params"]
         unit = _with_head(params, kernel=cosine_kernel(params, scale), bias=jnp.zeros_like(params["head"]["bias"]))
 
@@ -102,7 +103,7 @@ def on_features(apply_fn: ApplyFn, image_shape: tuple[int, ...]) -> ApplyFn:
       image_shape: `(H, W, C)` of the images that it takes.
     """
 
-    def apply(variables: PyTree, features: jax.Array, *, modulate: Modulate = no_modulation, **options) -> PyTree:
+    def apply(variables: PyTree, features: jax.Array, *, modulate: Modulate = no_modulation, **options: Any) -> PyTree:
         def put(site: str, found: jax.Array) -> jax.Array:
             return modulate(site, features.astype(found.dtype) if site == "pooled" else found)
 
