@@ -29,12 +29,14 @@ import study
 from absl import flags
 from ml_collections import config_flags
 
-from mfm_jax import command, compare, disk, runs, tune
+from mfm_jax import command, compare
 from mfm_jax import config as config_lib
 from mfm_jax.errors import UserError
-from mfm_jax.finished import shown
-from mfm_jax.interruption import EXIT_INTERRUPTED, Interrupted
-from mfm_jax.workdir import Workdir, read_object
+from mfm_jax.machine.interruption import EXIT_INTERRUPTED, Interrupted
+from mfm_jax.study import runs, tune
+from mfm_jax.workdir import disk
+from mfm_jax.workdir.files import Workdir, read_object
+from mfm_jax.workdir.finished import shown
 
 _MINUTES = flags.DEFINE_float(
     "minutes", 0.0, "When to have ended, from the end of the imports; 0: when all is done.", lower_bound=0

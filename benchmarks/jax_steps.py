@@ -17,27 +17,16 @@ from contenders import MATMUL_SIZE, Program, Spec
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mfm_jax import (
-    augment,
-    bilevel,
-    experiment,
-    feed,
-    hypergrad,
-    inputs,
-    longtail,
-    loop,
-    losses,
-    models,
-    modulation,
-    optim,
-    outer,
-    parallel,
-)
+from mfm_jax import bilevel, models
 from mfm_jax import config as config_lib
+from mfm_jax.bilevel import hypergrad, losses, modulation, optim, outer
+from mfm_jax.bilevel.passes import Pass
+from mfm_jax.data import augment, longtail
 from mfm_jax.data import batches as batches_lib
+from mfm_jax.machine import parallel
 from mfm_jax.methods.learners import meta_weight_net
 from mfm_jax.models import native
-from mfm_jax.passes import Pass
+from mfm_jax.training import experiment, feed, inputs, loop
 from mfm_jax.types import Batch, BilevelState
 
 TRACING = threading.Lock()  # Python traces one program at a time in any case; so the first is compiled the sooner

@@ -32,8 +32,9 @@ import orbax.checkpoint as ocp
 from absl import logging
 
 from mfm_jax import config as config_lib
-from mfm_jax import integrity, train
 from mfm_jax.errors import UserError
+from mfm_jax.training import train
+from mfm_jax.workdir import integrity
 
 REPOSITORY = Path(__file__).parents[1]
 EPOCHS = 15

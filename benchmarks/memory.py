@@ -9,7 +9,8 @@ a CPU core.
 import jax
 import jax.numpy as jnp
 
-from mfm_jax import models, parallel
+from mfm_jax import models
+from mfm_jax.machine import parallel
 
 CASES = [
     *((name, "all", remat) for name in ("resnet50", "vit_b16") for remat in (False, True)),

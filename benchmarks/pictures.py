@@ -18,10 +18,11 @@ from study import MAIN
 
 from mfm_jax import config as config_lib
 from mfm_jax import data as data_lib
-from mfm_jax import predict, style
-from mfm_jax.comparison import compared
-from mfm_jax.comparison_figures import draw_class_accuracies
-from mfm_jax.finished import Classes
+from mfm_jax import predict
+from mfm_jax.pages import style
+from mfm_jax.pages.comparison import compared
+from mfm_jax.pages.comparison_figures import draw_class_accuracies
+from mfm_jax.workdir.finished import Classes
 
 HEAD, TAIL = 1, 9  # of CIFAR-10: automobile and truck, which are alike
 

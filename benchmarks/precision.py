@@ -17,8 +17,9 @@ import optax
 from rich.console import Console
 from rich.table import Table
 
-from mfm_jax import bilevel, config, hypergrad, losses, models, modulation, optim
-from mfm_jax.passes import Pass
+from mfm_jax import bilevel, config, models
+from mfm_jax.bilevel import hypergrad, losses, modulation, optim
+from mfm_jax.bilevel.passes import Pass
 from mfm_jax.types import Batch, PyTree
 
 SITES = (("logits",), ("pooled",), ("stage1", "stage2", "stage3", "pooled"))

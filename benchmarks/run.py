@@ -152,7 +152,7 @@ def serve(order: dict[str, Any]) -> None:
         if spec.library == "torch":
             from torch_twin import build
         else:
-            from mfm_jax import allocator
+            from mfm_jax.machine import allocator
 
             if allocator.keep_freed_memory():  # as the commands do
                 allocator_state = "kept"

@@ -26,9 +26,10 @@ from rich.console import Console
 from rich.table import Table
 
 from mfm_jax import config as config_lib
-from mfm_jax import experiment as experiment_lib
-from mfm_jax import longtail, parallel
+from mfm_jax.data import longtail
+from mfm_jax.machine import parallel
 from mfm_jax.methods.table import METHODS
+from mfm_jax.training import experiment as experiment_lib
 from mfm_jax.types import Batch
 
 _BYTES = {"f64": 8, "f32": 4, "bf16": 2, "i32": 4, "ui32": 4}

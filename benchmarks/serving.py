@@ -30,8 +30,10 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from mfm_jax import classifier, export, train
 from mfm_jax import config as config_lib
+from mfm_jax import export
+from mfm_jax.evaluation import classifier
+from mfm_jax.training import train
 
 BATCHES = (1, 7, 64)
 ROUNDS = 50

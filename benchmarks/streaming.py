@@ -21,9 +21,9 @@ import numpy as np
 from absl import app, flags, logging
 from PIL import Image
 
-from mfm_jax import augment, train
 from mfm_jax import config as config_lib
-from mfm_jax.data import pictures, streaming
+from mfm_jax.data import augment, pictures, streaming
+from mfm_jax.training import train
 
 _WORKERS = flags.DEFINE_integer("workers", 2, "Processes that decode.")
 _BATCH = flags.DEFINE_integer("batch_size", 16, "Pictures in a batch.")

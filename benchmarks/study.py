@@ -28,9 +28,11 @@ from typing import Any, NamedTuple
 from absl import flags
 from ml_collections import config_flags
 
-from mfm_jax import command, compare, comparison, runs, tune
+from mfm_jax import command, compare
 from mfm_jax import config as config_lib
 from mfm_jax.methods.table import METHODS
+from mfm_jax.pages import comparison
+from mfm_jax.study import runs, tune
 
 _TIERS = flags.DEFINE_list("tiers", ["main", "factors", "peers", "transfer"], "What to run.")
 _MAX_SEEDS = flags.DEFINE_integer("max_seeds", 5, "No row gets more seeds than this.")

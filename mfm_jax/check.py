@@ -14,14 +14,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from mfm_jax import disk, longtail
 from mfm_jax.config import resolve
-from mfm_jax.data import checking, listing
+from mfm_jax.data import checking, listing, longtail
 from mfm_jax.data.checking import Checked, Duplicate
 from mfm_jax.data.listing import SPLITS, Listing
 from mfm_jax.data.pictures import Facts
 from mfm_jax.errors import UserError
-from mfm_jax.workdir import Workdir
+from mfm_jax.workdir import disk
+from mfm_jax.workdir.files import Workdir
 
 _SHOWN = 20  # problems on the screen
 _ENDS = 8  # classes shown at either end of a long table

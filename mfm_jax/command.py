@@ -14,10 +14,10 @@ import ml_collections
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from mfm_jax import cache, cluster
 from mfm_jax.config import FIELDS, GROUPS
 from mfm_jax.errors import UserError
-from mfm_jax.interruption import EXIT_INTERRUPTED, NOTICE, Interrupted, terminable
+from mfm_jax.machine import cache, cluster
+from mfm_jax.machine.interruption import EXIT_INTERRUPTED, NOTICE, Interrupted, terminable
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="Path of a config file.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run folder, for everything that is written.")

@@ -29,13 +29,16 @@ from rich import box
 from rich.console import Console
 from rich.table import Column, Table
 
-from mfm_jax import command, comparison, disk, finished, runs, tune
+from mfm_jax import command
 from mfm_jax import config as config_lib
+from mfm_jax.data.manifest import read_manifest
 from mfm_jax.errors import UserError
-from mfm_jax.finished import shown
-from mfm_jax.manifest import read_manifest
 from mfm_jax.methods.table import COMPARED, METHODS
-from mfm_jax.workdir import Workdir, read_object
+from mfm_jax.pages import comparison
+from mfm_jax.study import runs, tune
+from mfm_jax.workdir import disk, finished
+from mfm_jax.workdir.files import Workdir, read_object
+from mfm_jax.workdir.finished import shown
 
 _METHODS = flags.DEFINE_list("methods", list(COMPARED), "Methods, the baseline first.")
 _SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Training seeds.")

@@ -19,10 +19,14 @@ import jax
 import jax.export
 import numpy as np
 
-from mfm_jax import card, classifier, command, disk, finished, report, versions
-from mfm_jax.classifier import Classifier
+from mfm_jax import command
 from mfm_jax.errors import UserError
-from mfm_jax.workdir import Workdir
+from mfm_jax.evaluation import classifier
+from mfm_jax.evaluation.classifier import Classifier
+from mfm_jax.machine import versions
+from mfm_jax.pages import card, report
+from mfm_jax.workdir import disk, finished
+from mfm_jax.workdir.files import Workdir
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 TOLERANCE = 1e-5  # of a probability, between a file and the checkpoint

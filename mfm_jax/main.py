@@ -13,7 +13,7 @@ notice of pre-emption (the same command goes on).
 """
 
 if __name__ == "__main__":  # before the other imports start threads; being imported changes no process
-    from mfm_jax import allocator
+    from mfm_jax.machine import allocator
 
     allocator.keep_freed_memory()
 
@@ -26,10 +26,11 @@ from absl import flags
 from rich.console import Console
 from rich.table import Table
 
-from mfm_jax import check, cluster, command
+from mfm_jax import check, command
 from mfm_jax.errors import UserError
-from mfm_jax.finished import SPLITS, shown
-from mfm_jax.workdir import Workdir
+from mfm_jax.machine import cluster
+from mfm_jax.workdir.files import Workdir
+from mfm_jax.workdir.finished import SPLITS, shown
 
 _MODE = flags.DEFINE_enum(
     "mode",
@@ -71,8 +72,8 @@ def main(argv: Sequence[str]) -> int:
         return check.check(command.config(), command.workdir())
     if _MODE.value == "eval" and _COORDINATOR.value:
         raise UserError(f"--coordinator={_COORDINATOR.value}: --mode=eval is one process; leave it out")
-    from mfm_jax import train  # here: seconds that a check does not pay
     from mfm_jax.methods.table import METHODS, modulating
+    from mfm_jax.training import train  # here: seconds that a check does not pay
 
     cluster.join(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
     config = command.config()
@@ -92,7 +93,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _evaluate(config: ml_collections.ConfigDict) -> int:
-    from mfm_jax import evaluation
+    from mfm_jax.inference import evaluate as evaluation
 
     folder, out = (Path(flag.value) if flag.value else None for flag in (_EVAL_FOLDER, _OUT))
     results, page = evaluation.evaluate_run(config, command.workdir(), _SPLIT.value, folder, out)

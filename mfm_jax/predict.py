@@ -10,7 +10,7 @@ line, and no file; 75 interrupted.
 """
 
 if __name__ == "__main__":  # before the other imports start threads; being imported changes no process
-    from mfm_jax import allocator
+    from mfm_jax.machine import allocator
 
     allocator.keep_freed_memory()
 
@@ -25,13 +25,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from rich import progress
 
-from mfm_jax import command, decode
-from mfm_jax.classifier import WHICH, Classifier
-from mfm_jax.classifier import load as load
-from mfm_jax.data import walk
-from mfm_jax.decode import Decoded
+from mfm_jax import command
+from mfm_jax.data import decode, walk
+from mfm_jax.data.decode import Decoded
 from mfm_jax.errors import UserError
-from mfm_jax.interruption import EXIT_INTERRUPTED, Interrupted
+from mfm_jax.evaluation.classifier import WHICH, Classifier
+from mfm_jax.evaluation.classifier import load as load
+from mfm_jax.machine.interruption import EXIT_INTERRUPTED, Interrupted
 
 
 class Counts(NamedTuple):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mfm_jax import allocator
+from mfm_jax.machine import allocator
 
 # Steps with 64 MB of temporary memory, after a command's imports; prints the pages that the system cleared for ten.
 STEPS = """

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mfm_jax import augment
 from mfm_jax.config import Augment
+from mfm_jax.data import augment
 
 PAD = 3
 # No two pixels are equal, and the sides differ: a swapped axis or a wrong edge shows.

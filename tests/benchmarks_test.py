@@ -13,8 +13,9 @@ import numpy as np
 import optax
 import pytest
 
-from mfm_jax import bilevel, config, losses, models, modulation, optim
-from mfm_jax.passes import Pass
+from mfm_jax import bilevel, config, models
+from mfm_jax.bilevel import losses, modulation, optim
+from mfm_jax.bilevel.passes import Pass
 from mfm_jax.types import Batch
 
 CLASSES, WIDTH = 5, 8

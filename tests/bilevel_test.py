@@ -10,9 +10,10 @@ import numpy as np
 import optax
 import pytest
 
-from mfm_jax import bilevel, hypergrad, losses, models, modulation, parallel
-from mfm_jax.bilevel import MetaRule
-from mfm_jax.passes import Pass
+from mfm_jax import bilevel, models
+from mfm_jax.bilevel import MetaRule, hypergrad, losses, modulation
+from mfm_jax.bilevel.passes import Pass
+from mfm_jax.machine import parallel
 from mfm_jax.types import Batch, Modulator, no_modulation
 
 CLASSES, BATCH, WIDTH = 4, 16, 4

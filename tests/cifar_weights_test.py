@@ -14,9 +14,12 @@ import pytest
 
 from mfm_jax import config as config_lib
 from mfm_jax import data as data_lib
-from mfm_jax import evaluation, experiment, models, pretrained
+from mfm_jax import models
 from mfm_jax.errors import UserError
+from mfm_jax.inference import evaluate as evaluation
 from mfm_jax.methods import heads
+from mfm_jax.models import pretrained
+from mfm_jax.training import experiment
 
 K, W = 3, 4  # classes and width
 HEADS = {

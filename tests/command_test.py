@@ -12,8 +12,10 @@ import pytest
 from absl import logging
 from absl.testing import flagsaver
 
-from mfm_jax import command, config, interruption, main, train
+from mfm_jax import command, config, main
 from mfm_jax.errors import UserError
+from mfm_jax.machine import interruption
+from mfm_jax.training import train
 
 REPOSITORY = Path(__file__).parents[1]
 # ml_collections reads a config file in a way that Python 3.12 no longer has; a user's filters hide the warning.

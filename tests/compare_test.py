@@ -6,10 +6,11 @@ import pytest
 from absl import flags
 from absl.testing import flagsaver
 
-from mfm_jax import compare, runs
+from mfm_jax import compare
 from mfm_jax.config import Config
 from mfm_jax.errors import UserError
 from mfm_jax.methods.table import METHODS
+from mfm_jax.study import runs
 
 
 def result(balanced: float, *, best: float | None = None, few: float | None = 0.5, seconds: float = 1.0) -> dict:

@@ -5,7 +5,9 @@ import re
 import numpy as np
 import pytest
 
-from mfm_jax import compare, comparison, metrics
+from mfm_jax import compare
+from mfm_jax.evaluation import metrics
+from mfm_jax.pages import comparison
 
 COUNTS = np.array([500, 60, 7])
 MANIFEST = {

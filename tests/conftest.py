@@ -45,7 +45,7 @@ class TrainedRun(NamedTuple):
 def trained_run(tmp_path_factory: pytest.TempPathFactory) -> TrainedRun:
     """A run of three epochs on the digits, of a method that is tested with another head than it trains at first."""
     from mfm_jax import config as config_lib
-    from mfm_jax import train
+    from mfm_jax.training import train
 
     config = config_lib.default()
     config.data.update(source="digits", name="digits", imbalance_factor=10.0, val_images_per_class=5, workers=0)

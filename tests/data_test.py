@@ -20,12 +20,12 @@ from hypothesis import strategies as st
 from PIL import Image
 from tensorflow_datasets.proto import tf_example_pb2
 
-from mfm_jax import data, longtail
+from mfm_jax import data
 from mfm_jax.config import Config, Data, Meta, Train
-from mfm_jax.data import batches, kept, sources, tfds
+from mfm_jax.data import batches, kept, longtail, sources, tfds
 from mfm_jax.data import digits as digits_lib
+from mfm_jax.data.manifest import manifest_hash, write_manifest
 from mfm_jax.errors import UserError
-from mfm_jax.manifest import manifest_hash, write_manifest
 
 CIFAR = Path(os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")).expanduser() / "cifar10"
 needs_cifar = pytest.mark.skipif(not CIFAR.is_dir(), reason="TFDS_DATA_DIR holds no prepared cifar10")

@@ -10,11 +10,12 @@ from PIL import Image
 from predict_test import changed
 
 from mfm_jax import data as data_lib
-from mfm_jax import evaluation, integrity
 from mfm_jax.config import Eval
 from mfm_jax.data import digits
 from mfm_jax.errors import UserError
-from mfm_jax.workdir import Workdir
+from mfm_jax.inference import evaluate as evaluation
+from mfm_jax.workdir import integrity
+from mfm_jax.workdir.files import Workdir
 
 
 @pytest.fixture(autouse=True)

@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mfm_jax import card, classifier, export, models
 from mfm_jax import config as config_lib
+from mfm_jax import export, models
 from mfm_jax.data import digits, pictures
 from mfm_jax.errors import UserError
+from mfm_jax.evaluation import classifier
+from mfm_jax.pages import card
 
 SIZES = (1, 7, 64)
 

@@ -22,17 +22,19 @@ import numpy as np
 import pytest
 from tensorboardX.proto import event_pb2
 
-from mfm_jax import anomalies, inputs, integrity, interruption, train
 from mfm_jax import config as config_lib
 from mfm_jax import data as data_lib
-from mfm_jax import experiment as experiment_lib
-from mfm_jax import loop as loop_lib
-from mfm_jax.checkpoint import Checkpointer, restore_phi
 from mfm_jax.config import Checkpoint, Train
 from mfm_jax.errors import UserError
-from mfm_jax.logs import MetricLog
+from mfm_jax.machine import interruption
+from mfm_jax.training import anomalies, inputs, train
+from mfm_jax.training import experiment as experiment_lib
+from mfm_jax.training import loop as loop_lib
 from mfm_jax.types import BilevelState
-from mfm_jax.workdir import Workdir
+from mfm_jax.workdir import integrity
+from mfm_jax.workdir.checkpoint import Checkpointer, restore_phi
+from mfm_jax.workdir.files import Workdir
+from mfm_jax.workdir.logs import MetricLog
 
 
 @contextlib.contextmanager

@@ -6,9 +6,10 @@ import pytest
 from methods_test import Tiny, configured
 
 from mfm_jax import data as data_lib
-from mfm_jax import experiment as experiment_lib
-from mfm_jax import feed as feed_lib
-from mfm_jax import inputs, models
+from mfm_jax import models
+from mfm_jax.training import experiment as experiment_lib
+from mfm_jax.training import feed as feed_lib
+from mfm_jax.training import inputs
 
 
 @pytest.fixture(autouse=True)

@@ -18,13 +18,14 @@ from PIL import Image
 
 from mfm_jax import config as config_lib
 from mfm_jax import data as data_lib
-from mfm_jax import experiment as experiment_lib
-from mfm_jax import feed as feed_lib
-from mfm_jax import inputs, interruption, longtail, preflight, train
-from mfm_jax import loop as loop_lib
-from mfm_jax.data import files, listing, streaming
+from mfm_jax.data import files, listing, longtail, streaming
+from mfm_jax.data.manifest import check_leakage, write_manifest
 from mfm_jax.errors import UserError
-from mfm_jax.manifest import check_leakage, write_manifest
+from mfm_jax.machine import interruption
+from mfm_jax.training import experiment as experiment_lib
+from mfm_jax.training import feed as feed_lib
+from mfm_jax.training import inputs, preflight, train
+from mfm_jax.training import loop as loop_lib
 from mfm_jax.types import BilevelState
 
 COUNTS = {"ant": 40, "bee": 12, "cricket": 5}

@@ -16,7 +16,7 @@ import pytest
 from mfm_jax import config as config_lib
 from mfm_jax import data
 from mfm_jax.errors import UserError
-from mfm_jax.workdir import Workdir, read_object
+from mfm_jax.workdir.files import Workdir, read_object
 
 REPOSITORY = Path(__file__).parents[1]
 

@@ -20,11 +20,12 @@ from absl.testing import flagsaver
 from hypothesis import HealthCheck, Phase, event, given, settings
 from hypothesis import strategies as st
 
-from mfm_jax import command, main, train
+from mfm_jax import command, main
 from mfm_jax import config as config_lib
-from mfm_jax import loop as loop_lib
 from mfm_jax.config import FIELDS
 from mfm_jax.errors import UserError
+from mfm_jax.training import loop as loop_lib
+from mfm_jax.training import train
 
 # ml_collections reads a config file in a way that Python 3.12 no longer has; a user's filters hide the warning.
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")

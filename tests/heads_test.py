@@ -6,7 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mfm_jax import losses, models
+from mfm_jax import models
+from mfm_jax.bilevel import losses
 from mfm_jax.methods import heads, smote
 
 MODULE = models.create("resnet8", 3, 4)

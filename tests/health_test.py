@@ -14,8 +14,11 @@ import numpy as np
 import pytest
 
 from mfm_jax import config as config_lib
-from mfm_jax import finished, health, losses, recipe, train
-from mfm_jax import loop as loop_lib
+from mfm_jax.bilevel import losses
+from mfm_jax.evaluation import health
+from mfm_jax.training import loop as loop_lib
+from mfm_jax.training import recipe, train
+from mfm_jax.workdir import finished
 
 GUESS = health.Guess(equal=2.3, by_count=3.2, accuracy=0.4)
 CONFIG = config_lib.Config()

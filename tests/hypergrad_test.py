@@ -11,9 +11,10 @@ import numpy as np
 import optax
 import pytest
 
-from mfm_jax import bilevel, hypergrad, losses, modulation, outer
+from mfm_jax import bilevel
+from mfm_jax.bilevel import hypergrad, losses, modulation, outer
+from mfm_jax.bilevel.passes import Pass
 from mfm_jax.methods import learners
-from mfm_jax.passes import Pass
 from mfm_jax.types import Batch, Modulate, no_modulation
 
 CLASSES, BATCH = 4, 12

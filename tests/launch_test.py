@@ -15,7 +15,7 @@ import pytest
 import yaml
 from kubeflow_trainer_api.models.jobset_v1alpha2_job_set import JobsetV1alpha2JobSet
 
-from mfm_jax.interruption import EXIT_INTERRUPTED
+from mfm_jax.machine.interruption import EXIT_INTERRUPTED
 
 ROOT = Path(__file__).parents[1]
 LAUNCH = ROOT / "launch"

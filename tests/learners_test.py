@@ -7,13 +7,13 @@ import numpy as np
 import optax
 import pytest
 
-from mfm_jax import bilevel, hypergrad, losses, models, modulation, outer
+from mfm_jax import bilevel, models
 from mfm_jax import config as config_lib
-from mfm_jax.bilevel import MetaRule
+from mfm_jax.bilevel import MetaRule, hypergrad, losses, modulation, outer
+from mfm_jax.bilevel.outer import MetaLearner
+from mfm_jax.bilevel.passes import Pass
 from mfm_jax.methods import learners
 from mfm_jax.methods.table import METHODS
-from mfm_jax.outer import MetaLearner
-from mfm_jax.passes import Pass
 from mfm_jax.types import Batch
 
 CLASSES, BATCH, WIDTH = 4, 12, 4

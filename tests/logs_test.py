@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from tensorboardX.proto import event_pb2
 
-from mfm_jax.logs import MetricLog
+from mfm_jax.workdir.logs import MetricLog
 
 
 def lines(workdir: Path) -> list[dict]:

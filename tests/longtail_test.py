@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mfm_jax import longtail
+from mfm_jax.data import longtail
 from mfm_jax.errors import UserError
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "class_counts.json").read_text())

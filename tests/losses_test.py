@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.test_util import check_grads
 
-from mfm_jax import losses
+from mfm_jax.bilevel import losses
 
 COUNTS = np.array([500, 60, 7])
 # exp of these rows is [1, 2, 5] and [4, 4, 8]: softmax [1/8, 2/8, 5/8] and [1/4, 1/4, 1/2].

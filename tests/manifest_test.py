@@ -6,8 +6,8 @@ import json
 import numpy as np
 import pytest
 
+from mfm_jax.data.manifest import Records, check_leakage, make_manifest, manifest_hash, read_manifest, write_manifest
 from mfm_jax.errors import UserError
-from mfm_jax.manifest import Records, check_leakage, make_manifest, manifest_hash, read_manifest, write_manifest
 
 
 def records(pool: str, ids: list[int]) -> Records:

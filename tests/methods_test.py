@@ -18,18 +18,23 @@ import numpy as np
 import optax
 import pytest
 
-from mfm_jax import augment, classifier, inputs, interruption, models, optim, parallel, train
 from mfm_jax import config as config_lib
 from mfm_jax import data as data_lib
-from mfm_jax import experiment as experiment_lib
-from mfm_jax import facts as facts_lib
-from mfm_jax import loop as loop_lib
+from mfm_jax import models
+from mfm_jax.bilevel import optim
+from mfm_jax.data import augment
 from mfm_jax.errors import UserError
+from mfm_jax.evaluation import classifier
+from mfm_jax.evaluation import facts as facts_lib
+from mfm_jax.machine import interruption, parallel
 from mfm_jax.methods.settings import Staged
 from mfm_jax.methods.table import METHODS
-from mfm_jax.run import Run
+from mfm_jax.training import experiment as experiment_lib
+from mfm_jax.training import inputs, train
+from mfm_jax.training import loop as loop_lib
+from mfm_jax.training.run import Run
 from mfm_jax.types import Batch, no_modulation
-from mfm_jax.workdir import Workdir
+from mfm_jax.workdir.files import Workdir
 
 ALL = list(METHODS)
 STAGED = get_args(Staged)

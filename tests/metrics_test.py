@@ -10,7 +10,7 @@ import scipy.special
 import sklearn.metrics
 from hypothesis import strategies as st
 
-from mfm_jax import metrics
+from mfm_jax.evaluation import metrics
 
 GROUPS = ("many", "medium", "few", "head_third", "middle_third", "rarest_third")
 

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mfm_jax import config, models, modulation
+from mfm_jax import config, models
+from mfm_jax.bilevel import modulation
 from mfm_jax.errors import UserError
 from mfm_jax.models.imagenet import ResNet
 from mfm_jax.models.resnet import _shortcut

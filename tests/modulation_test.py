@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mfm_jax import modulation
+from mfm_jax.bilevel import modulation
 from mfm_jax.errors import UserError
 from mfm_jax.types import Modulator
 

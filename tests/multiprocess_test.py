@@ -19,10 +19,11 @@ import orbax.checkpoint as ocp
 import pytest
 from PIL import Image
 
-from mfm_jax import cluster, interruption, train
 from mfm_jax import config as config_lib
-from mfm_jax import loop as loop_lib
 from mfm_jax.errors import UserError
+from mfm_jax.machine import cluster, interruption
+from mfm_jax.training import loop as loop_lib
+from mfm_jax.training import train
 
 ROOT = Path(__file__).parents[1]
 # ResNet-8 of width 4 on digits, one epoch of 6 steps.

@@ -9,10 +9,11 @@ import pytest
 
 from mfm_jax import config as config_lib
 from mfm_jax import data as data_lib
-from mfm_jax import experiment as experiment_lib
-from mfm_jax import inputs, optim
-from mfm_jax import loop as loop_lib
+from mfm_jax.bilevel import optim
 from mfm_jax.config import Meta, Optim
+from mfm_jax.training import experiment as experiment_lib
+from mfm_jax.training import inputs
+from mfm_jax.training import loop as loop_lib
 
 PARAMS = {"w": np.array([1.0, -2.0], np.float32)}
 GRADS = {"w": np.array([3.0, 4.0], np.float32)}

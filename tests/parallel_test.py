@@ -18,15 +18,18 @@ from methods_test import ALL, Tiny, arrays, configured
 
 from mfm_jax import config as config_lib
 from mfm_jax import data as data_lib
-from mfm_jax import experiment as experiment_lib
-from mfm_jax import feed as feed_lib
-from mfm_jax import inputs, losses, models, optim, parallel
-from mfm_jax import loop as loop_lib
-from mfm_jax.checkpoint import Checkpointer
+from mfm_jax import models
+from mfm_jax.bilevel import losses, optim
 from mfm_jax.errors import UserError
+from mfm_jax.machine import parallel
 from mfm_jax.models import native
 from mfm_jax.models.convolution import convolution
+from mfm_jax.training import experiment as experiment_lib
+from mfm_jax.training import feed as feed_lib
+from mfm_jax.training import inputs
+from mfm_jax.training import loop as loop_lib
 from mfm_jax.types import Batch
+from mfm_jax.workdir.checkpoint import Checkpointer
 
 STEPS = 20
 GOLDEN = Path(__file__).parent / "golden" / "collectives.json"

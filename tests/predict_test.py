@@ -16,12 +16,14 @@ import pytest
 from absl import logging
 from PIL import Image
 
-from mfm_jax import command, decode, metrics, predict, train
+from mfm_jax import command, predict
 from mfm_jax import data as data_lib
-from mfm_jax import facts as facts_lib
-from mfm_jax.data import digits, walk
+from mfm_jax.data import decode, digits, walk
 from mfm_jax.errors import UserError
+from mfm_jax.evaluation import facts as facts_lib
+from mfm_jax.evaluation import metrics
 from mfm_jax.methods.table import METHODS
+from mfm_jax.training import train
 
 REPOSITORY = Path(__file__).parents[1]
 

@@ -12,11 +12,12 @@ import safetensors.numpy
 
 from mfm_jax import config as config_lib
 from mfm_jax import data as data_lib
-from mfm_jax import experiment as experiment_lib
-from mfm_jax import models, pretrained
+from mfm_jax import models
 from mfm_jax.errors import UserError
+from mfm_jax.models import pretrained
 from mfm_jax.models.imagenet import ResNet
 from mfm_jax.models.vit import VisionTransformer
+from mfm_jax.training import experiment as experiment_lib
 
 RNG = np.random.default_rng(0)
 W, K = 4, 3  # width and classes

@@ -10,10 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mfm_jax import finished, metrics, report
 from mfm_jax.errors import UserError
-from mfm_jax.style import INK
-from mfm_jax.workdir import Workdir
+from mfm_jax.evaluation import metrics
+from mfm_jax.pages import report
+from mfm_jax.pages.style import INK
+from mfm_jax.workdir import finished
+from mfm_jax.workdir.files import Workdir
 
 STRANGE_NAMES = ["<b>bold</b>", 'quo"te & co', "$\\notmath$", "猫"]
 

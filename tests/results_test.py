@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from mfm_jax import config as config_lib
-from mfm_jax import metrics, results
-from mfm_jax.classifier import Classifier
-from mfm_jax.facts import Facts
+from mfm_jax.evaluation import metrics, results
+from mfm_jax.evaluation.classifier import Classifier
+from mfm_jax.evaluation.facts import Facts
 
 COUNTS, K = (120, 30, 10), 3
 FACTS = Facts(("a", "b", "c"), (2, 2, 1), "squeeze", (0.0,), (1.0,), COUNTS)

@@ -12,9 +12,12 @@ import jax
 import numpy as np
 import pytest
 
-from mfm_jax import compare, interruption, runs, train
+from mfm_jax import compare
 from mfm_jax import config as config_lib
-from mfm_jax.workdir import Workdir
+from mfm_jax.machine import interruption
+from mfm_jax.study import runs
+from mfm_jax.training import train
+from mfm_jax.workdir.files import Workdir
 
 
 def run(tmp_path, name: str, **overrides) -> runs.Run:

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from mfm_jax import config as config_lib
-from mfm_jax import train
 from mfm_jax.methods.table import METHODS
+from mfm_jax.training import train
 
 REPOSITORY = Path(__file__).parents[1]
 

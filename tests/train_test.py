@@ -15,17 +15,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mfm_jax import compare, inputs, interruption, models, parallel, train
+from mfm_jax import compare, models
 from mfm_jax import config as config_lib
 from mfm_jax import data as data_lib
-from mfm_jax import experiment as experiment_lib
-from mfm_jax import loop as loop_lib
-from mfm_jax.anomalies import NonFiniteError
-from mfm_jax.checkpoint import Checkpointer, restore_phi
+from mfm_jax.data.manifest import manifest_hash, write_manifest
 from mfm_jax.errors import UserError
-from mfm_jax.manifest import manifest_hash, write_manifest
+from mfm_jax.machine import interruption, parallel
 from mfm_jax.models import native
-from mfm_jax.run import Run
+from mfm_jax.training import experiment as experiment_lib
+from mfm_jax.training import inputs, train
+from mfm_jax.training import loop as loop_lib
+from mfm_jax.training.anomalies import NonFiniteError
+from mfm_jax.training.run import Run
+from mfm_jax.workdir.checkpoint import Checkpointer, restore_phi
 
 
 def tiny(**overrides):

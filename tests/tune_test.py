@@ -5,10 +5,11 @@ import math
 
 import pytest
 
-from mfm_jax import compare, config, runs, tune
+from mfm_jax import compare, config
 from mfm_jax.config import GROUPS, Config
 from mfm_jax.errors import UserError
 from mfm_jax.methods.table import METHODS, Choice
+from mfm_jax.study import runs, tune
 
 
 @pytest.fixture

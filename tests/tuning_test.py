@@ -9,11 +9,12 @@ import numpy as np
 import optax
 import pytest
 
-from mfm_jax import bilevel, hypergrad, losses, models, modulation, optim, outer
+from mfm_jax import bilevel, models
+from mfm_jax.bilevel import hypergrad, losses, modulation, optim, outer
+from mfm_jax.bilevel.passes import Pass
 from mfm_jax.config import Optim
 from mfm_jax.models.imagenet import ResNet
 from mfm_jax.models.vit import VisionTransformer
-from mfm_jax.passes import Pass
 from mfm_jax.types import Batch
 
 CLASSES, WIDTH = 3, 8

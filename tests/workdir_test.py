@@ -5,10 +5,10 @@ import json
 import pytest
 
 from mfm_jax import config as config_lib
-from mfm_jax import disk
-from mfm_jax import manifest as manifests
+from mfm_jax.data import manifest as manifests
 from mfm_jax.errors import UserError
-from mfm_jax.workdir import Workdir, read_object, read_objects
+from mfm_jax.workdir import disk
+from mfm_jax.workdir.files import Workdir, read_object, read_objects
 
 CONFIG = config_lib.resolve(config_lib.default())
 AGAIN = "remove {}results.json beside it and run the training command again, which writes both"

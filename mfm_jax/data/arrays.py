@@ -19,9 +19,9 @@ import numpy as np
 
 from mfm_jax.config import Data
 from mfm_jax.data.kept import cached
+from mfm_jax.data.manifest import parse_manifest
 from mfm_jax.data.sources import Labels, Pixels, Source, in_two_pools, resize
 from mfm_jax.errors import UserError
-from mfm_jax.manifest import parse_manifest
 
 _FOR_TRAINING = ("train", "val", "meta")
 

@@ -22,12 +22,12 @@ import numpy.typing as npt
 from rich.console import Console
 from rich.progress import Progress, TextColumn
 
-from mfm_jax import cache as cache_lib
 from mfm_jax.data import workers as processes
 from mfm_jax.data.listing import SPLITS, Listing
 from mfm_jax.data.pictures import FORMAT, Facts, facts_or_reason
 from mfm_jax.data.walk import Problem
 from mfm_jax.errors import UserError
+from mfm_jax.machine import cache as cache_lib
 
 NEAR = 2  # bits of `Facts.look` in which pictures that look alike may differ
 _SAME_SHAPE = 0.02  # by which the ratio of their sides may differ

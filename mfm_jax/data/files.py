@@ -17,9 +17,8 @@ import numpy.typing as npt
 from rich.console import Console
 from rich.progress import Progress
 
-from mfm_jax import longtail
 from mfm_jax.config import Data
-from mfm_jax.data import checking, listing, streaming
+from mfm_jax.data import checking, listing, longtail, streaming
 from mfm_jax.data.kept import cached
 from mfm_jax.data.listing import Listing
 from mfm_jax.data.pictures import FORMAT, Facts

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from mfm_jax import cache
 from mfm_jax.data.sources import Labels, Pixels
+from mfm_jax.machine import cache
 
 
 def cached(name: str, build: Callable[[], tuple[Pixels, Labels]]) -> tuple[Pixels, Labels]:

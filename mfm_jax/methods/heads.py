@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mfm_jax.losses import log_prior
+from mfm_jax.bilevel.losses import log_prior
 from mfm_jax.types import ApplyFn, Modulate, PyTree, no_modulation
 
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mfm_jax.outer import MetaLearner
+from mfm_jax.bilevel.outer import MetaLearner
 from mfm_jax.types import Modulate, PyTree
 
 

@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mfm_jax import losses, modulation, outer
+from mfm_jax.bilevel import losses, modulation, outer
+from mfm_jax.bilevel.outer import MetaLearner
 from mfm_jax.config import Config
 from mfm_jax.methods import heads, learners, sampling
 from mfm_jax.methods.sampling import Sampler
-from mfm_jax.outer import MetaLearner
 from mfm_jax.types import LossFn, Modulator, PyTree
 
 

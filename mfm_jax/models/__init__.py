@@ -1,68 +1,7 @@
 """Classifiers. Each exposes its sites by calling `modulate(site, features)` on the way."""
 
-import jax.numpy as jnp
-from flax import linen as nn
-from jax.typing import DTypeLike
-
-from mfm_jax.errors import UserError
-from mfm_jax.models.imagenet import ResNet
+from mfm_jax.models.catalog import create as create
+from mfm_jax.models.catalog import virtual_groups as virtual_groups
 from mfm_jax.models.normalization import BatchNorm as BatchNorm
-from mfm_jax.models.resnet import CifarResNet
 from mfm_jax.models.tuning import frozen as frozen
 from mfm_jax.models.tuning import trained as trained
-from mfm_jax.models.vit import VisionTransformer
-
-# 6 n + 2 layers: n blocks in each of three stages.
-_BLOCKS = {"resnet8": 1, "resnet20": 3, "resnet32": 5, "resnet44": 7, "resnet56": 9}
-# Blocks in each of four stages; whether they are bottlenecks; groups of their 3x3 convolution.
-_IMAGENET = {
-    "resnet10": ((1, 1, 1, 1), False, 1),
-    "resnet18": ((2, 2, 2, 2), False, 1),
-    "resnet50": ((3, 4, 6, 3), True, 1),
-    "resnet101": ((3, 4, 23, 3), True, 1),
-    "resnet152": ((3, 8, 36, 3), True, 1),
-    "resnext50": ((3, 4, 6, 3), True, 32),
-}
-
-
-def create(
-    name: str,
-    num_classes: int,
-    width: int,
-    dtype: DTypeLike = jnp.float32,
-    *,
-    remat: bool = False,
-    adapter_size: int = 0,
-) -> nn.Module:
-    """Returns the classifier called `name`.
-
-    Args:
-      name: as `config.Model.name` lists them.
-      num_classes: K.
-      width: channels of the stem; 0 for the published number.
-      dtype: of the computation.
-      remat: compute activations again in the backward pass.
-      adapter_size: hidden units of the adapters of `vit_b16`; 0 for none.
-
-    Raises:
-      UserError: a width that does not divide into the model's groups or heads.
-    """
-    if name in _BLOCKS:
-        return CifarResNet(_BLOCKS[name], num_classes, width or 16, dtype, remat=remat)
-    if name in _IMAGENET:
-        blocks, bottleneck, groups = _IMAGENET[name]
-        _check_width(name, width, groups // 2)
-        return ResNet(blocks, num_classes, width or 64, bottleneck, groups, dtype, remat=remat)
-    _check_width(name, width if width >= 64 else 0, 64)
-    return VisionTransformer(num_classes, width or 768, adapter_size=adapter_size, dtype=dtype, remat=remat)
-
-
-def _check_width(name: str, width: int, unit: int) -> None:
-    if unit and width % unit:
-        raise UserError(f"model.width = {width}: {name} divides its channels; choose a multiple of {unit}, or 0")
-
-
-def virtual_groups(name: str, virtual: str) -> tuple[str, ...] | None:
-    """Returns the top-level parameter groups of the model `name` that `meta.virtual` moves; None for all."""
-    last = ("stage3",) if name in _BLOCKS else ("stage4",) if name in _IMAGENET else ("block12", "norm")
-    return {"all": None, "head": ("head",), "last_stage": (*last, "head")}[virtual]

@@ -23,7 +23,7 @@ import jaxlib
 import numpy as np
 from jax import lax
 
-from mfm_jax import cache
+from mfm_jax.machine import cache
 
 SOURCE = Path(__file__).with_name("convolution.cc")
 TARGETS = {"mfm_convolution": "MfmConvolution", "mfm_convolution_weight_gradient": "MfmWeightGradient"}

@@ -1,0 +1,279 @@
+"""From a config to the arrays of a run: load a source, split it, prove the split sound.
+
+`build` is the only door. What it returns is plain NumPy in memory (`batches` says which of it is in which
+batch), together with the manifest that says which record every image was.
+
+Everything that only the data can tell, such as how many images a class holds, is checked here and before
+anything is compiled.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mfm_jax.config import Config
+from mfm_jax.data import arrays, digits, files, longtail, tfds
+from mfm_jax.data.longtail import Labelled, Split
+from mfm_jax.data.manifest import Records, check_leakage, make_manifest, read_manifest
+from mfm_jax.data.sources import Images, Labels, Source, streamed_if_large
+from mfm_jax.data.streaming import Streamed
+from mfm_jax.errors import UserError
+
+# Mean and standard deviation, in units of 0..255: by data set, those of the CIFAR long-tail literature; by
+# `data.normalize`, those that published weights were trained with.
+_CIFAR = (125.3, 123.0, 113.9), (63.0, 62.1, 66.7)
+_OF_SET = {"cifar10": _CIFAR, "cifar100": _CIFAR}
+_NORMALIZATION = {
+    "imagenet": ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375)),
+    "half": ((127.5,) * 3, (127.5,) * 3),
+    # pytorch-cifar's, which LDAM-DRW's code has too; the deviation is that within a picture, averaged.
+    "pytorch_cifar": ((125.307, 122.961, 113.8575), (51.5865, 50.847, 51.255)),
+}
+_SAMPLE = 1_000  # streamed images that mean and standard deviation are taken from; of others, so many at a time
+
+
+@dataclass(frozen=True, eq=False)
+class LongTailData:
+    """All data of a run. Images are uint8 [N, H, W, C], in memory or decoded when needed; labels int32 [N]."""
+
+    name: str
+    version: str
+    class_names: tuple[str, ...]
+    train_images: Images  # with `data.train_on_meta`, the meta images too
+    train_labels: Labels
+    meta_images: Images  # what `meta_table` indexes: the held-out meta set, or `train_images`
+    meta_labels: Labels
+    val_images: Images  # balanced, or as long-tailed as the data under `natural`; may be empty
+    val_labels: Labels
+    test_images: Images
+    test_labels: Labels
+    counts: npt.NDArray[np.int64]  # [K], images of each class in `train_labels`
+    mean: npt.NDArray[np.float32]  # [C], in units of 0..255
+    std: npt.NDArray[np.float32]  # [C]
+    manifest: dict[str, Any]  # see `make_manifest`
+
+    @property
+    def num_classes(self) -> int:
+        """K."""
+        return len(self.class_names)
+
+    def meta_table(self, epoch: int) -> npt.NDArray[np.int32]:
+        """Returns the positions in `meta_images` of each class's meta images, int32 [K, m].
+
+        Drawn for each epoch, with `m` the smaller of `meta.images_per_class` and the smallest class, also from a meta
+        set that the data brings; a held-out one of just so many images is the same in every epoch.
+        """
+        per_class, seed = self.manifest["meta_images_per_class"], self.manifest["seed"]
+        table = longtail.redraw_meta(self.meta_labels, self.num_classes, per_class, seed, epoch)
+        return table.astype(np.int32)
+
+
+def build(config: Config) -> LongTailData:
+    """Loads and splits the data of a run.
+
+    The split is drawn from `data.seed`, or taken from the manifest that `data.manifest` names, or from that of a packed
+    benchmark where the protocol is its own. Methods that use no meta set get the same split: the meta images are set
+    aside for them too, unless `data.train_on_meta` adds them to the training set.
+
+    Raises:
+      UserError: one line that names the field, the value and what is allowed.
+    """
+    source = _load(config)
+    if len(source.class_names) < 2:
+        raise UserError(f"data: {source.name} has only one class, {source.class_names[0]!r}")
+    split = _split(config, source)
+    in_training = split.train
+    if config.data.train_on_meta:
+        in_training = np.union1d(split.train, split.meta)
+    manifest = _manifest(config, source, split, in_training)
+    check_leakage(manifest)
+    _check_batch(config, len(in_training))
+    if not config.eval.test and not len(split.val):
+        raise UserError(
+            "eval.test = False, as in tuning: there is no validation split to read instead; the data brings none, and"
+            f" data.val_fraction = {config.data.val_fraction:g} makes none; choose more"
+        )
+    images, labels = source.train_images, source.train_labels
+    train_images, train_labels = images[in_training], labels[in_training]
+    mean, std = _mean_std(config, source.name, train_images if split.redrawn else images[split.train])
+    return LongTailData(
+        name=source.name,
+        version=source.version,
+        class_names=source.class_names,
+        train_images=train_images,
+        train_labels=train_labels,
+        meta_images=train_images if split.redrawn else images[split.meta],
+        meta_labels=train_labels if split.redrawn else labels[split.meta],
+        val_images=images[split.val],
+        val_labels=labels[split.val],
+        test_images=source.test_images,
+        test_labels=source.test_labels,
+        counts=np.bincount(train_labels, minlength=len(source.class_names)).astype(np.int64),
+        mean=mean,
+        std=std,
+        manifest=manifest,
+    )
+
+
+def _load(config: Config) -> Source:
+    if config.data.source in ("folder", "list"):
+        return files.load(config.data, whole=config.augment.crop == "resized")
+    load = {"digits": digits.load, "tfds": tfds.load, "npz": arrays.load}[config.data.source]
+    return streamed_if_large(config.data, load(config.data))
+
+
+def _settings(config: Config) -> dict[str, Any]:
+    """Returns what decides which images are in which split, by the name it has in a manifest."""
+    natural = config.data.protocol == "natural"
+    held_out = ("val_fraction", "meta_fraction") if natural else ("val_images_per_class",)
+    return {
+        "protocol": config.data.protocol,
+        "imbalance_factor": config.data.imbalance_factor,
+        "meta_images_per_class": config.meta.images_per_class,
+        **{name: getattr(config.data, name) for name in held_out},
+        "seed": config.data.seed,
+    }
+
+
+def _draw_split(config: Config, source: Source) -> Split:
+    labels, settings = source.train_labels, _settings(config)
+    given = np.full(len(labels), "train") if source.given is None else source.given
+    if settings.pop("protocol") == "natural":
+        groups = source.groups or ("",) * len(labels)
+        return longtail.natural_split(Labelled(labels, source.class_names, given, groups), **settings)
+    if (given != "train").any() or source.groups:
+        raise UserError(
+            f"data.protocol = {config.data.protocol!r}: draws from all images alike, and {source.name} has splits,"
+            " groups or copies of one picture (see --mode=check); set data.protocol = 'natural', or remove the copies"
+        )
+    return longtail.make_split(labels, len(source.class_names), protocol=config.data.protocol, **settings)
+
+
+def _split(config: Config, source: Source) -> Split:
+    packed = source.manifest
+    if config.data.manifest:
+        return _read_split(config, source, read_manifest(config.data.manifest))
+    if packed and packed["protocol"] == config.data.protocol:
+        return _read_split(config, source, packed)
+    return _draw_split(config, source)
+
+
+def _read_split(config: Config, source: Source, manifest: dict[str, Any]) -> Split:
+    """Returns the split that the manifest records, as positions in the source."""
+    _check_agrees(config, source, manifest)
+    check_leakage(manifest)
+    where = {}
+    for name in ("train", "meta", "val"):
+        records = manifest["splits"][name]
+        ids = np.array(records["ids"], np.int64)
+        if records["pool"] != source.train_pool or not np.isin(ids, source.train_ids).all():
+            raise UserError(
+                f"data.manifest = {config.data.manifest!r}: {name} names records of pool"
+                f" '{records['pool']}' that {source.name} does not have; use a manifest of this set"
+            )
+        position = np.searchsorted(source.train_ids, ids)
+        counts = np.bincount(source.train_labels[position], minlength=len(source.class_names))
+        if counts.tolist() != records["class_counts"]:
+            raise UserError(
+                f"data.manifest = {config.data.manifest!r}: the records of {name} have other classes in this"
+                f" copy of {source.name}; it was prepared in another order than the manifest's"
+            )
+        where[name] = np.sort(position)
+    redrawn = manifest.get("meta_redrawn", manifest["protocol"] == "full")
+    if manifest["train_on_meta"] and not redrawn:
+        where["train"] = np.setdiff1d(where["train"], where["meta"])
+    return Split(train=where["train"], meta=where["meta"], val=where["val"], redrawn=redrawn)
+
+
+def _check_agrees(config: Config, source: Source, manifest: dict[str, Any]) -> None:
+    """Refuses a manifest of another set, another test split or other settings than the config's."""
+    own = config.data.source in ("folder", "list")  # these may have been given another name; the version tells them
+    of_source = {
+        **({} if own else {"dataset": source.name}),
+        "version": source.version,
+        "class_names": list(source.class_names),
+    }
+    for key, value in of_source.items():
+        if manifest[key] != value:
+            raise UserError(
+                f"data.manifest = {config.data.manifest!r}: made for {key} {manifest[key]!r}, the data has"
+                f" {value!r}; use a manifest of this set"
+            )
+    test = manifest["splits"]["test"]
+    if (test["pool"], test["ids"]) != (source.test_pool, source.test_ids.tolist()):
+        raise UserError(f"data.manifest = {config.data.manifest!r}: its test split differs from {source.name}'s")
+    for key, value in _settings(config).items():
+        if manifest.get(key, 0) != value:
+            field = "meta.images_per_class" if key == "meta_images_per_class" else f"data.{key}"
+            where = config.data.manifest or f"in {config.data.root}"
+            otherwise = ", or leave data.manifest empty" if config.data.manifest else ""
+            raise UserError(
+                f"{field} = {value!r}: the manifest {where} was made with {manifest.get(key, 0)!r};"
+                f" set the field to that{otherwise}"
+            )
+
+
+def _manifest(config: Config, source: Source, split: Split, in_training: longtail.Ints) -> dict[str, Any]:
+    overlaps = {}
+    if split.redrawn:
+        overlaps["meta", "train"] = (
+            f"protocol {config.data.protocol}: redrawn from train every epoch; the ids are epoch 0's"
+        )
+    elif config.data.train_on_meta:
+        overlaps["meta", "train"] = "data.train_on_meta: the meta images are trained on as well"
+    parts = {"train": in_training, "meta": split.meta, "val": split.val}
+    records = {
+        name: Records(source.train_pool, source.train_ids[position], source.train_labels[position])
+        for name, position in parts.items()
+    }
+    return make_manifest(
+        dataset=source.name,
+        version=source.version,
+        class_names=source.class_names,
+        settings={
+            **_settings(config),
+            "train_on_meta": config.data.train_on_meta,
+            **({"meta_redrawn": split.redrawn} if config.data.protocol == "natural" else {}),
+            **source.facts,
+        },
+        splits={**records, "test": Records(source.test_pool, source.test_ids, source.test_labels)},
+        overlaps=overlaps,
+    )
+
+
+def _check_batch(config: Config, num_train: int) -> None:
+    if config.train.batch_size > num_train:
+        raise UserError(
+            f"train.batch_size = {config.train.batch_size}: there are {num_train} training images;"
+            f" choose at most {num_train}"
+        )
+
+
+def _mean_std(config: Config, name: str, images: Images) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+    """Returns each channel's mean and standard deviation, float32 [C], in units of 0..255.
+
+    With `data.normalize = "own"`, CIFAR's are the published ones, in an `.npz` file of its name too. Others come from
+    the long-tailed training `images` alone, exactly, through the 256 values a pixel can have, or, where streamed,
+    from some of them; a constant channel gets the standard deviation 1.
+    """
+    published = _NORMALIZATION.get(config.data.normalize)
+    if config.data.normalize == "own" and config.data.source in ("tfds", "npz"):  # a folder may have any name
+        published = _OF_SET.get(name)
+    if published:
+        channels = images.shape[-1]
+        mean, std = (np.array(values, np.float32) for values in published)
+        return (mean, std) if channels == len(mean) else (mean.mean(keepdims=True), std.mean(keepdims=True))
+    if isinstance(images, Streamed):
+        some = np.random.default_rng(0).permutation(len(images))[:_SAMPLE]
+        images = np.stack([images[i] for i in np.sort(some)])
+    values = np.arange(256)
+    counts = np.zeros((images.shape[-1], 256), np.int64)
+    for start in range(0, len(images), _SAMPLE):  # at a time; counting makes each pixel eight bytes
+        part = images[start : start + _SAMPLE]
+        counts += np.stack([np.bincount(part[..., c].ravel(), minlength=256) for c in range(len(counts))])
+    share = counts / counts.sum(1, keepdims=True)
+    mean = share @ values
+    std = np.sqrt(share @ values**2 - mean**2)
+    return mean.astype(np.float32), np.where(std < 1e-3, 1, std).astype(np.float32)

@@ -1,0 +1,1 @@
+"""The classifier as it is tested, and what its answers are worth."""

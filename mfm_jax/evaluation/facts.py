@@ -1,0 +1,53 @@
+"""What only the training data could say of a classifier, kept in its run's folder: the data need not be at hand."""
+
+import dataclasses
+from typing import Any
+
+from mfm_jax.config import Config
+from mfm_jax.data import LongTailData
+from mfm_jax.workdir.files import Workdir, read_object
+
+
+@dataclasses.dataclass(frozen=True)
+class Facts:
+    """The content of `Workdir.facts`.
+
+    class_names: K names.
+    image_shape: (H, W, C) of an image.
+    fit: how a picture of another shape becomes one (`pictures.read`).
+    mean, std: of each channel, in units of 0..255; images are normalised by them.
+    train_class_counts: K, images of each class that were trained on.
+    """
+
+    class_names: tuple[str, ...]
+    image_shape: tuple[int, int, int]
+    fit: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    train_class_counts: tuple[int, ...]
+
+
+def describe(config: Config, data: LongTailData) -> Facts:
+    """Returns the facts of a run's data."""
+    height, width, channels = data.train_images.shape[1:]
+    return Facts(
+        class_names=tuple(data.class_names),
+        image_shape=(height, width, channels),
+        # The other sources hold arrays, which `sources.resize` squeezes.
+        fit=config.data.fit if config.data.source in ("folder", "list") else "squeeze",
+        mean=tuple(data.mean.tolist()),
+        std=tuple(data.std.tolist()),
+        train_class_counts=tuple(data.counts.tolist()),
+    )
+
+
+def read(workdir: Workdir) -> Facts:
+    """Returns the facts of the run in `workdir`.
+
+    Raises:
+      UserError: the file is missing or damaged.
+    """
+    names = [field.name for field in dataclasses.fields(Facts)]
+    found = read_object(workdir.facts, *names)
+    values: Any = {name: tuple(found[name]) if isinstance(found[name], list) else found[name] for name in names}
+    return Facts(**values)

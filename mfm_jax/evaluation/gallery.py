@@ -1,0 +1,79 @@
+"""Which pictures a report shows: answers, right and wrong, for the classes with the fewest training images.
+
+A mean accuracy of the rare classes does not say whether a model confuses two species or reads the scale bar; a look at
+some pictures does.
+"""
+
+import io
+import zipfile
+import zlib
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from mfm_jax.data import longtail
+from mfm_jax.data.sources import Images
+from mfm_jax.workdir import disk
+
+EACH = 16  # pictures of either kind, at most
+_PER_CLASS = 2
+_SIDE = 112  # pixels; larger pictures are thinned out
+
+
+class Gallery(NamedTuple):
+    """Pictures with what was answered; the first entries are right answers, then come the wrong ones."""
+
+    images: np.ndarray  # uint8 [n, H, W, C]
+    labels: np.ndarray  # int [n]
+    answers: np.ndarray  # int [n]
+    confidence: np.ndarray  # float [n], probability of the answer
+
+
+def choose(probabilities: np.ndarray, labels: np.ndarray, train_counts: np.ndarray) -> np.ndarray:
+    """Returns the examples to show, int [n]: right answers, then wrong ones, each from the most confident on.
+
+    Only few-shot classes are considered, or the rarest third where there are none; of each class at most two right and
+    two wrong answers are shown.
+
+    Args:
+      probabilities: [N, K].
+      labels: int [N].
+      train_counts: int [K].
+    """
+    groups = longtail.shot_groups(train_counts)
+    rare = groups["few"] if len(groups["few"]) else groups["rarest_third"]
+    answers, order = probabilities.argmax(1), np.argsort(-probabilities.max(1), kind="stable")
+    chosen: list[int] = []
+    for right in (True, False):
+        shown: dict[int, int] = {}
+        for i in order[np.isin(labels[order], rare) & ((answers == labels)[order] == right)].tolist():
+            shown[labels[i]] = shown.get(labels[i], 0) + 1
+            if shown[labels[i]] <= _PER_CLASS and sum(min(n, _PER_CLASS) for n in shown.values()) <= EACH:
+                chosen.append(i)
+    return np.array(chosen, int)
+
+
+def write(path: Path, images: Images, labels: np.ndarray, probabilities: np.ndarray, train_counts: np.ndarray) -> None:
+    """Writes the examples that `choose` takes of `images` `[N, H, W, C]`, if it takes any, to `path`.
+
+    Pictures are thinned out to at most 112 pixels a side.
+    """
+    chosen = choose(probabilities, labels, train_counts)
+    if not len(chosen):
+        return
+    pictures, found = np.stack([images[i] for i in chosen]), probabilities[chosen]
+    step = -(-max(pictures.shape[1:3]) // _SIDE)
+    shown = Gallery(pictures[:, ::step, ::step], labels[chosen], found.argmax(1), found.max(1))
+    content = io.BytesIO()
+    np.savez_compressed(content, **shown._asdict())
+    disk.write(path, content.getvalue())
+
+
+def read(path: Path) -> Gallery | None:
+    """Returns what `write` wrote; None where nothing sound is there."""
+    try:
+        with np.load(path) as arrays:
+            return Gallery(**arrays)
+    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error):
+        return None

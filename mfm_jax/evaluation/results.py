@@ -1,0 +1,102 @@
+"""From a tested classifier to the content of `results.json`, in training and in later evaluations alike."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mfm_jax.data import LongTailData, batches
+from mfm_jax.evaluation import metrics
+from mfm_jax.evaluation.classifier import Classifier
+
+
+class Answers(NamedTuple):
+    """What a classifier answered on some images: probabilities float32 [N, K], beside the labels int [N]."""
+
+    probabilities: np.ndarray
+    labels: np.ndarray
+
+
+# A question: returns a classifier's answers on the images that it stands for.
+Asked = Callable[[Classifier], Answers]
+
+
+def on_split(
+    data: LongTailData,
+    split: str,
+    batch_size: int,
+    workers: int = 0,
+    *,
+    watch: Callable[..., Any] = lambda parts, text, total: parts,
+) -> Asked:
+    """Returns the question for a split, `train`, `val` or `test`, of one image or more, in order and not augmented.
+
+    The last batch is padded. Streamed images are decoded by `workers` processes. `watch` shows how far it is:
+    `(parts, text, how many) -> parts`, such as `rich.progress.track`.
+    """
+    images, labels = getattr(data, f"{split}_images"), getattr(data, f"{split}_labels")
+
+    def asked(classifier: Classifier) -> Answers:
+        parts = batches.eval_batches(images, batch_size, workers)
+        parts = watch(parts, f"step {classifier.step}", -(-len(labels) // batch_size))
+        return Answers(np.concatenate([classifier.probabilities(image)[mask] for image, mask in parts]), labels)
+
+    return asked
+
+
+def evaluate(classifier: Classifier, answers: Answers) -> dict[str, Any]:
+    """Returns `metrics.evaluate` of a classifier's answers; shot groups go by what it was trained on."""
+    return metrics.evaluate(*answers, np.asarray(classifier.facts.train_class_counts))
+
+
+def of_run(
+    last: Classifier,
+    best: Classifier | None,
+    asked: Mapping[str, Asked | None],
+    split: str,
+    *,
+    calibrate: bool = False,
+    show: Callable[[Answers], None] = lambda answers: None,
+) -> dict[str, Any]:
+    """Evaluates the classifiers of a run's last checkpoint and of the one best on validation.
+
+    Args:
+      last, best: the classifiers; where they are of one step, it is evaluated once.
+      asked: the questions by split; None for a split that is absent or not to be read.
+      split: the one to show.
+      calibrate: also fit a temperature on `val`.
+      show: is called with the answers of `last` on `split`.
+
+    Returns:
+      `method`, `seed` and `split`; `last` and `best` (None without one), each with `step`, `epoch`, for each of `asked`
+      what `metrics.evaluate` returns or None, and with `calibrate` the `calibration`, None without `val`: the
+      `temperature` that suits validation best, and the calibration error with it of each split (`ece`).
+    """
+
+    def checkpoint(classifier: Classifier) -> dict[str, Any]:
+        answers = {name: ask(classifier) for name, ask in asked.items() if ask}
+        if classifier is last:
+            show(answers[split])
+        images = sum(classifier.facts.train_class_counts)
+        return {
+            "step": classifier.step,
+            "epoch": -(-classifier.step // batches.steps_per_epoch(images, classifier.config.train.batch_size)),
+            **{name: evaluate(classifier, answers[name]) if name in answers else None for name in asked},
+            **({"calibration": _calibration(answers)} if calibrate else {}),
+        }
+
+    of_last, config = checkpoint(last), last.config
+    of_best = best and (of_last if best.step == last.step else checkpoint(best))
+    return {"method": config.method.name, "seed": config.train.seed, "split": split, "last": of_last, "best": of_best}
+
+
+def _calibration(answers: Mapping[str, Answers]) -> dict[str, Any] | None:
+    if "val" not in answers:
+        return None
+    temperature = metrics.fit_temperature(*answers["val"])
+    errors = {}
+    for split, (probabilities, labels) in answers.items():
+        scaled = metrics.with_temperature(probabilities, temperature)
+        bins = metrics.reliability_bins(scaled.max(axis=1), scaled.argmax(axis=1) == labels)
+        errors[split] = metrics.expected_calibration_error(bins)
+    return {"temperature": temperature, "ece": errors}

@@ -1,0 +1,71 @@
+"""The classifier as it is tested: plain, with what a second stage or a post-hoc step does to its head."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mfm_jax import models
+from mfm_jax.bilevel.passes import Pass
+from mfm_jax.config import Config
+from mfm_jax.data import batches
+from mfm_jax.methods import heads, table
+from mfm_jax.methods.table import METHODS, Method
+from mfm_jax.types import ApplyFn, BilevelState, PyTree
+
+
+class Tested(NamedTuple):
+    """A tested classifier.
+
+    module: the Flax module.
+    apply: `(variables, image, modulate=, train=) -> logits`, the module's own or with a head of the method's.
+    params: `state -> params`.
+    of_params: `(params, batch_stats, image) -> [B, K]`, the probabilities, of those parameters.
+    """
+
+    module: nn.Module
+    apply: ApplyFn
+    params: Callable[[BilevelState], PyTree]
+    of_params: Callable[[PyTree, PyTree, jax.Array], jax.Array]
+
+    def probabilities(self, state: BilevelState, image: jax.Array) -> jax.Array:
+        """Returns the probabilities `[B, K]` for normalised images `[B, H, W, C]`."""
+        return self.of_params(self.params(state), state.batch_stats, image)
+
+
+def of(config: Config, counts: np.ndarray) -> Tested:
+    """Returns the classifier that a run of `config` tests; `counts` `[K]` are its training images of each class."""
+    method = METHODS[config.method.name]
+    module = models.create(
+        config.model.name,
+        len(counts),
+        config.model.width,
+        jnp.dtype(config.train.dtype),
+        remat=config.model.remat,
+        adapter_size=config.model.adapter_size if config.model.tune == "adapters" else 0,
+    )
+    apply = applied(config, module)
+    per_epoch = batches.steps_per_epoch(int(counts.sum()), config.train.batch_size)
+    params = _tested_params(config, method, jnp.asarray(counts), config.second_stage * per_epoch)
+    return Tested(module, apply, params, Pass(apply).probabilities)
+
+
+def applied(config: Config, module: nn.Module) -> ApplyFn:
+    """Returns the module's `apply`, with the layers that are not tuned frozen, and with a cosine head if it has one."""
+    apply = module.apply if config.model.tune == "all" else models.frozen(module.apply, config.model.tune)
+    return heads.cosine(apply, config.method.ldam_scale) if table.objective(config).cosine_head else apply
+
+
+def _tested_params(
+    config: Config, method: Method, counts: jax.Array, retrain_from: int
+) -> Callable[[BilevelState], PyTree]:
+    def params(state: BilevelState) -> PyTree:
+        if method.retraining:
+            attached, begun = method.retraining.attach(state.params, state.phi), state.step > retrain_from
+            return jax.tree.map(lambda new, old: jnp.where(begun, new, old), attached, state.params)
+        return method.posthoc(config, counts, state.params) if method.posthoc else state.params
+
+    return params

@@ -1,0 +1,151 @@
+"""A trained run evaluated again: on any split of its data, or on folders of other pictures of the same classes.
+
+Where there is no run, but the config names pretrained weights, these are evaluated as they are.
+What training wrote stays as it is; an evaluation has a folder of its own, with `results.json` and `report.html`.
+"""
+
+import contextlib
+import dataclasses
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+import numpy as np
+from rich.progress import track
+
+from mfm_jax import config as config_lib
+from mfm_jax import data as data_lib
+from mfm_jax import predict
+from mfm_jax.config import Config
+from mfm_jax.data import walk
+from mfm_jax.errors import UserError
+from mfm_jax.evaluation import classifier
+from mfm_jax.evaluation import results as results_lib
+from mfm_jax.evaluation.classifier import Classifier
+from mfm_jax.evaluation.results import Answers, Asked
+from mfm_jax.machine import versions
+from mfm_jax.pages import report
+from mfm_jax.workdir import disk
+from mfm_jax.workdir.files import Workdir
+
+
+def evaluate_run(
+    config: ml_collections.ConfigDict | Mapping[str, Any] | Config,
+    workdir: Path,
+    split: str | None = None,
+    folder: Path | None = None,
+    out: Path | None = None,
+) -> tuple[dict[str, Any], Path]:
+    """Evaluates the last checkpoint of a run and the best on validation, as far as there is one.
+
+    In a `workdir` without a run, the weights of `model.pretrained` are evaluated without training. That is told on the
+    standard error, and a run may still begin there.
+
+    Args:
+      config: of the run; `data.root`, `data.workers` and `eval.batch_size` may be others.
+      workdir: of the run, finished or not.
+      split: "test", "val" or "train" (without augmentation) of its data; None for the one that the run itself shows:
+        test, and val where `eval.test` is False.
+      folder: a folder with a folder of pictures for each class, in the place of the split; the run's data is not
+        needed then.
+      out: the folder to write to; `workdir/eval/SPLIT`, or `workdir/eval/outside-FOLDER`, by default.
+
+    Returns:
+      (the content of `results.json`, the path of the report). The former has the form of a training run's; its `split`
+      is "outside" for a folder, and `unread` then lists the files that could not be read, with the reasons.
+      `pretrained` names the file of weights that were not trained on, "" for a run.
+
+    Raises:
+      UserError: no such run or split, another config or other data than the run's, other class names, `out` holds a
+        run, or pretrained weights that are not this classifier's.
+    """
+    given, run = config if isinstance(config, Config) else config_lib.resolve(config), Workdir(workdir)
+    as_is = bool(given.model.pretrained) and not run.config.exists()
+    if not as_is:
+        _check_config(given, run)
+    split = split or ("test" if given.eval.test else "val")
+    out = out or run.evaluations / (f"outside-{folder.resolve().name}" if folder else split)
+    Workdir(out).check_no_run()
+    data = None
+    if as_is:
+        print(f"no run in {workdir}: evaluates {given.model.pretrained} as it is, without training", file=sys.stderr)
+        data = data_lib.build(given)
+        last, best = classifier.load_pretrained(given, data), None
+    else:
+        last, best = classifier.load(workdir), None
+        with contextlib.suppress(classifier.NoBest):
+            best = classifier.load(workdir, "best")
+        if not run.results.exists():
+            print(f"warning: the run in {workdir} has not finished; this is its step {last.step}", file=sys.stderr)
+    unread: dict[str, str] = {}
+    if folder:
+        split, asked = "outside", _on_folder(folder, last.class_names, given, unread)
+    else:
+        data = data or data_lib.build(given)
+        run.check_split(data.manifest)
+        if not len(getattr(data, f"{split}_labels")):
+            raise UserError(f"--split={split}: {data.name} has no such split")
+        asked = results_lib.on_split(data, split, given.eval.batch_size, given.data.workers, watch=track)
+    results = results_lib.of_run(last, best, {split: asked}, split) | {
+        "folder": str(folder or ""),
+        "pretrained": given.model.pretrained if as_is else "",
+        "unread": unread,
+        "versions": versions.versions(),
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    disk.write_object(Workdir(out).results, results)
+    untrained = (given.to_dict(), data.manifest) if as_is and data else None
+    return results, report.write_report(workdir, out, untrained)
+
+
+def _check_config(given: Config, run: Workdir) -> None:
+    """Checks the config against that of the run: where the data lies may have changed."""
+    ran = run.read_config()
+    elsewhere = dataclasses.replace(
+        given,
+        data=dataclasses.replace(given.data, root=ran.data.root, workers=ran.data.workers),
+        eval=dataclasses.replace(given.eval, batch_size=ran.eval.batch_size),
+    )
+    if changed := list(config_lib.differences(ran.to_dict(), elsewhere.to_dict())):
+        raise UserError(
+            f"--workdir={run.path} belongs to another config ({'; '.join(changed)}); give the one of the run"
+        )
+
+
+def _on_folder(folder: Path, class_names: Sequence[str], config: Config, unread: dict[str, str]) -> Asked:
+    """Returns the question for the pictures in `folder` that can be read; the others are noted in `unread`."""
+    _check_classes(folder, class_names)
+    label = {path: k for k, name in enumerate(class_names) for path in walk.given([folder / name])}
+    if not label:
+        raise UserError(f"--eval_folder={folder}: no pictures there")
+    size, workers = config.eval.batch_size, config.data.workers
+
+    def asked(trained: Classifier) -> Answers:
+        probabilities, labels = [], []
+        parts = predict.predicted(trained, label, size, workers)
+        for batch, rows in track(parts, f"step {trained.step}", -(-len(label) // size)):
+            readable = [item.image is not None for item in batch]
+            probabilities.append(rows[readable])
+            labels += [label[item.path] for item in batch if item.image is not None]
+            unread.update((str(item.path), item.problem) for item in batch if item.image is None)
+        if not labels:
+            raise UserError(f"--eval_folder={folder}: none of its {len(label)} pictures can be read")
+        return Answers(np.concatenate(probabilities), np.asarray(labels))
+
+    return asked
+
+
+def _check_classes(folder: Path, class_names: Sequence[str]) -> None:
+    if not folder.is_dir():
+        raise UserError(f"--eval_folder={folder}: no such folder")
+    there = {path.name for path in folder.iterdir() if path.is_dir() and not walk.passed_over(path.name)}
+    known = set(class_names)
+    if there != known:
+        differences = (("missing", known - there), ("unknown", there - known))
+        told = "; ".join(f"{word}: {', '.join(sorted(names))}" for word, names in differences if names)
+        raise UserError(
+            f"--eval_folder={folder}: its folders are not the classes of the run ({told}); a class without pictures has"
+            " an empty folder"
+        )

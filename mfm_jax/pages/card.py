@@ -1,0 +1,97 @@
+"""A model card in Markdown, from the files that a finished run left in its workdir and nothing else.
+
+Every sentence states a setting, a count or a measurement of the run; what was not measured is not claimed. Mitchell et
+al., Model cards for model reporting, FAT* 2019, is the form's source.
+"""
+
+import html
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mfm_jax import config as config_lib
+from mfm_jax.config import Config
+from mfm_jax.data.manifest import factor_in_words
+from mfm_jax.errors import UserError
+from mfm_jax.pages import report, style
+from mfm_jax.workdir import disk, finished
+from mfm_jax.workdir.finished import SPLITS, Finished
+
+LOW_ACCURACY = 0.5  # classes below it are named among the limits
+
+_RULES = {
+    "meta_held_out": (
+        "validation images, then meta images, leave the training set, equally many of each class; of the rest, class c"
+        " of K keeps n_max / factor^(c / (K - 1)) images"
+    ),
+    "full": (
+        "validation images leave the training set, equally many of each class; of the rest, class c of K keeps"
+        " n_max / factor^(c / (K - 1)) images, and the meta set is drawn from these"
+    ),
+    "natural": (
+        "the classes keep their sizes, but for an imbalance factor above 1; a split that the data does not come with is"
+        " a part of each class"
+    ),
+}
+
+
+def write_card(workdir: Path, path: Path, which: str, command: str, files: dict[str, int]) -> None:
+    """Writes the card of a run's classifier to `path`.
+
+    Args:
+      workdir: of the finished run.
+      path: of the Markdown file.
+      which: "last" or "best", the checkpoint that the card describes.
+      command: the command that made `path`.
+      files: the files that it describes, with their bytes.
+
+    Raises:
+      UserError: the run has not finished, or one of its files is damaged.
+    """
+    run = finished.read(workdir)
+    if run.results.get(which) is None:
+        raise UserError(f"{workdir}: the run has no results of its {which} checkpoint")
+    content = _content(run, which) | {"which": which, "command": command, "files": files, "low": LOW_ACCURACY}
+    disk.write(path, report.template("card.md.jinja", cell=cell).render(content))
+
+
+def cell(text: object) -> str:
+    """Returns a text, a class's name say, as Markdown that means just that, in one cell of a table."""
+    escaped = html.escape(" ".join(str(text).split()), quote=False)
+    return "".join("\\" + c if c in "\\`*_[]|#~$" else c for c in escaped)
+
+
+def _content(run: Finished, which: str) -> dict[str, Any]:
+    manifest, found, classes = run.manifest, run.results[which], run.classes
+    shown, counts = found[run.split], classes.counts
+    images = np.array(shown["per_class_images"])
+    rows = [
+        (classes.names[k], classes.groups[k], int(counts[k]), int(images[k]), shown["per_class_accuracy"][k])
+        for k in classes.order
+    ]
+    summary = [(label, key) for label, key in report.SUMMARY_ROWS if key not in ("ece", "roc_auc")]
+    calibration = found.get("calibration")
+    return {
+        "method": run.results["method"],
+        "seed": run.results.get("seed"),
+        "epoch": found["epoch"],
+        "step": found["step"],
+        "manifest": manifest,
+        "factor": factor_in_words(manifest),
+        "rule": _RULES.get(manifest.get("protocol", "")),
+        "sizes": {name: split["class_counts"] for name, split in manifest["splits"].items()},
+        "changed": list(config_lib.differences(Config().to_dict(), run.config)),
+        "split": SPLITS[run.split],
+        "evaluations": [(SPLITS[s], found[s]) for s in ("test", "val") if found.get(s)],
+        "summary": summary,
+        "rows": rows,
+        "groups": {name: [row for row in rows if row[1] == name] for name in style.GROUP_COLORS},
+        "calibration": calibration,
+        "calibrated": calibration and [(SPLITS[s], found[s]["ece"], e) for s, e in calibration["ece"].items()],
+        "few": [row[0] for row in rows if row[1] == "few"],
+        "inaccurate": [row[0] for row in rows if row[4] is not None and row[4] < LOW_ACCURACY],
+        "untested": [row[0] for row in rows if row[4] is None],
+        "fewest_tested": int(images.min()),
+        "versions": run.results.get("versions") or {},
+    }

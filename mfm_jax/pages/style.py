@@ -1,0 +1,128 @@
+"""What all figures of the pages share: colours, the turn from a drawing into inline SVG, and how classes are named.
+
+Their ink is `currentColor` and their background is transparent, so that the page's style sheet decides light or dark.
+Their words are real text that the browser sets in its own font (class names in any script work) and the reader can
+search. Names are drawn with mathematical markup switched off: a class may be called `$x$`.
+"""
+
+import io
+import math
+import re
+import warnings
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import markupsafe
+import numpy as np
+
+from mfm_jax.workdir.finished import Classes
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
+
+LABELLED_CLASSES = 30  # up to this many classes a figure names each of them
+
+# Blue is the head and orange is the tail, in every figure; both are legible on white and on near-black.
+GROUP_COLORS = {"many": "#3b7dd8", "medium": "#9a6bc9", "few": "#e8743b"}
+BLUE, PURPLE, ORANGE = GROUP_COLORS.values()
+MUTED = "#8a94a3"
+# Drawn in this colour and written out as `currentColor`; black would also match what matplotlib leaves unset.
+INK = "#010203"
+STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",  # text stays text
+    "text.parse_math": False,
+    "font.size": 9,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": INK,
+    "axes.titlesize": 10,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": MUTED,
+    "grid.alpha": 0.25,
+    "grid.linewidth": 0.6,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "legend.frameon": False,
+    "lines.linewidth": 1.6,
+}
+
+
+class Picture(NamedTuple):
+    """A finished figure: an `<svg>` element, its caption, and the width in inches it was drawn for."""
+
+    svg: markupsafe.Markup
+    caption: str
+    inches: float
+
+
+def render(draw: Callable[..., str], inches: tuple[float, float], *what: Any) -> Picture:
+    """Calls `draw(figure, *what)` on a new figure and returns it as inline SVG.
+
+    `draw` returns the caption, which is also what a screen reader says in the figure's place. Pyplot and its global
+    state are not touched.
+    """
+    import matplotlib  # here, because it takes longer to import than the rest of the package's command line
+    from matplotlib.figure import Figure
+
+    buffer = io.StringIO()
+    # The salt makes the ids inside the SVG the same on every run, and different from figure to figure.
+    with matplotlib.rc_context({**STYLE, "svg.hashsalt": draw.__name__}), warnings.catch_warnings():
+        # The browser brings the glyphs that matplotlib's own font lacks.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        figure = Figure(figsize=inches, layout="constrained")
+        caption = draw(figure, *what)
+        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        figure.savefig(buffer, format="svg", transparent=True, metadata=nothing, dpi=200)
+    return Picture(_inline(buffer.getvalue(), caption), caption, inches[0])
+
+
+def _inline(svg: str, alt: str) -> markupsafe.Markup:
+    """Returns matplotlib's SVG file as an HTML element that takes its colour and width from the page."""
+    head, body = svg[svg.index("<svg") :].split(">", 1)
+    box = re.search(r'viewBox="[^"]*"', head)
+    assert box is not None
+    # Group names (`axes_1`) repeat from figure to figure; only definitions, whose ids are hashes, are used.
+    body = re.sub(r'<g id="[^"]*"', "<g", body).replace(INK, "currentColor")
+    start = markupsafe.Markup('<svg role="img" {} aria-label="{}">')
+    return start.format(markupsafe.Markup(box.group()), alt) + markupsafe.Markup(body)
+
+
+def percent(value: float | None) -> str:
+    """Returns a fraction as percent with two decimals; a dash for None."""
+    return "–" if value is None else f"{100 * value:.2f}"
+
+
+def as_percent(values: Iterable[float | None]) -> np.ndarray:
+    """Returns fractions as percent, with NaN (which figures leave blank) for None."""
+    return np.array([math.nan if value is None else 100 * value for value in values])
+
+
+def plain_logs(axis: "Axis") -> None:
+    """Writes the numbers of a log axis without TeX, those between powers of ten too where it spans few of them."""
+    from matplotlib.ticker import LogFormatter
+
+    axis.set_major_formatter(LogFormatter())
+    axis.set_minor_formatter(LogFormatter())
+
+
+def short(name: str) -> str:
+    return name if len(name) <= 18 else name[:17] + "…"
+
+
+def name_ticks(axes: "Axes", classes: Classes) -> None:
+    """Names the classes along the x axis, turned where they would run into each other."""
+    names = [short(classes.names[k]) for k in classes.order]
+    axes.set_xticks(range(len(names)), names)
+    if len(names) > 14 and max(map(len, names)) > 2:
+        axes.tick_params(axis="x", labelrotation=90)
+    elif len(names) * max(map(len, names)) > 40:
+        axes.tick_params(axis="x", labelrotation=40)
+        for label in axes.get_xticklabels():
+            label.set_horizontalalignment("right")
+            label.set_rotation_mode("anchor")

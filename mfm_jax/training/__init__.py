@@ -1,0 +1,1 @@
+"""From a config and its data to a trained classifier."""

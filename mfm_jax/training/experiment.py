@@ -1,0 +1,182 @@
+"""From a config and its data to the pure functions of a run: initial states and training steps.
+
+This is where a method's choices meet the bilevel step; nothing here loops, and no file is touched but by an
+`init` that starts from pretrained weights.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from mfm_jax import bilevel
+from mfm_jax.bilevel import modulation
+from mfm_jax.bilevel.outer import MetaLearner
+from mfm_jax.bilevel.passes import Pass
+from mfm_jax.config import Config
+from mfm_jax.data import LongTailData
+from mfm_jax.evaluation import tested
+from mfm_jax.evaluation.tested import Tested
+from mfm_jax.machine import parallel
+from mfm_jax.methods import heads, table
+from mfm_jax.methods.table import METHODS, Method
+from mfm_jax.models import pretrained
+from mfm_jax.training import preflight, recipe
+from mfm_jax.training.recipe import Recipe
+from mfm_jax.types import ApplyFn, BilevelState, Modulate, Modulator, PyTree
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """The pure functions of one run.
+
+    init: `() -> BilevelState`, the state before the first step, all parameters drawn at random.
+    init_pretrained: the same with the weights of `model.pretrained`, the head among them if `whole`; None where there
+      are none to load.
+    plain_step: `(state, batch) -> (state, metrics)`; under a meta learner that stays as it is, if there is one.
+    meta_step: `(state, batch, meta_batch) -> (state, metrics)`; None where nothing learns from the meta set.
+    retrain_step: `(state, batch) -> (state, metrics)` of a second stage on a frozen classifier; None without one.
+    retrain_from: the step at which that stage begins.
+    synthetic: whether it trains on stored features that SMOTE balances, `[B, C]` in the place of images.
+    order: `(key, epoch) -> int32 [steps_per_epoch, B]`, the examples of each batch of an epoch.
+    tested: the classifier that is tested.
+    features: `(state, image) -> [B, C]`, its `pooled` features.
+    apply: the classifier outside `shard_map`; `(variables, image, modulate=, train=) -> logits`.
+    modulator: what generates gamma and beta; None for a method without one.
+    phi_kind: what phi is, in a word; "" where there is none.
+    learning_rate: schedule, by step.
+    steps_per_epoch: batches in an epoch.
+    total_steps: steps in the run.
+    mesh: the devices that the steps are spread over; None for one.
+    """
+
+    init: Callable[[], BilevelState]
+    init_pretrained: Callable[..., BilevelState] | None
+    plain_step: Callable
+    meta_step: Callable | None
+    retrain_step: Callable | None
+    retrain_from: int
+    synthetic: bool
+    order: Callable[[jax.Array, int], jax.Array]
+    tested: Tested
+    features: Callable[[BilevelState, jax.Array], jax.Array]
+    apply: ApplyFn
+    modulator: Modulator | None
+    phi_kind: str
+    learning_rate: optax.Schedule
+    steps_per_epoch: int
+    total_steps: int
+    mesh: Mesh | None
+
+
+def build(config: Config, data: LongTailData, mesh: Mesh | None = None) -> Experiment:
+    """Returns the experiment that `config` describes on `data`, its steps spread over `mesh` if given.
+
+    Raises:
+      UserError: a site that the model does not have, or what `preflight.check` refuses.
+    """
+    preflight.check(config, data, mesh)
+    method, counts = METHODS[config.method.name], jnp.asarray(data.counts)
+    plain, rules = tested.of(config, data.counts), recipe.of(config, data)
+    image = jnp.zeros((1, *data.train_images.shape[1:]), jnp.float32)
+    channels = _channels(config, plain.module, image)  # checks the sites for every method
+    learner = method.learner(config, counts, channels) if method.learner else None
+    phi_tx = recipe.outer_optimizer(config, learner, rules.steps_per_epoch) if learner else rules.second_tx
+    forward = Pass(plain.apply, parts=config.train.accumulate)
+    if mesh:
+        forward = dataclasses.replace(forward, apply=_on_mesh(config, plain.module, mesh), axis_name=parallel.AXIS)
+
+    def fresh() -> PyTree:
+        variables = plain.module.init(jax.random.split(jax.random.key(config.train.seed))[0], image)
+        if method.prior_bias:
+            variables = {**variables, "params": heads.with_prior_bias(variables["params"], counts)}
+        return variables
+
+    def start(variables: PyTree) -> BilevelState:
+        def init_phi(key: jax.Array) -> PyTree:
+            if method.retraining:
+                return method.retraining.init(key, variables["params"])
+            return learner.init(key) if learner else {}
+
+        moves = method.retraining or (learner and not config.meta.freeze)
+        key = jax.random.split(jax.random.key(config.train.seed))[1]
+        return bilevel.init_state(key, variables, rules.tx, init_phi, phi_tx if moves else None)
+
+    def init_pretrained(*, whole: bool = False) -> BilevelState:
+        new, model, normalized = jax.jit(fresh)(), config.model, table.objective(config).cosine_head
+        new = (new["params"], new.get("batch_stats", {}))
+        found = pretrained.load(model.pretrained, *new, model.name, normalized_head=normalized, whole=whole)
+        return jax.jit(start)(dict(zip(("params", "batch_stats"), found, strict=True)))
+
+    plain_step, meta_step, retrain_step = _steps(config, method, forward, rules, learner, phi_tx, image.shape[1:])
+    if mesh:
+        plain_step = parallel.shard_step(plain_step, mesh, 1)
+        meta_step = meta_step and parallel.shard_step(meta_step, mesh, 2)
+        retrain_step = retrain_step and parallel.shard_step(retrain_step, mesh, 1)
+    extract = heads.features(plain.apply)
+    return Experiment(
+        init=jax.jit(lambda: start(fresh())),  # hundreds of small operations otherwise, each compiled by itself
+        init_pretrained=init_pretrained if config.model.pretrained else None,
+        plain_step=plain_step,
+        meta_step=meta_step,
+        retrain_step=retrain_step,
+        retrain_from=config.second_stage * rules.steps_per_epoch if method.retraining else rules.total_steps,
+        synthetic=bool(method.retraining and method.retraining.synthetic),
+        order=rules.order,
+        tested=plain,
+        features=lambda state, image: extract({"params": state.params, "batch_stats": state.batch_stats}, image),
+        apply=plain.apply,
+        modulator=learner.modulator if learner else None,
+        phi_kind=learner.kind if learner else "second stage" if method.retraining else "",
+        learning_rate=rules.learning_rate,
+        steps_per_epoch=rules.steps_per_epoch,
+        total_steps=rules.total_steps,
+        mesh=mesh,
+    )
+
+
+def _channels(config: Config, module: nn.Module, image: jax.Array) -> dict[str, int]:
+    """Returns the widths of the configured sites and of `pooled`, read off the model."""
+
+    def run(modulate: Modulate) -> PyTree:
+        return module.init(jax.random.key(0), image, modulate=modulate)
+
+    return modulation.site_channels(run, (*config.sites, "pooled"))
+
+
+def _on_mesh(config: Config, module: nn.Module, mesh: Mesh) -> ApplyFn:
+    """Returns the classifier inside `shard_map`."""
+    if config.parallel.batch_norm == "sync":
+        apply = tested.applied(config, module.clone(axis_name=parallel.AXIS))
+    else:
+        apply = parallel.averaged_statistics(tested.applied(config, module))
+    return parallel.gathered(apply) if parallel.MODEL_AXIS in mesh.axis_names else apply
+
+
+def _steps(
+    config: Config,
+    method: Method,
+    forward: Pass,
+    rules: Recipe,
+    learner: MetaLearner | None,
+    phi_tx: optax.GradientTransformation,
+    image_shape: tuple[int, ...],
+) -> tuple[Callable, Callable | None, Callable | None]:
+    """Returns the plain step, the meta-step and a second stage's, None for what the run has not."""
+    weights, meta_step, retrain_step = rules.class_weights, None, None
+    plain_step = bilevel.make_plain_step(forward, rules.loss, rules.tx, learner, class_weights=weights)
+    if learner and not config.meta.freeze:
+        rule = recipe.meta_rule(config)
+        meta_step = bilevel.make_step(forward, rules.loss, rules.tx, learner, phi_tx, rule, class_weights=weights)
+    if method.retraining:
+        # No backward pass goes through the network, so its passes need not be in parts.
+        forward = dataclasses.replace(forward, parts=1)
+        if method.retraining.synthetic:
+            forward = dataclasses.replace(forward, apply=heads.on_features(forward.apply, image_shape))
+        retrain_step = bilevel.make_retrain_step(forward, rules.loss, phi_tx, method.retraining.attach)
+    return plain_step, meta_step, retrain_step

@@ -1,0 +1,216 @@
+"""The compiled part of the training loop: sample, augment, step and add up, without leaving the device.
+
+Everything is a function of the state, the input, the seed and the step, so a run that goes on from a checkpoint repeats
+the same batches with the same augmentation.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from mfm_jax.bilevel.passes import Pass
+from mfm_jax.config import Config, Train
+from mfm_jax.data import augment
+from mfm_jax.machine import parallel
+from mfm_jax.training import anomalies, inputs
+from mfm_jax.training.experiment import Experiment
+from mfm_jax.training.inputs import Examples, Features, Input, ResidentSet
+from mfm_jax.types import META_METRICS, Batch, BilevelState, Metrics, PyTree
+
+_SETTLING_IMAGES = 2000  # 500 to 2,000 measured alike on CIFAR-10
+
+
+class LoopState(struct.PyTreeNode):
+    """What the loop carries on the device, and what a checkpoint holds.
+
+    bilevel: the training state.
+    sums: running sums of the epoch's metrics; `steps` and `meta_steps` are their divisors.
+    bad: [m, 2] int32, the first m steps (of the epoch, where such steps are skipped) with an anomaly, and its index in
+      `anomalies.ANOMALIES`; -1 where there were fewer.
+    norms: [2] float32, sum and weight of the running mean of grad_norm; zero without `train.spike_factor`.
+    """
+
+    bilevel: BilevelState
+    sums: Metrics
+    bad: jax.Array
+    norms: jax.Array
+
+
+def make_call(experiment: Experiment, config: Config, seeds: int = 1) -> Callable[..., LoopState]:
+    """Returns the compiled call `(loop, data, is_meta, kind) -> loop`: sample, augment, step, add up.
+
+    `data` is an `inputs.Input`. With `seeds > 1` the loop state and the data are stacked, and every step is mapped over
+    them.
+
+    `is_meta` `[n]` bool says of each of the n steps whether it updates the modulator; `kind` is static: "meta",
+    "plain" or "retrain" where all steps are, else "mixed". One step is compiled as it is (XLA's CPU backend
+    runs convolutions inside a loop many times slower than outside); several are a `lax.scan`. The loop state is
+    donated.
+    """
+
+    def step(loop: LoopState, data: Input, kind: str) -> LoopState:
+        each = functools.partial(_step, experiment, config, kind=kind)
+        return each(loop, data) if seeds == 1 else jax.vmap(each, in_axes=(0, inputs.SEED_AXES))(loop, data)
+
+    @functools.partial(jax.jit, static_argnums=3, donate_argnums=0, compiler_options=parallel.compiler_options())
+    def call(loop: LoopState, data: Input, is_meta: jax.Array, kind: str) -> LoopState:
+        if kind == "mixed":
+            branches = (lambda c: step(c, data, "meta"), lambda c: step(c, data, "plain"))
+            return jax.lax.scan(lambda c, meta: (jax.lax.cond(meta, *branches, c), None), loop, is_meta)[0]
+        if len(is_meta) == 1:
+            return step(loop, data, kind)
+        return jax.lax.scan(lambda c, _: (step(c, data, kind), None), loop, length=len(is_meta))[0]
+
+    return call
+
+
+def _step(experiment: Experiment, config: Config, loop: LoopState, data: Input, kind: str) -> LoopState:
+    """Returns the loop after one step."""
+    state = loop.bilevel
+    keys = inputs.step_keys(state.key, state.step)
+    batch = _training_batch(keys, data, state.step, config)
+    if kind == "retrain" and experiment.retrain_step is not None:
+        new_state, metrics = experiment.retrain_step(state, batch)
+    elif kind == "meta" and experiment.meta_step is not None:
+        meta = inputs.meta(data, state.key, state.step, config.meta.batch_size, experiment.mesh)
+        new_state, metrics = experiment.meta_step(state, batch, _prepared(keys[2], meta, data, config))
+    else:
+        new_state, metrics = experiment.plain_step(state, batch)
+    return _accumulate(loop, new_state, metrics, kind == "meta", config.train)
+
+
+def _training_batch(keys: jax.Array, data: Input, step: jax.Array, config: Config) -> Batch:
+    examples = inputs.training(data, step)
+    if isinstance(data, Features):
+        return Batch(*examples)
+    batch = _prepared(keys[0], examples, data, config)
+    if config.augment.mixup:
+        image, partner, share = augment.mixup(keys[3], batch.image, batch.label, config.augment.mixup)
+        return Batch(image, batch.label, partner, share)
+    return batch
+
+
+def _prepared(key: jax.Array, examples: Examples, data: Input, config: Config) -> Batch:
+    """Returns images, augmented and normalised, with their labels."""
+    images, labels = examples
+    return Batch(augment.normalize(augment.augment_batch(key, images, config.augment), data.mean, data.std), labels)
+
+
+def stack(loops: Sequence[LoopState]) -> LoopState:
+    """Returns the states of runs with different seeds along a new first axis; that of one run as it is."""
+    return loops[0] if len(loops) == 1 else jax.tree.map(lambda *leaves: jnp.stack(leaves), *loops)
+
+
+def unstack(loop: LoopState, seeds: int) -> list[LoopState]:
+    """Returns each run's own state: the inverse of `stack`."""
+    return [loop] if seeds == 1 else [jax.tree.map(lambda leaf, i=i: leaf[i], loop) for i in range(seeds)]
+
+
+def meta_steps(experiment: Experiment, config: Config, steps: Sequence[int]) -> tuple[bool, ...]:
+    """Returns, for each of `steps`, whether it updates the modulator."""
+    first = config.meta.start_epoch * experiment.steps_per_epoch
+    learns = experiment.meta_step is not None
+    return tuple(learns and step >= first and step % config.meta.every == 0 for step in steps)
+
+
+def steps(is_meta: Sequence[bool], *, retrain: bool = False) -> tuple[jax.Array, str]:
+    """Returns the last two arguments of the compiled call, from one bool a step; `retrain` in the second stage."""
+    kind = "retrain" if retrain else "meta" if all(is_meta) else "mixed" if any(is_meta) else "plain"
+    return jax.device_put(np.asarray(is_meta)), kind
+
+
+def _accumulate(loop: LoopState, state: BilevelState, metrics: Metrics, is_meta: bool, train: Train) -> LoopState:
+    """Returns the loop after a step that gave `state`, its metrics added to the sums and an anomaly noted.
+
+    Where `train.on_nonfinite` is "skip", a step with an anomaly changes nothing but the step count: the state is
+    what it was, and the sums leave the step out.
+    """
+    values = {name: value.astype(jnp.float32) for name, value in metrics.items()}
+    anomaly, norms = anomalies.find(values, loop.norms, train)
+    bad = anomalies.note(loop.bad, loop.bilevel.step, anomaly)
+    added = values | {"steps": jnp.float32(1), "meta_steps": jnp.float32(is_meta)}
+    if train.on_nonfinite == "skip":
+        is_bad = anomaly >= 0
+        before = loop.bilevel.replace(step=state.step)
+        state = jax.tree.map(lambda old, new: jnp.where(is_bad, old, new), before, state)
+        added = {name: jnp.where(is_bad, 0.0, value) for name, value in added.items()}
+        added["skipped"] = is_bad.astype(jnp.float32)
+    sums = {name: total + added.get(name, 0.0) for name, total in loop.sums.items()}
+    return LoopState(state, sums, bad, norms)
+
+
+def initial(experiment: Experiment, train: Train = Train(), *, anew: bool = True) -> LoopState:  # noqa: B008 (frozen)
+    """Returns the loop state before the first step; unless `anew`, to be restored: no weights are loaded for it."""
+    init = experiment.init_pretrained if anew and experiment.init_pretrained else experiment.init
+    return LoopState(init(), _zero_sums(experiment, train), anomalies.none_noted(train), jnp.zeros(2, jnp.float32))
+
+
+def _zero_sums(experiment: Experiment, train: Train) -> Metrics:
+    names = ["loss", "accuracy", "grad_norm", "steps"]
+    if experiment.meta_step is not None:
+        names += [*META_METRICS, "meta_steps"]
+    if train.on_nonfinite == "skip":
+        names += ["skipped"]
+    return {name: jnp.zeros((), jnp.float32) for name in names}
+
+
+def make_settle(experiment: Experiment) -> Callable[[BilevelState, Input], BilevelState]:
+    """Returns `(state, data) -> state` with the batch statistics that its classifier has now, for testing and storing.
+
+    They are the mean over the epoch's first batches, about 2,000 images, as sampled, not augmented; running
+    averages are those of the last ten steps' networks and images. Streamed images are not there to be seen again;
+    those runs keep the averages.
+
+    References:
+      Wu and Johnson, Rethinking "batch" in BatchNorm, arXiv:2105.07576, 2021, section 3 (precise batch norm).
+    """
+    forward = Pass(experiment.apply)
+
+    @jax.jit
+    def added(total: PyTree, state: BilevelState, data: ResidentSet, index: jax.Array) -> PyTree:
+        image, label = data.at(index)
+        found = forward.statistics(state, state.params, Batch(augment.normalize(image, data.mean, data.std), label))
+        return jax.tree.map(jnp.add, total, found)
+
+    def settle(state: BilevelState, data: Input) -> BilevelState:
+        if not isinstance(data, ResidentSet) or not state.batch_stats:
+            return state
+        chosen = data.order[: -(-_SETTLING_IMAGES // data.order.shape[1])]
+        total = jax.tree.map(jnp.zeros_like, state.batch_stats)
+        for index in chosen:
+            total = added(total, state, data, index)
+        return state.replace(batch_stats=jax.tree.map(lambda leaf: leaf / len(chosen), total))
+
+    return settle
+
+
+def evaluate_batch(eval_step: Callable, state: BilevelState, image: jax.Array, data: Input) -> jax.Array:
+    """Returns `eval_step(state, image)`, the tested classifier's probabilities `[B, K]`, of stored images."""
+    return eval_step(state, augment.normalize(image, data.mean, data.std))
+
+
+def describe(experiment: Experiment, state: BilevelState, data: Input) -> dict[str, Metrics]:
+    """Returns gamma and beta `[C]` by site, averaged over the epoch's first batch, without augmentation.
+
+    Of streamed data it is the last batch that was fed, as the workers cropped it.
+    """
+    modulator = experiment.modulator
+    assert modulator is not None
+    image, label = inputs.training(data, 0)
+    image = augment.normalize(image, data.mean, data.std)
+    seen: dict[str, Metrics] = {}
+
+    def record(site: str, features: jax.Array) -> jax.Array:
+        if site in modulator.sites:
+            pair = modulator.parameters(state.phi, site, features, label)
+            seen[site] = {
+                name: x.reshape(-1, x.shape[-1]).mean(axis=0) for name, x in zip(("gamma", "beta"), pair, strict=True)
+            }
+        return features
+
+    experiment.apply({"params": state.params, "batch_stats": state.batch_stats}, image, train=False, modulate=record)
+    return seen

@@ -1,0 +1,81 @@
+"""Mistakes that config, data and devices show only together; they are reported before anything is compiled."""
+
+from collections.abc import Iterator
+
+from jax.sharding import Mesh
+
+from mfm_jax.config import Config
+from mfm_jax.data import LongTailData
+from mfm_jax.data.streaming import Streamed
+from mfm_jax.errors import UserError
+from mfm_jax.machine import parallel
+from mfm_jax.methods.table import METHODS, Method, modulating
+
+
+def check(config: Config, data: LongTailData, mesh: Mesh | None) -> None:
+    """Checks that the images suit `config`, and that its batches can be spread over `mesh` (None for one device).
+
+    Raises:
+      UserError: one line that names the field, its value and a way out.
+    """
+    method, devices = METHODS[config.method.name], mesh.size if mesh else 1
+    streamed = isinstance(data.train_images, Streamed)
+    for problem in (
+        *_images(config, method, min(data.train_images.shape[1:3]), streamed),
+        *_devices(config, devices),
+        *_parts(config, mesh, streamed, has_meta_step=method.learner is not None),
+    ):
+        raise UserError(problem)
+
+
+def check_meta(config: Config, data: LongTailData) -> None:
+    """Checks that a frozen phi does something, and that the meta set is no smaller than a meta batch.
+
+    Raises:
+      UserError: one line that names the field, its value and a way out.
+    """
+    method, size = METHODS[config.method.name], config.meta.batch_size
+    if config.meta.freeze and method.learner:
+        if not method.modulates:
+            raise UserError(
+                f"meta.freeze = True: {config.method.name} would learn nothing from the meta set; only {modulating()}"
+                " can"
+            )
+        if not config.modulation.init_from:
+            raise UserError("meta.freeze = True: would keep a modulator that does nothing; set modulation.init_from")
+    elif method.learner and size > (images := data.meta_table(0).size):
+        raise UserError(f"meta.batch_size = {size}: the meta set has {images} images; choose at most {images}")
+
+
+def _images(config: Config, method: Method, side: int, streamed: bool) -> Iterator[str]:
+    if config.augment.crop == "shift" and config.augment.pad >= side:
+        yield f"augment.pad = {config.augment.pad}: images are {side} pixels wide; choose at most {side - 1}"
+    if streamed and method.retraining and method.retraining.synthetic:
+        yield f"method.name = {config.method.name!r}: needs all images at once; raise data.resident_mb"
+
+
+def _devices(config: Config, devices: int) -> Iterator[str]:
+    """Batches that cannot be padded: a device with no examples has no statistics of its own."""
+    sizes = {"train.batch_size": config.train.batch_size}
+    if config.meta.bn == "batch":
+        sizes["meta.batch_size"] = config.meta.batch_size
+    for field, size in sizes.items():
+        if config.parallel.batch_norm == "local" and size % devices:
+            yield (
+                f"parallel.batch_norm = 'local': {field} = {size} does not divide by {devices} devices; use a multiple"
+                f" of {devices}, or parallel.batch_norm = 'sync', which pads"
+            )
+
+
+def _parts(config: Config, mesh: Mesh | None, streamed: bool, *, has_meta_step: bool) -> Iterator[str]:
+    """Batches that do not divide into `train.accumulate` parts on every device, or are streamed and unequal."""
+    parts = config.train.accumulate
+    # Batches are padded for all devices; blanks in one part alone would spoil its batch statistics.
+    devices = 1 if mesh is None else mesh.size if parts > 1 else mesh.shape[parallel.AXIS]
+    unit = parts * devices
+    for field, size in (("train.batch_size", config.train.batch_size), ("meta.batch_size", config.meta.batch_size)):
+        if (parts > 1 or streamed) and size % unit and (has_meta_step or field == "train.batch_size"):
+            yield (
+                f"{field} = {size}: does not divide by {unit}, the devices times train.accumulate = {parts}; choose a"
+                f" multiple of {unit}"
+            )

@@ -1,0 +1,130 @@
+"""What a config prescribes for training, whatever the network and the devices: loss, order, schedules, optimizers."""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from mfm_jax import models
+from mfm_jax.bilevel import ClassWeights, MetaRule, losses, optim
+from mfm_jax.bilevel.outer import MetaLearner
+from mfm_jax.config import Config
+from mfm_jax.data import LongTailData, batches
+from mfm_jax.methods import sampling, table
+from mfm_jax.methods.table import METHODS, Method
+from mfm_jax.types import LossFn
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """The training of one run.
+
+    loss: of an example.
+    class_weights: what each class's loss is multiplied by, by step; None for no weights.
+    tx: the classifier's optax chain.
+    second_tx: of what a second stage trains.
+    learning_rate: schedule to report, by step.
+    order: `(key, epoch) -> int32 [steps_per_epoch, B]`, the examples of each batch of an epoch.
+    steps_per_epoch: batches in an epoch.
+    total_steps: steps in the run.
+    """
+
+    loss: LossFn
+    class_weights: ClassWeights | None
+    tx: optax.GradientTransformation
+    second_tx: optax.GradientTransformation
+    learning_rate: optax.Schedule
+    order: Callable[[jax.Array, int], jax.Array]
+    steps_per_epoch: int
+    total_steps: int
+
+
+def of(config: Config, data: LongTailData) -> Recipe:
+    """Returns the recipe of a run of `config` on `data`."""
+    method, objective, counts = METHODS[config.method.name], table.objective(config), jnp.asarray(data.counts)
+    per_epoch = batches.steps_per_epoch(len(data.train_labels), config.train.batch_size)
+    first, second, learning_rate = _schedules(config, method, per_epoch)
+    tx = optim.classifier(config.optim, first)
+    if config.model.tune != "all":
+        tx = optim.only(tx, lambda params: models.trained(params, config.model.tune))
+    loss = objective.loss(config, counts)
+    if config.method.label_smoothing:
+        loss = losses.smoothed(loss, config.method.label_smoothing)
+    total = config.train.epochs * per_epoch
+    return Recipe(
+        loss=loss,
+        class_weights=_class_weights(config, objective, counts, per_epoch),
+        tx=tx,
+        second_tx=optim.classifier(config.optim, second),
+        learning_rate=learning_rate,
+        order=_order(config, method, data),
+        steps_per_epoch=per_epoch,
+        total_steps=min(total, config.train.max_steps or total),
+    )
+
+
+def outer_optimizer(config: Config, learner: MetaLearner, steps_per_epoch: int) -> optax.GradientTransformation:
+    """Returns the optax chain of a meta learner's phi."""
+    return learner.optimizer(optim.meta_schedule(config.meta, config.optim, config.train.epochs, steps_per_epoch))
+
+
+def meta_rule(config: Config) -> MetaRule:
+    """Returns how a meta-step is taken."""
+    return MetaRule(
+        meta_loss(config),
+        lagged=config.meta.lagged,
+        virtual_groups=models.virtual_groups(config.model.name, config.meta.virtual),
+        bn=config.meta.bn,
+    )
+
+
+def meta_loss(config: Config) -> LossFn:
+    """Returns the per-example loss of the meta pass."""
+    meta_losses = {"ce": losses.cross_entropy, "gce": losses.generalized_cross_entropy}
+    return losses.with_temperature(meta_losses[config.meta.loss], config.meta.temperature)
+
+
+def _schedules(config: Config, method: Method, per_epoch: int) -> tuple[optax.Schedule, optax.Schedule, optax.Schedule]:
+    """Returns the learning rates of the classifier's optimizer and of the second stage's, and the one to report."""
+    settings = optim.scaled(config.optim, config.train.batch_size)
+    if not (method.retraining or method.fine_tune):
+        whole = optim.schedule(settings, config.train.epochs, per_epoch)
+        return whole, whole, whole
+    part = config.second_stage
+    again = dataclasses.replace(
+        settings,
+        warmup_epochs=0,
+        learning_rate=settings.learning_rate * (0.1 if method.fine_tune else 1),
+    )
+    first = optim.schedule(settings, part, per_epoch)
+    second = optim.schedule(again, config.train.epochs - part, per_epoch)
+    joined = optax.join_schedules([first, second], [part * per_epoch])
+    return (joined, joined, joined) if method.fine_tune else (first, second, joined)
+
+
+def _class_weights(config: Config, objective: Method, counts: jax.Array, per_epoch: int) -> ClassWeights | None:
+    if objective.weights is None:
+        return None
+    weights, begin = objective.weights(config, counts), config.second_stage * per_epoch * objective.deferred
+    return lambda step: jnp.where(step >= begin, weights, jnp.ones_like(weights))
+
+
+def _order(config: Config, method: Method, data: LongTailData) -> Callable[[jax.Array, int], jax.Array]:
+    size, labels = config.train.batch_size, jnp.asarray(data.train_labels)
+    steps = batches.steps_per_epoch(len(labels), size)
+    chosen = config.method.sampling
+    sampler = method.sampler if chosen == "own" else sampling.SAMPLERS[chosen]
+
+    def order(key: jax.Array, epoch: int) -> jax.Array:
+        if method.retraining and method.retraining.synthetic and epoch >= config.second_stage:
+            examples = len(data.counts) * int(data.counts.max())  # balanced already, whatever the sampling
+            return batches.epoch_order(key, jnp.int32(epoch), examples, size)[:steps]
+        draw = sampler(config, data.counts, epoch)
+        if draw is None:
+            return batches.epoch_order(key, jnp.int32(epoch), len(labels), size)[:steps]
+        share, keep = jnp.asarray(draw.share), jnp.asarray(draw.keep)
+        return batches.sampled_order(key, jnp.int32(epoch), labels, share, keep, size)
+
+    return order

@@ -1,0 +1,190 @@
+"""One run's host side: it restores, logs, validates, saves and evaluates; `train` says when."""
+
+import functools
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from mfm_jax.config import Config
+from mfm_jax.data import LongTailData
+from mfm_jax.errors import UserError
+from mfm_jax.evaluation import facts, gallery
+from mfm_jax.evaluation import results as results_lib
+from mfm_jax.evaluation.classifier import Classifier
+from mfm_jax.evaluation.results import Answers, Asked
+from mfm_jax.machine import cluster, parallel, versions
+from mfm_jax.models import native
+from mfm_jax.training import feed as feed_lib
+from mfm_jax.training import inputs, progress
+from mfm_jax.training import loop as loop_lib
+from mfm_jax.training.anomalies import ANOMALIES, NonFiniteError
+from mfm_jax.training.epoch_log import EpochLog
+from mfm_jax.training.experiment import Experiment
+from mfm_jax.training.inputs import ResidentSet, StepBatches
+from mfm_jax.training.loop import LoopState
+from mfm_jax.types import BilevelState
+from mfm_jax.workdir.checkpoint import Checkpointer, restore_phi
+from mfm_jax.workdir.files import Workdir
+from mfm_jax.workdir.logs import MetricLog
+
+
+class Run:
+    """One run's host side: restores, logs, saves, evaluates."""
+
+    def __init__(
+        self,
+        config: Config,
+        workdir: Path,
+        data: LongTailData,
+        experiment: Experiment,
+        on_device: ResidentSet | StepBatches,
+    ):
+        self.config, self.workdir, self.data, self.experiment = config, workdir, data, experiment
+        self.mesh, self.facts = experiment.mesh, facts.describe(config, data)
+        self.has_validation = len(data.val_labels) > 0
+        self.checkpoints = Checkpointer(workdir, config.checkpoint, has_validation=self.has_validation)
+        self.feed = feed_lib.make(data, experiment, config, on_device)
+        self.convolutions = native.lowering(config.train.dtype) if config.parallel.fsdp == 1 else "xla"
+        self.step, self.loop, record = self._restored()
+        self.versions = versions.versions()  # before the first step: whatever fails here loses no training
+        self.log = MetricLog(workdir if cluster.is_primary() else None, record["rows"])
+        self.epoch_log = EpochLog(self.log, experiment, config, data.counts, self._way_out)
+        self.seconds_before, self.began = record["seconds"], time.perf_counter()
+        self.train_seconds = record["seconds"]
+        self.told_step = -1  # the last skipped step that was told
+        self._settled = loop_lib.make_settle(experiment)
+        whole = parallel.replicated(self.mesh) if self.mesh else None
+        self.predict = functools.partial(loop_lib.evaluate_batch, experiment.tested.probabilities)
+        self.eval_step = jax.jit(self.predict, out_shardings=whole)
+
+    def _restored(self) -> tuple[int, LoopState, dict[str, Any]]:
+        """Returns the step, the loop and the record of the last checkpoint, or those of a start."""
+        config, experiment, latest = self.config, self.experiment, self.checkpoints.latest_step()
+        loop = loop_lib.initial(experiment, config.train, anew=latest is None)
+        mesh = experiment.mesh
+        loop = parallel.place(loop, parallel.state_sharding(loop, mesh) if mesh else inputs.everywhere(None))
+        if latest is not None:
+            loop, record = self.checkpoints.restore(latest, loop)
+            same = " batches and their order stay the same,"
+            progress.say_change(latest, "on", versions.devices(), record["devices"], same)
+            progress.say_change(latest, "with convolutions by", self.convolutions, record.get("convolutions", "xla"))
+            return latest, loop, record
+        if experiment.modulator and config.modulation.init_from:
+            state = loop.bilevel
+            loaded = restore_phi(Path(config.modulation.init_from), state.phi, experiment.phi_kind)
+            loop = loop.replace(bilevel=state.replace(phi=loaded))
+        return 0, loop, {"rows": [], "seconds": 0.0}
+
+    def close(self) -> None:
+        self.feed.close()
+        self.log.close()
+        self.checkpoints.close()
+
+    def finish(self) -> None:
+        """Waits for the last checkpoint, stops the clock, and ends the processes that decode.
+
+        Raises:
+          UserError: it could not be saved.
+        """
+        self.feed.close()
+        self.checkpoints.wait()
+        if self.checkpoints.latest_step() != self.step:
+            raise UserError(
+                f"--workdir={self.workdir}: the last checkpoint could not be saved; make room, and run the same command"
+                " to go on"
+            )
+        self.train_seconds = self.seconds()
+
+    def seconds(self) -> float:
+        """Seconds of training so far, those before an interruption included."""
+        return self.seconds_before + time.perf_counter() - self.began
+
+    def log_epoch(self, epoch: int) -> None:
+        """Logs the epoch that has ended, and begins the sums of the next."""
+        self.loop = self.epoch_log.write(self.loop, self.feed.data, self.step, epoch)
+
+    def settle(self) -> None:
+        """Takes batch statistics anew (`loop.make_settle`)."""
+        self.loop = self.loop.replace(bilevel=self._settled(self.loop.bilevel, self.feed.data))
+
+    def validate(self, epoch: int) -> float:
+        """Logs what the validation split says, and returns the score by which epochs are compared."""
+        tested = self.classifier(self.loop.bilevel, self.step)
+        values = results_lib.evaluate(tested, self.asked("val")(tested))
+        scalars = {name: value for name, value in values.items() if isinstance(value, float)}
+        self.log.write("val", self.step, epoch, scalars)
+        return values["balanced_accuracy"]
+
+    def save(self, score: float | None) -> None:
+        record = {"rows": list(self.log.rows), "seconds": self.seconds(), "devices": versions.devices()}
+        record |= {"convolutions": self.convolutions, "phi": self.experiment.phi_kind}
+        self.checkpoints.save(self.step, self.loop, self.loop.bilevel.phi, record, score)
+
+    def saved(self) -> int:
+        """Saves where the run stands, if that is not saved yet; returns the step of the last checkpoint."""
+        self.save(None)
+        self.checkpoints.wait()
+        return self.checkpoints.latest_step() or 0
+
+    def check_sound(self, bad: np.ndarray) -> None:
+        """Warns of the steps that were skipped since the last look; `bad` is `LoopState.bad`.
+
+        Raises:
+          NonFiniteError: the loop has met an anomaly, and is not to skip it.
+        """
+        for step, anomaly in bad.tolist():
+            if self.config.train.on_nonfinite == "stop" and step >= 0:
+                raise NonFiniteError(f"{ANOMALIES[anomaly]} at step {step}; {self._way_out()}")
+            if step > self.told_step and cluster.is_primary():
+                print(f"warning: {ANOMALIES[anomaly]} at step {step}; skipped", file=sys.stderr)
+                self.told_step = step
+
+    def _way_out(self) -> str:
+        self.checkpoints.wait()
+        last = self.checkpoints.latest_step()
+        kept = "no checkpoint was written before" if last is None else f"the checkpoint of step {last} is kept"
+        return f"{kept}; lower optim.learning_rate or meta.learning_rate, or set optim.clip_norm"
+
+    def classifier(self, state: BilevelState, step: int) -> Classifier:
+        """Returns the classifier that is tested, with the weights of `state`."""
+
+        def probabilities(images: np.ndarray) -> np.ndarray:
+            placed = parallel.place(images, parallel.split(self.mesh)) if self.mesh else images
+            return np.asarray(self.eval_step(state, placed, self.feed.data))
+
+        def forward(images: jax.Array) -> jax.Array:
+            return self.predict(state, images, self.feed.data)
+
+        return Classifier(self.facts, self.config, step, forward, probabilities)
+
+    def asked(self, split: str) -> Asked:
+        """Returns the question for the split `val` or `test`, in batches that divide by the devices."""
+        devices = self.mesh.shape[parallel.AXIS] if self.mesh else 1
+        size = -(-self.config.eval.batch_size // devices) * devices
+        return results_lib.on_split(self.data, split, size, self.config.data.workers)
+
+    def results(self) -> dict[str, Any]:
+        """Evaluates the last and the best-on-validation state; the one time that the test split is read."""
+        last, best = self.classifier(self.loop.bilevel, self.step), None
+        scores = [row["balanced_accuracy"] for row in self.log.rows if row["kind"] == "val"]
+        if (step := self.checkpoints.best_step(max(scores, default=0.0))) is not None:
+            same = step == self.step
+            best = last if same else self.classifier(self.checkpoints.restore(step, self.loop)[0].bilevel, step)
+        wanted = {"val": self.has_validation, "test": self.config.eval.test}
+        asked = {split: self.asked(split) if is_there else None for split, is_there in wanted.items()}
+        split = "test" if self.config.eval.test else "val"
+
+        def show(answers: Answers) -> None:
+            if cluster.is_primary():
+                images, place = getattr(self.data, f"{split}_images"), Workdir(self.workdir).gallery
+                gallery.write(place, images, answers.labels, answers.probabilities, self.data.counts)
+
+        return results_lib.of_run(last, best, asked, split, calibrate=True, show=show) | {
+            "train_seconds": self.train_seconds,
+            "input_wait": self.feed.waited(),
+            "versions": self.versions,
+        }

@@ -1,0 +1,215 @@
+"""The training run: `train_and_evaluate(config, workdir)`.
+
+The host drives the compiled calls of `loop`, looks at their sums about twice a second, and logs, validates and saves at
+the end of an epoch. A run that is interrupted and started again with the same command goes on from its last checkpoint
+and ends with the same bits.
+
+Selection is honest: epochs are compared on the validation split; the test split is read once, at the end.
+"""
+
+import contextlib
+import dataclasses
+import itertools
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_collections
+from jax.sharding import Mesh
+
+from mfm_jax import config as config_lib
+from mfm_jax import data as data_lib
+from mfm_jax.config import Config
+from mfm_jax.data import LongTailData
+from mfm_jax.errors import UserError
+from mfm_jax.machine import cluster, parallel
+from mfm_jax.machine.interruption import EXIT_INTERRUPTED, Interrupted, listening
+from mfm_jax.models import native
+from mfm_jax.pages import report
+from mfm_jax.training import experiment as experiment_lib
+from mfm_jax.training import feed as feed_lib
+from mfm_jax.training import inputs, preflight, progress
+from mfm_jax.training import loop as loop_lib
+from mfm_jax.training.experiment import Experiment
+from mfm_jax.training.inputs import ResidentSet, StepBatches
+from mfm_jax.training.loop import LoopState
+from mfm_jax.training.run import Run
+from mfm_jax.workdir import disk
+from mfm_jax.workdir.files import Workdir, read_object
+
+EPOCH_EVENT = "/mfm_jax/epoch"  # to listeners of `jax.monitoring`: seconds of an epoch's steps, how many there were
+
+
+def train_and_evaluate(
+    config: ml_collections.ConfigDict | Mapping[str, Any] | Config, workdir: str | Path
+) -> dict[str, Any]:
+    """Trains as `config` says, in `workdir`, and returns the results.
+
+    A workdir that holds an interrupted run of the same config is resumed; a finished one is returned as it is.
+    Leaves the files that `Workdir` names.
+
+    Args:
+      config: from a config file, or a dict of the same form.
+      workdir: the run's folder; made if absent.
+
+    Returns:
+      The content of `results.json` (`results.of_run`): `last` and `best` (on validation; None without one), each with
+      the metrics of `metrics.evaluate` on `val` and `test` (None where there is no such split, or `eval.test` is
+      False), and the `calibration` by a temperature that was fitted on validation; `split` is the one to show.
+
+    Raises:
+      UserError: a config or data mistake, before training starts; the workdir belongs to another config.
+      NonFiniteError: a loss or gradient became non-finite.
+      Interrupted: SIGTERM or Ctrl-C; everything is saved.
+    """
+    config = config if isinstance(config, Config) else config_lib.resolve(config)
+    return train_together([config], [Path(workdir)])[0]
+
+
+def train_together(configs: Sequence[Config], workdirs: Sequence[Path]) -> list[dict[str, Any]]:
+    """Trains runs that differ in `train.seed` alone, in one program: the step is mapped over them with `vmap`.
+
+    Each run has its own workdir, checkpoints and results, as if it had been trained by `train_and_evaluate`, and the
+    same numbers up to the rounding of batched operations. Small networks leave an accelerator idle; several at once
+    fill it.
+
+    Args:
+      configs: one a run.
+      workdirs: one a run.
+
+    Returns:
+      The results of each run.
+
+    Raises:
+      UserError: as `train_and_evaluate`, or runs that differ in more than the seed.
+      NonFiniteError: a loss or gradient of one of the runs became non-finite.
+      Interrupted: SIGTERM or Ctrl-C; all runs are saved.
+    """
+    for config, workdir in zip(configs, workdirs, strict=True):
+        Workdir(workdir).claim(config)
+        seedless = [dataclasses.replace(c, train=dataclasses.replace(c.train, seed=0)) for c in (configs[0], config)]
+        if changed := list(config_lib.differences(*(c.to_dict() for c in seedless))):
+            raise UserError(f"runs trained together may differ in train.seed alone, not in {'; '.join(changed)}")
+    todo = [pair for pair in zip(configs, workdirs, strict=True) if not Workdir(pair[1]).results.exists()]
+    if todo:
+        with contextlib.ExitStack() as stack:
+            for _, workdir in todo if cluster.is_primary() else ():
+                stack.enter_context(Workdir(workdir).owned())
+            data = data_lib.build(configs[0])
+            fsdp = configs[0].parallel.fsdp
+            mesh = parallel.data_mesh(fsdp=fsdp) if jax.device_count() > 1 or fsdp > 1 else None
+            on_device = inputs.to_device(data)
+            cluster.barrier("all have read the data")
+            runs = [
+                stack.enter_context(contextlib.closing(_start(config, workdir, data, on_device, mesh)))
+                for config, workdir in todo
+            ]
+            if cluster.is_primary():
+                print(progress.summary(configs[0], data))
+                print(f"convolutions: {runs[0].convolutions}{f' ({why})' if (why := native.reason()) else ''}")
+            stack.enter_context(cluster.bound_together(EXIT_INTERRUPTED))
+            # Apart: runs that were interrupted at different steps, and runs with training data of their own making.
+            runs.sort(key=lambda run: run.step)
+            groups = itertools.groupby(runs, key=lambda run: run.step if run.feed.is_shared else run.workdir)
+            for _, group in groups:
+                train_runs(list(group))
+            for run in runs:
+                results = run.results()
+                if cluster.is_primary():
+                    disk.write_object(Workdir(run.workdir).results, results)
+    for workdir in workdirs:
+        if cluster.is_primary() and not Workdir(workdir).report.exists():
+            report.write_report(workdir)
+    cluster.barrier("written")
+    return [read_object(Workdir(workdir).results) for workdir in workdirs]
+
+
+def _start(
+    config: Config, workdir: Path, data: LongTailData, on_device: ResidentSet | StepBatches, mesh: Mesh | None
+) -> Run:
+    """Returns the run, restored if it was interrupted; leaves its config, manifest and classifier's facts there."""
+    experiment, files = experiment_lib.build(config, data, mesh), Workdir(workdir)
+    preflight.check_meta(config, data)
+    files.check_split(data.manifest)
+    run = Run(config, workdir, data, experiment, on_device)
+    if cluster.is_primary():  # not before: after a mistake so far the workdir is free for another config
+        files.begin(config, data.manifest, dataclasses.asdict(run.facts))
+    cluster.barrier(f"{files.config} is written")
+    cluster.check_agreed(
+        f"{config} {data.manifest['hash']} {run.step} {files.config.exists()}",
+        f"--workdir={workdir}: the processes differ in config, data or checkpoints; start all with the same command,"
+        " on a file system that they share",
+    )
+    return run
+
+
+def train_runs(runs: list[Run]) -> None:
+    """Trains runs that stand at the same step to their last step, in one program.
+
+    Raises:
+      NonFiniteError: a loss or gradient of one of the runs became non-finite.
+      Interrupted: the runs are to stop; all are saved.
+    """
+    config, experiment, feeds = runs[0].config, runs[0].experiment, [run.feed for run in runs]
+    step, total, per_epoch = runs[0].step, experiment.total_steps, experiment.steps_per_epoch
+    call = loop_lib.make_call(experiment, config, len(runs))
+    for run in runs:
+        run.began = time.perf_counter()  # others may have been trained since it was made
+    with listening() as stopped, progress.TrainingBar(config.method.name, total, step) as bar:
+        while step < total:
+            epoch, first = step // per_epoch, step
+            end = min(total, (epoch + 1) * per_epoch)
+            for run in runs:
+                run.feed.start_epoch(epoch, step, run.loop.bilevel)
+            loop, next_input = loop_lib.stack([run.loop for run in runs]), feed_lib.joined(feeds)
+            began = bar.restart()
+            while step < end and not stopped(step):
+                is_meta = loop_lib.meta_steps(experiment, config, range(step, min(step + feeds[0].steps_per_call, end)))
+                kinds = loop_lib.steps(is_meta, retrain=step >= experiment.retrain_from)
+                loop = call(loop, next_input(), *kinds)
+                step += len(is_meta)
+                if bar.is_due():
+                    bar.show(step, _look(runs, loop))
+            bar.show(step, _look(runs, loop))
+            jax.monitoring.record_event_duration_secs(EPOCH_EVENT, time.perf_counter() - began, steps=step - first)
+            stop = stopped(step)  # also after the last step: what is left is an evaluation, and time may be short
+            settles, validates, saves = _due(config, experiment, epoch, step, has_validation=runs[0].has_validation)
+            for run, own in zip(runs, loop_lib.unstack(loop, len(runs)), strict=True):
+                run.loop, run.step = own, step
+                if step == end:
+                    run.log_epoch(epoch)
+                    if settles:
+                        run.settle()
+                    score = run.validate(epoch) if validates else None
+                    if saves:
+                        run.save(score)
+            if stop:
+                raise Interrupted(f"saved at step {min(run.saved() for run in runs)}")
+    for run in runs:
+        run.finish()
+
+
+def _due(
+    config: Config, experiment: Experiment, epoch: int, step: int, *, has_validation: bool
+) -> tuple[bool, bool, bool]:
+    """Returns whether to take statistics anew, to validate and to save after `epoch`, which ends at `step`."""
+    final = step == experiment.total_steps
+    validate = has_validation and (final or (epoch + 1) % config.eval.every_epochs == 0)
+    save = final or validate or (epoch + 1) % config.checkpoint.every_epochs == 0
+    # A second stage on a frozen classifier goes on with the statistics that it finds.
+    settle = (save and step <= experiment.retrain_from) or step == experiment.retrain_from
+    return settle, validate, save
+
+
+def _look(runs: list[Run], loop: LoopState) -> float:
+    """Waits for the device, checks that all is finite, and returns the mean loss of the epoch so far."""
+    found = jax.device_get((loop.bad, loop.sums["loss"], loop.sums["steps"]))
+    if len(runs) == 1:
+        found = jax.tree.map(lambda leaf: leaf[None], found)
+    losses = []
+    for run, bad, loss, steps in zip(runs, *found, strict=True):
+        run.check_sound(bad)
+        losses.append(float(loss) / max(float(steps), 1))
+    return sum(losses) / len(losses)

@@ -1,0 +1,1 @@
+"""A run's folder: its files by name, its lock, its checkpoints."""

@@ -1,0 +1,124 @@
+"""Metric rows: kept in memory, written to `metrics.jsonl` and to TensorBoard as they come.
+
+Rows hold no wall-clock time, so two equal runs write equal files. They are saved with each checkpoint, and a resumed
+run starts from the checkpoint's rows: the file never shows a step twice. A write that fails (a full disk) is told once
+and stops nothing: the rows are in memory and in the checkpoints, and the next write starts with what is missing.
+"""
+
+import contextlib
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.record_writer import RecordWriter
+from tensorboardX.summary import scalar
+
+from mfm_jax.workdir.files import Workdir
+
+Row = dict[str, Any]
+
+
+class MetricLog:
+    """The rows of one run."""
+
+    def __init__(self, workdir: Path | None, rows: list[Row]):
+        """Starts from `rows`, replacing what an interrupted run wrote after its last checkpoint; None: in memory."""
+        self.rows = list(rows)
+        purge = rows[-1]["step"] + 1 if rows else None
+        self._sinks: tuple[_Lines | _Events, ...] = ()  # each appends rows, all or, where it raises OSError, none
+        if workdir:
+            self._sinks = (_Lines(Workdir(workdir).metrics), _Events(Workdir(workdir).tensorboard, purge))
+        self._written = [0, len(rows)]  # rows that each sink holds; TensorBoard has kept those from before
+        self._told: set[str] = set()
+        self._write()
+
+    def write(self, kind: str, step: int, epoch: int, values: dict[str, Any]) -> None:
+        """Appends a row `{"kind", "step", "epoch", **values}`; its scalars go to TensorBoard as `kind/name`."""
+        self.rows.append({"kind": kind, "step": step, "epoch": epoch, **values})
+        self._write()
+
+    def _write(self) -> None:
+        """Writes what each sink has not got yet."""
+        for i, sink in enumerate(self._sinks):
+            try:
+                sink.write(self.rows[self._written[i] :])
+                self._written[i] = len(self.rows)
+            except OSError as error:
+                if sink.name not in self._told:
+                    print(
+                        f"warning: {sink.name} cannot be written: {error}; training goes on, and its rows are written"
+                        " when that is possible again",
+                        file=sys.stderr,
+                    )
+                self._told.add(sink.name)
+
+    def close(self) -> None:
+        for sink in self._sinks:
+            sink.close()
+
+
+class _Lines:
+    """`metrics.jsonl`: a row a line."""
+
+    def __init__(self, path: Path):
+        self.name, self._path, self._size = path.name, path, 0
+
+    def write(self, rows: Sequence[Row]) -> None:
+        text = "".join(json.dumps(row) + "\n" for row in rows).encode()
+        file = os.open(self._path, os.O_WRONLY | os.O_CREAT, 0o666)
+        try:
+            os.truncate(file, self._size)  # the part of a line that a failed write has left
+            os.lseek(file, self._size, os.SEEK_SET)
+            while text:  # a disk that is nearly full takes a part, and refuses the rest
+                text = text[os.write(file, text) :]
+            self._size = os.lseek(file, 0, os.SEEK_CUR)
+        finally:
+            os.close(file)
+
+    def close(self) -> None:
+        pass
+
+
+class _Events:
+    """TensorBoard's files: one, and another after each failure."""
+
+    def __init__(self, folder: Path, purge_step: int | None):
+        self.name, self._folder, self._purge, self._files = folder.name, folder, purge_step, 0
+        self._writer: RecordWriter | None = None
+
+    def write(self, rows: Sequence[Row]) -> None:
+        try:
+            writer = self._writer or self._open()
+            for row in rows:
+                for name, value in row.items():
+                    if isinstance(value, float):
+                        _put(writer, step=row["step"], summary=scalar(f"{row['kind']}/{name}", value))
+            writer.flush()
+        except OSError:
+            self.close()
+            raise
+
+    def _open(self) -> RecordWriter:
+        self._folder.mkdir(exist_ok=True)
+        self._files += 1
+        name = f"events.out.tfevents.{time.time():.0f}.{os.getpid()}.{self._files}"
+        self._writer = RecordWriter(str(self._folder / name))
+        _put(self._writer, file_version="brain.Event:2")
+        if self._purge is not None:
+            _put(self._writer, step=self._purge, session_log=SessionLog(status=SessionLog.START))
+        return self._writer
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            if self._writer:
+                self._writer.close()
+        self._writer = None
+
+
+def _put(writer: RecordWriter, **fields: Any) -> None:
+    writer.write(Event(wall_time=time.time(), **fields).SerializeToString())
