@@ -42,8 +42,8 @@ def _check(logits: jax.Array, labels: jax.Array) -> None:
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     """Returns `-log softmax(logits)[y]`, `[B]`, in nats.
 
-    >>> cross_entropy(jnp.zeros((1, 4)), jnp.array([2])).round(3)
-    Array([1.386], dtype=float32)
+    >>> cross_entropy(jnp.zeros((1, 4)), jnp.array([2]))
+    Array([1.386...], dtype=float32)
     """
     _check(logits, labels)
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
@@ -54,8 +54,8 @@ def logit_adjusted(counts: jax.Array, tau: float = 1.0) -> LossFn:
 
     With `tau = 1` it is balanced softmax, with `tau = 0` the cross-entropy.
 
-    >>> logit_adjusted(jnp.array([3, 1]))(jnp.zeros((1, 2)), jnp.array([1])).round(3)
-    Array([1.386], dtype=float32)
+    >>> logit_adjusted(jnp.array([3, 1]))(jnp.zeros((1, 2)), jnp.array([1]))
+    Array([1.386...], dtype=float32)
 
     Args:
       counts: training images of each class, `[K]`, all at least 1.
@@ -79,8 +79,8 @@ def focal(gamma: float = 2.0) -> LossFn:
 
     With `gamma = 0` it is the cross-entropy.
 
-    >>> focal(gamma=2.0)(jnp.zeros((1, 2)), jnp.array([0])).round(3)
-    Array([0.173], dtype=float32)
+    >>> focal(gamma=2.0)(jnp.zeros((1, 2)), jnp.array([0]))
+    Array([0.173...], dtype=float32)
 
     References:
       Lin et al., Focal loss for dense object detection, ICCV 2017, eq. 4.
@@ -102,8 +102,8 @@ def ldam(counts: jax.Array, max_margin: float = 0.5, scale: float = 30.0) -> Los
     logits are `scale` times a cosine, as `methods.heads.cosine` makes them, so that the margin is one of cosines. With
     `max_margin = 0` it is the cross-entropy of those scaled cosines.
 
-    >>> ldam(jnp.array([16, 1]), max_margin=0.5, scale=2.0)(jnp.zeros((1, 2)), jnp.array([1])).round(3)
-    Array([1.313], dtype=float32)
+    >>> ldam(jnp.array([16, 1]), max_margin=0.5, scale=2.0)(jnp.zeros((1, 2)), jnp.array([1]))
+    Array([1.313...], dtype=float32)
 
     Args:
       counts: training images of each class, `[K]`, all at least 1.
@@ -130,8 +130,8 @@ def dice(alpha: float = 0.1) -> LossFn:
     The number of easy negatives does not enter. `f` is largest, and the loss smallest, at `p_y = 1 / (1 + alpha)`: a
     large alpha keeps a classifier from becoming sure. With `alpha = 0` it is the Dice loss.
 
-    >>> dice(alpha=1.0)(jnp.zeros((1, 2)), jnp.array([0])).round(3)
-    Array([0.333], dtype=float32)
+    >>> dice(alpha=1.0)(jnp.zeros((1, 2)), jnp.array([0]))
+    Array([0.333...], dtype=float32)
 
     References:
       Li et al., Dice loss for data-imbalanced NLP tasks, ACL 2020 (DSC), with the smoothing term 1.
@@ -152,8 +152,8 @@ def smoothed(loss: LossFn, amount: float) -> LossFn:
     For the cross-entropy this is the cross-entropy to the smoothed label. `loss` is evaluated for every class: K times
     its cost, and `[K, B]` of memory where it only looks the label up, `[K, B, K]` for LDAM.
 
-    >>> smoothed(cross_entropy, 0.5)(jnp.array([[0.0, 1.0]]), jnp.array([1])).round(3)
-    Array([0.563], dtype=float32)
+    >>> smoothed(cross_entropy, 0.5)(jnp.array([[0.0, 1.0]]), jnp.array([1]))
+    Array([0.563...], dtype=float32)
 
     References:
       Szegedy et al., Rethinking the Inception architecture for computer vision, CVPR 2016, section 7.
@@ -198,8 +198,8 @@ def generalized_cross_entropy(logits: jax.Array, labels: jax.Array, q: float = 0
 
     `q -> 0` gives the cross-entropy, `q = 1` the mean absolute error.
 
-    >>> generalized_cross_entropy(jnp.zeros((1, 2)), jnp.array([0])).round(3)
-    Array([0.549], dtype=float32)
+    >>> generalized_cross_entropy(jnp.zeros((1, 2)), jnp.array([0]))
+    Array([0.549...], dtype=float32)
 
     References:
       Zhang and Sabuncu, Generalized cross entropy loss for training deep neural networks with noisy labels,
@@ -211,8 +211,8 @@ def generalized_cross_entropy(logits: jax.Array, labels: jax.Array, q: float = 0
 def with_temperature(loss: LossFn, temperature: float) -> LossFn:
     """Returns `loss` of `logits / temperature`: above 1 it softens the probabilities.
 
-    >>> with_temperature(cross_entropy, 2.0)(jnp.array([[0.0, 2.0]]), jnp.array([0])).round(3)
-    Array([1.313], dtype=float32)
+    >>> with_temperature(cross_entropy, 2.0)(jnp.array([[0.0, 2.0]]), jnp.array([0]))
+    Array([1.313...], dtype=float32)
     """
 
     def softened(logits: jax.Array, labels: jax.Array) -> jax.Array:

@@ -179,7 +179,7 @@ def _both_ways(operands: Sequence[tuple[jax.Array, jax.Array]]) -> list[tuple[ja
             x,
             window_strides=(stride, stride),
             padding=padding,
-            rhs_dilation=(dilation, dilation),
+            lhs_dilation=(dilation, dilation),
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
         )
         fields = attributes((stride, stride), padding, (dilation, dilation))
