@@ -79,7 +79,7 @@ def test_an_error_is_raised_here_with_where_it_was():
         for result in results:
             found.append(result)
     assert found == [0, 1, 2]
-    assert "in refused" in caught.value.__notes__[0]
+    assert "in refused" in str(caught.value.__cause__)
     assert not multiprocessing.active_children()
 
 
