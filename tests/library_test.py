@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+import mfm_jax as mfm
+
 PAGE = Path(__file__).parents[1] / "docs" / "library.md"
 
 
@@ -36,3 +38,11 @@ def test_sharded_step_updates_both_levels(namespace):
     assert int(state.step) == 1
     assert np.isfinite(float(namespace["metrics"]["meta_loss"]))
     assert np.any(np.asarray(state.phi["logits"]["beta"]))
+
+
+def test_the_public_face_has_what_it_names():
+    assert set(mfm.__all__) < set(dir(mfm))
+    for name in mfm.__all__:
+        assert getattr(mfm, name).__name__.rpartition(".")[2] == name
+    with pytest.raises(AttributeError, match="no attribute 'no_such_name'"):
+        _ = mfm.no_such_name
