@@ -26,15 +26,31 @@ def keep_freed_memory() -> bool:
     Returns:
       Whether freed memory is kept.
     """
-    if not _on_cpu() or _is_tuned(os.environ):
+    library = None if not _on_cpu() or _is_tuned(os.environ) else _glibc()
+    if library is None:
         return False
+    mallopt = library.mallopt
+    return all([mallopt(_M_MMAP_MAX, 0), mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES), mallopt(_M_ARENA_MAX, 1)])
+
+
+def give_back() -> None:
+    """Gives the system the pages that are free now, gaps within the heap included.
+
+    For the moment when all programs are compiled: compiling takes up to three times the memory of a step, in small
+    blocks. The next step takes its own pages anew, once.
+    """
+    if library := _glibc():
+        library.malloc_trim(0)
+
+
+def _glibc() -> ctypes.CDLL | None:
+    """Returns the process's C library if that is glibc."""
     try:
         library = ctypes.CDLL(None)
         library.gnu_get_libc_version  # noqa: B018 (only glibc has it)
-        mallopt = library.mallopt
     except (AttributeError, OSError, TypeError):  # another library, none to be loaded, Windows
-        return False
-    return all([mallopt(_M_MMAP_MAX, 0), mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES), mallopt(_M_ARENA_MAX, 1)])
+        return None
+    return library
 
 
 def _on_cpu() -> bool:
