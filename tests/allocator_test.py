@@ -18,7 +18,7 @@ sys.argv[1:], command = ["--help"], sys.argv[1]
 with contextlib.suppress(SystemExit):
     runpy.run_module(command, run_name="__main__")
 import jax, jax.numpy as jnp
-from mfm_jax import train
+from mfm_jax.training import train
 step = jax.jit(lambda x: jnp.tanh(x @ x.T) @ x / 4000)
 x = jnp.ones((4000, 8))
 for _ in range(10):

@@ -65,7 +65,7 @@ def test_the_slurm_job_is_requeued_if_and_only_if_it_was_interrupted(tmp_path, s
 
 JOIN = """
 import jax
-from mfm_jax import cluster
+from mfm_jax.machine import cluster
 cluster.join("auto", None, None)
 cluster.check_agreed("the same", "not the same")
 print(jax.process_index(), jax.process_count(), cluster.is_primary())

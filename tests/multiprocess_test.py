@@ -245,6 +245,6 @@ def test_flags_that_do_not_fit_are_refused(arguments, message):
 
 def test_auto_without_a_scheduler_is_refused():
     """In a process of its own: JAX is used already in this one."""
-    command = [sys.executable, "-c", "from mfm_jax import cluster; cluster.join('auto', None, None)"]
+    command = [sys.executable, "-c", "from mfm_jax.machine import cluster; cluster.join('auto', None, None)"]
     done = subprocess.run(command, env=environment(1), cwd=ROOT, capture_output=True, text=True)
     assert "UserError: --coordinator=auto: no Slurm, TPU pod, Kubernetes or MPI job found" in done.stderr

@@ -185,7 +185,9 @@ def test_nothing_runs_on_where_this_process_fails(tmp_path, monkeypatch):
 PARENT = """
 import json, sys
 from pathlib import Path
-from mfm_jax import config, interruption, runs
+from mfm_jax import config
+from mfm_jax.machine import interruption
+from mfm_jax.study import runs
 given = config.resolve(json.loads(sys.argv[1]))
 try:
     runs.train_all([[runs.Run(name, given, Path(sys.argv[2]) / name)] for name in ("one", "two", "three")], jobs=2)

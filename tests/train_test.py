@@ -130,7 +130,8 @@ def test_interrupted_and_resumed_is_bit_identical(finished, tmp_path, monkeypatc
 
 COMMAND = """
 import sys, jax
-from mfm_jax import config, train
+from mfm_jax import config
+from mfm_jax.training import train
 train.train_and_evaluate(__import__("json").loads(sys.argv[1]), sys.argv[2])
 """
 
