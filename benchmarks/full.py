@@ -32,9 +32,9 @@ from ml_collections import config_flags
 from mfm_jax import command, compare
 from mfm_jax import config as config_lib
 from mfm_jax.errors import UserError
+from mfm_jax.machine import disk
 from mfm_jax.machine.interruption import EXIT_INTERRUPTED, Interrupted
 from mfm_jax.study import runs, tune
-from mfm_jax.workdir import disk
 from mfm_jax.workdir.files import Workdir, read_object
 from mfm_jax.workdir.finished import shown
 

@@ -20,7 +20,7 @@ from mfm_jax.data.checking import Checked, Duplicate
 from mfm_jax.data.listing import SPLITS, Listing
 from mfm_jax.data.pictures import Facts
 from mfm_jax.errors import UserError
-from mfm_jax.workdir import disk
+from mfm_jax.machine import disk
 from mfm_jax.workdir.files import Workdir
 
 _SHOWN = 20  # problems on the screen

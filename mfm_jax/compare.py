@@ -33,10 +33,11 @@ from mfm_jax import command
 from mfm_jax import config as config_lib
 from mfm_jax.data.manifest import read_manifest
 from mfm_jax.errors import UserError
+from mfm_jax.machine import disk
 from mfm_jax.methods.table import COMPARED, METHODS
 from mfm_jax.pages import comparison
 from mfm_jax.study import runs, tune
-from mfm_jax.workdir import disk, finished
+from mfm_jax.workdir import finished
 from mfm_jax.workdir.files import Workdir, read_object
 from mfm_jax.workdir.finished import shown
 

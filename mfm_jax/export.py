@@ -23,9 +23,9 @@ from mfm_jax import command
 from mfm_jax.errors import UserError
 from mfm_jax.evaluation import classifier
 from mfm_jax.evaluation.classifier import Classifier
-from mfm_jax.machine import versions
+from mfm_jax.machine import disk, versions
 from mfm_jax.pages import card, report
-from mfm_jax.workdir import disk, finished
+from mfm_jax.workdir import finished
 from mfm_jax.workdir.files import Workdir
 
 PLATFORMS = ("cpu", "cuda", "tpu")

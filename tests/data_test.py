@@ -22,7 +22,7 @@ from tensorflow_datasets.proto import tf_example_pb2
 
 from mfm_jax import data
 from mfm_jax.config import Config, Data, Meta, Train
-from mfm_jax.data import batches, kept, longtail, sources, tfds
+from mfm_jax.data import assembly, batches, kept, longtail, sources, tfds
 from mfm_jax.data import digits as digits_lib
 from mfm_jax.data.manifest import manifest_hash, write_manifest
 from mfm_jax.errors import UserError
@@ -330,13 +330,13 @@ def test_mean_and_std_are_of_the_training_images():
     chex.assert_trees_all_close(made.mean, np.array([pixels.mean()], np.float32), rtol=1e-6)
     chex.assert_trees_all_close(made.std, np.array([pixels.std()], np.float32), rtol=1e-6)
     constant = np.full((3, 2, 2, 2), 9, np.uint8)
-    mean, std = data._mean_std(Config(), "other", constant)
+    mean, std = assembly.mean_std(Config(), "other", constant)
     assert (mean.tolist(), std.tolist()) == ([9, 9], [1, 1])
     chex.assert_type([mean, std], np.float32)
     coloured = np.zeros((1, 2, 2, 3), np.uint8)
-    assert data._mean_std(Config(), "cifar10", coloured)[0].tolist() == pytest.approx([125.3, 123.0, 113.9])
+    assert assembly.mean_std(Config(), "cifar10", coloured)[0].tolist() == pytest.approx([125.3, 123.0, 113.9])
     chosen = Config(data=Data(normalize="pytorch_cifar"))
-    mean, std = data._mean_std(chosen, "cifar10", coloured)
+    mean, std = assembly.mean_std(chosen, "cifar10", coloured)
     assert (mean / 255).tolist() == pytest.approx([0.4914, 0.4822, 0.4465])
     assert (std / 255).tolist() == pytest.approx([0.2023, 0.1994, 0.2010])
 

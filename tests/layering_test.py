@@ -12,7 +12,7 @@ from mfm_jax.workdir.files import Workdir
 PACKAGE = Path(__file__).parents[1] / "mfm_jax"
 ORDER = (  # the files of a line import those of the lines above it alone
     "data.pictures data.workers errors evaluation inference machine machine.allocator machine.cache methods "
-    "methods.smote models.normalization pages study training types workdir workdir.disk",
+    "methods.smote models.normalization pages study training types workdir machine.disk",
     "bilevel.hypergrad bilevel.losses bilevel.modulation bilevel.passes data.decode data.longtail data.manifest "
     "data.streaming data.walk fields machine.cluster machine.parallel models.native models.tuning models.vit "
     "workdir.integrity workdir.ownership",
@@ -45,7 +45,7 @@ ONLY = {
     "fields": set(),
     "methods.settings": set(),
     "config.schema": {"ml_collections"},
-    "workdir.disk": set(),
+    "machine.disk": set(),
     "evaluation.health": set(),
     "data.longtail": {"numpy"},
     "data.manifest": {"numpy"},

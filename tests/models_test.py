@@ -9,6 +9,7 @@ import pytest
 
 from mfm_jax import config, models
 from mfm_jax.bilevel import modulation
+from mfm_jax.config import SMALL_RESNETS
 from mfm_jax.errors import UserError
 from mfm_jax.models.imagenet import ResNet
 from mfm_jax.models.resnet import _shortcut
@@ -68,7 +69,7 @@ def test_parameter_counts(name, blocks, num_classes, width, millions):
 
 
 def test_the_name_tells_the_layers():
-    for name in models._BLOCKS:
+    for name in SMALL_RESNETS:
         shapes = shapes_of(models.create(name, 10, 1), 4)["params"]
         layers = [path for path, _ in jax.tree_util.tree_leaves_with_path(shapes) if path[-1].key == "kernel"]
         assert f"resnet{len(layers)}" == name

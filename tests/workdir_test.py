@@ -7,7 +7,7 @@ import pytest
 from mfm_jax import config as config_lib
 from mfm_jax.data import manifest as manifests
 from mfm_jax.errors import UserError
-from mfm_jax.workdir import disk
+from mfm_jax.machine import disk
 from mfm_jax.workdir.files import Workdir, read_object, read_objects
 
 CONFIG = config_lib.resolve(config_lib.default())

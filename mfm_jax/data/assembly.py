@@ -97,7 +97,7 @@ def build(config: Config) -> LongTailData:
         )
     images, labels = source.train_images, source.train_labels
     train_images, train_labels = images[in_training], labels[in_training]
-    mean, std = _mean_std(config, source.name, train_images if split.redrawn else images[split.train])
+    mean, std = mean_std(config, source.name, train_images if split.redrawn else images[split.train])
     return LongTailData(
         name=source.name,
         version=source.version,
@@ -251,7 +251,7 @@ def _check_batch(config: Config, num_train: int) -> None:
         )
 
 
-def _mean_std(config: Config, name: str, images: Images) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+def mean_std(config: Config, name: str, images: Images) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
     """Returns each channel's mean and standard deviation, float32 [C], in units of 0..255.
 
     With `data.normalize = "own"`, CIFAR's are the published ones, in an `.npz` file of its name too. Others come from

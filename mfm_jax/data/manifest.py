@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mfm_jax.errors import UserError
-from mfm_jax.workdir import disk
+from mfm_jax.machine import disk
 
 MANIFEST_FORMAT = 1
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from mfm_jax.data import longtail
 from mfm_jax.data.sources import Images
-from mfm_jax.workdir import disk
+from mfm_jax.machine import disk
 
 EACH = 16  # pictures of either kind, at most
 _PER_CLASS = 2

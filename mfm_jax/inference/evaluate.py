@@ -25,9 +25,8 @@ from mfm_jax.evaluation import classifier
 from mfm_jax.evaluation import results as results_lib
 from mfm_jax.evaluation.classifier import Classifier
 from mfm_jax.evaluation.results import Answers, Asked
-from mfm_jax.machine import versions
+from mfm_jax.machine import disk, versions
 from mfm_jax.pages import report
-from mfm_jax.workdir import disk
 from mfm_jax.workdir.files import Workdir
 
 

@@ -14,8 +14,9 @@ from mfm_jax import config as config_lib
 from mfm_jax.config import Config
 from mfm_jax.data.manifest import factor_in_words
 from mfm_jax.errors import UserError
+from mfm_jax.machine import disk
 from mfm_jax.pages import report, style
-from mfm_jax.workdir import disk, finished
+from mfm_jax.workdir import finished
 from mfm_jax.workdir.finished import SPLITS, Finished
 
 LOW_ACCURACY = 0.5  # classes below it are named among the limits

@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 
 from mfm_jax.data.manifest import factor_in_words
+from mfm_jax.machine import disk
 from mfm_jax.pages.comparison_figures import Compared, draw_class_accuracies, draw_cost, draw_trade_off
 from mfm_jax.pages.report import template
 from mfm_jax.pages.style import render
-from mfm_jax.workdir import disk, finished
+from mfm_jax.workdir import finished
 from mfm_jax.workdir.finished import SPLITS, Classes
 
 

@@ -19,9 +19,10 @@ import jinja2
 import numpy as np
 
 from mfm_jax.data.manifest import factor_in_words
+from mfm_jax.machine import disk
 from mfm_jax.pages import figures, style
 from mfm_jax.pages.style import Picture
-from mfm_jax.workdir import disk, finished
+from mfm_jax.workdir import finished
 from mfm_jax.workdir.files import Workdir
 from mfm_jax.workdir.finished import SPLITS, Finished
 

@@ -38,9 +38,9 @@ from mfm_jax import command
 from mfm_jax import config as config_lib
 from mfm_jax.config import Config
 from mfm_jax.errors import UserError
+from mfm_jax.machine import disk
 from mfm_jax.machine.interruption import EXIT_INTERRUPTED, Interrupted
 from mfm_jax.training import train
-from mfm_jax.workdir import disk
 from mfm_jax.workdir.files import Workdir, read_object
 
 _POLL_SECONDS = 0.5

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from mfm_jax import config as config_lib
 from mfm_jax.errors import UserError
+from mfm_jax.machine import disk
 from mfm_jax.methods.table import METHODS, Choice, Span
 from mfm_jax.study import runs
-from mfm_jax.workdir import disk
 
 if TYPE_CHECKING:
     import optuna

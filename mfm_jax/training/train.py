@@ -24,7 +24,7 @@ from mfm_jax import data as data_lib
 from mfm_jax.config import Config
 from mfm_jax.data import LongTailData
 from mfm_jax.errors import UserError
-from mfm_jax.machine import cluster, parallel
+from mfm_jax.machine import cluster, disk, parallel
 from mfm_jax.machine.interruption import EXIT_INTERRUPTED, Interrupted, listening
 from mfm_jax.models import native
 from mfm_jax.pages import report
@@ -36,7 +36,6 @@ from mfm_jax.training.experiment import Experiment
 from mfm_jax.training.inputs import ResidentSet, StepBatches
 from mfm_jax.training.loop import LoopState
 from mfm_jax.training.run import Run
-from mfm_jax.workdir import disk
 from mfm_jax.workdir.files import Workdir, read_object
 
 EPOCH_EVENT = "/mfm_jax/epoch"  # to listeners of `jax.monitoring`: seconds of an epoch's steps, how many there were

@@ -14,7 +14,8 @@ from mfm_jax import config as config_lib
 from mfm_jax.config import Config
 from mfm_jax.data.manifest import manifest_hash, read_manifest, write_manifest
 from mfm_jax.errors import UserError
-from mfm_jax.workdir import disk, ownership
+from mfm_jax.machine import disk
+from mfm_jax.workdir import ownership
 
 _BOTH = "results.json beside it and run the training command again, which writes both"
 # What to do where a file is missing, and where it is damaged.

@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from mfm_jax.workdir import disk
+from mfm_jax.machine import disk
 
 SEAL = "sha256.json"
 # Written by Orbax after the seal; a restore needs neither.
