@@ -17,7 +17,7 @@ from mfm_jax import export, models
 from mfm_jax.data import digits, pictures
 from mfm_jax.errors import UserError
 from mfm_jax.evaluation import classifier
-from mfm_jax.pages import card
+from mfm_jax.pages import card, report
 
 SIZES = (1, 7, 64)
 
@@ -101,7 +101,7 @@ def test_the_script_decodes_and_predicts_as_the_package_does(fit, trained_run, f
     loaded = loaded._replace(facts=loaded.facts.__class__(**vars(loaded.facts) | {"fit": fit}))
     for name in ("classifier.bin", "classifier.json"):
         (tmp_path / name).write_bytes((folder / name).read_bytes())
-    (tmp_path / "how_to_use.py").write_text(export._how_to_use(loaded))
+    (tmp_path / "how_to_use.py").write_text(report.template("how_to_use.py.jinja").render(fit=fit))
     paths = []
     for i, (shape, kind) in enumerate([((30, 17), "png"), ((9, 40, 3), "png"), ((5, 6), "png"), ((30, 28, 3), "jpg")]):
         paths.append(tmp_path / f"{i}.{kind}")

@@ -223,7 +223,7 @@ def scalars_by_step(folder: Path) -> dict[int, float]:
 HOLD = """
 import sys, time
 from pathlib import Path
-from mfm_jax.workdir import Workdir
+from mfm_jax.workdir.files import Workdir
 with Workdir(Path(sys.argv[1])).owned():
     print("held", flush=True)
     time.sleep(60)

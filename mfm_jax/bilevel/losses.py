@@ -46,7 +46,8 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     Array([1.386...], dtype=float32)
     """
     _check(logits, labels)
-    return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    values: jax.Array = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    return values
 
 
 def logit_adjusted(counts: jax.Array, tau: float = 1.0) -> LossFn:

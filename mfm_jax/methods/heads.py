@@ -89,7 +89,7 @@ def cosine(apply_fn: ApplyFn, scale: float) -> ApplyFn:
 
 def cosine_kernel(params: PyTree, scale: float) -> jax.Array:
     """Returns the weights that a cosine classifier multiplies unit features with: each class's of length `scale`."""
-    kernel = params["head"]["kernel"]
+    kernel: jax.Array = params["head"]["kernel"]
     return scale * kernel / _norms(kernel)[None, :]
 
 

@@ -14,6 +14,8 @@ import optax
 from mfm_jax.bilevel.outer import MetaLearner
 from mfm_jax.types import Modulate, PyTree
 
+Mean = Callable[[jax.Array], jax.Array]  # of [B], over the whole batch
+
 
 def meta_weight_net(hidden: int = 100) -> MetaLearner:
     """A weight for each example, from its loss alone: `v_i = sigmoid(MLP(l_i))`, loss `sum(v_i l_i) / sum(v_i)`.
@@ -53,7 +55,8 @@ def l2rw() -> MetaLearner:
         return 0.0 * labels.astype(jnp.result_type(float))
 
     def weigh(phi: PyTree, losses: jax.Array, mean: Callable[[jax.Array], jax.Array]) -> jax.Array:
-        return phi.astype(losses.dtype) * losses
+        weights: jax.Array = phi.astype(losses.dtype)
+        return weights * losses
 
     return MetaLearner("l2rw", lambda key: {}, weigh=weigh, optimizer=lambda schedule: positive_part(), per_batch=start)
 
@@ -68,7 +71,7 @@ def positive_part() -> optax.GradientTransformationExtraArgs:
     """
 
     def update(
-        gradient: jax.Array, state: optax.EmptyState, phi: PyTree = None, *, mean: Callable = jnp.mean, **others: Any
+        gradient: jax.Array, state: optax.EmptyState, phi: PyTree = None, *, mean: Mean = jnp.mean, **others: Any
     ) -> tuple[jax.Array, optax.EmptyState]:
         del phi, others
         wanted = jnp.maximum(-gradient, 0)
@@ -165,4 +168,5 @@ def _mlp_init(key: jax.Array, inputs: int, hidden: int, outputs: int) -> PyTree:
 
 def _mlp(phi: PyTree, inputs: jax.Array) -> jax.Array:
     hidden = jax.nn.relu(inputs @ phi["w1"] + phi["b1"][None, :])
-    return hidden @ phi["w2"] + phi["b2"][None, :]
+    outputs: jax.Array = hidden @ phi["w2"] + phi["b2"][None, :]
+    return outputs
