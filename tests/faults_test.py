@@ -297,6 +297,8 @@ def test_a_notice_of_preemption_stops_the_run_and_one_left_from_before_does_not(
 
 
 def test_a_run_writes_in_its_workdir_alone_and_no_secrets(stepping, tmp_path, monkeypatch):
+    import matplotlib.font_manager  # noqa: F401 (which keeps a list of fonts in the home folder, made once)
+
     secret = "a-token-of-the-user"
     for name in ("HOME", "TMPDIR"):
         (tmp_path / name).mkdir()
