@@ -24,7 +24,7 @@ from mfm_jax import models
 from mfm_jax.bilevel import optim
 from mfm_jax.data import augment
 from mfm_jax.errors import UserError
-from mfm_jax.evaluation import classifier
+from mfm_jax.evaluation import classifier, results
 from mfm_jax.evaluation import facts as facts_lib
 from mfm_jax.machine import interruption, parallel
 from mfm_jax.methods.settings import Staged
@@ -134,7 +134,8 @@ def test_trains_with_a_class_of_one_image_and_stays_finite(name, finished):
     assert finished.data.counts.min() == 1
     assert finite(finished.loop)
     assert finished.step == 4
-    result = finished.evaluate(finished.loop.bilevel, "test")
+    tested = finished.classifier(finished.loop.bilevel, finished.step)
+    result = results.evaluate(tested, finished.asked("test")(tested))
     assert np.isfinite(result["nll"])
 
 
@@ -177,8 +178,6 @@ def test_is_the_plain_classifier_at_test_time(name, finished):
     if not METHODS[name].cosine_head:
         plain = Tiny(10, jnp.float32, None).apply(variables, image)
         chex.assert_trees_all_close(probabilities, jax.nn.softmax(plain), rtol=1e-5)
-    noise = jax.tree.map(lambda x: 2 * x + 1, state.phi)
-    changed = experiment.eval_step(state.replace(phi=noise), image)
     noise = jax.tree.map(lambda x: 2 * x + 1, state.phi)
     changed = experiment.tested.probabilities(state.replace(phi=noise), image)
     if METHODS[name].retraining is None:
