@@ -6,8 +6,8 @@ import shutil
 
 import jax
 import pytest
+from helpers import changed
 from PIL import Image
-from predict_test import changed
 
 from mfm_jax import data as data_lib
 from mfm_jax.config import Eval

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import overridden
 from tensorboardX.proto import event_pb2
 
 from mfm_jax import config as config_lib
@@ -255,10 +256,7 @@ def tiny(**overrides):
     config.model.update(name="resnet8", width=2)
     config.method.name = "ce"
     config.train.update(epochs=2, batch_size=64, on_nonfinite="skip")
-    for name, value in overrides.items():
-        group, field = name.split("__")
-        config[group][field] = value
-    return config
+    return overridden(config, **overrides)
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 import pytest
-from methods_test import Tiny, configured
+from helpers import Tiny, configured
 
 from mfm_jax import data as data_lib
 from mfm_jax import models

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import jax
 import pytest
+from helpers import benchmark
 
 from mfm_jax import config as config_lib
 from mfm_jax import data
@@ -23,12 +24,8 @@ REPOSITORY = Path(__file__).parents[1]
 
 @pytest.fixture(scope="module")
 def full():
-    sys.path.insert(0, str(REPOSITORY / "benchmarks"))
-    importlib.import_module("mfm_jax.main")  # whose flags must not be those of the script
-    try:
-        yield importlib.import_module("full")
-    finally:
-        sys.path.remove(str(REPOSITORY / "benchmarks"))
+    with benchmark("full") as module:
+        yield module
 
 
 def test_the_queue_is_in_the_order_of_worth(full, tmp_path):

@@ -1,17 +1,16 @@
 """A run that has come to nothing says so, once; rows on both sides of each bound, and collapses that are planted."""
 
-import importlib.util
 import itertools
 import json
 import math
 import shutil
 from collections import Counter
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import overridden, shipped
 
 from mfm_jax import config as config_lib
 from mfm_jax.bilevel import losses
@@ -157,15 +156,9 @@ def test_the_loss_of_guesses(meta):
 
 def planted(**overrides):
     """Returns the config of the digits, nine steps an epoch; overrides as `group__field=value`."""
-    spec = importlib.util.spec_from_file_location("digits_lt", Path(__file__).parents[1] / "configs/digits_lt.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    config = module.get_config()
+    config = shipped("digits_lt")
     config.eval.every_epochs, config.checkpoint.every_epochs, config.meta.bn = 100, 1, "running"
-    for name, value in overrides.items():
-        group, field = name.split("__")
-        config[group][field] = value
-    return config
+    return overridden(config, **overrides)
 
 
 def lines(workdir):

@@ -11,12 +11,12 @@ import signal
 from typing import get_args
 
 import chex
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import Tiny, arrays, configured
 
 from mfm_jax import config as config_lib
 from mfm_jax import data as data_lib
@@ -33,7 +33,7 @@ from mfm_jax.training import experiment as experiment_lib
 from mfm_jax.training import inputs, train
 from mfm_jax.training import loop as loop_lib
 from mfm_jax.training.run import Run
-from mfm_jax.types import Batch, no_modulation
+from mfm_jax.types import Batch
 from mfm_jax.workdir.files import Workdir
 
 ALL = list(METHODS)
@@ -43,42 +43,10 @@ KINDS = ("mfm", "ce", "ldam_drw", "progressive", "two_phase", "crt", "smote", "m
 BY_KIND = [name if name in KINDS else pytest.param(name, marks=pytest.mark.slow) for name in ALL]
 
 
-class Tiny(nn.Module):
-    """A layer, batch norm and a head, with the sites that every method may ask for."""
-
-    num_classes: int
-    dtype: jnp.dtype
-    axis_name: str | None = None
-
-    @nn.compact
-    def __call__(self, image, *, train: bool = False, modulate=no_modulation, weight=None):
-        x = image.reshape(len(image), -1).astype(self.dtype)
-        x = nn.Dense(8, dtype=self.dtype, name="stage3")(x)
-        x = models.BatchNorm(not train, axis_name=self.axis_name, dtype=self.dtype)(x, weight)
-        x = modulate("pooled", modulate("stage3", nn.relu(x)))
-        logits = nn.Dense(self.num_classes, dtype=self.dtype, name="head")(x)
-        return modulate("logits", logits.astype(jnp.promote_types(logits.dtype, jnp.float32)))
-
-
 @pytest.fixture(autouse=True)
 def _tiny(monkeypatch):
     monkeypatch.setattr(models, "create", lambda name, classes, width, dtype, **_: Tiny(classes, dtype))
     monkeypatch.setattr(jax, "device_count", lambda: 1)
-
-
-def configured(name: str, **overrides):
-    """Two epochs of two steps; a second stage, and the deferred weights, have the second epoch."""
-    config = config_lib.default()
-    config.data.update(source="digits", name="digits", imbalance_factor=100.0)
-    config.augment.update(pad=1, flip=False)
-    config.method.update(name=name, first_stage=0.5)
-    config.meta.update(batch_size=40, every=2, lagged=name != "l2rw")
-    config.optim.learning_rate = 0.05
-    config.train.update(epochs=2, batch_size=100)
-    for path, value in overrides.items():
-        group, field = path.split("__")
-        config[group][field] = value
-    return config_lib.resolve(config)
 
 
 class Watched:
@@ -117,12 +85,6 @@ def finished(request, tmp_path_factory):
     if name not in _finished:
         _finished[name] = trained(configured(name), tmp_path_factory.mktemp(name))
     return _finished[name]
-
-
-def arrays(tree):
-    """Returns `tree` with its PRNG keys as numbers, on the host."""
-    is_key = lambda x: jnp.issubdtype(x.dtype, jax.dtypes.prng_key)  # noqa: E731
-    return jax.device_get(jax.tree.map(lambda x: jax.random.key_data(x) if is_key(x) else x, tree))
 
 
 def finite(tree) -> bool:

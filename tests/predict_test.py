@@ -1,7 +1,6 @@
 """A trained run is used without its data: the probabilities of training, and a table of the reader's pictures."""
 
 import csv
-import dataclasses
 import os
 import shutil
 import signal
@@ -14,6 +13,7 @@ import jax
 import numpy as np
 import pytest
 from absl import logging
+from helpers import changed
 from PIL import Image
 
 from mfm_jax import command, predict
@@ -26,11 +26,6 @@ from mfm_jax.methods.table import METHODS
 from mfm_jax.training import train
 
 REPOSITORY = Path(__file__).parents[1]
-
-
-def changed(config, **groups):
-    """Returns a config with fields changed, as `group={field: value}`."""
-    return dataclasses.replace(config, **{g: dataclasses.replace(getattr(config, g), **v) for g, v in groups.items()})
 
 
 @pytest.fixture(autouse=True)

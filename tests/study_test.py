@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers import benchmark
 
 from mfm_jax import config as config_lib
 from mfm_jax.methods.table import METHODS
@@ -17,12 +18,8 @@ REPOSITORY = Path(__file__).parents[1]
 
 @pytest.fixture(scope="module")
 def study():
-    sys.path.insert(0, str(REPOSITORY / "benchmarks"))
-    importlib.import_module("mfm_jax.main")  # whose flags must not be those of the script
-    try:
-        yield importlib.import_module("study")
-    finally:
-        sys.path.remove(str(REPOSITORY / "benchmarks"))
+    with benchmark("study") as module:
+        yield module
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import overridden
 
 from mfm_jax import compare, models
 from mfm_jax import config as config_lib
@@ -39,10 +40,7 @@ def tiny(**overrides):
     config.meta.batch_size = 20
     config.optim.learning_rate = 0.05
     config.train.update(epochs=2, batch_size=64)
-    for name, value in overrides.items():
-        group, field = name.split("__")
-        config[group][field] = value
-    return config
+    return overridden(config, **overrides)
 
 
 def slow(value):
