@@ -1,7 +1,6 @@
 """The PyTorch twin is the same network and the same step; the arithmetic of the benchmark is that of the network."""
 
 import csv
-import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import benchmark
 
 from mfm_jax import bilevel, config, models
 from mfm_jax.bilevel import losses, modulation, optim
@@ -24,7 +24,8 @@ FEATURE_SITES = ("stage1", "stage2", "stage3", "pooled")
 
 @pytest.fixture(scope="module")
 def contenders():
-    return _load("contenders")
+    with benchmark("contenders") as module:
+        yield module
 
 
 def test_arithmetic_is_that_of_the_network(contenders):
@@ -37,8 +38,13 @@ def test_arithmetic_is_that_of_the_network(contenders):
     assert sum(contenders.forward_flops(spec).values()) == sum(map(_products, jaxpr.eqns))
 
 
-def test_every_kind_of_step_can_be_built_and_run(contenders):
-    steps = _load("jax_steps")
+@pytest.fixture(scope="module")
+def steps():
+    with benchmark("jax_steps") as module:
+        yield module
+
+
+def test_every_kind_of_step_can_be_built_and_run(contenders, steps):
     for kind in ("plain", "mfm", "meta_weight_net"):
         spec = contenders.Spec("", step=kind, model="resnet8", image_size=8, width=2, batch=8, meta_batch=10)
         program = steps.build(spec)
@@ -46,8 +52,7 @@ def test_every_kind_of_step_can_be_built_and_run(contenders):
         program.finish()
 
 
-def test_the_loop_of_main_runs_its_meta_steps(contenders):
-    steps = _load("jax_steps")
+def test_the_loop_of_main_runs_its_meta_steps(contenders, steps):
     small = {"model": "resnet8", "image_size": 8, "width": 2, "batch": 8, "meta_batch": 10}
     config = str(Path(__file__).parents[1] / "configs" / "cifar10_lt.py")
     overrides = (("train.steps_per_call", 3), ("meta.every", 2))
@@ -117,16 +122,8 @@ def test_arithmetic_of_a_step(contenders, options, forward_passes):
 @pytest.fixture(scope="module")
 def twin():
     pytest.importorskip("torch")
-    return _load("torch_twin")
-
-
-def _load(name: str):
-    folder = str(Path(__file__).parents[1] / "benchmarks")
-    sys.path.insert(0, folder)
-    try:
-        return importlib.import_module(name)
-    finally:
-        sys.path.remove(folder)
+    with benchmark("torch_twin") as module:
+        yield module
 
 
 def _drawn(like, seed: int):

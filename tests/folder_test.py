@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import overridden
 from PIL import Image
 
 from mfm_jax import config as config_lib
@@ -56,10 +57,7 @@ def config(root: Path, **overrides):
     result.model.update(name="resnet8", width=4)
     result.meta.update(batch_size=6, every=2)
     result.train.update(epochs=2, batch_size=8)
-    for name, value in overrides.items():
-        group, field = name.split("__")
-        result[group][field] = value
-    return result
+    return overridden(result, **overrides)
 
 
 def build(root: Path, **overrides) -> data_lib.LongTailData:

@@ -5,7 +5,6 @@ import itertools
 import json
 import os
 import re
-import runpy
 import signal
 import subprocess
 import sys
@@ -17,6 +16,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from helpers import shipped
 from PIL import Image
 
 from mfm_jax import config as config_lib
@@ -77,7 +77,7 @@ def processes_of(job: subprocess.Popen) -> list[int]:
 
 def tiny() -> config_lib.Config:
     """Returns the config that `TINY` describes."""
-    config = runpy.run_path(str(ROOT / "configs/digits_lt.py"))["get_config"]()
+    config = shipped("digits_lt")
     for flag in TINY[1:]:
         path, value = flag.removeprefix("--config.").split("=")
         group, name = path.split(".")

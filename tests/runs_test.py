@@ -11,6 +11,7 @@ import time
 import jax
 import numpy as np
 import pytest
+from helpers import overridden
 
 from mfm_jax import compare
 from mfm_jax import config as config_lib
@@ -27,10 +28,7 @@ def run(tmp_path, name: str, **overrides) -> runs.Run:
     config.method.name = "ce"
     config.model.update(name="resnet8", width=2)
     config.train.update(epochs=2, batch_size=64)
-    for path, value in overrides.items():
-        group, field = path.split("__")
-        config[group][field] = value
-    return runs.Run(name, config_lib.resolve(config), tmp_path / name)
+    return runs.Run(name, config_lib.resolve(overridden(config, **overrides)), tmp_path / name)
 
 
 def test_a_failed_method_is_shown_and_the_others_are_compared(tmp_path, monkeypatch, capsys):
