@@ -13,6 +13,7 @@ import pytest
 from mfm_jax import bilevel, models
 from mfm_jax.bilevel import MetaRule, hypergrad, losses, modulation
 from mfm_jax.bilevel.passes import Pass
+from mfm_jax.errors import UserError
 from mfm_jax.machine import parallel
 from mfm_jax.types import Batch, Modulator, no_modulation
 
@@ -288,3 +289,71 @@ class Unnormalized(nn.Module):
     def __call__(self, image, *, train=False, modulate=no_modulation):
         del train
         return nn.Dense(CLASSES)(modulate("pooled", jnp.tanh(nn.Dense(5)(image))))
+
+
+class Dropping(nn.Module):
+    """A network with dropout, whose switch is called as flax's own layers call it."""
+
+    @nn.compact
+    def __call__(self, image, *, deterministic: bool = True, modulate=no_modulation):
+        x = nn.Dropout(0.5, deterministic=deterministic)(image.reshape(len(image), -1))
+        return modulate("logits", nn.Dense(CLASSES, name="head")(x))
+
+
+class Misnamed(Dropping):
+    @nn.compact
+    def __call__(self, image, *, is_training: bool = False, modulate=no_modulation):
+        return modulate("logits", nn.Dense(CLASSES)(nn.Dropout(0.5, deterministic=not is_training)(image.mean((1, 2)))))
+
+
+class Switchless(nn.Module):
+    @nn.compact
+    def __call__(self, image, *, modulate=no_modulation):
+        x = nn.BatchNorm(use_running_average=True)(image.mean((1, 2)))
+        return modulate("logits", nn.Dense(CLASSES)(x))
+
+
+def first_step(module, modulator, data: Batch):
+    """Traces a meta-step, as its first call does."""
+    tx = optax.sgd(0.1)
+    variables = module.init(jax.random.key(0), batch(0).image)
+    state = bilevel.init_state(jax.random.key(1), variables, tx, modulator.init, tx)
+    step = bilevel.make_step(Pass.of(module), losses.cross_entropy, tx, modulator, tx)
+    return jax.eval_shape(step, state, data, batch(1))
+
+
+@pytest.mark.parametrize(
+    ("module", "channels", "data", "message"),
+    [
+        (MODULE, {"stage9": WIDTH}, batch(0), "site 'stage9': the module never calls it; it calls logits, pooled, "),
+        (Dropping(), {"pooled": 4, "logits": 4}, batch(0), "site 'pooled': the module never calls it; it calls logits"),
+        (MODULE, {"stage1": WIDTH + 1}, batch(0), "site 'stage1': its features are (16, 8, 8, 4), .* gamma is (5,)"),
+        (MODULE, {"logits": 1}, batch(0), "site 'logits': its features are (16, 4), the modulator's gamma is (1,)"),
+        (MODULE, {"logits": 4}, batch(0)._replace(image=np.zeros((16, 8, 8, 3), np.uint8)), "Batch.image: uint8; norm"),
+        (MODULE, {"logits": 4}, batch(0)._replace(image=np.zeros((16, 8, 8, 3), np.int32)), "Batch.image: int32; norm"),
+        (Misnamed(), {"logits": 4}, batch(0), "Misnamed: its argument `is_training` would never be set"),
+        (Switchless(), {"logits": 4}, batch(0), "batch statistics and no argument `train`"),
+    ],
+)
+def test_what_would_go_wrong_in_silence_is_refused_at_the_first_call(module, channels, data, message):
+    pattern = re.escape(message).replace(r"\.\*", ".*")
+    with pytest.raises(UserError, match=pattern):
+        first_step(module, modulation.direct(channels), data)
+
+
+@pytest.mark.parametrize("counts", [[5, 0, 2], [0, 0], np.array([3.0, 0.5])])
+def test_a_class_without_an_image_is_refused(counts):
+    with pytest.raises(UserError, match=r"counts: class \d has 0(.5)? images"):
+        modulation.frequency({"logits": len(counts)}, counts)
+
+
+def test_deterministic_is_the_opposite_of_train():
+    """Dropout acts in training passes, and not in those of a test."""
+    module, data = Dropping(), batch(0)
+    forward, variables = Pass.of(module), module.init(jax.random.key(0), data.image)
+    state = bilevel.init_state(jax.random.key(1), variables, optax.sgd(0.1))
+    plain = module.apply(variables, data.image)
+    chex.assert_trees_all_equal(forward.logits(state, state.params, data, train=False)[0], plain)
+    trained, _ = forward.logits(state, state.params, data, train=True)
+    assert not np.allclose(trained, plain)
+    chex.assert_trees_all_equal(forward.probabilities(state.params, {}, data.image), jax.nn.softmax(plain))

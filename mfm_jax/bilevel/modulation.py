@@ -35,6 +35,7 @@ from collections.abc import Callable, Mapping, Sequence
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mfm_jax.errors import UserError
 from mfm_jax.types import Modulate, Modulator, PyTree
@@ -68,19 +69,34 @@ def modulate(modulator: Modulator, phi: PyTree, labels: jax.Array) -> Modulate:
       modulator: one of the forms below.
       phi: its parameters.
       labels: training labels of the batch, `[B]` int32.
+
+    Raises:
+      UserError: when called, gamma and beta are not as wide as the features.
     """
 
     def apply(site: str, features: jax.Array) -> jax.Array:
         if site not in modulator.sites:
             return features
-        return film(features, *modulator.parameters(phi, site, features, labels))
+        gamma, beta = modulator.parameters(phi, site, features, labels)
+        if gamma.shape[-1:] != features.shape[-1:]:
+            raise UserError(
+                f"site {site!r}: its features are {features.shape}, the modulator's gamma is {gamma.shape};"
+                " `site_channels` finds the widths of a module's sites"
+            )
+        return film(features, gamma, beta)
 
     return apply
 
 
 def log_frequency(counts: jax.Array) -> jax.Array:
-    """Returns `z_k = log(n_k / n_max)`, `[K]` float32, natural log, not rescaled; 0 for the largest class."""
+    """Returns `z_k = log(n_k / n_max)`, `[K]` float32, natural log, not rescaled; 0 for the largest class.
+
+    Raises:
+      UserError: a class has no image; z would be infinite, and the loss NaN. Not noticed within a traced function.
+    """
     counts = jnp.asarray(counts, jnp.float32)
+    if not isinstance(counts, jax.core.Tracer) and (empty := np.flatnonzero(np.asarray(counts) < 1)).size:
+        raise UserError(f"counts: class {empty[0]} has {counts[empty[0]]:g} images; leave out classes without any")
     return jnp.log(counts) - jnp.log(counts.max())
 
 

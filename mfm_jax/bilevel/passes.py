@@ -7,14 +7,18 @@ over all devices, whatever part of the batch this one has.
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
 
+from mfm_jax.errors import UserError
 from mfm_jax.types import ApplyFn, Batch, BilevelState, Modulate, PyTree, no_modulation
+
+Switch = Literal["train", "deterministic"]  # what tells a module whether it is trained
+_OTHERS = ("training", "is_training", "use_running_average", "inference", "eval")  # names that are not understood
 
 # Training labels of a batch, or of a part of it, [B] -> what its pass is modulated by.
 ModulateBy = Callable[[jax.Array], Modulate]
@@ -35,22 +39,30 @@ class Pass:
     parts: how many equal parts of a batch are computed one after another. Activations of a part are computed again in
       the backward pass: less memory and a third more time. Batch norm then sees a part at a time, and its running
       averages move by the mean of the parts' statistics.
-    takes_train: whether `apply` takes `train`.
+    switch: the argument of `apply` that says whether the network is trained: `train`, or `deterministic`, its
+      opposite; None where there is none, as for a network without batch norm and dropout.
     """
 
     apply: ApplyFn
     axis_name: str | None = None
     parts: int = 1
-    takes_train: bool = True
+    switch: Switch | None = "train"
 
     @classmethod
     def of(cls, module: nn.Module, **fields: Any) -> "Pass":
-        """Returns the pass of a Flax module, which takes `train` if its `__call__` has an argument of that name.
+        """Returns the pass of a Flax module; its `switch` is the argument of that name in the module's `__call__`.
 
         The module takes the images and `modulate`, and calls `modulate(site, features)` at its sites.
+
+        Raises:
+          UserError: its switch has another name, and would never be set.
         """
-        takes_train = "train" in inspect.signature(type(module).__call__).parameters
-        return cls(module.apply, takes_train=takes_train, **fields)
+        takes = inspect.signature(type(module).__call__).parameters
+        switch = next((name for name in get_args(Switch) if name in takes), None)
+        other = next((name for name in _OTHERS if name in takes), None)
+        if other and not switch:
+            raise UserError(f"{type(module).__name__}: its argument `{other}` would never be set; call it `train`")
+        return cls(module.apply, switch=switch, **fields)
 
     def logits(
         self, state: BilevelState, params: PyTree, batch: Batch, modulate_by: ModulateBy = plain, *, train: bool
@@ -63,6 +75,9 @@ class Pass:
           batch: whose images are passed.
           modulate_by: the modulation, by the labels of the images that pass together.
           train: normalise by the batch's own statistics; otherwise by the averages, which stay as they are.
+
+        Raises:
+          UserError: images of integers, or batch statistics in a network without a `switch`.
         """
 
         def one(part: Batch) -> tuple[jax.Array, PyTree]:
@@ -78,10 +93,14 @@ class Pass:
     def _whole(
         self, state: BilevelState, params: PyTree, batch: Batch, modulate: Modulate, *, train: bool
     ) -> tuple[jax.Array, PyTree]:
+        if not jnp.issubdtype(batch.image.dtype, jnp.floating):
+            raise UserError(
+                f"Batch.image: {batch.image.dtype}; normalise the images, to floating point of about unit size"
+            )
+        if state.batch_stats and not self.switch:
+            raise UserError("the module has batch statistics and no argument `train` that says when they are taken")
         variables = {"params": params, "batch_stats": state.batch_stats}
-        options: dict[str, Any] = {"modulate": modulate}
-        if self.takes_train:
-            options["train"] = train
+        options = {"modulate": modulate, **self._mode(train)}
         if not train:
             return self.apply(variables, batch.image, **options), state.batch_stats
         if batch.weight is not None and state.batch_stats:
@@ -116,9 +135,11 @@ class Pass:
 
     def probabilities(self, params: PyTree, batch_stats: PyTree, image: jax.Array) -> jax.Array:
         """Returns the tested classifier's probabilities `[B, K]`: plain, by the running averages."""
-        options: dict[str, Any] = {"train": False} if self.takes_train else {}
         variables = {"params": params, "batch_stats": batch_stats}
-        return jax.nn.softmax(self.apply(variables, image, modulate=no_modulation, **options))
+        return jax.nn.softmax(self.apply(variables, image, modulate=no_modulation, **self._mode(train=False)))
+
+    def _mode(self, train: bool) -> dict[str, Any]:
+        return {self.switch: train == (self.switch == "train")} if self.switch else {}
 
     def mean(self, values: jax.Array, batch: Batch) -> jax.Array:
         """Returns the mean of `values [B]` over the whole batch, on however many devices; by its weights if any."""
