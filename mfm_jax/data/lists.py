@@ -1,25 +1,23 @@
-"""Lines of list files: what `data.listing.lists` makes a listing of.
+"""What list files name: the pictures that are there, each once, and their classes.
 
-A list is a text file of `path label` lines, as ImageNet-LT, Places-LT and iNaturalist publish theirs, or a CSV file
-with the columns `path`, `label` and, if wanted, `group`. A line that is not understood becomes a `Problem`.
+`list_text` reads the lines of a list, `labels` says what its labels stand for, and `spelling` finds its files. A line
+that cannot be used becomes a `Problem`.
 """
 
-import codecs
-import csv
-import io
 import os
 import posixpath
 import re
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from mfm_jax.data.walk import Problem, entries, unusable
+from mfm_jax.data import labels, list_text
+from mfm_jax.data.spelling import Disk
+from mfm_jax.data.walk import Problem, class_name
 from mfm_jax.errors import UserError
 
 SPLITS = ("train", "val", "meta", "test")
-_NUMBER = re.compile(r"-?[0-9]{1,18}")
 
 
 class Row(NamedTuple):
@@ -38,24 +36,36 @@ def read(root: Path, files: Mapping[str, Path], problems: list[Problem]) -> tupl
     Arguments and errors are those of `listing.lists`; lines and classes that cannot be used are added to `problems`.
     """
     given = [split for split in reversed(SPLITS) if split in files]
-    lines = [line for split in given for line in _lines(split, files[split], problems)]
-    rows = _existing_files(root, lines, problems)
+    listed = [row for split in given for row in _rows(split, files[split], problems)]
+    rows = _existing_files(root, listed, problems)
     if not rows:
         raise UserError(
-            f"data.root = {str(root)!r}: none of the {len(lines)} listed pictures is there; {': '.join(problems[-1])}"
+            f"data.root = {str(root)!r}: none of the {len(listed)} listed pictures is there{first_reason(problems)}"
         )
-    numbered = _are_numbered(rows)
-    rows = _once(_class_numbers(rows, problems) if numbered else rows, problems)
-    names = _numbered_names(rows) if numbered else {label: label for label in sorted({row.label for row in rows})}
+    others = labels.not_numbers(Counter(row.label for row in listed))
+    problems += [Problem(row.where, others[row.label]) for row in rows if others and row.label in others]
+    rows = _once([row for row in rows if not others or row.label not in others], problems)
+    if others is None:
+        problems += labels.changed({row.label: row.where for row in reversed(rows)})
+        names = {label: label for label in labels.ordered({row.label for row in rows})}
+    else:
+        names = _numbered_names(rows)
     if len(names) < 2:
-        raise UserError(f"data.train_list = {str(files['train'])!r}: names fewer than two classes")
+        raise UserError(
+            f"data.train_list = {str(files['train'])!r}: names fewer than two classes{first_reason(problems)}"
+        )
     trained = {row.label for row in rows if row.split == "train"}
     missing = [name for name in names if name not in trained]
     if missing:
         what = ", ".join(missing[:20]) + (f" and {len(missing) - 20} more" if len(missing) > 20 else "")
-        hint = "; classes are counted from 0" if numbered and missing[0] == "0" else ""
+        hint = "" if others is None else "; whole numbers from 0 are class numbers, and none may be left out"
         problems.append(Problem(files["train"].name, f"no training picture of class {what}{hint}"))
     return rows, names
+
+
+def first_reason(problems: list[Problem]) -> str:
+    """Returns how many problems there are, and the first, as the end of an error's line."""
+    return f"; not usable: {len(problems)}, the first {': '.join(problems[0])}" if problems else ""
 
 
 def expanded(name: str | Path) -> Path:
@@ -63,85 +73,58 @@ def expanded(name: str | Path) -> Path:
     return Path(os.path.expanduser(name))  # the method of `Path` raises where there is none
 
 
-def _lines(split: str, file: Path, problems: list[Problem]) -> list[Row]:
-    """Returns the lines of a list; those that are not understood become problems."""
+def _rows(split: str, file: Path, problems: list[Problem]) -> list[Row]:
+    """Returns what the lines of a list say; those that are not understood become problems."""
     field = f"data.{split}_list = {str(file)!r}"
-    try:
-        content = expanded(file).read_bytes()
-    except OSError as error:
-        raise UserError(f"{field}: {error.strerror}") from error
-    encoding = "utf-16" if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
-    # As the system gives names, so that one which is not UTF-8 is found.
-    text = content.decode(encoding, "surrogateescape" if encoding == "utf-8-sig" else "replace")
-    header = text.partition("\n")[0].lower()
-    columns = [column.strip(' "\r') for column in re.split("[,;\t]", header)]
-    is_csv = {"path", "label"} <= set(columns)
-    if file.suffix.lower() == ".csv" and not is_csv:
-        raise UserError(
-            f"{field}: its first line is {header.strip()[:80]!r}; a CSV file needs the columns path and label"
-        )
-    found = _csv(text, columns, field) if is_csv else _plain(text)
-    rows = []
-    for number, path, label, group in found:
+    rows, wrong = [], []
+    for number, path, label, group, reason in list_text.read(expanded(file), field):
         where = f"{file.name}:{number}"
-        if path and label:
-            rows.append(Row(path, label, split, group, where))
+        if reason:
+            wrong.append(Problem(where, reason))
         else:
-            problems.append(Problem(where, f"not understood: no {'label' if path else 'path'}"))
+            rows.append(Row(path, class_name(label), split, class_name(group), where))
     if not rows:
-        raise UserError(f"{field}: holds no line of the form `path label`")
+        raise UserError(f"{field}: holds no line of the form `path label`{first_reason(wrong)}")
+    problems += wrong
     return rows
 
 
-def _plain(text: str) -> Iterator[tuple[int, str, str, str]]:
-    """Yields line number, path, label and group of `path label` lines, past the comments that they start with."""
-    begun = False
-    for number, line in enumerate(io.StringIO(text, newline=None), 1):
-        line = line.strip()
-        if not line or (line.startswith("#") and not begun):
-            continue
-        begun = True
-        path, label = line.rsplit(maxsplit=1) if len(line.split(maxsplit=1)) == 2 else (line, "")
-        yield number, path, label, ""
-
-
-def _csv(text: str, columns: list[str], field: str) -> Iterator[tuple[int, str, str, str]]:
-    """Yields line number, path, label and group of the lines below a CSV file's header."""
-    delimiter = next(mark for mark in ",;\t" if mark in text.partition("\n")[0])
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
-    wanted = [columns.index(name) if name in columns else len(columns) for name in ("path", "label", "group")]
-    try:
-        next(reader)
-        for cells in reader:
-            if any(cells):
-                cells += [""] * (len(columns) + 1 - len(cells))
-                path, label, group = (cells[i].strip() for i in wanted)
-                yield reader.line_num, path, label, group
-    except csv.Error as error:
-        raise UserError(f"{field}: line {reader.line_num}: {error}") from error
-
-
 def _existing_files(root: Path, rows: list[Row], problems: list[Problem]) -> list[Row]:
-    """Returns the rows whose files are there, their paths relative to `root`; the others become problems.
-
-    Folders are listed once each instead of asking for every file.
-    """
-    known: dict[str, defaultdict[str, str]] = {}
+    """Returns the rows whose files are there, with their paths as the disk has them; the others become problems."""
+    disk = Disk(root)
     result = []
     for row in rows:
-        path = _relative(root, row.path)
-        if path is None:
-            problems.append(Problem(row.where, f"leaves data.root: {row.path}"))
-            continue
-        inside, name = posixpath.split(path)
-        if inside not in known:
-            known[inside] = _files_in(root, inside)
-        wrong = known[inside][name]
+        path, wrong = _found(root, disk, row.path)
         if wrong:
-            problems.append(Problem(row.where, f"{wrong}: {row.path}"))
+            problems.append(Problem(row.where, f"{wrong}: {row.path}{_hint(root, disk, row.path)}"))
         else:
             result.append(row if path == row.path else row._replace(path=path))
     return result
+
+
+def _found(root: Path, disk: Disk, listed: str) -> tuple[str, str]:
+    """Returns the path of a listed file relative to `root`, and why it cannot be used, or ""."""
+    path, wrong = _relative(root, listed), "leaves data.root"
+    if path is not None:
+        path, wrong = disk.find(path)
+    if wrong and "\\" in listed:  # as Windows writes paths
+        return _found(root, disk, listed.replace("\\", "/"))
+    return path or "", wrong
+
+
+def _hint(root: Path, disk: Disk, listed: str) -> str:
+    """Returns what may be meant by a path that leads nowhere."""
+    if not list_text.is_unicode(listed):
+        return f"; the line is not written in UTF-8: {list_text.SAVE}"
+    if listed.startswith("#"):
+        return "; a comment has a space after its #"
+    if re.search(r"\.\w+\s", listed):
+        return "; the label is the last word of a line, so one of several words needs a CSV file"
+    if re.match(r"[A-Za-z]:|\\\\", listed):
+        return "; paths are relative to data.root"
+    path = _relative(root, listed.replace("\\", "/"))
+    other = disk.in_other_case(path) if path else ""
+    return f"; is {other} meant?" if other else ""
 
 
 def _relative(root: Path, path: str) -> str | None:
@@ -153,49 +136,6 @@ def _relative(root: Path, path: str) -> str | None:
     if "//" in path or "./" in path or path == "..":
         path = posixpath.normpath(path)
     return None if path.startswith("../") or path == ".." else path
-
-
-def _files_in(root: Path, inside: str) -> defaultdict[str, str]:
-    """Returns what is wrong with a file of a folder, by its name; "" for regular files."""
-    absent = "no such file"
-    wrong: defaultdict[str, str] = defaultdict(lambda: absent)
-    try:
-        found = entries(root, inside)
-    except OSError as error:
-        if not isinstance(error, FileNotFoundError | NotADirectoryError):
-            absent = f"its folder cannot be read: {error.strerror}"
-        return wrong
-    except ValueError:  # a null character in the name
-        return wrong
-    wrong.update((entry.name, unusable(entry)) for entry in found)
-    wrong.update((entry.name, "a folder") for entry in found if not wrong[entry.name] and entry.is_dir())
-    return wrong
-
-
-def _are_numbered(rows: list[Row]) -> bool:
-    """Returns whether most labels are whole numbers."""
-    uses = Counter(row.label for row in rows)
-    return 2 * sum(count for label, count in uses.items() if _NUMBER.fullmatch(label)) > len(rows)
-
-
-def _class_numbers(rows: list[Row], problems: list[Problem]) -> list[Row]:
-    """Returns the rows whose labels can be class numbers, in their shortest form; the others become problems."""
-    numbers = {label: int(label) for label in {row.label for row in rows} if _NUMBER.fullmatch(label)}
-    # A few classes may have lost their pictures, but not most of them: beyond that a number is no class.
-    beyond = 2 * len(set(numbers.values()))
-    result = []
-    for row in rows:
-        number = numbers.get(row.label)
-        if number is None:
-            problems.append(Problem(row.where, f"label {row.label!r} is no whole number, as most labels are"))
-        elif number < 0:
-            problems.append(Problem(row.where, f"label {number} is negative"))
-        elif number >= beyond:
-            problems.append(Problem(row.where, f"label {number} is out of range for {beyond // 2} different labels"))
-        else:
-            shortest = str(number)
-            result.append(row if row.label == shortest else row._replace(label=shortest))
-    return result
 
 
 def _once(rows: Iterable[Row], problems: list[Problem]) -> list[Row]:
@@ -219,7 +159,7 @@ def _once(rows: Iterable[Row], problems: list[Problem]) -> list[Row]:
 def _numbered_names(rows: list[Row]) -> dict[str, str]:
     """Returns the name of each class by its number, in the order of the classes."""
     numbers = [str(i) for i in range(max((int(row.label) for row in rows), default=-1) + 1)]
-    folders = {(row.label, posixpath.basename(posixpath.dirname(row.path))) for row in rows}
+    folders = {(row.label, class_name(posixpath.basename(posixpath.dirname(row.path)))) for row in rows}
     names = dict(folders)
     one_each = len(folders) == len(set(names.values())) == len(numbers) and "" not in names.values()
     return {number: names[number] if one_each else number for number in numbers}

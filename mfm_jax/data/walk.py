@@ -7,6 +7,7 @@ are followed. A name that is not UTF-8 is kept as the system gives it (`os.fsenc
 
 import os
 import posixpath
+import unicodedata
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -42,6 +43,11 @@ def passed_over(name: str) -> bool:
 def not_a_picture(path: str) -> str:
     """Returns why a file cannot be a picture by its name, "" where it may be one."""
     return "" if posixpath.splitext(path)[1].lower() in ("", *SUFFIXES) else NOT_A_PICTURE
+
+
+def class_name(name: str) -> str:
+    """Returns the class that a folder or a label of this name stands for: its composed form (Unicode NFC)."""
+    return unicodedata.normalize("NFC", name)
 
 
 def entries(root: Path, inside: str) -> list[os.DirEntry[str]]:
