@@ -33,6 +33,14 @@ def cache_folder(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
+@pytest.fixture
+def pets(tmp_path: Path) -> Path:
+    """A folder of two classes with two pictures each: empty files, to be listed and not opened."""
+    from helpers import tree
+
+    return tree(tmp_path / "pets", "cat/a.jpg", "cat/b.jpg", "dog/a.jpg", "dog/b.jpg")
+
+
 class TrainedRun(NamedTuple):
     """A finished run: its config, its folder, and what training returned."""
 

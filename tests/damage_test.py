@@ -464,7 +464,6 @@ LISTS = {
     "a path that leaves the root": (line(2, "../cat/1.png 0"), {"l:2": "leaves data.root: ../cat"}, {"cat": 3}),
     "a path that leaves by a detour": (line(2, "cat/../../x.png 0"), {"l:2": "leaves data.root"}, {"cat": 3}),
     "a path from elsewhere": (line(2, "/etc/passwd 0"), {"l:2": "leaves data.root: /etc/passwd"}, {"cat": 3}),
-    "a null character": (line(2, "cat/\0/1.png 0"), {"l:2": "no such file"}, {"cat": 3}),
     "a line twice": ([*LINES, LINES[0]], {"l:10": "cat/0.png is listed a second time: l:1"}, {}),
     "a picture twice, spelled otherwise": ([*LINES, "./cat//0.png 0"], {"l:10": "is listed a second time"}, {}),
     "two labels": (
@@ -474,11 +473,16 @@ LISTS = {
     ),
     "a class without pictures": (
         [*LINES[:-2], "emu/0.png 4", "emu/1.png 4"],
-        {"l": "no training picture of class 2, 3"},
+        {"l": "no training picture of class 2, 3; whole numbers from 0 count the classes, without gaps"},
         None,
     ),
     "a comma for the space": (line(2, "cat/1.png,0"), {"l:2": "not understood: no label"}, {"cat": 3}),
-    "a comment in the middle": (line(2, "# the cats"), {"l:2": "no such file|is no whole number"}, {"cat": 3}),
+    "a comment in the middle": (line(2, "# the cats"), {}, {"cat": 3}),
+    "a line that is commented out": (
+        line(2, "#cat/1.png 0"),
+        {"l:2": "a comment has a space after"},
+        {"cat": 3},
+    ),
     "a name in other letters": (line(2, "Cat/1.png 0"), {"l:2": "no such file: Cat/1.png"}, {"cat": 3}),
     "tabs": ([text.replace(" ", "\t") for text in LINES], {}, {}),
     "spaces about": ([f"  {text}  " for text in LINES], {}, {}),
@@ -492,9 +496,14 @@ CSVS = {
     "a missing column": ([*CSV[:-1], "emu/1.png"], {"l.csv:10": "not understood: no label"}, {"emu": 1}),
     "an empty path": ([*CSV[:-1], ",2"], {"l.csv:10": "not understood: no path"}, {"emu": 1}),
     "a column more": ([text + ",x" for text in CSV], {}, {}),
-    "a line with more columns than its header": ([*CSV[:-1], CSV[-1] + ",,x"], {}, {}),
+    "a line with more columns than its header": (
+        [*CSV[:-1], CSV[-1] + ",,x"],
+        {"l.csv:10": "4 cells under 2 columns"},
+        {"emu": 1},
+    ),
+    "a line with more separators than its header": ([*CSV[:-1], CSV[-1] + ",,"], {}, {}),
     "quoted": (["path,label", *(f'"{text.split()[0]}","{text.split()[1]}"' for text in LINES)], {}, {}),
-    "a quote that does not end": ([*CSV[:-1], '"emu/1.png,2'], {"l.csv:10": "not understood: no label"}, {"emu": 1}),
+    "a quote without its pair": ([*CSV[:-1], 'emu/1.png",2'], {"l.csv:10": "a quote without its pair"}, {"emu": 1}),
     "empty lines": ([CSV[0], "", *CSV[1:], ",,", ""], {}, {}),
 }
 

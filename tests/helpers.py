@@ -1,4 +1,4 @@
-"""What several test files build: a tiny network, configs with fields set, states as numbers, benchmarks as modules."""
+"""What several test files build: a tiny network, configs with fields set, states as numbers, folders, benchmarks."""
 
 import contextlib
 import dataclasses
@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from mfm_jax import config as config_lib
 from mfm_jax import models
+from mfm_jax.data.listing import Listing
 from mfm_jax.types import no_modulation
 
 REPOSITORY = Path(__file__).parents[1]
@@ -72,6 +73,28 @@ def arrays(tree: Any) -> Any:
     """Returns `tree` with its PRNG keys as numbers, on the host."""
     is_key = lambda x: jnp.issubdtype(x.dtype, jax.dtypes.prng_key)  # noqa: E731
     return jax.device_get(jax.tree.map(lambda x: jax.random.key_data(x) if is_key(x) else x, tree))
+
+
+def tree(root: Path, *files: str) -> Path:
+    """Makes empty files, and returns `root`."""
+    for file in files:
+        (root / file).parent.mkdir(parents=True, exist_ok=True)
+        (root / file).touch()
+    return root
+
+
+def written(root: Path, text: str | bytes, name: str = "train.txt") -> dict[str, Path]:
+    """Writes a list file, and returns the argument of `listing.lists` that names it."""
+    (root / name).write_bytes(text.encode() if isinstance(text, str) else text)
+    return {"train": root / name}
+
+
+def listed(found: Listing) -> list[tuple[str, str, str]]:
+    """Returns path, class and split of each picture of a listing."""
+    return [
+        (path, found.class_names[label], str(split))
+        for path, label, split in zip(found.paths, found.labels, found.splits, strict=True)
+    ]
 
 
 @contextlib.contextmanager

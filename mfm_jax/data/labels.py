@@ -10,7 +10,6 @@ from collections.abc import Collection, Iterator, Mapping
 from mfm_jax.data.walk import Problem
 
 _WHOLE = re.compile(r"-?(0|[1-9][0-9]{0,17})")
-_FEW = 1 / 20  # of all lines, whose labels may be mistakes where the others are numbers
 _CHANGED = {  # what a spreadsheet, or a table of numbers, makes of other things
     "a date": r"\d{1,2}-[A-Z][a-z]{2}(-\d{2,4})?|[A-Z][a-z]{2}-\d{2}|\d{1,2}([-/.])\d{1,2}\2\d{4}"
     r"|\d{4}([-/.])\d{1,2}\3\d{1,2}|\d{1,2}/\d{1,2}/\d{2}",
@@ -29,17 +28,19 @@ def not_numbers(uses: Mapping[str, int]) -> dict[str, str] | None:
     whole = {label: int(label) for label in uses if _WHOLE.fullmatch(label)}
     # A few classes may have lost all their lines, but not most of them: beyond that a number is no class.
     beyond = 2 * len(whole)
-    others = {}
+    others: dict[str, str] = {}
     for label in uses:
         number = whole.get(label)
         if number is None:
-            others[label] = f"label {label!r} is no class number, as most labels are"
+            others[label] = f"label {label!r} is no whole number, as the others are"
         elif number < 0:
             others[label] = f"label {number} is negative"
         elif number >= beyond:
             others[label] = f"label {number} is out of range for {beyond // 2} different labels"
-    doubtful = sum(uses[label] for label in others if whole.get(label, 0) >= 0)
-    numbered = "0" in uses and len(uses) - len(others) > 1 and doubtful <= _FEW * sum(uses.values())
+    classes = [uses[label] for label in uses if label not in others]
+    # What stands in about as many lines as a class does is the name of one; -1 never is.
+    most = max((uses[label] for label in others if whole.get(label, 0) >= 0), default=0)
+    numbered = "0" in uses and len(classes) > 1 and 2 * most * len(classes) < sum(classes)
     return others if numbered else None
 
 

@@ -39,8 +39,8 @@ def read(file: Path, field: str) -> Iterator[Line]:
       field: what errors begin with.
 
     Raises:
-      UserError: the file cannot be read, is no text, or has labels or groups that are not UTF-8; or a CSV file lacks the
-        columns, has one of them twice, or has a quoted cell that does not end on its line.
+      UserError: the file cannot be read, is no text, or has labels or groups that are not UTF-8; a CSV file lacks the
+        columns, has one of them twice, or a quoted cell that does not end on its line.
     """
     lines = _text(file, field).split("\n")
     begin, separators = _begin(lines)

@@ -58,7 +58,7 @@ def read(root: Path, files: Mapping[str, Path], problems: list[Problem]) -> tupl
     missing = [name for name in names if name not in trained]
     if missing:
         what = ", ".join(missing[:20]) + (f" and {len(missing) - 20} more" if len(missing) > 20 else "")
-        hint = "" if others is None else "; whole numbers from 0 are class numbers, and none may be left out"
+        hint = "" if others is None else "; whole numbers from 0 count the classes, without gaps"
         problems.append(Problem(files["train"].name, f"no training picture of class {what}{hint}"))
     return rows, names
 
