@@ -473,7 +473,7 @@ LISTS = {
     ),
     "a class without pictures": (
         [*LINES[:-2], "emu/0.png 4", "emu/1.png 4"],
-        {"l": "no training picture of class 2, 3; whole numbers from 0 count the classes, without gaps"},
+        {"l": r"no training picture of class 2, 3; .*: leave none out"},
         None,
     ),
     "a comma for the space": (line(2, "cat/1.png,0"), {"l:2": "not understood: no label"}, {"cat": 3}),
@@ -515,7 +515,8 @@ def test_a_damaged_list_is_told(root, name):
     file.write_text("\n".join(lines))
     found = listing.lists(root, {"train": file})
     if counts is None:  # the folders no longer tell what a missing class is called
-        assert [tuple(problem) for problem in found.problems] == list(problems.items())
+        (problem,) = found.problems
+        assert re.fullmatch(problems[problem.path] + ".*", problem.reason)
         assert usable(found) == {"0": 4, "1": 3, "2": 0, "3": 0, "4": 2}
     else:
         check(found, Told(problems, counts))

@@ -317,7 +317,11 @@ def test_lines_add_up(many, lines, end, header):
         ("-1 1", "-1 1", ""),
         ("0 1 2 3 4 5 6 7 8 9 X", "0 1 2 3 4 5 6 7 8 9 X", ""),
         ("0 1 1 2 2 2 A A A", "0 1 2 A", ""),
-        ("0 1 3", "0 1 2 3", "txt: no training picture of class 2; whole numbers from 0 count the classes"),
+        (
+            "0 1 3",
+            "0 1 2 3",
+            "txt: no training picture of class 2; whole numbers from 0 count the classes: leave none out",
+        ),
         ("0 1 2 -1 -1 -1", "0 1 2", "txt:4: label -1 is negative"),
         ("0 0 0 1 1 1 l", "0 1", "txt:7: label 'l' is no whole number, as the others are"),
         ("0 0 0 1 1 1 01", "0 1", "txt:7: label '01' is no whole number, as the others are"),
@@ -330,6 +334,7 @@ def test_lines_add_up(many, lines, end, header):
         ("TRUE FALSE", "FALSE TRUE", ""),
         ("TRUE unsure FALSE", "FALSE TRUE unsure", "txt:1: label 'TRUE' is a truth value"),
         ("1.0 2.0", "1.0 2.0", ""),
+        ("1 1.5 2.0", "1 1.5 2.0", ""),
         ("1.0 two", "1.0 two", "txt:1: label '1.0' is a number with a fraction or an exponent"),
         ("2.31E+13 23A", "2.31E+13 23A", "txt:1: label '2.31E+13' is a number with a fraction or an exponent"),
         ("#N/A cat dog", "#N/A cat dog", "txt:1: label '#N/A' is a value that is missing"),
@@ -367,8 +372,8 @@ def test_words_are_names_in_alphabetical_order(pets):
 @pytest.mark.parametrize(
     ("train", "test", "missing"),
     [
-        ("0 1", "1 2", "2; whole numbers from 0"),  # one list counts from 0, the other from 1
-        ("1 2", "0 1", "0; whole numbers from 0"),
+        ("0 1", "1 2", "2; all lists count the classes from 0"),
+        ("1 2", "0 1", "0; all lists count the classes from 0"),
         ("cat dog", "dog emu", "emu"),
         ("cat dog", "0 1", "0, 1"),
     ],

@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterator, Mapping
 from mfm_jax.data.walk import Problem
 
 _WHOLE = re.compile(r"-?(0|[1-9][0-9]{0,17})")
+_NUMBER = re.compile(r"-?\d+(\.\d+)?")
 _CHANGED = {  # what a spreadsheet, or a table of numbers, makes of other things
     "a date": r"\d{1,2}-[A-Z][a-z]{2}(-\d{2,4})?|[A-Z][a-z]{2}-\d{2}|\d{1,2}([-/.])\d{1,2}\2\d{4}"
     r"|\d{4}([-/.])\d{1,2}\3\d{1,2}|\d{1,2}/\d{1,2}/\d{2}",
@@ -55,13 +56,15 @@ def changed(names: Mapping[str, str]) -> Iterator[Problem]:
     Args:
       names: class names, and where each stands first.
     """
-    for what, pattern in _CHANGED.items():
-        alike = [name for name in names if re.fullmatch(pattern, name)]
-        for name in alike if len(alike) < len(names) else ():
-            reason = f"label {name!r} is {what}, and other labels are not; a spreadsheet may have changed it"
-            yield Problem(names[name], reason)
     padded = min((len(name) for name in names if re.fullmatch("0[0-9]+", name)), default=0)
     for name, where in names.items():
         if len(name) < padded and re.fullmatch("[0-9]+", name):
             reason = f"label {name!r} is shorter than others that begin with 0; a spreadsheet takes zeros away"
             yield Problem(where, reason)
+    if all(map(_NUMBER.fullmatch, names)):
+        return
+    for what, pattern in _CHANGED.items():
+        alike = [name for name in names if re.fullmatch(pattern, name)]
+        for name in alike if len(alike) < len(names) else ():
+            reason = f"label {name!r} is {what}, and other labels are not; a spreadsheet may have changed it"
+            yield Problem(names[name], reason)

@@ -60,7 +60,7 @@ def read(file: Path, field: str) -> Iterator[Line]:
 
 def is_unicode(text: str) -> bool:
     """Whether a text that was read with "surrogateescape" is UTF-8."""
-    return text.encode(errors="ignore").decode() == text
+    return text.isascii() or text.encode(errors="ignore").decode() == text
 
 
 def _text(file: Path, field: str) -> str:

@@ -100,8 +100,8 @@ def folder(root: str | Path, group: str = "") -> Listing:
 def lists(root: str | Path, files: Mapping[str, str | Path], group: str = "") -> Listing:
     """Lists the pictures that list files name.
 
-    Whole numbers are class numbers from 0; the classes are then called as the folders of their pictures, where each has
-    one of its own. Other labels are class names, in alphabetical order. A picture that is named twice counts once, in
+    The whole numbers from 0 to K - 1 are class numbers; the classes are then called as the folders of their pictures,
+    where each has one of its own. Other labels are class names (`labels`). A picture that is named twice counts once, in
     two splits for the one further from training (test, meta, val, train), and with two labels not at all.
 
     Args:
@@ -203,7 +203,7 @@ def _strays(files: Iterable[str]) -> list[Problem]:
 
 def _too_few(root: Path, names: list[str], problems: list[Problem]) -> str:
     """Returns why fewer than two classes were found, and the way out."""
-    first = f"; not usable: {len(problems)}, the first {': '.join(problems[0])}" if problems else ""
+    first = list_files.first_reason(problems)
     if not names:
         return f"no picture in a class folder; put each class into a folder of its own{first}"
     inner = scan(root, names[0]).folders if (root / names[0]).is_dir() else []

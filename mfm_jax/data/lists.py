@@ -54,12 +54,7 @@ def read(root: Path, files: Mapping[str, Path], problems: list[Problem]) -> tupl
         raise UserError(
             f"data.train_list = {str(files['train'])!r}: names fewer than two classes{first_reason(problems)}"
         )
-    trained = {row.label for row in rows if row.split == "train"}
-    missing = [name for name in names if name not in trained]
-    if missing:
-        what = ", ".join(missing[:20]) + (f" and {len(missing) - 20} more" if len(missing) > 20 else "")
-        hint = "" if others is None else "; whole numbers from 0 count the classes, without gaps"
-        problems.append(Problem(files["train"].name, f"no training picture of class {what}{hint}"))
+    problems += _untrained(files["train"].name, rows, names, others is not None)
     return rows, names
 
 
@@ -154,6 +149,19 @@ def _once(rows: Iterable[Row], problems: list[Problem]) -> list[Row]:
             problems.append(Problem(row.where, f"{row.path} is listed {what}: {other.where}"))
     problems += [Problem(first[path].where, f"{path} has another label elsewhere") for path in sorted(contradicted)]
     return [row for path, row in first.items() if path not in contradicted]
+
+
+def _untrained(file: str, rows: list[Row], names: Iterable[str], numbered: bool) -> list[Problem]:
+    """Returns the problem that classes have no training picture, if so."""
+    trained, named = {row.label for row in rows if row.split == "train"}, {row.label for row in rows}
+    missing = [name for name in names if name not in trained]
+    what = ", ".join(missing[:20]) + (f" and {len(missing) - 20} more" if len(missing) > 20 else "")
+    hint = "; all lists count the classes from 0" if numbered else ""
+    if not named.issuperset(missing):
+        hint = (
+            "; whole numbers from 0 count the classes: leave none out, or make names of them with a letter before each"
+        )
+    return [Problem(file, f"no training picture of class {what}{hint}")] if missing else []
 
 
 def _numbered_names(rows: list[Row]) -> dict[str, str]:
