@@ -101,8 +101,8 @@ def lists(root: str | Path, files: Mapping[str, str | Path], group: str = "") ->
     """Lists the pictures that list files name.
 
     The whole numbers from 0 to K - 1 are class numbers; the classes are then called as the folders of their pictures,
-    where each has one of its own. Other labels are class names (`labels`). A picture that is named twice counts once, in
-    two splits for the one further from training (test, meta, val, train), and with two labels not at all.
+    where each has one of its own. Other labels are class names (see `labels`). A picture that is named twice counts
+    once, in two splits for the one further from training (test, meta, val, train), and with two labels not at all.
 
     Args:
       root: the folder that paths are relative to.
