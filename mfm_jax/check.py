@@ -15,10 +15,11 @@ from rich.table import Table
 from rich.text import Text
 
 from mfm_jax.config import resolve
-from mfm_jax.data import checking, listing, longtail
+from mfm_jax.data import checking, listing, longtail, walk
 from mfm_jax.data.checking import Checked, Duplicate
 from mfm_jax.data.listing import SPLITS, Listing
 from mfm_jax.data.pictures import Facts
+from mfm_jax.data.walk import Problem
 from mfm_jax.errors import UserError
 from mfm_jax.machine import disk
 from mfm_jax.workdir.files import Workdir
@@ -44,9 +45,12 @@ def check(config: ml_collections.ConfigDict, workdir: Path) -> int:
     checked = checking.check(found, data.workers)
     console = Console()
     _print_pictures(console, found, checked)
-    _print_problems(console, checked, workdir)
+    if found.passed:
+        console.print(walk.in_words(found.passed))
+    problems = (*checked.problems, *checked.contradictions)
+    _print_problems(console, problems, workdir)
     _print_duplicates(console, found, checked.duplicates, workdir)
-    return 2 if checked.problems else 0
+    return 2 if problems else 0
 
 
 def _print_pictures(console: Console, found: Listing, checked: Checked) -> None:
@@ -89,18 +93,18 @@ def _class_table(names: Sequence[str], counts: dict[str, longtail.Ints]) -> Tabl
     return table
 
 
-def _print_problems(console: Console, checked: Checked, workdir: Path) -> None:
+def _print_problems(console: Console, problems: Sequence[Problem], workdir: Path) -> None:
     file = Workdir(workdir).problems
     file.parent.mkdir(parents=True, exist_ok=True)
-    disk.write_rows(file, [("path", "reason"), *checked.problems])
-    if not checked.problems:
+    disk.write_rows(file, [("path", "reason"), *problems])
+    if not problems:
         console.print("no problems")
         return
-    console.print(f"{len(checked.problems):,} problem{'s' * (len(checked.problems) > 1)}:")
-    for path, reason in checked.problems[:_SHOWN]:
+    console.print(f"{len(problems):,} problem{'s' * (len(problems) > 1)}:")
+    for path, reason in problems[:_SHOWN]:
         console.print(Text("  ") + _shown(path) + Text(": ") + _shown(reason), soft_wrap=True)
-    if len(checked.problems) > _SHOWN:
-        console.print(f"  and {len(checked.problems) - _SHOWN:,} more in {file}", soft_wrap=True)
+    if len(problems) > _SHOWN:
+        console.print(f"  and {len(problems) - _SHOWN:,} more in {file}", soft_wrap=True)
 
 
 def _print_duplicates(console: Console, found: Listing, duplicates: Sequence[Duplicate], workdir: Path) -> None:

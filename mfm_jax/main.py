@@ -27,6 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mfm_jax import check, command
+from mfm_jax.data import walk
 from mfm_jax.errors import UserError
 from mfm_jax.machine import cluster
 from mfm_jax.workdir.files import Workdir
@@ -100,6 +101,8 @@ def _evaluate(config: ml_collections.ConfigDict) -> int:
     print_results(results)
     for path, problem in results["unread"].items():
         print(f"could not be read: {path.encode(errors='backslashreplace').decode()}: {problem}")
+    if results["passed_over"]:
+        print(walk.in_words(results["passed_over"]))
     print(f"report: {page}")
     return 1 if results["unread"] else 0
 

@@ -2,11 +2,12 @@
 
     python -m mfm_jax.predict --checkpoint=runs/cifar10 pictures/ one.jpg --out=predictions.csv
 
-Takes files and folders, with the folders below them. Writes a CSV file with a row for each picture: path, class,
-probability, and the next likely classes. A file that cannot be read has a row too, with the reason in the column
-`problem`. An interrupted command leaves its rows in OUT.part; the same command starts anew. Exit status: 0 every
-picture was read; 1 some could not be, the others are in the file; 2 a mistake in the command or the run, told in one
-line, and no file; 75 interrupted.
+Takes files and folders, with the folders below them; hidden files, and files that are no pictures by their names, are
+passed over and counted on the standard error. Writes a CSV file with a row for each picture: path, class, probability,
+and the next likely classes. A file that cannot be read has a row too, with the reason in the column `problem`. An
+interrupted command leaves its rows in OUT.part; the same command starts anew. Exit status: 0 every picture was read; 1
+some could not be, the others are in the file; 2 a mistake in the command or the run, told in one line, and no file; 75
+interrupted.
 """
 
 if __name__ == "__main__":  # before the other imports start threads; being imported changes no process
@@ -18,7 +19,8 @@ import csv
 import functools
 import itertools
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,10 +37,11 @@ from mfm_jax.machine.interruption import EXIT_INTERRUPTED, Interrupted
 
 
 class Counts(NamedTuple):
-    """How many files were read, and how many could not be."""
+    """How many files were read, and how many could not be or were passed over."""
 
     read: int
     unread: int
+    passed: Mapping[str, int]  # by kind
 
 
 def write_csv(
@@ -72,23 +75,25 @@ def write_csv(
     """
     if out.is_dir():
         raise UserError(f"--out={out}: a folder; name a file")
-    total = sum(1 for _ in walk.given(places))
+    passed: Counter[str] = Counter()
+    total = sum(1 for _ in walk.given(places, passed))
     if not total:
-        raise UserError(f"{', '.join(map(str, places))}: no pictures there")
+        beside = f"; {walk.in_words(passed)}" if passed else ""
+        raise UserError(f"{', '.join(map(str, places))}: no pictures there{beside}")
     names, top, unread = classifier.class_names, min(top, len(classifier.class_names)), 0
     part = out.with_name(f"{out.name}.part")
     part.parent.mkdir(parents=True, exist_ok=True)
     with part.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file, _progress_bar() as bar:
         writer, task = csv.writer(file), bar.add_task(out.name, total=total)
         writer.writerow(_header(names, top, all_classes))
-        for batch, probabilities in predicted(classifier, walk.given(places), batch_size, workers):
+        for batch, probabilities in predicted(classifier, walk.given(places, Counter()), batch_size, workers):
             for item, row in zip(batch, probabilities, strict=True):
                 writer.writerow(_row(item, row, names, top, all_classes))
             unread += sum(item.image is None for item in batch)
             file.flush()
             bar.advance(task, len(batch))
     part.replace(out)
-    return Counts(total - unread, unread)
+    return Counts(total - unread, unread, dict(passed))
 
 
 def predicted(
@@ -151,6 +156,8 @@ def main(argv: Sequence[str]) -> int:
     except (Interrupted, KeyboardInterrupt):
         print(f"interrupted; the rows so far are in {options.out}.part", file=sys.stderr)
         return EXIT_INTERRUPTED
+    if counts.passed:
+        print(walk.in_words(counts.passed), file=sys.stderr)
     unread = f"; {counts.unread:,} could not be read (column `problem`)" if counts.unread else ""
     print(f"{options.out}: {counts.read:,} pictures{unread}")
     return 1 if counts.unread else 0

@@ -11,13 +11,13 @@ from mfm_jax.workdir.files import Workdir
 
 PACKAGE = Path(__file__).parents[1] / "mfm_jax"
 ORDER = (  # the files of a line import those of the lines above it alone
-    "data.pictures data.workers errors evaluation inference machine machine.allocator machine.cache methods "
+    "data.formats data.workers errors evaluation inference machine machine.allocator machine.cache methods "
     "methods.smote models.normalization pages study training types workdir machine.disk",
-    "bilevel.hypergrad bilevel.losses bilevel.modulation bilevel.passes data.decode data.list_text data.longtail "
-    "data.manifest data.streaming data.walk fields machine.cluster machine.parallel models.native models.tuning "
-    "models.vit workdir.integrity workdir.ownership",
-    "data.labels data.spelling evaluation.metrics machine.interruption machine.versions methods.heads methods.settings "
-    "models.convolution",
+    "bilevel.hypergrad bilevel.losses bilevel.modulation bilevel.passes data.list_text data.longtail data.manifest "
+    "data.pictures data.walk fields machine.cluster machine.parallel models.native models.tuning models.vit "
+    "workdir.integrity workdir.ownership",
+    "data.decode data.labels data.spelling data.streaming evaluation.metrics machine.interruption machine.versions "
+    "methods.heads methods.settings models.convolution",
     "config.groups data.lists models.imagenet models.resnet",
     "config.consistency models.catalog",
     "config.schema models",

@@ -12,7 +12,8 @@ import json
 import logging
 import os
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -54,6 +55,7 @@ class Checked:
 
     facts: tuple[Facts | None, ...]  # [N], in the listing's order; None for a picture that cannot be used
     problems: tuple[Problem, ...]  # the listing's, then those of the pictures
+    contradictions: tuple[Problem, ...]  # pictures that are used, though others of equal bytes are in other classes
     duplicates: tuple[Duplicate, ...]  # each picture at most once as `second`
 
 
@@ -84,8 +86,12 @@ def check(listing: Listing, workers: int = 2, progress: bool = True) -> Checked:
             else:
                 problems.append(Problem(listing.paths[i], found))
             advance()
-    files = [stamp[:2] for stamp in stamps]
-    return Checked(tuple(facts), (*listing.problems, *problems), tuple(_duplicates(listing, facts, files)))
+    duplicates = tuple(_duplicates(listing, facts, [stamp[:2] for stamp in stamps]))
+    copied = _classes_of_copies(listing, facts)
+    problems += [Problem(listing.class_names[label], reason) for label, reason in copied.items()]
+    facts = [None if label in copied else fact for label, fact in zip(listing.labels.tolist(), facts, strict=True)]
+    contradictions = tuple(_contradictions(listing, facts, duplicates))
+    return Checked(tuple(facts), (*listing.problems, *problems), contradictions, duplicates)
 
 
 def _looked_at(paths: Sequence[Path], workers: int) -> Iterator[Facts | str]:
@@ -200,6 +206,38 @@ def _duplicates(
     shapes = np.array([shape for _, _, shape in distinct], np.float64)
     for first, second in alike(looks, shapes):
         yield Duplicate("alike", distinct[first][0], distinct[second][0])
+
+
+def _classes_of_copies(listing: Listing, facts: Sequence[Facts | None]) -> dict[int, str]:
+    """Returns the classes of which every picture has the bytes of one in another class, with the reason, by label.
+
+    Larger classes come first: where a folder holds the whole set once more, that is the one, and no class in it.
+    """
+    classes: defaultdict[str, set[int]] = defaultdict(set)
+    contents: defaultdict[int, set[str]] = defaultdict(set)
+    for label, fact in zip(listing.labels.tolist(), facts, strict=True):
+        if fact:
+            classes[fact.digest].add(label)
+            contents[label].add(fact.digest)
+    found: dict[int, str] = {}
+    for label in sorted(contents, key=lambda label: (-len(contents[label]), -label)):
+        others = [classes[digest] - {label} - found.keys() for digest in contents[label]]
+        if all(others):
+            names = [listing.class_names[other] for other in sorted(set().union(*others))]
+            told = ", ".join(map(repr, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+            found[label] = f"a class of copies: the files of all its pictures are in {told}, too; remove one of the two"
+    return found
+
+
+def _contradictions(
+    listing: Listing, facts: Sequence[Facts | None], duplicates: Iterable[Duplicate]
+) -> Iterator[Problem]:
+    """Yields each picture whose bytes are those of an earlier one in another class."""
+    for kind, first, second in duplicates:
+        differ = listing.labels[first] != listing.labels[second]
+        if kind != "alike" and differ and facts[first] and facts[second]:
+            other = f"{listing.paths[first]} in class {listing.class_names[listing.labels[first]]!r}"
+            yield Problem(listing.paths[second], f"equal to {other}; one of the two labels is wrong")
 
 
 def alike(looks: npt.NDArray[np.uint64], shapes: npt.NDArray[np.float64]) -> list[tuple[int, int]]:

@@ -18,12 +18,13 @@ from rich.console import Console
 from rich.progress import Progress
 
 from mfm_jax.config import Data
-from mfm_jax.data import checking, listing, longtail, streaming
+from mfm_jax.data import checking, listing, longtail, streaming, walk
 from mfm_jax.data.kept import cached
 from mfm_jax.data.listing import Listing
 from mfm_jax.data.pictures import FORMAT, Facts
 from mfm_jax.data.sources import PROGRESS_FROM, TEST_SEED, Images, Labels, Pixels, Source
 from mfm_jax.data.streaming import Files
+from mfm_jax.data.walk import Problem
 from mfm_jax.errors import UserError
 
 _BATCH = 256  # pictures that are decoded at a time
@@ -111,17 +112,30 @@ def _sound(config: Data, found: Listing) -> _Sound:
     checked = checking.check(found, config.workers)
     bad = [path for path, fact in zip(found.paths, checked.facts, strict=True) if fact is None]
     sound = found.without(bad)
-    lines = [f"{problem.path}: {problem.reason}" for problem in checked.problems]
+    lines, shown = _lines(checked.problems)
+    count = f"{len(lines)} problem{'s' * (len(lines) > 1)}"
+    if lines and config.on_bad_image == "error":
+        way_out = ", or go on without it with data.on_bad_image = 'skip'" if _trains_all(sound) else ""
+        raise UserError(f"data.root = {config.root!r}: {count}; repair or remove what is named{way_out}\n  {shown}")
+    if found.passed:
+        print(walk.in_words(found.passed), file=sys.stderr)
     if lines:
-        more = [f"and {len(lines) - _SHOWN} more; --mode=check lists all"] if len(lines) > _SHOWN else []
-        shown = "\n  ".join([*lines[:_SHOWN], *more])
-        count = f"{len(lines)} problem{'s' * (len(lines) > 1)}"
-        if config.on_bad_image == "error":
-            way_out = ", or leave it out with data.on_bad_image = 'skip'" if _trains_all(sound) else ""
-            raise UserError(f"data.root = {config.root!r}: {count}; repair or remove what is named{way_out}\n  {shown}")
-        print(f"warning: left out, {count}:\n  {shown}", file=sys.stderr)
-    duplicates = [(kind, found.paths[first], found.paths[second]) for kind, first, second in checked.duplicates]
+        print(f"warning: {count}; the pictures that are named are left out:\n  {shown}", file=sys.stderr)
+    if checked.contradictions:
+        print(f"warning: one picture in two classes:\n  {_lines(checked.contradictions)[1]}", file=sys.stderr)
+    duplicates = [
+        (kind, found.paths[first], found.paths[second])
+        for kind, first, second in checked.duplicates
+        if checked.facts[first] and checked.facts[second]
+    ]
     return _Sound(sound, [fact for fact in checked.facts if fact], lines, duplicates)
+
+
+def _lines(problems: Sequence[Problem]) -> tuple[list[str], str]:
+    """Returns a line for each problem, and the first of them as one text."""
+    lines = [f"{problem.path}: {problem.reason}" for problem in problems]
+    more = [f"and {len(lines) - _SHOWN} more; --mode=check lists all"] if len(lines) > _SHOWN else []
+    return lines, "\n  ".join([*lines[:_SHOWN], *more])
 
 
 def _trains_all(found: Listing) -> bool:

@@ -1,7 +1,7 @@
 """Which pictures a folder or a list file names, with their classes and splits; no picture is opened.
 
-A folder has one sub-folder a class, or `train`, `val`, `meta` and `test` with such sub-folders in them; `walk` has the
-rules for what lies below. `lists` reads list files.
+A folder has one sub-folder a class, or sub-folders for the splits with such sub-folders in them; `walk` has the rules
+for what lies below. `lists` reads list files.
 
 What somebody may not have meant (a file that is no picture, a link that leads nowhere, a line that is not understood, a
 picture in two splits) becomes a `Problem` and is left out. What leaves no sensible set raises `UserError`.
@@ -10,9 +10,11 @@ picture in two splits) becomes a `Problem` and is left out. What leaves no sensi
 import itertools
 import posixpath
 import re
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -20,10 +22,29 @@ import numpy.typing as npt
 from mfm_jax.config import Data
 from mfm_jax.data import lists as list_files
 from mfm_jax.data.lists import SPLITS, Row
-from mfm_jax.data.walk import Problem, not_a_picture, scan, walk
+from mfm_jax.data.walk import Problem, class_name, look_alikes, not_a_picture, scan, walk
 from mfm_jax.errors import UserError
 
-_SPLIT_FOLDERS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "meta": "meta", "test": "test"}
+_SPLIT_WORDS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
+    "meta": "meta",
+    **dict.fromkeys(("test", "testing"), "test"),
+    **dict.fromkeys(("eval", "evaluation"), "eval"),  # test or, where there is one beside it, val
+}
+_SPLIT_FOLDER = re.compile(
+    rf"(?:(?:images?|imgs?|data|seg)[\W_]+)?({'|'.join(_SPLIT_WORDS)})"
+    r"(?:[\W_]*(?:set|data|dataset|images?|imgs?|split|folder))?",
+    re.IGNORECASE,
+)
+
+
+class ClassFolder(NamedTuple):
+    """A folder of one class; `path` and `pictures`, sorted a folder at a time, are relative to the root."""
+
+    name: str  # of the class
+    path: str
+    pictures: list[str]
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +58,7 @@ class Listing:
     splits: npt.NDArray[np.str_]  # [N], of SPLITS; all "train" where the data has no splits
     groups: tuple[str, ...]  # [N], "" where a picture has none
     problems: tuple[Problem, ...]
+    passed: Mapping[str, int] = field(default_factory=dict)  # how many hidden files and the like, by kind
 
     def without(self, bad: Collection[str]) -> "Listing":
         """Returns the listing less the pictures whose paths are in `bad`; classes and problems stay."""
@@ -77,24 +99,32 @@ def folder(root: str | Path, group: str = "") -> Listing:
     """
     root, pattern = _existing(root), _pattern(group)
     problems: list[Problem] = []
+    passed: Counter[str] = Counter()
     rows: list[Row] = []
-    for level, split in _levels(root, problems):
-        content = scan(root, level)
-        problems += [*content.problems, *_strays(content.files)]
-        for path in content.folders:
-            found = list(walk(root, path))
-            problems += [Problem(file, wrong) for file, wrong in found if wrong]
-            pictures = [file for file, wrong in found if not wrong]
+    for level, split in _levels(root, problems, passed):
+        for name, path, pictures in class_folders(root, level, problems, passed):
             if not pictures:
                 problems.append(Problem(path, "a class folder without a picture"))
-            name = posixpath.basename(path)
             rows += [Row(picture, name, split, "", picture) for picture in pictures]
     names = sorted({row.label for row in rows})
     if len(names) < 2:
         raise UserError(f"data.root = {str(root)!r}: {_too_few(root, names, problems)}")
     trained = {row.label for row in rows if row.split == "train"}
     problems += [Problem(name, "a class without a training picture") for name in names if name not in trained]
-    return _listing(root, names, rows, problems, pattern)
+    return replace(_listing(root, names, rows, problems, pattern), passed=dict(passed))
+
+
+def class_folders(root: Path, level: str, problems: list[Problem], passed: Counter[str]) -> Iterator[ClassFolder]:
+    """Yields the folders of classes in the folder `level`, relative to `root`; of one name, there may be several.
+
+    What cannot be used is added to `problems`, and what is passed over counted in `passed`.
+    """
+    content = scan(root, level, passed)
+    problems += [*content.problems, *_strays(content.files)]
+    for path in content.folders:
+        found = list(walk(root, path, passed))
+        problems += [Problem(file, wrong) for file, wrong in found if wrong]
+        yield ClassFolder(class_name(posixpath.basename(path)), path, [file for file, wrong in found if not wrong])
 
 
 def lists(root: str | Path, files: Mapping[str, str | Path], group: str = "") -> Listing:
@@ -149,6 +179,7 @@ def _listing(
     for name in class_names:
         if name.encode(errors="ignore").decode() != name:
             raise UserError(f"data.root = {str(root)!r}: the name of class {name!r} is not UTF-8; rename its folder")
+    problems += look_alikes(class_names)
     return Listing(
         root=root,
         class_names=class_names,
@@ -173,28 +204,64 @@ def _group(pattern: re.Pattern[str] | None, path: str) -> str:
 # Folders
 
 
-def _levels(root: Path, problems: list[Problem]) -> list[tuple[str, str]]:
+def _levels(root: Path, problems: list[Problem], passed: Counter[str]) -> list[tuple[str, str]]:
     """Returns the folders that hold class folders, relative to `root`, each with its split.
 
     What lies in `root` beside splits is added to `problems`.
     """
-    folders, files, beside = scan(root)
-    splits = [(name, _SPLIT_FOLDERS[name.lower()]) for name in folders if name.lower() in _SPLIT_FOLDERS]
-    found = {split for _, split in splits}
-    others = sorted(set(folders) - {name for name, _ in splits})
+    beside: Counter[str] = Counter()
+    folders, files, wrong = scan(root, "", beside)
+    words = {name: found[1].lower() for name in folders if (found := _SPLIT_FOLDER.fullmatch(name))}
+    others = [name for name in folders if name not in words]
     if others:  # a class may be called "train", too: then it holds pictures, not classes
-        divided = [name for name, _ in splits if scan(root, name).folders]
+        divided = [name for name in words if scan(root, name, Counter()).folders]
         if divided:
             raise UserError(
                 f"data.root = {str(root)!r}: {divided[0]!r} holds folders, as a split does, but {others[0]!r} beside it"
-                f" is no split ({', '.join(_SPLIT_FOLDERS)}); rename or move one of them"
+                f" is no split ({', '.join(_SPLIT_WORDS)}); rename or move one of them"
             )
-    if others or not splits:
+    if others or not words:
+        _check_no_splits(root, folders)
         return [("", "train")]
-    if "train" not in found:
-        raise UserError(f"data.root = {str(root)!r}: holds the splits {', '.join(sorted(found))} but no folder 'train'")
-    problems += [*beside, *_strays(files)]
+    splits = _splits(root, words)
+    for name in splits:
+        _check_no_splits(root, scan(root, name, Counter()).folders)
+    problems += [*wrong, *_strays(files)]
+    passed.update(beside)
+    return list(splits.items())
+
+
+def _splits(root: Path, words: Mapping[str, str]) -> dict[str, str]:
+    """Returns the split of each folder by the word for it in its name."""
+    evaluation = "val" if "test" in map(_SPLIT_WORDS.get, words.values()) else "test"
+    splits = {name: evaluation if _SPLIT_WORDS[word] == "eval" else _SPLIT_WORDS[word] for name, word in words.items()}
+    first: dict[str, str] = {}
+    for name, split in splits.items():
+        if first.setdefault(split, name) != name:
+            raise UserError(
+                f"data.root = {str(root)!r}: {first[split]!r} and {name!r} are both the split {split}; merge them, or"
+                " move one away"
+            )
+    if "train" not in first:
+        raise UserError(f"data.root = {str(root)!r}: holds the splits {', '.join(sorted(first))} but no folder 'train'")
     return splits
+
+
+def _check_no_splits(root: Path, folders: list[str]) -> None:
+    """Refuses folders that hold no picture of their own and mostly the same folders: they may be splits or classes."""
+    inside: list[set[str]] = []
+    for folder in folders:
+        content = scan(root, folder, Counter())
+        if not all(map(not_a_picture, content.files)):
+            return
+        inside.append({class_name(posixpath.basename(path)) for path in content.folders})
+    common = sorted(set.intersection(*inside)) if len(inside) > 1 else []
+    if len(common) > 1 and all(2 * len(common) > len(names) for names in inside):
+        raise UserError(
+            f"data.root = {str(root)!r}: {folders[0]!r} and {folders[1]!r} hold no picture of their own, but the same"
+            f" folders, such as {common[0]!r} and {common[1]!r}; if they are splits, call them train, val and test, or"
+            " choose one as data.root; if they are classes, name their pictures in a list (data.source = 'list')"
+        )
 
 
 def _strays(files: Iterable[str]) -> list[Problem]:
@@ -206,6 +273,6 @@ def _too_few(root: Path, names: list[str], problems: list[Problem]) -> str:
     first = list_files.first_reason(problems)
     if not names:
         return f"no picture in a class folder; put each class into a folder of its own{first}"
-    inner = scan(root, names[0]).folders if (root / names[0]).is_dir() else []
+    inner = scan(root, names[0], Counter()).folders if (root / names[0]).is_dir() else []
     hint = f"; is {str(root / names[0])!r} meant?" if len(inner) > 1 else ""
     return f"only one class, {names[0]!r}{hint}{first}"

@@ -19,12 +19,11 @@ import numpy as np
 import numpy.typing as npt
 from PIL import ExifTags, Image, ImageOps
 
-SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff")
+from mfm_jax.data.formats import FORMATS, no_decoder
+
 FORMAT = 2  # of what is decoded and told, to be counted up when it changes: caches are named by it
 MAX_PIXELS = 100_000_000  # 300 MB decoded as RGB: more is a mistake or an attack
 MAX_BYTES = 1 << 30
-# Pillow knows more; some of that starts other programs (EPS) or depends on how it was built.
-_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM", "TIFF")
 _GREY_MODES = ("1", "L", "LA", "La")
 
 
@@ -162,6 +161,8 @@ def _random_box(rng: np.random.Generator, width: float, height: float, min_area:
 
 
 def _content(path: Path) -> bytes:
+    if reason := no_decoder(path):
+        raise BadPicture(reason)
     try:
         facts = path.stat()
         if not stat.S_ISREG(facts.st_mode):  # a read of a pipe would wait for ever
@@ -186,7 +187,7 @@ def _reasons() -> Iterator[None]:
     except BadPicture:
         raise
     except Image.UnidentifiedImageError as error:
-        raise BadPicture(f"not an image ({', '.join(_FORMATS).lower()})") from error
+        raise BadPicture(f"not an image ({', '.join(FORMATS).lower()})") from error
     except Image.DecompressionBombError as error:
         raise BadPicture(f"has more than {MAX_PIXELS // 1_000_000} million pixels") from error
     except Exception as error:
@@ -203,7 +204,7 @@ def _decoded(content: bytes, least: int = 0) -> tuple[Image.Image, Box]:
     With `least`, a JPEG may be decoded at a half, a quarter or an eighth, its sides not below that many pixels. Sides
     that do not divide then end within the last pixel.
     """
-    picture = Image.open(io.BytesIO(content), formats=_FORMATS)
+    picture = Image.open(io.BytesIO(content), formats=FORMATS)
     if picture.width * picture.height > MAX_PIXELS:
         raise BadPicture(f"has more than {MAX_PIXELS // 1_000_000} million pixels")
     drafted = None

@@ -7,7 +7,8 @@ What training wrote stays as it is; an evaluation has a folder of its own, with 
 import contextlib
 import dataclasses
 import sys
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ from mfm_jax import config as config_lib
 from mfm_jax import data as data_lib
 from mfm_jax import predict
 from mfm_jax.config import Config
-from mfm_jax.data import walk
+from mfm_jax.data import listing, walk
+from mfm_jax.data.walk import Problem
 from mfm_jax.errors import UserError
 from mfm_jax.evaluation import classifier
 from mfm_jax.evaluation import results as results_lib
@@ -53,7 +55,8 @@ def evaluate_run(
 
     Returns:
       (the content of `results.json`, the path of the report). The former has the form of a training run's; its `split`
-      is "outside" for a folder, and `unread` then lists the files that could not be read, with the reasons.
+      is "outside" for a folder; `unread` then has the reason of each file that could not be read, and `passed_over` how
+      many hidden files, and others that are no pictures, there are of each kind.
       `pretrained` names the file of weights that were not trained on, "" for a run.
 
     Raises:
@@ -79,8 +82,10 @@ def evaluate_run(
         if not run.results.exists():
             print(f"warning: the run in {workdir} has not finished; this is its step {last.step}", file=sys.stderr)
     unread: dict[str, str] = {}
+    passed: Counter[str] = Counter()
     if folder:
-        split, asked = "outside", _on_folder(folder, last.class_names, given, unread)
+        label = _labels(folder, last.class_names, unread, passed)
+        split, asked = "outside", _on_files(folder, label, given, unread)
     else:
         data = data or data_lib.build(given)
         run.check_split(data.manifest)
@@ -91,6 +96,7 @@ def evaluate_run(
         "folder": str(folder or ""),
         "pretrained": given.model.pretrained if as_is else "",
         "unread": unread,
+        "passed_over": dict(passed),
         "versions": versions.versions(),
     }
     out.mkdir(parents=True, exist_ok=True)
@@ -113,12 +119,39 @@ def _check_config(given: Config, run: Workdir) -> None:
         )
 
 
-def _on_folder(folder: Path, class_names: Sequence[str], config: Config, unread: dict[str, str]) -> Asked:
-    """Returns the question for the pictures in `folder` that can be read; the others are noted in `unread`."""
-    _check_classes(folder, class_names)
-    label = {path: k for k, name in enumerate(class_names) for path in walk.given([folder / name])}
+def _labels(folder: Path, class_names: Sequence[str], unread: dict[str, str], passed: Counter[str]) -> dict[Path, int]:
+    """Returns the label of each file in `folder` that may be a picture; what cannot be is added to the other two."""
+    if not folder.is_dir():
+        raise UserError(f"--eval_folder={folder}: no such folder")
+    problems: list[Problem] = []
+    folders = list(listing.class_folders(folder, "", problems, passed))
+    number = {walk.class_name(name): k for k, name in enumerate(class_names)}
+    _check_classes(folder, {found.name for found in folders}, number.keys())
+    for path, reason in problems:
+        if reason == walk.NOT_A_PICTURE:
+            passed[reason] += 1
+        else:
+            unread[str(folder / path)] = reason
+    label = {folder / path: number[found.name] for found in folders for path in found.pictures}
     if not label:
         raise UserError(f"--eval_folder={folder}: no pictures there")
+    return label
+
+
+def _check_classes(folder: Path, there: Set[str], known: Set[str]) -> None:
+    missing, unknown = sorted(known - there), sorted(there - known)
+    if missing or unknown:
+        differences = (("missing", missing), ("unknown", unknown))
+        told = "; ".join(f"{word}: {', '.join(names)}" for word, names in differences if names)
+        alike = "".join(f"; {problem.path} is {problem.reason}" for problem in walk.look_alikes([*missing, *unknown]))
+        raise UserError(
+            f"--eval_folder={folder}: its folders are not the classes of the run ({told}); a class without pictures has"
+            f" an empty folder{alike}"
+        )
+
+
+def _on_files(folder: Path, label: Mapping[Path, int], config: Config, unread: dict[str, str]) -> Asked:
+    """Returns the question for the files in `folder` that can be read; the others are noted in `unread`."""
     size, workers = config.eval.batch_size, config.data.workers
 
     def asked(trained: Classifier) -> Answers:
@@ -134,17 +167,3 @@ def _on_folder(folder: Path, class_names: Sequence[str], config: Config, unread:
         return Answers(np.concatenate(probabilities), np.asarray(labels))
 
     return asked
-
-
-def _check_classes(folder: Path, class_names: Sequence[str]) -> None:
-    if not folder.is_dir():
-        raise UserError(f"--eval_folder={folder}: no such folder")
-    there = {path.name for path in folder.iterdir() if path.is_dir() and not walk.passed_over(path.name)}
-    known = set(class_names)
-    if there != known:
-        differences = (("missing", known - there), ("unknown", there - known))
-        told = "; ".join(f"{word}: {', '.join(sorted(names))}" for word, names in differences if names)
-        raise UserError(
-            f"--eval_folder={folder}: its folders are not the classes of the run ({told}); a class without pictures has"
-            " an empty folder"
-        )

@@ -18,6 +18,7 @@ from typing import Any
 import jinja2
 import numpy as np
 
+from mfm_jax.data import walk
 from mfm_jax.data.manifest import factor_in_words
 from mfm_jax.machine import disk
 from mfm_jax.pages import figures, style
@@ -93,7 +94,8 @@ def _content(run: Finished) -> dict[str, Any]:
         "best": best,
         "columns": [(title, source.get("epoch"), source[split]) for title, source, split in evaluations],
         "summary_rows": SUMMARY_ROWS,
-        "warnings": [str(row.get("sentence")) for row in run.rows["warning"]],
+        "warnings": [str(row.get("sentence")) for row in run.rows["warning"]] + _unread(run.results),
+        "passed_over": walk.in_words(passed) if (passed := run.results.get("passed_over")) else "",
         "tiles": [(SUMMARY_ROWS[i][0], run.shown.get(SUMMARY_ROWS[i][1])) for i in (1, 0, 7, 10)],
         "pictures": _pictures(run),
         "class_rows": _class_rows(run) if len(run.classes.names) <= TABLE_CLASSES else [],
@@ -101,6 +103,12 @@ def _content(run: Finished) -> dict[str, Any]:
         "num_train": int(run.classes.counts.sum()),
         "config": json.dumps(run.config, indent=2, ensure_ascii=False),
     }
+
+
+def _unread(results: dict[str, Any]) -> list[str]:
+    number = len(results.get("unread", ()))
+    which = "One file of the folder" if number == 1 else f"{number:,} files of the folder"
+    return [f"{which} could not be read; results.json has the reasons under unread."] if number else []
 
 
 def _pictures(run: Finished) -> dict[str, Picture | None]:
