@@ -87,7 +87,26 @@ def test_problems_are_listed_and_give_status_2(run, root):
     assert lines[0] == "6 pictures in 2 classes, 5 grey and 1 in colour"  # those that can be used
     for i in range(25):
         (root / f"train/cat/x{i:02}.txt").unlink()
-    assert r"  train/dog/[red]\n\udcff.png: not an image (jpeg, png, webp, bmp, gif, ppm, tiff)" in run()[1]
+    assert (
+        r"  train/dog/[red]\n\udcff.png: not an image (jpeg, png, webp, bmp, gif, ppm, tiff, avif, jpeg2000)"
+        in run()[1]
+    )
+
+
+def test_what_is_passed_over_is_counted(run, root):
+    for name in ("train/@eaDir", "train/cat/.thumbs", "#recycle"):
+        save(root / name / "0.png", (9, 9, 9), (9, 9))
+    status, lines = run()
+    assert (status, lines[0]) == (0, "6 pictures in 2 classes, 5 grey and 1 in colour")
+    assert "passed over: 1 hidden, 1 recycled, 1 thumbnails" in lines
+
+
+def test_equal_pictures_in_two_classes_are_a_problem(run, root):
+    save(root / "train/dog/1.png", (3, 3, 3), (20, 10))
+    status, lines = run()
+    assert (status, lines[0]) == (2, "7 pictures in 2 classes, 6 grey and 1 in colour")
+    told = "equal to train/cat/3.png in class 'cat'; one of the two labels is wrong"
+    assert rows(root, "problems.csv") == [{"path": "train/dog/1.png", "reason": told}]
 
 
 def test_of_many_classes_both_ends_are_shown(run, root):

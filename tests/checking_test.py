@@ -1,6 +1,7 @@
 """A check opens every picture once, remembers what it found, and tells which pictures are the same."""
 
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -173,6 +174,50 @@ def test_copies_and_pictures_that_look_alike_are_told(root):
         ("alike", "a/small.png", "b/03.png"),
         ("alike", "a/02.png", "b/again.jpg"),
     ]
+
+
+COPIES = {  # which folder is copied where: the class that is one of copies, and those that it repeats
+    "a/. plant/a/. b/. plant/b/.": ("plant", "'a', 'b'"),
+    "a/. a2/.": ("a2", "'a'"),
+    "b/. B2/.": ("b", "'B2'"),  # of two that are equal, the later
+    "a/. all/. b/. all/.": ("all", "'a', 'b'"),
+    "a/00.png one/x.png": ("one", "'a'"),
+}
+
+
+@pytest.mark.parametrize("copied", COPIES)
+def test_a_class_of_copies_is_a_problem(root, copied):
+    names = copied.split()
+    for source, target in zip(names[::2], names[1::2], strict=True):
+        (root / target).parent.mkdir(parents=True, exist_ok=True)
+        if source.endswith("."):
+            shutil.copytree(root / source, root / target, dirs_exist_ok=True)
+        else:
+            shutil.copy(root / source, root / target)
+    found = listing.folder(root)
+    checked = checking.check(found, workers=0)
+    name, others = COPIES[copied]
+    reason = f"a class of copies: the files of all its pictures are in {others}, too; remove one of the two"
+    assert checked.problems == ((name, reason),)
+    assert checked.contradictions == ()
+    usable = {found.class_names[label] for label, fact in zip(found.labels, checked.facts, strict=True) if fact}
+    assert usable == set(found.class_names) - {name}
+
+
+def test_equal_pictures_with_different_labels_are_contradictions(root):
+    for target in ("b/copy.png", "c/copy.png", "a/copy.png"):
+        noise(root / target, 0)
+    noise(root / "c/own.png", 30)
+    (root / "b/link.png").symlink_to(root / "a/02.png")
+    noise(root / "c/again.jpg", 4)  # looks like a/04.png, which is no contradiction
+    checked = checking.check(listing.folder(root), workers=0)
+    equal = "equal to a/{}.png in class 'a'; one of the two labels is wrong"
+    assert dict(checked.contradictions) == {
+        "b/copy.png": equal.format("00"),
+        "b/link.png": equal.format("02"),
+        "c/copy.png": equal.format("00"),
+    }
+    assert all(checked.facts)
 
 
 def test_even_pictures_do_not_look_alike(root):

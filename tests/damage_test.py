@@ -255,7 +255,7 @@ def names_that_differ_in_case(root: Path) -> Told:
 def classes_that_differ_in_case(root: Path) -> Told:
     (root / "Cat").mkdir()
     (root / "Cat/0.png").write_bytes(encoded())
-    return Told(counts={"Cat": 1})
+    return Told({"cat": "a class that looks like 'Cat'"}, {"Cat": 1})
 
 
 def an_unknown_suffix(root: Path) -> Told:
@@ -433,11 +433,13 @@ def test_a_hard_link_and_a_link_are_the_same_file(root):
 
 
 def test_a_link_to_another_class_repeats_its_pictures(root):
-    def damage(root: Path) -> None:
-        (root / "emu/also").symlink_to(root / "dog")
-
-    expected = [("file", f"dog/{i}.png", f"emu/also/{i}.png") for i in range(3)]
-    assert repeats(root, damage, {"emu": 5}) == expected
+    (root / "emu/also").symlink_to(root / "dog")
+    found = listing.folder(root)
+    checked = check(
+        found, Told({"dog": "a class of copies: the files of all its pictures are in 'emu', too"}, {"emu": 5})
+    )
+    told = [(d.kind, found.paths[d.first], found.paths[d.second]) for d in checked.duplicates]
+    assert told == [("file", f"dog/{i}.png", f"emu/also/{i}.png") for i in range(3)]
 
 
 # Damage to a list. Each takes and gives its lines; a problem is named by the line.

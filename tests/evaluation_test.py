@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from pathlib import Path
 
 import jax
 import pytest
@@ -11,7 +12,8 @@ from PIL import Image
 
 from mfm_jax import data as data_lib
 from mfm_jax.config import Eval
-from mfm_jax.data import digits
+from mfm_jax.data import digits, walk
+from mfm_jax.data.formats import FORMATS
 from mfm_jax.errors import UserError
 from mfm_jax.inference import evaluate as evaluation
 from mfm_jax.workdir import integrity
@@ -75,33 +77,47 @@ def test_the_training_split_has_a_report_of_its_own(trained_run, tmp_path):
 
 @pytest.fixture
 def folder(trained_run, tmp_path):
-    """The test split as files, one without a suffix, a class behind a link, and a file that is no picture."""
+    """The test split as files, without suffixes, in other formats, behind links, and what is no picture beside them."""
     data = data_lib.build(trained_run.config)
     root = tmp_path / "mine"
     for i, (pixels, label) in enumerate(zip(data.test_images, data.test_labels, strict=True)):
         path = root / str(label) / f"{i}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels.squeeze()).save(path)
-    (root / "7" / "broken.png").write_bytes(b"?")
-    first = min((root / "7").iterdir())
-    first.rename(first.with_suffix(""))
-    (root / "3").rename(tmp_path / "elsewhere")
-    (root / "3").mkdir()
-    (root / "3" / "more").symlink_to(tmp_path / "elsewhere")
+    for path in sorted((root / "5").iterdir()):
+        path.rename(path.with_suffix(""))
+    for path in sorted((root / "6").iterdir()):
+        Image.open(path).save(path.with_suffix(".jp2"))  # without loss
+        path.unlink()
+    for name, linked in (("3", root / "3" / "more"), ("4", root / "4")):
+        (root / name).rename(tmp_path / f"elsewhere-{name}")
+        linked.parent.mkdir(exist_ok=True)
+        linked.symlink_to(tmp_path / f"elsewhere-{name}")
+    for name in ("7/broken.png", "7/x.heic", "stray.png", "8/notes.txt", "@eaDir/0.png", ".ipynb_checkpoints/0.png"):
+        (root / name).parent.mkdir(exist_ok=True)
+        (root / name).write_bytes(b"?")
+    (root / "9" / "all").symlink_to(root)
     return root
 
 
 def test_folders_of_pictures_give_the_numbers_of_their_pixels_without_the_data(trained_run, folder, monkeypatch):
     monkeypatch.setattr(digits, "load", None)
     config, workdir, recorded = trained_run
-    (folder / ".ipynb_checkpoints").mkdir()
     results, page = evaluation.evaluate_run(config, workdir, folder=folder)
     assert page.parent == workdir / "eval" / "outside-mine"
-    assert results["unread"].keys() == {str(folder / "7" / "broken.png")}
-    assert all(reason.startswith("not an image") for reason in results["unread"].values())
+    assert {Path(path).relative_to(folder).as_posix(): reason for path, reason in results["unread"].items()} == {
+        "7/broken.png": f"not an image ({', '.join(FORMATS).lower()})",
+        "7/x.heic": "no decoder for HEIC here; convert it to PNG or JPEG",
+        "9/all": "a link to a folder that it lies in",
+        "stray.png": "lies in no class folder",
+    }
+    assert results["passed_over"] == {"hidden": 1, "thumbnails": 1, walk.NOT_A_PICTURE: 1}
     for which in ("last", "best"):
         same(results[which]["outside"], recorded[which]["test"])
-    assert "Outside, last epoch" in page.read_text()
+    text = page.read_text()
+    assert "Outside, last epoch" in text
+    assert "4 files of the folder could not be read; results.json has the reasons under unread." in text
+    assert "In the folder passed over: 1 hidden, 1 not a picture by its name, 1 thumbnails." in text
 
 
 def test_other_classes_are_refused_by_name(trained_run, folder):
@@ -111,6 +127,22 @@ def test_other_classes_are_refused_by_name(trained_run, folder):
         UserError, match=r"not the classes of the run \(missing: 2, 7; unknown: seven\); a class without"
     ):
         evaluation.evaluate_run(trained_run.config, trained_run.workdir, folder=folder)
+
+
+def test_classes_are_found_by_either_form_of_their_names(trained_run, folder, tmp_path):
+    config, workdir, recorded = trained_run
+    copy = tmp_path / "copy"
+    shutil.copytree(workdir, copy)
+    facts = json.loads((copy / "classifier.json").read_text())
+    facts["class_names"][0], facts["class_names"][1] = "caf\u00e9", "cafe\u0301 2"
+    (copy / "classifier.json").write_text(json.dumps(facts))
+    (folder / "0").rename(folder / "cafe\u0301")
+    (folder / "1").rename(folder / "caf\u00e9 2")
+    results, _ = evaluation.evaluate_run(config, copy, folder=folder)
+    same(results["last"]["outside"], recorded["last"]["test"])
+    (folder / "cafe\u0301").rename(folder / "Caf\u00e9 ")
+    with pytest.raises(UserError, match=r"'Caf. ' is a class that looks like 'caf\\xe9', itself 'Caf\\xe9 '; rename"):
+        evaluation.evaluate_run(config, copy, folder=folder)
 
 
 def test_what_is_not_the_run_s_is_refused(trained_run, tmp_path):

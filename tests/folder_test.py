@@ -202,6 +202,26 @@ def test_a_broken_picture_ends_the_run_or_is_left_out_but_never_in_silence(root,
     assert "ant/03.png" in capsys.readouterr().err
 
 
+def test_a_picture_in_two_classes_and_what_is_passed_over_are_told(root, capsys):
+    shutil.copy(root / "ant" / "03.png", root / "bee" / "ant.png")
+    (root / "bee" / "@eaDir").mkdir()
+    data = build(root)
+    assert {"ant/03.png", "bee/ant.png"} <= set(data.manifest["files"])
+    assert data.manifest["left_out"] == []
+    told = capsys.readouterr().err.splitlines()
+    assert "passed over: 1 thumbnails" in told
+    start = told.index("warning: one picture in two classes:")
+    assert told[start + 1] == "  bee/ant.png: equal to ant/03.png in class 'ant'; one of the two labels is wrong"
+
+
+def test_a_set_that_lies_in_itself_once_more_is_refused(root):
+    shutil.copytree(root, root / "insects")
+    refused = r"(?s)1 problem; repair or remove what is named\n  insects: a class of copies: .* 'ant', 'bee', 'cricket'"
+    for way in ("error", "skip"):
+        with pytest.raises(UserError, match=refused if way == "error" else "no picture of class 'insects' can be used"):
+            build(root, data__on_bad_image=way)
+
+
 def test_a_class_that_is_only_tested_cannot_be_left_out(root):
     for name in ("ant", "bee"):
         (root / "train" / name).parent.mkdir(exist_ok=True)

@@ -41,6 +41,104 @@ def test_folders_that_are_all_splits_hold_the_classes(tmp_path):
     assert found.problems == (Problem("emu", "a class without a training picture"),)
 
 
+SPLITS = {
+    "Training Testing": "train test",
+    "train dev": "train val",
+    "TRAIN TEST valid": "train test val",
+    "train_set test-set": "train test",
+    "TrainingSet Testset": "train test",
+    "seg_train seg_test": "train test",
+    "images.train images.val": "train val",
+    "train_images test_images": "train test",
+    "training validation evaluation": "train val test",  # as Food-11 comes
+    "train eval": "train test",
+    "train eval test": "train val test",
+    "meta training": "meta train",
+}
+
+
+@pytest.mark.parametrize("names", SPLITS)
+def test_folders_that_are_named_as_splits(tmp_path, names):
+    splits = dict(zip(names.split(), SPLITS[names].split(), strict=True))
+    found = listing.folder(tree(tmp_path, *(f"{name}/{c}/1.jpg" for name in splits for c in "abcd")))
+    assert found.class_names == ("a", "b", "c", "d")
+    assert rows(found) == sorted((f"{name}/{c}/1.jpg", c, split) for name, split in splits.items() for c in "abcd")
+    assert found.problems == ()
+
+
+NO_SPLITS = {  # files, and what is the same in the first two folders
+    "folds": (["fold1/a/1", "fold1/b/1", "fold2/a/1", "fold2/b/1"], "'a' and 'b'"),
+    "years": (["2019/a/1", "2019/b/1", "2019/c/1", "2020/b/1", "2020/c/1"], "'b' and 'c'"),
+    "masks": (["cat/images/1", "cat/masks/1", "dog/images/1", "dog/masks/1"], "'images' and 'masks'"),
+    "splits in kinds": (["x/test/a/1", "x/train/a/1", "y/test/a/1", "y/train/a/1"], "'test' and 'train'"),
+    "kinds in splits": (["train/x/a/1", "train/x/b/1", "train/y/a/1", "train/y/b/1", "test/x/a/1"], "'a' and 'b'"),
+    "beside texts": (["s/a/1", "s/b/1", "s/notes.txt", "t/a/1", "t/b/1"], "'a' and 'b'"),
+}
+
+
+@pytest.mark.parametrize("name", NO_SPLITS)
+def test_folders_that_may_be_splits_or_classes_are_refused(tmp_path, name):
+    files, same = NO_SPLITS[name]
+    with pytest.raises(UserError, match=f"hold no picture of their own, but the same folders, such as {same}; if they"):
+        listing.folder(tree(tmp_path, *files))
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        ["cat/images/1", "dog/images/1"],  # as Tiny ImageNet comes
+        ["cat/a/1", "cat/b/1", "cat/0.jpg", "dog/a/1", "dog/b/1", "dog/0.jpg"],
+        ["cat/2019/1", "cat/2020/1", "cat/2021/1", "cat/2022/1", "dog/2020/1", "dog/2021/1"],
+        ["cat/a/1", "cat/b/1", "dog/b/1", "dog/c/1"],
+    ],
+)
+def test_folders_in_classes_are_no_splits(tmp_path, files):
+    found = listing.folder(tree(tmp_path, *files))
+    assert (found.class_names, len(found.paths)) == (("cat", "dog"), len(files))
+
+
+COMPOSED, DECOMPOSED = "caf\u00e9", "cafe\u0301"
+
+
+def test_canonically_equal_names_are_one_class(tmp_path):
+    beside = listing.folder(tree(tmp_path / "a", f"{COMPOSED}/1.jpg", f"{DECOMPOSED}/2.jpg", "bar/3.jpg"))
+    assert (beside.class_names, beside.labels.tolist()) == (("bar", COMPOSED), [0, 1, 1])
+    names = (f"train/{COMPOSED}/1.jpg", f"test/{DECOMPOSED}/2.jpg", "train/\u1100\u1161/3.jpg", "test/\uac00/4.jpg")
+    given = listing.folder(tree(tmp_path / "b", *names))
+    assert given.class_names == (COMPOSED, "\uac00")
+    assert sorted(zip(given.labels.tolist(), given.splits.tolist(), strict=True)) == [
+        *((0, "test"), (0, "train"), (1, "test"), (1, "train"))
+    ]
+    assert (beside.problems, given.problems) == ((), ())
+
+
+def test_class_names_that_look_the_same_are_a_problem(tmp_path, pets):
+    found = listing.folder(tree(tmp_path / "a", "cat/1.jpg", "cat /2.jpg", "Dog/1.jpg", "dog\u200b/2.jpg", "emu/1.jpg"))
+    assert found.class_names == ("Dog", "cat", "cat ", "dog\u200b", "emu")
+    assert found.problems == (
+        Problem("cat ", "a class that looks like 'cat', itself 'cat '; rename or merge them"),
+        Problem("dog\u200b", "a class that looks like 'Dog', itself 'dog\\u200b'; rename or merge them"),
+    )
+    listed = listing.lists(pets, written(pets, "cat/a.jpg Ant\ncat/b.jpg ant\ndog/a.jpg bee"))
+    assert [problem.path for problem in listed.problems] == ["ant"]
+
+
+def test_what_systems_leave_behind_is_passed_over_and_counted(tmp_path):
+    junk = [
+        *("@eaDir/a.jpg/SYNOPHOTO_THUMB_M.jpg", "cat/@eaDir/a.jpg/SYNOPHOTO_THUMB_M.jpg", "cat/ehthumbs.db"),
+        *("#recycle/cat/1.jpg", "$RECYCLE.BIN/S-1-5/1.jpg", ".Trash-1000/files/1.jpg", "cat/.nfs0000", "cat/Icon\r"),
+        *("System Volume Information/x", "lost+found/x", "__MACOSX/cat/._a.jpg", "dog/.ipynb_checkpoints/a.jpg"),
+    ]
+    found = listing.folder(tree(tmp_path, "cat/a.jpg", "dog/b.jpg", *junk))
+    assert (found.paths, found.class_names, found.problems) == (("cat/a.jpg", "dog/b.jpg"), ("cat", "dog"), ())
+    assert found.passed == {"hidden": 3, "recycled": 2, "system": 4, "thumbnails": 3}
+    (tmp_path / "all").mkdir()
+    for name in ("cat", "dog", "@eaDir"):
+        (tmp_path / name).rename(tmp_path / "all" / name)
+    (tmp_path / "all").rename(tmp_path / "train")
+    assert listing.folder(tmp_path).passed == found.passed
+
+
 def test_what_lies_beside_splits_is_told(tmp_path):
     root = tree(tmp_path, "train/cat/1.jpg", "train/dog/2.jpg", "stray.jpg", "README.txt")
     (root / "test").symlink_to(tmp_path / "gone")
@@ -63,8 +161,8 @@ def test_what_a_folder_does_not_tell_is_refused(tmp_path, pets):
         listing.folder(pets.parent)
     with pytest.raises(UserError, match="no picture in a class folder"):
         listing.folder(pets / "cat")
-    with pytest.raises(UserError, match=r"only one class, 'cat'; not usable: 2, the first dog/1.heic: not a picture"):
-        listing.folder(tree(tmp_path / "d", "cat/1.jpg", "dog/1.heic"))
+    with pytest.raises(UserError, match=r"only one class, 'cat'; not usable: 2, the first dog/1.txt: not a picture"):
+        listing.folder(tree(tmp_path / "d", "cat/1.jpg", "dog/1.txt"))
     with pytest.raises(UserError, match=r"data\.root = '~no-such-user/x': no such folder"):
         listing.folder("~no-such-user/x")
     root = tree(tmp_path / "a", "train/cat/1.jpg", "train/dog/1.jpg", "test/cat/2.jpg", "old/cat/3.jpg")
@@ -74,6 +172,10 @@ def test_what_a_folder_does_not_tell_is_refused(tmp_path, pets):
         listing.folder(root)
     with pytest.raises(UserError, match="'train' holds folders, as a split does, but 'tests' beside it"):
         listing.folder(tree(tmp_path / "c", "train/cat/1.jpg", "train/dog/1.jpg", "tests/cat/2.jpg"))
+    with pytest.raises(UserError, match="'Val' and 'valid_set' are both the split val; merge them, or move one away"):
+        listing.folder(
+            tree(tmp_path / "e", "train/cat/1.jpg", "train/dog/1.jpg", "Val/cat/2.jpg", "valid_set/cat/3.jpg")
+        )
     with pytest.raises(UserError, match="holds the splits test, val but no folder 'train'"):
         listing.folder(tree(tmp_path / "b", "test/cat/1.jpg", "val/cat/1.jpg"))
 

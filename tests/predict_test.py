@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import jax
@@ -173,7 +174,7 @@ def test_the_table_holds_every_file_in_order(workers, trained_run, folder, test_
     counts = predict.write_csv(
         loaded, [folder / "b" / "00.png", folder], out, top=3, all_classes=True, batch_size=16, workers=workers
     )
-    assert counts == (41, 2)
+    assert counts == (41, 2, {"hidden": 1, walk.NOT_A_PICTURE: 1})
     table = rows(out)
     even, odd = [[folder / place / f"{i:02}.png" for i in range(k, 40, 2)] for k, place in ((0, "b"), (1, "b/deep"))]
     wanted = [even[0], folder / "a.jpg", folder / "empty.PNG", *even, *odd]
@@ -224,8 +225,8 @@ def test_mistakes_in_the_places(trained_run, folder, tmp_path):
     loaded = predict.load(trained_run.workdir)
     with pytest.raises(UserError, match="nowhere: no such file or folder"):
         predict.write_csv(loaded, [folder, tmp_path / "nowhere"], tmp_path / "out.csv")
-    (tmp_path / "void").mkdir()
-    with pytest.raises(UserError, match="void: no pictures there"):
+    (tmp_path / "void" / ".hidden").mkdir(parents=True)
+    with pytest.raises(UserError, match="void: no pictures there; passed over: 1 hidden"):
         predict.write_csv(loaded, [tmp_path / "void"], tmp_path / "out.csv")
     assert [path.name for path in tmp_path.iterdir()] == ["void"]
     with pytest.raises(UserError, match=r"--out=.*: a folder; name a file"):
@@ -241,7 +242,7 @@ def test_a_folder_that_cannot_be_read_is_told(folder, monkeypatch):
     scan = os.scandir
     monkeypatch.setattr(os, "scandir", scandir)
     with pytest.raises(UserError, match="b: cannot be read: Permission denied"):
-        list(walk.given([folder]))
+        list(walk.given([folder], Counter()))
 
 
 # --- the command ----------------------------------------------------------------------------------
@@ -275,6 +276,7 @@ def test_the_command_tells_what_it_could_not_read_and_its_workers_know_no_jax(tr
     printed, log = process.communicate()
     assert process.returncode == 1
     assert printed.splitlines()[-1] == f"{out}: 40 pictures; 2 could not be read (column `problem`)"
+    assert "passed over: 1 hidden, 1 not a picture by its name" in log.splitlines()
     assert rows(out)[2].keys() == {"path", "class", "probability", "problem"}
     assert (imported(log, "jax"), imported(log, "mfm_jax.data.pictures")) == (1, 3)
 

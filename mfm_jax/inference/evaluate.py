@@ -143,7 +143,7 @@ def _check_classes(folder: Path, there: Set[str], known: Set[str]) -> None:
     if missing or unknown:
         differences = (("missing", missing), ("unknown", unknown))
         told = "; ".join(f"{word}: {', '.join(names)}" for word, names in differences if names)
-        alike = "".join(f"; {problem.path} is {problem.reason}" for problem in walk.look_alikes([*missing, *unknown]))
+        alike = "".join(f"; {problem.path!r} is {problem.reason}" for problem in walk.look_alikes([*missing, *unknown]))
         raise UserError(
             f"--eval_folder={folder}: its folders are not the classes of the run ({told}); a class without pictures has"
             f" an empty folder{alike}"
