@@ -62,6 +62,8 @@ def _print_pictures(console: Console, found: Listing, checked: Checked) -> None:
             console.print(f"{name}: {min(sides)} to {max(sides)} pixels, median {np.median(sides):g}")
     present = [split for split in SPLITS if split in usable.splits]
     counts = {s: np.bincount(usable.labels[usable.splits == s], minlength=len(found.class_names)) for s in present}
+    for line in usable.lacking():
+        console.print(Text(line))
     if "train" not in counts:
         return
     console.print(_class_table(found.class_names, counts))
@@ -134,6 +136,10 @@ def _print_duplicates(console: Console, found: Listing, duplicates: Sequence[Dup
         )
 
 
-def _shown(name: str) -> Text:
+def printable(name: str) -> str:
     """Returns a name with what cannot be printed, such as a line's end or a byte that is no UTF-8, as its escape."""
-    return Text("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name))
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
+
+
+def _shown(name: str) -> Text:
+    return Text(printable(name))

@@ -100,7 +100,7 @@ def _evaluate(config: ml_collections.ConfigDict) -> int:
     results, page = evaluation.evaluate_run(config, command.workdir(), _SPLIT.value, folder, out)
     print_results(results)
     for path, problem in results["unread"].items():
-        print(f"could not be read: {path.encode(errors='backslashreplace').decode()}: {problem}")
+        print(f"could not be read: {check.printable(path)}: {problem}")
     if results["passed_over"]:
         print(walk.in_words(results["passed_over"]))
     print(f"report: {page}")

@@ -52,6 +52,7 @@ def test_a_sound_folder(run, root):
         "width: 20 to 30 pixels, median 20",
         "height: 10 to 40 pixels, median 10",
     ]
+    assert lines.pop(3) == "test has no picture of 'dog'"
     cells = [[cell.strip() for cell in line.strip("│┃").replace("┃", "│").split("│")] for line in lines[3:11]]
     assert ["class", "train", "test"] in cells
     assert ["cat", "4", "1"] in cells

@@ -139,6 +139,18 @@ def test_what_systems_leave_behind_is_passed_over_and_counted(tmp_path):
     assert listing.folder(tmp_path).passed == found.passed
 
 
+def test_classes_that_a_split_lacks_are_told(tmp_path):
+    names = (
+        [f"train/{c}/1.jpg" for c in "abcdef"] + ["test/b/2.jpg", "test/c/2.jpg"] + [f"val/{c}/3.jpg" for c in "abcdf"]
+    )
+    found = listing.folder(tree(tmp_path, *names))
+    assert found.lacking() == ["val has no picture of 'e'", "test has no picture of 'a', 'd', 'e' and 1 more"]
+    assert found.problems == ()
+    assert found.without({"val/a/3.jpg", "test/b/2.jpg", "test/c/2.jpg"}).lacking() == [
+        "val has no picture of 'a', 'e'"
+    ]
+
+
 def test_what_lies_beside_splits_is_told(tmp_path):
     root = tree(tmp_path, "train/cat/1.jpg", "train/dog/2.jpg", "stray.jpg", "README.txt")
     (root / "test").symlink_to(tmp_path / "gone")

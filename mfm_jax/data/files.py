@@ -117,6 +117,8 @@ def _sound(config: Data, found: Listing) -> _Sound:
     if lines and config.on_bad_image == "error":
         way_out = ", or go on without it with data.on_bad_image = 'skip'" if _trains_all(sound) else ""
         raise UserError(f"data.root = {config.root!r}: {count}; repair or remove what is named{way_out}\n  {shown}")
+    for line in sound.lacking():
+        print(f"warning: {line}", file=sys.stderr)
     if found.passed:
         print(walk.in_words(found.passed), file=sys.stderr)
     if lines:

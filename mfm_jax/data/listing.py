@@ -67,6 +67,17 @@ class Listing:
         paths, groups = (tuple(itertools.compress(values, keep)) for values in (self.paths, self.groups))
         return replace(self, paths=paths, labels=self.labels[keep], splits=self.splits[keep], groups=groups)
 
+    def lacking(self) -> list[str]:
+        """Returns a line for each split but training that has pictures, but none of some classes."""
+        lines = []
+        for split in SPLITS[1:]:
+            there = set(self.labels[self.splits == split].tolist())
+            absent = [repr(name) for k, name in enumerate(self.class_names) if k not in there]
+            if there and absent:
+                more = f" and {len(absent) - 3} more" if len(absent) > 3 else ""
+                lines.append(f"{split} has no picture of {', '.join(absent[:3])}{more}")
+        return lines
+
 
 def load(config: Data) -> Listing:
     """Lists the pictures that `config` names: `data.source` is "folder" or "list"; lists may lie in `data.root`.
