@@ -123,8 +123,10 @@ def test_folders_of_pictures_give_the_numbers_of_their_pixels_without_the_data(t
 def test_other_classes_are_refused_by_name(trained_run, folder):
     (folder / "7").rename(folder / "seven")
     shutil.rmtree(folder / "2")
+    (folder / "2").symlink_to("nowhere")
     with pytest.raises(
-        UserError, match=r"not the classes of the run \(missing: 2, 7; unknown: seven\); a class without"
+        UserError,
+        match=r"not the classes of the run \(missing: 2, 7; unknown: seven\); a class without .*/2: a link to",
     ):
         evaluation.evaluate_run(trained_run.config, trained_run.workdir, folder=folder)
 

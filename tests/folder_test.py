@@ -229,7 +229,7 @@ def test_a_class_that_is_only_tested_cannot_be_left_out(root):
     (root / "cricket").rename(root / "train" / "cricket")
     (root / "test").mkdir()
     shutil.copytree(root / "train" / "ant", root / "test" / "wasp")
-    with pytest.raises(UserError, match=r"(?s)problem; repair or remove what is named\n  wasp: a class without"):
+    with pytest.raises(UserError, match=r"(?s)2 problems; repair or remove what is named\n  wasp: a class without"):
         build(root)
 
 

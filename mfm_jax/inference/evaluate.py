@@ -126,7 +126,7 @@ def _labels(folder: Path, class_names: Sequence[str], unread: dict[str, str], pa
     problems: list[Problem] = []
     folders = list(listing.class_folders(folder, "", problems, passed))
     number = {walk.class_name(name): k for k, name in enumerate(class_names)}
-    _check_classes(folder, {found.name for found in folders}, number.keys())
+    _check_classes(folder, {found.name for found in folders}, number.keys(), problems)
     for path, reason in problems:
         if reason == walk.NOT_A_PICTURE:
             passed[reason] += 1
@@ -138,15 +138,16 @@ def _labels(folder: Path, class_names: Sequence[str], unread: dict[str, str], pa
     return label
 
 
-def _check_classes(folder: Path, there: Set[str], known: Set[str]) -> None:
+def _check_classes(folder: Path, there: Set[str], known: Set[str], problems: Sequence[Problem]) -> None:
     missing, unknown = sorted(known - there), sorted(there - known)
     if missing or unknown:
         differences = (("missing", missing), ("unknown", unknown))
         told = "; ".join(f"{word}: {', '.join(names)}" for word, names in differences if names)
-        alike = "".join(f"; {problem.path!r} is {problem.reason}" for problem in walk.look_alikes([*missing, *unknown]))
+        alike = "".join(f"; {name!r} is {reason}" for name, reason in walk.look_alikes([*missing, *unknown]))
+        first = f"; {folder / problems[0].path}: {problems[0].reason}" if problems else ""
         raise UserError(
             f"--eval_folder={folder}: its folders are not the classes of the run ({told}); a class without pictures has"
-            f" an empty folder{alike}"
+            f" an empty folder{alike}{first}"
         )
 
 
