@@ -100,6 +100,14 @@ def folder(trained_run, tmp_path):
     return root
 
 
+def test_a_class_without_pictures_is_told(trained_run, folder, tmp_path, capsys):
+    shutil.rmtree(folder / "2")
+    (folder / "2").mkdir()
+    results, _ = evaluation.evaluate_run(trained_run.config, trained_run.workdir, folder=folder, out=tmp_path / "out")
+    assert sum(results["last"]["outside"]["confusion"][2]) == 0
+    assert "warning: no picture of '2'; means over classes leave them out\n" in capsys.readouterr().err
+
+
 def test_folders_of_pictures_give_the_numbers_of_their_pixels_without_the_data(trained_run, folder, monkeypatch):
     monkeypatch.setattr(digits, "load", None)
     config, workdir, recorded = trained_run

@@ -135,6 +135,9 @@ def _labels(folder: Path, class_names: Sequence[str], unread: dict[str, str], pa
     label = {folder / path: number[found.name] for found in folders for path in found.pictures}
     if not label:
         raise UserError(f"--eval_folder={folder}: no pictures there")
+    there = set(label.values())
+    if absent := [repr(name) for k, name in enumerate(class_names) if k not in there]:
+        print(f"warning: no picture of {', '.join(absent)}; means over classes leave them out", file=sys.stderr)
     return label
 
 
