@@ -62,7 +62,7 @@ def test_folders_that_are_named_as_splits(tmp_path, names):
     splits = dict(zip(names.split(), SPLITS[names].split(), strict=True))
     found = listing.folder(tree(tmp_path, *(f"{name}/{c}/1.jpg" for name in splits for c in "abcd")))
     assert found.class_names == ("a", "b", "c", "d")
-    assert rows(found) == sorted((f"{name}/{c}/1.jpg", c, split) for name, split in splits.items() for c in "abcd")
+    assert listed(found) == sorted((f"{name}/{c}/1.jpg", c, split) for name, split in splits.items() for c in "abcd")
     assert found.problems == ()
 
 
