@@ -459,6 +459,14 @@ def test_spaces_about_a_label_are_no_part_of_it(pets):
     assert (found.class_names, found.problems) == (("cat", "dog"), ())
 
 
+def test_labels_that_look_the_same_are_told(pets):
+    found = listing.lists(pets, written(pets, "path,label\ncat/a.jpg,cat\ncat/b.jpg,Cat\ndog/a.jpg,c\u200bat", "l.csv"))
+    assert [(name, reason.partition(";")[0]) for name, reason in found.problems] == [
+        ("cat", "a class that looks like 'Cat', itself 'cat'"),
+        ("c\u200bat", "a class that looks like 'Cat', itself 'c\\u200bat'"),
+    ]
+
+
 def test_names_that_are_not_utf_8_are_found(tmp_path):
     root = tree(tmp_path, "cat/a.jpg", "dog/a.jpg")
     os.close(os.open(os.fsencode(root) + b"/cat/\xff.jpg", os.O_CREAT))

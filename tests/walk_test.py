@@ -144,6 +144,8 @@ def test_names_that_look_the_same_are_told_with_what_they_are():
             assert problem.reason == f"a class that looks like {name!a}, itself {other!a}; rename or merge them"
     assert "'c\\u0430t'" in next(walk.look_alikes(["cat", "c\u0430t"])).reason
     different = [
+        "a",
+        "A",
         "cat",
         "cats",
         "bigcat",

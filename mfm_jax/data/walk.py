@@ -73,11 +73,14 @@ def class_name(name: str) -> str:
 
 
 def look_alikes(names: Iterable[str]) -> Iterator[Problem]:
-    """Yields each of `names` that is an earlier one but for case, or for what cannot be seen."""
+    """Yields each of `names` that is an earlier one but for case, or for what cannot be seen.
+
+    Names of one letter may differ by case: `a` and `A` are classes of handwriting.
+    """
     first: dict[str, str] = {}
     for name in names:
         other = first.setdefault(_look(name), name)
-        if other != name:
+        if other != name and not (len(name) == len(other) == 1 and name.swapcase() == other):
             yield Problem(name, f"a class that looks like {other!a}, itself {name!a}; rename or merge them")
 
 
