@@ -14,19 +14,22 @@ import ml_collections
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from mfm_jax.config import FIELDS, GROUPS
+from mfm_jax import shipped
+from mfm_jax.config import FIELDS, GROUPS, lookup
 from mfm_jax.errors import UserError
 from mfm_jax.machine import cache, cluster
 from mfm_jax.machine.interruption import EXIT_INTERRUPTED, NOTICE, Interrupted, terminable
+from mfm_jax.workdir import stored
+from mfm_jax.workdir.files import Workdir
 
-_CONFIG = config_flags.DEFINE_config_file("config", help_string="Path of a config file.")
+_CONFIG = config_flags.DEFINE_config_file("config", help_string="A config file, or the name of one that is shipped.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run folder, for everything that is written.")
 _NOTICE = flags.DEFINE_string(
     "preemption_notice",
     "",
     f"File that appears when the machine is to be taken away: the run saves and exits with status {EXIT_INTERRUPTED}.",
 )
-_NO_CONFIG = "--config: missing; give a config file, e.g. --config=configs/digits_lt.py"
+_NO_CONFIG = "--config: missing; give a config, e.g. --config=digits_lt, or the --workdir of a run"
 _BOOLEANS = ("true", "false", "t", "f", "1", "0")
 
 
@@ -40,7 +43,7 @@ def workdir() -> Path:
     return Path(os.path.expanduser(_WORKDIR.value or ""))
 
 
-def run(main: Callable[[Sequence[str]], int]) -> None:
+def run(main: Callable[[Sequence[str]], int]) -> NoReturn:
     """Runs `main(argv)` under absl and exits with its status; a `UserError` is printed as one line, status 2."""
     app.run(lambda argv: guarded(main, argv), flags_parser=_parse)
 
@@ -102,14 +105,17 @@ def _parse(argv: Sequence[str]) -> Sequence[str]:
     """Parses the flags; a mistake in them ends the program with one line."""
     try:
         _check_overrides(argv[1:])
-        rest = _load(argv)
+        rest = _load(_completed(argv))
         if len(rest) > 1:
-            raise UserError(f"{rest[1]!r}: not understood; every argument starts with --")
+            raise UserError(f"{rest[1]!r}: not understood; {_way_out(rest[1])}")
         if not flags.FLAGS["config"].present:
             raise UserError(_NO_CONFIG)
         if not isinstance(_CONFIG.value, ml_collections.ConfigDict):
             path = config_flags.get_config_filename(flags.FLAGS["config"])
-            raise UserError(f"--config={path}: no such file, or its get_config() does not return a ConfigDict")
+            raise UserError(
+                f"--config={path}: no such file, or its get_config() does not return a ConfigDict; the shipped configs:"
+                f" {', '.join(shipped.shipped())}"
+            )
         if not _WORKDIR.value:
             raise UserError("--workdir: missing; give a folder for what is written, e.g. --workdir=runs/first")
     except (UserError, flags.Error) as error:
@@ -118,6 +124,35 @@ def _parse(argv: Sequence[str]) -> Sequence[str]:
     if _NOTICE.value:
         os.environ[NOTICE] = _NOTICE.value  # for the processes that this one starts, too
     return rest
+
+
+def _completed(argv: Sequence[str]) -> Sequence[str]:
+    """Returns `argv` with `--config` first and as a path; where it is not given, that of the run in `--workdir`.
+
+    Raises:
+      UserError: the config of the run is damaged.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in ("config", "workdir"):
+        parser.add_argument(f"--{name}", f"-{name}", nargs="?", const="")
+    known, rest = parser.parse_known_args(argv[1:])
+    config = None if known.config is None else shipped.path_of(known.config)
+    workdir = Path(os.path.expanduser(known.workdir or ""))
+    if config is None and known.workdir and Workdir(workdir).config.exists():
+        Workdir(workdir).read_config()
+        config = f"{stored.__file__}:{workdir}"
+    given = {"config": config, "workdir": known.workdir}
+    return [argv[0], *(f"--{name}={value}" for name, value in given.items() if value is not None), *rest]
+
+
+def _way_out(word: str) -> str:
+    """Returns what to do about an argument that is no flag."""
+    name, assigned, value = word.partition("=")
+    if word.endswith(".py") or word in shipped.shipped():
+        return f"did you mean --config={word}?"
+    if assigned and (fields := lookup.meant(name)):
+        return f"did you mean --config.{fields[0]}={value}?"
+    return "every argument starts with --"
 
 
 def _load(argv: Sequence[str]) -> Sequence[str]:
@@ -131,6 +166,8 @@ def _load(argv: Sequence[str]) -> Sequence[str]:
     except flags.UnrecognizedFlagError as error:
         if error.flagname.startswith("config."):  # fields are flags only where there is a config
             raise UserError(_NO_CONFIG) from error
+        if question := lookup.question(error.flagname):
+            raise UserError(f"--{error.flagname}: no such flag; {question}") from error
         raise
     except flags.Error:
         raise
@@ -152,6 +189,8 @@ def _check_overrides(arguments: Sequence[str]) -> None:
             continue
         path, text = match.groups()
         group = path.partition(".")[0]
+        if path not in FIELDS and (question := lookup.question(path)):
+            raise UserError(f"{path}: no such field; {question}")
         if group not in GROUPS:
             raise UserError(f"{path}: no such field; allowed groups: {', '.join(GROUPS)}")
         if path not in FIELDS:

@@ -61,6 +61,7 @@ def main(argv: Sequence[str]) -> int:
     if unknown or not methods or len(set(methods)) != len(methods):
         raise UserError(f"--methods={','.join(methods)}: allowed: distinct names of {', '.join(METHODS)}")
     workdir = command.workdir()
+    Workdir(workdir).check_no_run("--workdir")
     if _JOBS.value < 1:
         raise UserError(f"--jobs={_JOBS.value}: allowed: 1 or more")
     if _TUNE.value < 0:

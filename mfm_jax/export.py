@@ -118,17 +118,18 @@ def _check(name: str, trained: Classifier, program: Callable[[np.ndarray], np.nd
 def main(argv: Sequence[str]) -> int:
     parser = command.Parser("export", __doc__)
     parser.add_argument("--checkpoint", type=Path, required=True, help="workdir of the finished run")
-    parser.add_argument("--out", type=Path, required=True, help="the folder to write to")
+    parser.add_argument("--out", type=Path, help="the folder to write to (WORKDIR/exported)")
     parser.add_argument("--which", choices=classifier.WHICH, default="last", help="checkpoint (%(default)s)")
     parser.add_argument("--onnx", action="store_true", help="also write classifier.onnx (needs the extra `onnx`)")
     options: Any = parser.parse_args(argv[1:])
     made_by = f"python -m mfm_jax.export {shlex.join(argv[1:])}"
-    sizes = export(options.checkpoint, options.out, options.which, onnx=options.onnx, made_by=made_by)
-    facts = Workdir(options.out).facts.name
+    out = options.out or Workdir(options.checkpoint).exported
+    sizes = export(options.checkpoint, out, options.which, onnx=options.onnx, made_by=made_by)
+    facts = Workdir(out).facts.name
     for name, size in sizes.items():
-        print(f"{options.out / name}: {size:,} bytes, the checkpoint's probabilities to {TOLERANCE:g}")
-    print(f"{options.out / 'how_to_use.py'}: names the classes of pictures with it, by what {facts} tells")
-    print(f"{options.out / 'MODEL_CARD.md'}: what it was trained on, how accurate it is, and its limits")
+        print(f"{out / name}: {size:,} bytes, the checkpoint's probabilities to {TOLERANCE:g}")
+    print(f"{out / 'how_to_use.py'}: names the classes of pictures with it, by what {facts} tells")
+    print(f"{out / 'MODEL_CARD.md'}: what it was trained on, how accurate it is, and its limits")
     return 0
 
 

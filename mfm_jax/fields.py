@@ -47,6 +47,13 @@ class Field(NamedTuple):
     bounds: Bounds | None
     meaning: str
 
+    @property
+    def allowed(self) -> str:
+        """The values that it may have, in words."""
+        if self.choices:
+            return ", ".join(sorted(self.choices))
+        return str(self.bounds or {bool: "True, False", str: "text"}.get(self.kind, "any number"))
+
     def checked(self, value: Any) -> Any:
         """Returns `value`, an int as a float where the field is one.
 
@@ -57,10 +64,8 @@ class Field(NamedTuple):
             value = float(value)
         if type(value) is not self.kind:
             raise UserError(f"{self.path} = {value!r}: expected {self.kind.__name__}, got {type(value).__name__}")
-        if self.choices and value not in self.choices:
-            raise UserError(f"{self.path} = {value!r}: allowed: {', '.join(sorted(self.choices))}")
-        if self.bounds and value not in self.bounds:
-            raise UserError(f"{self.path} = {value!r}: allowed: {self.bounds}")
+        if (self.choices and value not in self.choices) or (self.bounds and value not in self.bounds):
+            raise UserError(f"{self.path} = {value!r}: allowed: {self.allowed}")
         return value
 
 

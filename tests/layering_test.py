@@ -11,21 +11,22 @@ from mfm_jax.workdir.files import Workdir
 
 PACKAGE = Path(__file__).parents[1] / "mfm_jax"
 ORDER = (  # the files of a line import those of the lines above it alone
-    "data.formats data.workers errors evaluation inference machine machine.allocator machine.cache methods "
-    "methods.smote models.normalization pages study training types workdir machine.disk",
+    "data.formats data.workers errors evaluation inference machine machine.allocator machine.cache manual methods "
+    "methods.smote models.normalization pages shipped study training types workdir machine.disk",
     "bilevel.hypergrad bilevel.losses bilevel.modulation bilevel.passes data.list_text data.longtail data.manifest "
     "data.pictures data.walk fields machine.cluster machine.parallel models.native models.tuning models.vit "
     "workdir.integrity workdir.ownership",
     "data.decode data.labels data.spelling data.streaming evaluation.metrics machine.interruption machine.versions "
     "methods.heads methods.settings models.convolution",
     "config.groups data.lists models.imagenet models.resnet",
-    "config.consistency models.catalog",
+    "config.consistency config.lookup models.catalog",
     "config.schema models",
     "config",
-    "bilevel.optim command data.augment data.listing data.sources evaluation.health methods.sampling "
+    "bilevel.optim data.augment data.listing data.sources evaluation.health methods.sampling "
     "models.pretrained training.anomalies workdir.files",
-    "bilevel.outer data.batches data.checking data.digits data.kept evaluation.gallery workdir.checkpoint workdir.logs",
-    "bilevel.steps check data.arrays data.files data.tfds methods.learners workdir.finished",
+    "bilevel.outer data.batches data.checking data.digits data.kept evaluation.gallery workdir.checkpoint workdir.logs "
+    "workdir.stored",
+    "bilevel.steps check command data.arrays data.files data.tfds methods.learners workdir.finished",
     "bilevel data.assembly methods.table pages.style",
     "data evaluation.tested pages.comparison_figures pages.figures",
     "evaluation.facts pages.report training.inputs training.preflight training.progress training.recipe",
@@ -37,6 +38,8 @@ ORDER = (  # the files of a line import those of the lines above it alone
     "main study.runs",
     "study.tune",
     "compare",
+    "cli",
+    "__main__",
 )
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names.split()}
 # What an import of `mfm_jax.NAME` may bring in, besides the standard library and the levels below.

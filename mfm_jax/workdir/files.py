@@ -56,6 +56,7 @@ class Workdir:
     gallery = _In("gallery.npz")  # pictures for the report
     report = _In("report.html")
     evaluations = _In("eval")  # later evaluations, a folder each
+    exported = _In("exported")  # what `export` writes, unless it is told where
     processes = _In("processes.jsonl")  # what each process took that trained the run (`runs`)
     peak_memory = _In("peak_memory.json")  # of a run that one process trained from start to end
     problems = _In("problems.csv")  # what `--mode=check` found
@@ -100,10 +101,10 @@ class Workdir:
                 f"{self.manifest}: the data or its split is not what this run began with; choose a new --workdir"
             )
 
-    def check_no_run(self) -> None:
-        """Raises a UserError where the folder, the `--out` of a command, holds a run: its files would be replaced."""
+    def check_no_run(self, flag: str = "--out") -> None:
+        """Raises a UserError where the folder, which `flag` of a command names, holds a run."""
         if self.config.exists():
-            raise UserError(f"--out={self.path}: holds a run; choose another folder")
+            raise UserError(f"{flag}={self.path}: holds a run; choose another folder")
 
     def read_config(self) -> Config:
         """Returns the config of the run.
