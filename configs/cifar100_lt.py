@@ -1,6 +1,6 @@
 """CIFAR-100-LT, imbalance factor 100, at full size: the recipe of `cifar10_lt` on 100 classes.
 
-    python -m mfm_jax.main --config=configs/cifar100_lt.py --workdir=runs/cifar100
+    mfm-jax train cifar100_lt --workdir=runs/cifar100
 
 Meant for a GPU or TPU; no accuracy has been measured with this config yet.
 """

@@ -1,6 +1,6 @@
 """CIFAR-10-LT, imbalance factor 100, between small and full size: 32x32 images, ResNet-20, 20 epochs.
 
-python -m mfm_jax.main --config=configs/cifar10_lt_medium.py --workdir=runs/cifar10_medium
+mfm-jax train cifar10_lt_medium --workdir=runs/cifar10_medium
 """
 
 from mfm_jax import config as config_lib

@@ -1,6 +1,6 @@
 """CIFAR-10-LT, imbalance factor 100, small enough for a CPU: images averaged to 16x16, ResNet-8 at width 16, 30 epochs.
 
-    python -m mfm_jax.main --config=configs/cifar10_lt_small.py --workdir=runs/cifar10_small
+    mfm-jax train cifar10_lt_small --workdir=runs/cifar10_small
 
 Takes 4.4 minutes on two CPU cores. Balanced test accuracy, mean and standard deviation of 5 seeds: MFM 68.1 ± 0.5 %,
 CE 50.9 ± 0.8, logit adjustment with tuned sampling and tau 67.7 ± 0.2 (docs/results/study.md).

@@ -1,6 +1,6 @@
 """scikit-learn's handwritten digits (1,797 images, 8x8, embedded), imbalance factor 50: the quickstart.
 
-    python -m mfm_jax.compare --config=configs/digits_lt.py --methods=ce,mfm --seeds=0,1,2 --workdir=runs/quickstart
+    mfm-jax compare digits_lt --methods=ce,mfm --seeds=0,1,2 --workdir=runs/quickstart
 
 Takes about 3 minutes on two CPU cores. Balanced test accuracy, mean and standard deviation of 3 seeds: CE 87.4 ± 0.5 %,
 MFM 93.5 ± 2.1.

@@ -1,6 +1,6 @@
 """Fashion-MNIST-LT (grey, 28x28), imbalance factor 100: ResNet-20, 60 epochs.
 
-    python -m mfm_jax.main --config=configs/fashion_mnist_lt.py --workdir=runs/fashion
+    mfm-jax train fashion_mnist_lt --workdir=runs/fashion
 
 Meant for a GPU or TPU; no accuracy has been measured with this config yet.
 """

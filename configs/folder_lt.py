@@ -1,7 +1,7 @@
 """One's own pictures: a folder with a folder for each class, at 64x64 with a ResNet-20.
 
-    python -m mfm_jax.main --config=configs/folder_lt.py --workdir=runs/mine --config.data.root=FOLDER --mode=check
-    python -m mfm_jax.main --config=configs/folder_lt.py --workdir=runs/mine --config.data.root=FOLDER
+    mfm-jax check folder_lt --workdir=runs/mine --config.data.root=FOLDER
+    mfm-jax train folder_lt --workdir=runs/mine --config.data.root=FOLDER
 
 A fifth of each class is held out for testing and a tenth of the rest for validation, unless FOLDER has `train/`, `val/`
 and `test/` (docs/data.md). With fewer than five classes, or a class of few pictures, meta.batch_size has to be lower;

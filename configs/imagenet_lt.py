@@ -1,6 +1,6 @@
 """ImageNet-LT: 115,846 training images of 1,000 classes (1280 to 5 each), 20 a class for validation, 50 for testing.
 
-    python -m mfm_jax.main --config=configs/imagenet_lt.py --workdir=runs/imagenet_lt --config.data.root=FOLDER
+    mfm-jax train imagenet_lt --workdir=runs/imagenet_lt --config.data.root=FOLDER
 
 FOLDER holds ImageNet's `train/` and `val/` (ILSVRC 2012) and the three lists of Liu et al., "Large-Scale Long-Tailed
 Recognition in an Open World" (arXiv:1904.05160), `ImageNet_LT_train.txt`, `_val.txt` and `_test.txt`. ResNet-50 from

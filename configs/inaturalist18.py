@@ -1,6 +1,6 @@
 """iNaturalist 2018: 437,513 training images of 8,142 species (1000 to 2 each), 24,426 for testing.
 
-    python -m mfm_jax.main --config=configs/inaturalist18.py --workdir=runs/inaturalist18 --config.data.root=FOLDER
+    mfm-jax train inaturalist18 --workdir=runs/inaturalist18 --config.data.root=FOLDER
 
 FOLDER holds `train_val2018/` and the lists of `path label` lines `iNaturalist18_train.txt` and `iNaturalist18_val.txt`,
 as "Decoupling Representation and Classifier" (arXiv:1910.09217) publishes them; its validation set is what everyone

@@ -1,6 +1,6 @@
 """Places-LT: 62,500 training images of 365 classes (4980 to 5 each), 20 a class for validation, 100 for testing.
 
-    python -m mfm_jax.main --config=configs/places_lt.py --workdir=runs/places_lt --config.data.root=FOLDER \
+    mfm-jax train places_lt --workdir=runs/places_lt --config.data.root=FOLDER \
       --config.model.pretrained=resnet152.pth
 
 FOLDER holds the 256-pixel images of Places365-Standard (`data_256/`, `val_256/`, `test_256/`) and the three lists of

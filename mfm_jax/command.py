@@ -1,6 +1,7 @@
 """What the commands share: the `--config` flag, its overrides, and one line for an error."""
 
 import argparse
+import difflib
 import os
 import re
 import sys
@@ -112,10 +113,9 @@ def _parse(argv: Sequence[str]) -> Sequence[str]:
             raise UserError(_NO_CONFIG)
         if not isinstance(_CONFIG.value, ml_collections.ConfigDict):
             path = config_flags.get_config_filename(flags.FLAGS["config"])
-            raise UserError(
-                f"--config={path}: no such file, or its get_config() does not return a ConfigDict; the shipped configs:"
-                f" {', '.join(shipped.shipped())}"
-            )
+            near = difflib.get_close_matches(path, shipped.shipped(), 1)
+            meant = f"; did you mean --config={near[0]}?" if near else ""
+            raise UserError(f"--config={path}: no such file, or its get_config() does not return a ConfigDict{meant}")
         if not _WORKDIR.value:
             raise UserError("--workdir: missing; give a folder for what is written, e.g. --workdir=runs/first")
     except (UserError, flags.Error) as error:

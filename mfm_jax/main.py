@@ -1,8 +1,10 @@
 """Train and evaluate one run.
 
     python -m mfm_jax.main --config=configs/cifar10_lt.py --workdir=runs/cifar10
-    python -m mfm_jax.main --config=configs/cifar10_lt.py --workdir=runs/cifar10 --mode=eval --split=train
-    python -m mfm_jax.main --config=configs/cifar10_lt.py --workdir=runs/cifar10 --mode=eval --eval_folder=pictures
+    python -m mfm_jax.main --workdir=runs/cifar10 --mode=eval --split=train
+    python -m mfm_jax.main --workdir=runs/cifar10 --mode=eval --eval_folder=pictures
+
+or `mfm-jax train`, `mfm-jax evaluate` (see `cli`). Without `--config`, the config is that of the run in the workdir.
 
 With `--mode=check`, looks at the user's own pictures instead and says what was found (see `check`); with `--mode=eval`,
 evaluates a run that was trained, or where there is none `model.pretrained` as it is (see `evaluation`).

@@ -1,5 +1,7 @@
 """The command line: what it accepts, and every mistake told in one line that leaves nothing behind."""
 
+import dataclasses
+import json
 import os
 import signal
 import subprocess
@@ -59,6 +61,15 @@ MISTAKES = {
     "--config.optim.lr=0.1": f"optim.lr: no such field; allowed: {fields('optim')}",
     "--config.optimizer.lr=0.1": f"optimizer.lr: no such field; allowed groups: {', '.join(config.GROUPS)}",
     "--config.train.epochs=ten": "train.epochs = 'ten': expected int",
+    "--config.optim.learning_rat=1": "optim.learning_rat: no such field; did you mean --config.optim.learning_rate?",
+    "--config.optm.epochs=1": "optm.epochs: no such field; did you mean --config.train.epochs?",
+    "--optim.learning_rate=1": "--optim.learning_rate: no such flag; did you mean --config.optim.learning_rate?",
+    "--learning_rate=1": (
+        "--learning_rate: no such flag; did you mean --config.meta.learning_rate or --config.optim.learning_rate?"
+    ),
+    "--epochs": "--epochs: no such flag; did you mean --config.train.epochs?",
+    "train.epochs=3": "'train.epochs=3': not understood; did you mean --config.train.epochs=3?",
+    "configs/a.py": "'configs/a.py': not understood; did you mean --config=configs/a.py?",
     # in the config
     "--config.data.imbalance_factor=0.5": "data.imbalance_factor = 0.5: allowed: 1 or more",
     "--config.model.name=resnet9": (
@@ -116,8 +127,9 @@ def test_mode_check_looks_at_pictures_and_trains_nothing(run, tmp_path):
 
 
 def test_the_config_and_the_workdir_are_required(run, tmp_path):
-    missing = "--config: missing; give a config file, e.g. --config=configs/digits_lt.py"
+    missing = "--config: missing; give a config, e.g. --config=digits_lt, or the --workdir of a run"
     check_refusal(run(f"--workdir={tmp_path / 'run'}"), missing)
+    check_refusal(run(f"--workdir={tmp_path / 'run'}", "--config.train.epochs=3"), missing)
     assert not list(tmp_path.iterdir())
 
 
@@ -133,6 +145,7 @@ def test_a_config_file_that_does_not_exist(run, tmp_path):
     assert (status, out) == (2, "")
     assert err.startswith(f"error: --config={path}: no such file")
     assert err.count("\n") == 1
+    assert run("--config=digit_lt", f"--workdir={tmp_path}")[2].endswith("; did you mean --config=digits_lt?\n")
     assert not list(tmp_path.iterdir())
 
 
@@ -156,12 +169,8 @@ def test_a_config_file_with_a_mistake(lines, says, run, tmp_path):
     assert err.count("\n") == 1
 
 
-@pytest.mark.parametrize("argument", ["--nosuch=3", "--epochs=3"])
-def test_an_unknown_flag(argument, run, tmp_path):
-    status, out, err = run(DIGITS, f"--workdir={tmp_path / 'run'}", argument)
-    assert (status, out) == (2, "")
-    assert err.startswith(f"error: Unknown command line flag '{argument[2:-2]}'")
-    assert err.count("\n") == 1
+def test_an_unknown_flag_that_is_like_no_field(run, tmp_path):
+    check_refusal(run(DIGITS, f"--workdir={tmp_path / 'run'}", "--nosuch=3"), "Unknown command line flag 'nosuch'")
 
 
 def test_a_stray_word(run, tmp_path):
@@ -210,6 +219,60 @@ def test_overrides_reach_the_run_and_its_status_is_returned(run, tmp_path, monke
     assert table["medium"] == ["25.00", "–"]
     assert table["few"] == ["–", "–"]
     assert out.splitlines()[-1] == f"report: {tmp_path}/report.html"
+
+
+@pytest.fixture
+def given(monkeypatch):
+    """Returns what the command would have trained: a list of (config, workdir)."""
+    seen = []
+
+    def pretend(config_dict, workdir):
+        seen.append((config.resolve(config_dict), Path(workdir)))
+        raise UserError("enough")
+
+    monkeypatch.setattr(train, "train_and_evaluate", pretend)
+    return seen
+
+
+def test_a_run_folder_alone_says_how_the_run_goes_on(run, given, trained_run):
+    check_refusal(run(f"--workdir={trained_run.workdir}"), "enough")
+    check_refusal(run("--config.train.epochs=9", "--workdir", str(trained_run.workdir)), "enough")
+    longer = dataclasses.replace(trained_run.config, train=dataclasses.replace(trained_run.config.train, epochs=9))
+    assert given == [(trained_run.config, trained_run.workdir), (longer, trained_run.workdir)]
+
+
+def test_a_run_folder_alone_whose_config_is_damaged(run, given, tmp_path):
+    (tmp_path / "config.json").write_text("{")
+    status, out, err = run(f"--workdir={tmp_path}")
+    assert (status, out, given) == (2, "", [])
+    assert err.startswith(f"error: {tmp_path}/config.json: damaged")
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("named", ["digits_lt", "configs/digits_lt.py"])
+def test_a_shipped_config_has_a_name_wherever_one_is(named, run, given, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    check_refusal(run("--config.train.epochs=9", f"--config={named}", "--workdir=run"), "enough")
+    ((found, workdir),) = given
+    assert (found.data.source, found.train.epochs, workdir) == ("digits", 9, Path("run"))
+    mine = tmp_path / named
+    mine.parent.mkdir(exist_ok=True)
+    mine.write_text((REPOSITORY / "configs" / "digits_lt.py").read_text().replace("epochs = 60", "epochs = 61"))
+    if mine.suffix:  # a file that is there comes before one that is shipped
+        check_refusal(run(f"--config={named}", "--workdir=run"), "enough")
+        assert given[1][0].train.epochs == 61
+
+
+def test_an_evaluation_needs_the_run_folder_alone(run, trained_run, tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    arguments = (f"--workdir={trained_run.workdir}", "--mode=eval", f"--out={tmp_path}")
+    status, out, err = run(*arguments, "--split=val", "--config.eval.batch_size=7")
+    assert (status, err) == (0, "")
+    assert out.splitlines()[-1] == f"report: {tmp_path}/report.html"
+    again = json.loads((tmp_path / "results.json").read_text())
+    assert again["last"]["val"]["accuracy"] == trained_run.results["last"]["val"]["accuracy"]
+    expected = "belongs to another config (train.seed: 0 -> 3); leave --config and these out"
+    check_refusal(run(*arguments, "--config.train.seed=3"), f"--workdir={trained_run.workdir} {expected}")
 
 
 def test_an_interrupted_run_says_so_and_has_its_own_status(run, tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -103,6 +104,12 @@ def test_the_reader_finds_every_kind_of_import():
 
 def test_every_module_has_a_place_in_the_order():
     assert sorted(" ".join(ORDER).split()) == sorted(map(module_of, FILES))
+
+
+def test_every_folder_is_packaged():
+    settings = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())["tool"]["setuptools"]
+    folders = {".".join(path.relative_to(PACKAGE.parent).parts[:-1]) for path in PACKAGE.rglob("*.py")}
+    assert sorted(settings["packages"]) == sorted(folders | settings["package-dir"].keys())
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(PACKAGE).as_posix())

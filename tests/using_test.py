@@ -17,12 +17,13 @@ def test_the_document_runs(tmp_path):
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     bare = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     environment = bare | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    steps = re.findall(r"^    (python [^\n]*)$|^```python\n(.*?)^```$", DOCUMENT, re.MULTILINE | re.DOTALL)
+    steps = re.findall(r"^    ((?:python|mfm-jax) [^\n]*)$|^```python\n(.*?)^```$", DOCUMENT, re.MULTILINE | re.DOTALL)
     assert len(steps) == 8
     code = ""
     for command, block in steps:
         code += block  # a block goes on from the one before
-        words = command.split()[1:] if command else ["-c", code]
+        program, *words = command.split() if command else ("python", "-c", code)
+        words = ["-m", "mfm_jax", *words] if program == "mfm-jax" else words
         done = subprocess.run([sys.executable, *words], cwd=tmp_path, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, (command or block, done.stderr)
     for name in ("predictions.csv", "digits/eval/train/report.html", "digits/eval/outside-pictures/report.html"):

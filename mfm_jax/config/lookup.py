@@ -31,7 +31,7 @@ def fields_of(text: str = "") -> list[Field]:
     """
     found = [field for path, field in FIELDS.items() if text in ("", path, *path.split("."))]
     if not found:
-        near = difflib.get_close_matches(text, GROUPS, 1) or meant(text)
+        near = meant(text) or difflib.get_close_matches(text, GROUPS, 1)
         way_out = f"did you mean {' or '.join(near)}?" if near else f"groups: {', '.join(GROUPS)}"
         raise UserError(f"{text}: no such group or field; {way_out}")
     return found

@@ -115,7 +115,7 @@ def _check_config(given: Config, run: Workdir) -> None:
     )
     if changed := list(config_lib.differences(ran.to_dict(), elsewhere.to_dict())):
         raise UserError(
-            f"--workdir={run.path} belongs to another config ({'; '.join(changed)}); give the one of the run"
+            f"--workdir={run.path} belongs to another config ({'; '.join(changed)}); leave --config and these out"
         )
 
 
