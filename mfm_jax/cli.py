@@ -11,7 +11,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mfm_jax import __version__, manual, shipped
+import mfm_jax
+from mfm_jax import manual, shipped
 from mfm_jax.errors import UserError
 from mfm_jax.machine import allocator
 
@@ -40,7 +41,7 @@ def main() -> int:
 def _do(arguments: Sequence[str]) -> int:
     name, *rest = arguments or ["--help"]
     if name == "--version":
-        print(f"mfm-jax {__version__}")
+        print(f"mfm-jax {mfm_jax.__version__}")
         return 0
     if name not in manual.COMMANDS and name not in _HELP:
         raise UserError(_no_command(name))

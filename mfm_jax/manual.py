@@ -27,8 +27,8 @@ interrupted and saved: the same command goes on.
 _FIELDS = """\
 Any field of the config: --config.GROUP.FIELD=VALUE, e.g.
   --config.train.epochs=20 --config.optim.learning_rate=0.05 --config.method.name=ce
-mfm-jax fields lists them with their defaults, values and meanings; mfm-jax fields train those of a group. Flags for
-several processes and the rest: --helpfull.
+mfm-jax fields lists them with their defaults, values and meanings; mfm-jax fields train those of a group. Every flag:
+--helpfull.
 """
 _REQUIRED = """\
 required:

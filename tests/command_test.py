@@ -252,7 +252,7 @@ def test_a_run_folder_alone_whose_config_is_damaged(run, given, tmp_path):
 @pytest.mark.parametrize("named", ["digits_lt", "configs/digits_lt.py"])
 def test_a_shipped_config_has_a_name_wherever_one_is(named, run, given, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    check_refusal(run("--config.train.epochs=9", f"--config={named}", "--workdir=run"), "enough")
+    check_refusal(run(f"--config={named}", "--config.train.epochs=9", "--workdir=run"), "enough")
     ((found, workdir),) = given
     assert (found.data.source, found.train.epochs, workdir) == ("digits", 9, Path("run"))
     mine = tmp_path / named
