@@ -33,7 +33,7 @@ def main() -> int:
     """Does what the command line says; returns the exit status."""
     try:
         return _do(sys.argv[1:])
-    except UserError as error:
+    except (UserError, OSError) as error:  # OSError: a name that no file can have
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
 

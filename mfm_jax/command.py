@@ -118,7 +118,7 @@ def _parse(argv: Sequence[str]) -> Sequence[str]:
             raise UserError(f"--config={path}: no such file, or its get_config() does not return a ConfigDict{meant}")
         if not _WORKDIR.value:
             raise UserError("--workdir: missing; give a folder for what is written, e.g. --workdir=runs/first")
-    except (UserError, flags.Error) as error:
+    except (UserError, OSError, flags.Error) as error:  # OSError: a name that no file can have
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     if _NOTICE.value:

@@ -211,3 +211,9 @@ def test_a_folder_of_pictures_is_no_run(mfm_jax, tmp_path):
     assert (status, out) == (2, "")
     way_out = f"mfm-jax train folder_lt --workdir=runs/mine --config.data.root={tmp_path}"
     assert err == f"error: {tmp_path}: no run there; of pictures: {way_out}\n"
+
+
+def test_a_name_that_no_file_can_have(mfm_jax):
+    status, out, err = mfm_jax("evaluate", "x" * 300)
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert "File name too long" in err

@@ -169,6 +169,16 @@ def test_a_config_file_with_a_mistake(lines, says, run, tmp_path):
     assert err.count("\n") == 1
 
 
+@pytest.mark.parametrize("name", ["config", "workdir"])
+def test_a_name_that_no_file_can_have(name, run, tmp_path):
+    arguments = {"config": DIGITS, "workdir": f"--workdir={tmp_path}"} | {name: f"--{name}={'x' * 300}"}
+    if name == "workdir":
+        arguments.pop("config")
+    status, out, err = run(*arguments.values())
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert "File name too long" in err
+
+
 def test_an_unknown_flag_that_is_like_no_field(run, tmp_path):
     check_refusal(run(DIGITS, f"--workdir={tmp_path / 'run'}", "--nosuch=3"), "Unknown command line flag 'nosuch'")
 
