@@ -102,7 +102,7 @@ def _together(function: Callable[[], jax.Array], count: int) -> float:
 def rate(root: Path, paths: Sequence[Path], workers: int) -> float:
     """Returns pictures a second, random parts, once all processes have started."""
     names = streaming.paths([str(path.relative_to(root)) for path in paths])
-    files = streaming.Files(root, names, SIDE, 3, "crop")
+    files = streaming.Files(root, names, SIDE, 3, "crop", pictures.WHITE, np.zeros(len(names), "S64"))
     order = list(np.random.default_rng(0).integers(0, len(paths), (_STARTED + 80, _BATCH.value)))
     picks = streaming.Picks(files, order, streaming.RandomPart(0.08, (0,), np.arange(_BATCH.value)))
     with contextlib.closing(streaming.stream([picks], workers=workers)) as steps:

@@ -14,8 +14,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from mfm_jax.config import resolve
-from mfm_jax.data import checking, listing, longtail, walk
+from mfm_jax.config import Data, resolve
+from mfm_jax.data import checking, depth, files, listing, longtail, walk
 from mfm_jax.data.checking import Checked, Duplicate
 from mfm_jax.data.listing import SPLITS, Listing
 from mfm_jax.data.pictures import Facts
@@ -45,6 +45,7 @@ def check(config: ml_collections.ConfigDict, workdir: Path) -> int:
     checked = checking.check(found, data.workers)
     console = Console()
     _print_pictures(console, found, checked)
+    _print_depth(console, data, found, checked)
     if found.passed:
         console.print(walk.in_words(found.passed))
     problems = (*checked.problems, *checked.contradictions)
@@ -71,6 +72,16 @@ def _print_pictures(console: Console, found: Listing, checked: Checked) -> None:
     for name, what in (("many", "more than 100"), ("medium", "20 to 100"), ("few", "fewer than 20")):
         size = len(groups[name])
         console.print(f"{name} ({what} training pictures): {size:,} {'class' if size == 1 else 'classes'}")
+
+
+def _print_depth(console: Console, data: Data, found: Listing, checked: Checked) -> None:
+    """Prints how the values of pictures of 16 bits become 8, where there are any."""
+    facts = [fact for fact in checked.facts if fact]
+    if not any(fact.bits for fact in facts):
+        return
+    usable = found.without([path for path, fact in zip(found.paths, checked.facts, strict=True) if not fact])
+    splits, _ = files.with_test(data, usable, files.with_copies(usable.groups, facts))
+    console.print(depth.told(facts, depth.white(data.white, facts, splits == "train")), soft_wrap=True)
 
 
 def _color(facts: Sequence[Facts]) -> str:

@@ -4,11 +4,13 @@
 
 The folder gets the plain classifier with its normalisation and parameters as a `jax.export` artifact for CPU, CUDA and
 TPU (`classifier.bin`: uint8 [b, H, W, C] -> probabilities float32 [b, K], any b), its facts (`classifier.json`), a
-script that uses both (`how_to_use.py`), and the model card (`MODEL_CARD.md`); with `--onnx`, `classifier.onnx` too. The
-modulator stays behind. Exit status: 0 done; 2 a mistake, told in one line.
+script that uses both (`how_to_use.py`), what it decodes with (`pictures.py`, `formats.py`), and the model card
+(`MODEL_CARD.md`); with `--onnx`, `classifier.onnx` too. The modulator stays behind. Exit status: 0 done; 2 a mistake,
+told in one line.
 """
 
 import dataclasses
+import inspect
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -20,6 +22,7 @@ import jax.export
 import numpy as np
 
 from mfm_jax import command
+from mfm_jax.data import formats, pictures
 from mfm_jax.errors import UserError
 from mfm_jax.evaluation import classifier
 from mfm_jax.evaluation.classifier import Classifier
@@ -71,7 +74,10 @@ def export(workdir: Path, out: Path, which: str = "last", *, onnx: bool = False,
         "versions": versions.versions(),
     }
     disk.write_object(Workdir(out).facts, facts)  # by the name that it has in a workdir
-    disk.write(out / "how_to_use.py", report.template("how_to_use.py.jinja").render(fit=trained.facts.fit))
+    disk.write(out / "how_to_use.py", report.template("how_to_use.py.jinja").render())
+    for module in (formats, pictures):
+        name = module.__name__.rpartition(".")[2]
+        disk.write(out / f"{name}.py", inspect.getsource(module).replace("from mfm_jax.data.", "from "))
     sizes = {name: len(program) for name, program in programs.items()}
     card.write_card(workdir, out / "MODEL_CARD.md", which, made_by, sizes)
     return sizes

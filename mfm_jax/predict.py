@@ -105,10 +105,10 @@ def predicted(
     Raises:
       UserError: the classifier takes images that are not square.
     """
-    height, width, channels = classifier.image_shape
+    facts, (height, width, channels) = classifier.facts, classifier.image_shape
     if height != width:
         raise UserError(f"the classifier takes images of {width} x {height} pixels; train with data.image_size")
-    stream = decode.decoded(paths, height, channels, classifier.facts.fit, workers)
+    stream = decode.decoded(paths, height, channels, facts.fit, facts.white, workers)
     while batch := tuple(itertools.islice(stream, batch_size)):
         images = np.zeros((batch_size, *classifier.image_shape), np.uint8)  # always as many: compiled once
         for image, item in zip(images, batch, strict=False):

@@ -2,13 +2,15 @@
 
 import os
 import shutil
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from mfm_jax.data import checking, listing
+from mfm_jax.data import checking, listing, pictures, stamps
 from mfm_jax.data.pictures import look_at
 
 
@@ -58,45 +60,137 @@ def test_processes_find_what_one_finds(root):
 # What is remembered
 
 
-def opened(root: Path) -> set[str]:
-    """Checks `root` and returns the pictures that were opened for it: those whose time of access changed."""
-    long_ago = 10**18
-    for file in root.rglob("*.png"):
-        os.utime(file, ns=(long_ago, file.stat().st_mtime_ns))
-    checking.check(listing.folder(root), workers=0)
-    return {str(f.relative_to(root)) for f in root.rglob("*.png") if f.stat().st_atime_ns != long_ago}
+Opened = Callable[[], tuple[set[str], set[str]]]
 
 
 @pytest.fixture
-def _times_of_access(tmp_path) -> None:
-    """Skips where the file system does not keep times of access."""
-    file = tmp_path / "probe"
-    file.write_bytes(b"x")
-    os.utime(file, ns=(10**18, file.stat().st_mtime_ns))
-    file.read_bytes()
-    if file.stat().st_atime_ns == 10**18:
-        pytest.skip("the file system keeps no times of access")
+def opened(root, monkeypatch) -> Opened:
+    """Returns a function that checks `root`, and returns which pictures were read for it and which decoded.
+
+    What has been written long enough ago for its stamp to tell: the clock of the check is an hour ahead.
+    """
+    read, decoded = set(), set()
+    look, load = checking.facts_or_reason, pictures._decoded
+    soon = time.time_ns() + 3600 * 10**9
+
+    def looking(item):
+        read.add(name := str(item[0].relative_to(root)))
+        monkeypatch.setattr(pictures, "_decoded", lambda *args, **more: decoded.add(name) or load(*args, **more))
+        return look(item)
+
+    def opened():
+        read.clear()
+        decoded.clear()
+        checking.check(listing.folder(root), workers=0)
+        return set(read), set(decoded)
+
+    monkeypatch.setattr(checking, "facts_or_reason", looking)
+    monkeypatch.setattr(time, "time_ns", lambda: soon)
+    return opened
 
 
-@pytest.mark.usefixtures("_times_of_access")
-def test_a_second_check_opens_only_what_changed_or_was_bad(root):
+def both(*names: str) -> tuple[set[str], set[str]]:
+    """Returns `names` as read and as decoded."""
+    return set(names), set(names)
+
+
+def test_a_second_check_opens_only_what_changed_or_was_bad(root, opened):
     (root / "a/00.png").write_bytes(b"x")
-    assert len(opened(root)) == 20
-    assert opened(root) == {"a/00.png"}
+    assert len(opened()[1]) == 20
+    assert opened() == both("a/00.png")
     noise(root / "a/02.png", 99)
     noise(root / "b/new.png", 100)
-    assert opened(root) == {"a/00.png", "a/02.png", "b/new.png"}
+    assert opened() == both("a/00.png", "a/02.png", "b/new.png")
 
 
-def test_a_changed_picture_is_seen_though_its_size_is_the_same(root):
-    file = root / "a/00.png"
-    before = checking.check(listing.folder(root), workers=0).facts[0]
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
-    file.write_bytes(content)
-    os.utime(file, ns=(0, 10**18))
-    assert before is not None
-    assert [p.path for p in checking.check(listing.folder(root), workers=0).problems] == ["a/00.png"]
+def replaced(file: Path, content: bytes) -> None:
+    """Puts a new file in the place of `file`, of the same times."""
+    times = file.stat()
+    file.with_suffix(".new").write_bytes(content)
+    file.with_suffix(".new").replace(file)
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+def swapped(one: Path, other: Path) -> None:
+    one.rename(one.with_name("away"))
+    other.rename(one)
+    one.with_name("away").rename(other)
+
+
+def test_pictures_that_change_places_are_seen(root, opened):
+    for i, name in enumerate(("a/x.bmp", "b/x.bmp")):
+        Image.new("RGB", (9, 9), (i, i, i)).save(root / name)
+        os.utime(root / name, ns=(10**18, 10**18))
+    opened()
+    swapped(root / "a/x.bmp", root / "b/x.bmp")
+    assert opened() == both("a/x.bmp", "b/x.bmp")
+    assert opened() == both()
+
+
+@pytest.mark.parametrize("how", ["in a new file", "in place", "by a link to another"])
+def test_another_picture_of_the_same_size_and_time_is_seen(root, opened, how):
+    file, other = root / "a/x.bmp", root.parent / "x.bmp"
+    for i, path in enumerate((file, other)):
+        Image.new("RGB", (9, 9), (i, i, i)).save(path)
+        os.utime(path, ns=(10**18, 10**18))
+    opened()
+    if how == "in a new file":
+        replaced(file, other.read_bytes())
+    elif how == "in place":
+        file.write_bytes(other.read_bytes())
+        os.utime(file, ns=(10**18, 10**18))
+    else:
+        file.unlink()
+        file.symlink_to(other)
+    assert opened() == both("a/x.bmp")
+
+
+def test_what_is_written_anew_with_the_same_content_is_not_decoded_again(root, opened):
+    opened()
+    for path in root.rglob("*.png"):
+        replaced(path, path.read_bytes())
+    read, decoded = opened()
+    assert (len(read), decoded) == (20, set())
+    assert opened() == both()
+
+
+@pytest.mark.parametrize(
+    "drive", [{"changed": 10**18}, {"inode": 0}, {"changed": 0, "inode": 0}, {"changed": 2 * 10**18 + 1}]
+)
+def test_where_stamps_tell_nothing_content_does(root, opened, monkeypatch, drive):
+    """Drives of whole seconds, without inodes, without both, and with a clock ahead of ours."""
+    of = stamps.of
+    monkeypatch.setattr(stamps, "of", lambda path: of(path)._replace(**drive))
+    assert len(opened()[1]) == 20
+    file = cache(root)
+    size = file.stat().st_size
+    assert (len(opened()[0]), opened()[1]) == (20, set())
+    assert file.stat().st_size == size
+    swapped(root / "a/00.png", root / "b/01.png")
+    assert opened()[1] == {"a/00.png", "b/01.png"}
+    assert told(root) == []  # without inodes, files are not one
+
+
+def test_a_file_that_was_written_a_moment_ago_is_read_again(root, opened, monkeypatch):
+    now = max(path.stat().st_ctime_ns for path in root.rglob("*.png"))
+    monkeypatch.setattr(time, "time_ns", lambda: now + 10**9)
+    opened()
+    assert len(opened()[0]) == 20
+
+
+def test_a_picture_that_is_written_to_while_it_is_read_is_a_problem(root, monkeypatch):
+    read = Path.read_bytes
+
+    def meanwhile(path):
+        content = read(path)
+        if path.name == "00.png":
+            noise(path, 77, (30, 30))
+        return content
+
+    monkeypatch.setattr(Path, "read_bytes", meanwhile)
+    checked = checking.check(listing.folder(root), workers=0)
+    assert checked.problems == (("a/00.png", "was written to while it was read"),)
+    monkeypatch.undo()
 
 
 @pytest.mark.parametrize("damage", ["cut", "flip", "garbage", "empty", "folder"])
@@ -138,10 +232,10 @@ def test_an_interrupted_check_keeps_what_it_found(root, monkeypatch):
     found = listing.folder(root)
     looks = checking.facts_or_reason
 
-    def interrupted(path):
-        if path.name == "05.png":  # 10 of class a come first, then 01 and 03
+    def interrupted(item):
+        if item[0].name == "05.png":  # 10 of class a come first, then 01 and 03
             raise KeyboardInterrupt
-        return looks(path)
+        return looks(item)
 
     monkeypatch.setattr(checking, "facts_or_reason", interrupted)
     with pytest.raises(KeyboardInterrupt):
@@ -271,7 +365,7 @@ def test_many_looks_agree_with_comparing_each_with_each():
 # Processes
 
 
-def crash(path: Path) -> None:
+def crash(item: tuple) -> None:
     """What a fault in a decoder comes to."""
     os._exit(1)
 

@@ -1,8 +1,10 @@
 """The exported classifier, in a process that has no mfm_jax, gives the checkpoint's probabilities; its card is true."""
 
+import dataclasses
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,14 +12,15 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from helpers import png
 from PIL import Image
 
 from mfm_jax import config as config_lib
-from mfm_jax import export, models
-from mfm_jax.data import digits, pictures
+from mfm_jax import export, models, predict
+from mfm_jax.data import digits
 from mfm_jax.errors import UserError
 from mfm_jax.evaluation import classifier
-from mfm_jax.pages import card, report
+from mfm_jax.pages import card
 
 SIZES = (1, 7, 64)
 
@@ -37,19 +40,18 @@ def folder(trained_run, tmp_path_factory):
     return out
 
 
-def alone(folder: Path, *arguments: object) -> str:
-    """Runs Python in an empty folder, without this package, and returns what it printed."""
+def alone(folder: Path, *arguments: object) -> subprocess.CompletedProcess:
+    """Runs Python in a folder, without this package, and returns its status and what it printed."""
     hidden = "import sys; sys.modules['mfm_jax'] = None; sys.argv = sys.argv[1:];"
     runs = "import runpy; runpy.run_path(sys.argv[0], run_name='__main__')"
-    done = subprocess.run(
+    return subprocess.run(
         [sys.executable, "-W", "error", "-c", hidden + runs, *map(str, arguments)],
         capture_output=True,
         text=True,
         cwd=folder,
         env=os.environ | {"XLA_FLAGS": ""},
+        errors="surrogateescape",
     )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 def test_a_process_without_the_package_gets_the_same_probabilities(trained_run, folder, tmp_path):
@@ -63,7 +65,8 @@ def test_a_process_without_the_package_gets_the_same_probabilities(trained_run, 
         "given = np.load('images.npz')\n"
         "np.savez('found.npz', **{name: call(given[name]) for name in given})\n"
     )
-    alone(tmp_path, "use.py", folder / "classifier.bin")
+    done = alone(tmp_path, "use.py", folder / "classifier.bin")
+    assert done.returncode == 0, done.stderr
     found, loaded = np.load(tmp_path / "found.npz"), classifier.load(trained_run.workdir, "best")
     for name, given in images.items():
         assert found[name].dtype == np.float32
@@ -93,29 +96,71 @@ def test_every_model_is_lowered_for_every_platform_and_any_batch(name):
     assert str(program.out_avals[0]) == "float32[b,5]"
 
 
-@pytest.mark.parametrize("fit", [pytest.param("squeeze", marks=SLOW), pytest.param("crop", marks=SLOW), "pad"])
-def test_the_script_decodes_and_predicts_as_the_package_does(fit, trained_run, folder, tmp_path, monkeypatch):
-    """Wide and tall pictures, larger and smaller than the classifier's, turned by EXIF, in grey and in colour."""
+def kinds(folder: Path) -> dict[Path, str]:
+    """Writes a picture of every kind, and what is none; returns for each why it cannot be read, "" where it can."""
     rng = np.random.default_rng(2)
-    loaded = classifier.load(trained_run.workdir, "best")
-    loaded = loaded._replace(facts=loaded.facts.__class__(**vars(loaded.facts) | {"fit": fit}))
-    for name in ("classifier.bin", "classifier.json"):
-        (tmp_path / name).write_bytes((folder / name).read_bytes())
-    (tmp_path / "how_to_use.py").write_text(report.template("how_to_use.py.jinja").render(fit=fit))
-    paths = []
-    for i, (shape, kind) in enumerate([((30, 17), "png"), ((9, 40, 3), "png"), ((5, 6), "png"), ((30, 28, 3), "jpg")]):
-        paths.append(tmp_path / f"{i}.{kind}")
-        exif = Image.Exif()
-        exif[0x0112] = 6
-        Image.fromarray(rng.integers(0, 256, shape, np.uint8)).save(paths[-1], exif=exif)
-    (tmp_path / "text.png").write_text("no picture")
-    printed = alone(tmp_path, "how_to_use.py", tmp_path / "text.png", *paths)
-    assert "text.png  cannot be read: " in printed
-    told = re.findall(r"^(.*)  +([\d.]+) %  (\d)$", printed, re.MULTILINE)
-    assert len(told) == 5 * len(paths)
-    for path, percent, name in told:
-        image = pictures.read(Path(path.strip()), 8, 1, fit)
-        assert float(percent) == pytest.approx(100 * loaded.probabilities(image[None])[0, int(name)], abs=0.051)
+    color = Image.fromarray(rng.integers(0, 256, (9, 40, 3), np.uint8))
+    grey = Image.fromarray(rng.integers(0, 256, (30, 17), np.uint8))
+    clear = Image.fromarray(rng.integers(0, 256, (12, 12, 4), np.uint8))
+    deep = Image.fromarray(rng.integers(0, 4096, (9, 7), np.uint16))
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    saved = {
+        "grey.png": (grey, {"exif": turned}),
+        "color.png": (color, {"exif": turned}),
+        "small.png": (grey.crop((0, 0, 6, 5)), {}),
+        "large.jpg": (color.resize((400, 300)), {}),  # decoded coarser
+        "turned.jpg": (color.resize((40, 28)), {"exif": turned}),
+        "palette.png": (color.quantize(16), {"transparency": 3}),
+        "la.png": (clear.convert("LA"), {}),
+        "rgba.png": (clear, {}),
+        "rgba.webp": (clear, {"lossless": True}),
+        "cmyk.jpg": (color.convert("CMYK"), {}),
+        "one.png": (grey.convert("1"), {}),
+        "deep.png": (deep, {}),
+        "deep.tif": (deep, {}),
+        "moving.gif": (color, {"save_all": True, "append_images": [color.rotate(90)]}),
+    }
+    for name, (picture, options) in saved.items():
+        picture.save(folder / name, **options)
+    (folder / "rgb16.png").write_bytes(png([rng.integers(0, 4096, 24).astype(">u2").tobytes()], 8, 16, 2))
+    (folder / "la16.png").write_bytes(png([rng.integers(0, 4096, 16).astype(">u2").tobytes()], 8, 16, 4))
+    (folder / "\udcff.png").write_bytes((folder / "la.png").read_bytes())  # a name that is not UTF-8
+    bad = {
+        "cut.png": ((folder / "color.png").read_bytes()[:500], "damaged: "),
+        "text.png": (b"no picture", "not an image"),
+        "empty.jpg": (b"", "empty"),
+        "short.png": (png([b""], 20_000, 8, 2), "damaged: "),
+        "huge.ppm": (b"P6 20000 19000 255\n", "has more than 100 million pixels"),
+    }
+    for name, (content, _) in bad.items():
+        (folder / name).write_bytes(content)
+    reasons = {path: bad.get(path.name, ("", ""))[1] for path in sorted(folder.iterdir())}
+    return reasons | {folder: "not a file", folder / "absent.png": "cannot be read: No such file"}
+
+
+@pytest.mark.parametrize("fit", [pytest.param("squeeze", marks=SLOW), pytest.param("crop", marks=SLOW), "pad"])
+def test_the_script_decodes_and_predicts_as_the_package_does(fit, trained_run, folder, tmp_path):
+    """Picture by picture; what cannot be read has a line, and does not keep the others from being read."""
+    out, given = tmp_path / "out", tmp_path / "given"
+    shutil.copytree(folder, out)
+    given.mkdir()
+    facts = json.loads((folder / "classifier.json").read_text()) | {"fit": fit, "white": 4095}
+    (out / "classifier.json").write_text(json.dumps(facts))
+    loaded, reasons = classifier.load(trained_run.workdir, "best"), kinds(given)
+    loaded = loaded._replace(facts=dataclasses.replace(loaded.facts, fit=fit, white=4095))
+    done = alone(out, out / "how_to_use.py", *sorted(reasons, key=lambda path: not reasons[path]))
+    assert done.returncode == 1, done.stderr
+    told = dict(line.split(": ", 1) for line in done.stderr.splitlines())
+    assert told.keys() == {str(path) for path, reason in reasons.items() if reason}
+    printed = re.findall(r"^(.*)  +([\d.]+) %  (\d)$", done.stdout, re.MULTILINE)
+    assert len(printed) == 5 * sum(not reason for reason in reasons.values())
+    for batch, rows in predict.predicted(loaded, reasons, 32, 0):
+        for item, row in zip(batch, rows, strict=True):
+            assert told.get(str(item.path), "") == item.problem
+            assert item.problem.startswith(reasons[item.path])
+            for percent, name in [(p, n) for path, p, n in printed if path.strip() == str(item.path)]:
+                assert float(percent) == pytest.approx(100 * row[int(name)], abs=0.051)
 
 
 def test_the_facts_name_the_checkpoint_and_its_temperature(trained_run, folder):

@@ -1,10 +1,12 @@
-"""What several test files build: a tiny network, configs with fields set, states as numbers, folders, benchmarks."""
+"""What several test files build: a tiny network, configs with fields set, states as numbers, pictures, benchmarks."""
 
 import contextlib
 import dataclasses
 import importlib
 import runpy
+import struct
 import sys
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -62,6 +64,18 @@ def configured(name: str, **overrides):
     config.optim.learning_rate = 0.05
     config.train.update(epochs=2, batch_size=100)
     return config_lib.resolve(overridden(config, **overrides))
+
+
+def png(rows: list[bytes], width: int, depth: int, color: int, **chunks: bytes) -> bytes:
+    """Returns a PNG file from its raw rows and further `chunks`: kinds that Pillow reads but does not write."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    header = struct.pack(">IIBBBBB", width, len(rows), depth, color, 0, 0, 0)
+    body = zlib.compress(b"".join(b"\0" + row for row in rows))
+    further = b"".join(chunk(kind.encode(), content) for kind, content in chunks.items())
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + further + chunk(b"IDAT", body) + chunk(b"IEND", b"")
 
 
 def shipped(name: str):

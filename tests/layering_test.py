@@ -12,13 +12,13 @@ from mfm_jax.workdir.files import Workdir
 
 PACKAGE = Path(__file__).parents[1] / "mfm_jax"
 ORDER = (  # the files of a line import those of the lines above it alone
-    "data.formats data.workers errors evaluation inference machine machine.allocator machine.cache manual methods "
-    "methods.smote models.normalization pages shipped study training types workdir machine.disk",
+    "data.formats data.stamps data.workers errors evaluation inference machine machine.allocator machine.cache manual "
+    "methods methods.smote models.normalization pages shipped study training types workdir machine.disk",
     "bilevel.hypergrad bilevel.losses bilevel.modulation bilevel.passes data.list_text data.longtail data.manifest "
     "data.pictures data.walk fields machine.cluster machine.parallel models.native models.tuning models.vit "
     "workdir.integrity workdir.ownership",
-    "data.decode data.labels data.spelling data.streaming evaluation.metrics machine.interruption machine.versions "
-    "methods.heads methods.settings models.convolution",
+    "data.decode data.depth data.labels data.spelling data.streaming evaluation.metrics machine.interruption "
+    "machine.versions methods.heads methods.settings models.convolution",
     "config.groups data.lists models.imagenet models.resnet",
     "config.consistency config.lookup models.catalog",
     "config.schema models",
@@ -27,8 +27,8 @@ ORDER = (  # the files of a line import those of the lines above it alone
     "models.pretrained training.anomalies workdir.files",
     "bilevel.outer data.batches data.checking data.digits data.kept evaluation.gallery workdir.checkpoint workdir.logs "
     "workdir.stored",
-    "bilevel.steps check command data.arrays data.files data.tfds methods.learners workdir.finished",
-    "bilevel data.assembly methods.table pages.style",
+    "bilevel.steps command data.arrays data.files data.tfds methods.learners workdir.finished",
+    "bilevel check data.assembly methods.table pages.style",
     "data evaluation.tested pages.comparison_figures pages.figures",
     "evaluation.facts pages.report training.inputs training.preflight training.progress training.recipe",
     "pages.card pages.comparison training.experiment",

@@ -5,12 +5,12 @@ import io
 import os
 import struct
 import tempfile
-import zlib
 from pathlib import Path
 
 import chex
 import numpy as np
 import pytest
+from helpers import png
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -26,17 +26,6 @@ def saved(path: Path, pixels, **options) -> Path:
     picture = pixels if isinstance(pixels, Image.Image) else Image.fromarray(np.array(pixels, np.uint8))
     picture.save(path, **options)
     return path
-
-
-def png(rows: list[bytes], width: int, depth: int, color: int) -> bytes:
-    """Returns a PNG file from its raw rows: kinds that Pillow reads but does not write."""
-
-    def chunk(kind: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-
-    header = struct.pack(">IIBBBBB", width, len(rows), depth, color, 0, 0, 0)
-    body = zlib.compress(b"".join(b"\0" + row for row in rows))
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", body) + chunk(b"IEND", b"")
 
 
 def grey(path: Path, size: int = 0, fit: str = "crop") -> list[list[int]]:

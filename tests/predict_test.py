@@ -214,7 +214,7 @@ def test_what_is_decoded_waits_in_a_short_queue(folder):
             listed.append(None)
             yield folder / "b" / "00.png"
 
-    stream = decode.decoded(paths(), 8, 1, "squeeze", workers=1)
+    stream = decode.decoded(paths(), 8, 1, "squeeze", 65535, workers=1)
     assert next(stream).image.shape == (8, 8, 1)
     time.sleep(0.2)
     assert len(listed) <= 4 * 16

@@ -37,6 +37,7 @@ class Data:
     image_size: Annotated[int, Bounds(0), "pixels a side; 0 = as stored"] = 0
     fit: Annotated[Literal["crop", "pad", "squeeze"], "folder, list: how another shape becomes square"] = "crop"
     channels: Annotated[int, Bounds(0, 3), "folder, list: 1 grey, 3 colour; 0 = grey if every image is"] = 0
+    white: Annotated[int, Bounds(0, 65535), "folder, list: value of 16-bit files that is white; 0 = by their bits"] = 0
     normalize: Annotated[Literal["own", "imagenet", "half", "pytorch_cifar"], "mean and std"] = "own"
     resident_mb: Annotated[int, Bounds(0), "MB of decoded images that stay on the device; more are streamed"] = 4096
     workers: Annotated[int, Bounds(0), "streaming: processes that decode; 0 = the main process"] = 2

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from mfm_jax.config import Data
+from mfm_jax.data import stamps
 from mfm_jax.data.kept import cached
 from mfm_jax.data.manifest import parse_manifest
 from mfm_jax.data.sources import Labels, Pixels, Source, in_two_pools, resize
@@ -99,6 +100,7 @@ class _Arrays:
             raise UserError("data.root: missing; data.source = 'npz' needs the file")
         self.path = Path(os.path.expanduser(root))
         try:
+            self._stamp = stamps.of(self.path)
             with self.path.open("rb") as file:
                 self.version = hashlib.file_digest(file, "sha256").hexdigest()[:16]
                 file.seek(0)
@@ -147,6 +149,9 @@ class _Arrays:
     def _read(self, name: str) -> np.ndarray:
         try:
             with np.load(self.path) as file:
-                return file[name]
+                values = file[name]
         except (KeyError, OSError, ValueError, zlib.error, zipfile.BadZipFile) as error:
             raise self.error(f"{name} cannot be read ({error})") from error
+        if stamps.of(self.path) != self._stamp:  # it would be kept under the hash of the other file
+            raise self.error("was written to while it was read; start again")
+        return values

@@ -1,8 +1,9 @@
 """Every picture of a listing opened and decoded once: which cannot be used, how large they are, which are the same.
 
 What was found of a sound picture is kept in the user's cache folder ($MFM_JAX_CACHE, else the platform's), a line each
-in one file for each root, and believed as long as the picture's size and time stay the same; so a second check opens
-only what has changed and what was bad. A line has its own checksum: one that is torn or damaged is as good as absent.
+in one file for each root, and believed as long as the picture's stamp (`stamps`) stays the same; so a second check
+opens only what has changed and what was bad. Where a stamp tells nothing, the picture is read, and decoded only if its
+content is another. A line has its own checksum: one that is torn or damaged is as good as absent.
 """
 
 import contextlib
@@ -23,9 +24,11 @@ import numpy.typing as npt
 from rich.console import Console
 from rich.progress import Progress, TextColumn
 
+from mfm_jax.data import stamps
 from mfm_jax.data import workers as processes
 from mfm_jax.data.listing import SPLITS, Listing
 from mfm_jax.data.pictures import FORMAT, Facts, facts_or_reason
+from mfm_jax.data.stamps import Stamp
 from mfm_jax.data.walk import Problem
 from mfm_jax.errors import UserError
 from mfm_jax.machine import cache as cache_lib
@@ -37,8 +40,6 @@ _NEIGHBOURS = 256  # pictures that each is compared with, among those that share
 _CHUNK = 32  # pictures handed to a process at a time
 _KEEP_EVERY = 2_000  # pictures between two writes of what was found
 _PROGRESS_FROM = 1_000  # pictures; fewer are looked at before a bar could be read
-
-Key = tuple[str, int, int]  # path, bytes, time of the last change in ns
 
 
 class Duplicate(NamedTuple):
@@ -71,22 +72,27 @@ def check(listing: Listing, workers: int = 2, progress: bool = True) -> Checked:
       UserError: a process was killed, by the system for want of memory or by a decoder's fault.
     """
     paths = [os.path.join(listing.root, path) for path in listing.paths]
-    stamps = [_stamp(path) for path in paths]
-    keys = [(path, *stamp[2:]) for path, stamp in zip(listing.paths, stamps, strict=True)]
+    taken = [(stamp, stamps.tells(stamp)) for stamp in map(stamps.of, paths)]
+    stamped = [stamp if tells else stamps.NOTHING for stamp, tells in taken]
     cache = _cache_file(listing.root)
     known = _remembered(cache)
-    facts = [known.get(key) for key in keys]
+    before = [known.get(path, (stamps.NOTHING, None)) for path in listing.paths]
+    facts = [fact if was == now != stamps.NOTHING else None for now, (was, fact) in zip(stamped, before, strict=True)]
     todo = [i for i, fact in enumerate(facts) if fact is None]
     problems = []
     with _kept(cache) as keep, _bar(len(todo), progress) as advance:
-        for i, found in zip(todo, _looked_at([Path(paths[i]) for i in todo], workers), strict=True):
-            if isinstance(found, Facts):
-                facts[i] = found
-                keep(keys[i], found)
-            else:
+        looked = _looked_at([(Path(paths[i]), before[i][1]) for i in todo], workers)
+        for i, found in zip(todo, looked, strict=True):
+            if not isinstance(found, Facts):
                 problems.append(Problem(listing.paths[i], found))
+            else:
+                facts[i] = found
+                if (stamped[i], found) != before[i]:
+                    keep(listing.paths[i], stamped[i], found)
             advance()
-    duplicates = tuple(_duplicates(listing, facts, [stamp[:2] for stamp in stamps]))
+    # Drives without inodes cannot tell that two paths are of one file.
+    files = [(stamp.device, stamp.inode) if stamp.inode else (-1, i) for i, (stamp, _) in enumerate(taken)]
+    duplicates = tuple(_duplicates(listing, facts, files))
     copied = _classes_of_copies(listing, facts)
     problems += [Problem(listing.class_names[label], reason) for label, reason in copied.items()]
     facts = [None if label in copied else fact for label, fact in zip(listing.labels.tolist(), facts, strict=True)]
@@ -94,27 +100,18 @@ def check(listing: Listing, workers: int = 2, progress: bool = True) -> Checked:
     return Checked(tuple(facts), (*listing.problems, *problems), contradictions, duplicates)
 
 
-def _looked_at(paths: Sequence[Path], workers: int) -> Iterator[Facts | str]:
-    """Yields facts, or the reason why there are none, of each picture in turn."""
-    done, workers = 0, workers if len(paths) > _CHUNK else 0
+def _looked_at(items: Sequence[tuple[Path, Facts | None]], workers: int) -> Iterator[Facts | str]:
+    """Yields facts, or the reason why there are none, of each picture, with what was known of it, in turn."""
+    done, workers = 0, workers if len(items) > _CHUNK else 0
     try:
-        for found in processes.mapped(facts_or_reason, paths, workers, _CHUNK):
+        for found in processes.mapped(facts_or_reason, items, workers, _CHUNK):
             yield found
             done += 1
     except processes.WorkerEnded as error:
         raise UserError(
             f"data.workers = {workers}: a process that decodes was killed, within {(2 * workers + 1) * _CHUNK} pictures"
-            f" of {str(paths[done])!r}; one of them needs more memory than there is, or crashes its decoder"
+            f" of {str(items[done][0])!r}; one of them needs more memory than there is, or crashes its decoder"
         ) from error
-
-
-def _stamp(path: str) -> tuple[int, int, int, int]:
-    """Returns device, inode, bytes and time of a file; zeros where the system tells nothing."""
-    try:
-        facts = os.stat(path)
-    except (OSError, ValueError):
-        return 0, 0, 0, 0
-    return facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns
 
 
 @contextlib.contextmanager
@@ -134,16 +131,16 @@ def _cache_file(root: Path) -> Path:
     return cache_lib.folder() / f"checked-{FORMAT}-{name}.txt"
 
 
-def _remembered(cache: Path) -> dict[Key, Facts]:
-    """Returns what the sound lines of a cache file hold."""
-    known: dict[Key, Facts] = {}
+def _remembered(cache: Path) -> dict[str, tuple[Stamp, Facts]]:
+    """Returns the last stamp and the facts of each path, as far as the lines of a cache file are sound."""
+    known: dict[str, tuple[Stamp, Facts]] = {}
     try:
         with cache.open("rb") as lines:
             for line in lines:
                 checksum, _, text = line.rstrip(b"\n").partition(b" ")
                 if checksum == _checksum(text):
-                    path, size, time, *facts = json.loads(text)
-                    known[path, size, time] = Facts(*facts)
+                    path, stamp, facts = json.loads(text)
+                    known[path] = Stamp(*stamp), Facts(*facts)
     except OSError:
         pass  # there is none, or it cannot be read: everything is looked at
     return known
@@ -154,7 +151,7 @@ def _checksum(text: bytes) -> bytes:
 
 
 @contextlib.contextmanager
-def _kept(cache: Path) -> Iterator[Callable[[Key, Facts], None]]:
+def _kept(cache: Path) -> Iterator[Callable[[str, Stamp, Facts], None]]:
     """Gives a function that notes facts; they are written every few thousand, and at the end, however it comes."""
     lines: list[bytes] = []
 
@@ -167,8 +164,8 @@ def _kept(cache: Path) -> Iterator[Callable[[Key, Facts], None]]:
             logging.getLogger(__name__).warning("what a check found is not kept: %s (%s)", cache, error)
         lines.clear()
 
-    def keep(key: Key, facts: Facts) -> None:
-        text = json.dumps((*key, *facts)).encode()
+    def keep(path: str, stamp: Stamp, facts: Facts) -> None:
+        text = json.dumps((path, stamp, facts)).encode()
         lines.append(_checksum(text) + b" " + text)
         if len(lines) >= _KEEP_EVERY:
             write()

@@ -27,18 +27,18 @@ class Decoded(NamedTuple):
     problem: str = ""
 
 
-def decoded(paths: Iterable[Path], size: int, channels: int, fit: str, workers: int) -> Iterator[Decoded]:
+def decoded(paths: Iterable[Path], size: int, channels: int, fit: str, white: int, workers: int) -> Iterator[Decoded]:
     """Yields every file of `paths`, in order, decoded as `pictures.read` does.
 
     Args:
       paths: the files.
-      size, channels, fit: as of `pictures.read`.
+      size, channels, fit, white: as of `pictures.read`.
       workers: processes that decode; 0 decodes in this one.
 
     Raises:
       UserError: a process was ended from outside.
     """
-    read = functools.partial(_read, size=size, channels=channels, fit=fit)
+    read = functools.partial(_read, size=size, channels=channels, fit=fit, white=white)
     try:
         yield from processes.mapped(read, paths, workers, _CHUNK)
     except processes.WorkerEnded as error:
@@ -47,8 +47,8 @@ def decoded(paths: Iterable[Path], size: int, channels: int, fit: str, workers: 
         ) from error
 
 
-def _read(path: Path, size: int, channels: int, fit: str) -> Decoded:
+def _read(path: Path, size: int, channels: int, fit: str, white: int) -> Decoded:
     try:
-        return Decoded(path, pictures.read(path, size, channels, fit))
+        return Decoded(path, pictures.read(path, size, channels, fit, white))
     except pictures.BadPicture as reason:
         return Decoded(path, None, str(reason))

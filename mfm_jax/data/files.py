@@ -9,7 +9,7 @@ import hashlib
 import math
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from mfm_jax.config import Data
-from mfm_jax.data import checking, listing, longtail, streaming, walk
+from mfm_jax.data import checking, depth, listing, longtail, streaming, walk
 from mfm_jax.data.kept import cached
 from mfm_jax.data.listing import Listing
 from mfm_jax.data.pictures import FORMAT, Facts
@@ -42,16 +42,14 @@ def load(config: Data, *, whole: bool) -> Source:
     found, facts, left_out, duplicates = _sound(config, listing.load(config))
     _check_groups(config, found)
     _check_classes(config, found)
+    groups = with_copies(found.groups, facts)
+    splits, rule = with_test(config, found, groups)
+    white = depth.white(config.white, facts, splits == "train")
+    if depth.loses(facts, white):
+        print(f"warning: {depth.told(facts, white)}; data.white sets it", file=sys.stderr)
+    digests = {path: fact.digest for path, fact in zip(found.paths, facts, strict=True)}
     version = _version(found, facts)
-    images = _images(config, whole, found, facts, version)
-    groups, splits, rule = _with_copies(found.groups, facts), found.splits, "as the data has it"
-    if not (splits == "test").any():
-        train = np.flatnonzero(splits == "train")
-        of_train = [groups[i] for i in train.tolist()]
-        held = longtail.hold_out(found.labels[train], len(found.class_names), of_train, config.test_fraction, TEST_SEED)
-        splits = splits.astype("U5")
-        splits[train[held]] = "test"
-        rule = f"{config.test_fraction:g} of each class, at least one of two or more; whole groups; a constant seed"
+    images = _images(config, whole, found, facts, version, white)
     test, rest = np.flatnonzero(splits == "test"), np.flatnonzero(splits != "test")
     if not len(test):
         raise UserError(f"data.test_fraction = {config.test_fraction:g}: leaves no image to test on; choose more")
@@ -74,19 +72,37 @@ def load(config: Data, *, whole: bool) -> Source:
             "group": config.group,
             "files": list(found.paths),
             "left_out": left_out,
-            "duplicates_in_test": _straddling(duplicates, found.paths, splits == "test"),
+            "duplicates_in_test": _straddling(duplicates, digests, splits == "test"),
+            **({"white": white} if any(fact.bits for fact in facts) else {}),
         },
     )
 
 
+def with_test(config: Data, found: Listing, groups: Sequence[str]) -> tuple[npt.NDArray[np.str_], str]:
+    """Returns the split of each picture, a test split among them, and the rule that made it."""
+    splits = found.splits
+    if (splits == "test").any():
+        return splits, "as the data has it"
+    train = np.flatnonzero(splits == "train")
+    of_train = [groups[i] for i in train.tolist()]
+    held = longtail.hold_out(found.labels[train], len(found.class_names), of_train, config.test_fraction, TEST_SEED)
+    splits = splits.astype("U5")
+    splits[train[held]] = "test"
+    return splits, f"{config.test_fraction:g} of each class, at least one of two or more; whole groups; a constant seed"
+
+
 def _straddling(
-    duplicates: Sequence[tuple[str, str, str]], paths: Sequence[str], is_test: npt.NDArray[np.bool_]
+    duplicates: Sequence[tuple[str, str, str]], digests: Mapping[str, str], is_test: npt.NDArray[np.bool_]
 ) -> dict[str, int]:
-    """Returns how many pictures of the test split have a duplicate (kind, path, path) outside, by kind."""
-    where = dict(zip(paths, is_test.tolist(), strict=True))
+    """Returns how many pictures of the test split have a duplicate (kind, path, path) outside, by kind.
+
+    Two paths of one file count as copies, which they are once the data was copied to another machine.
+    """
+    where = dict(zip(digests, is_test.tolist(), strict=True))
     alike: dict[tuple[str, str], set[str]] = {}
     for kind, first, second in duplicates:
-        alike.setdefault((kind, first), {first}).add(second)
+        key = ("alike", first) if kind == "alike" else ("copy", digests[first])
+        alike.setdefault(key, {first}).add(second)
     found: Counter[str] = Counter()
     for (kind, _), members in alike.items():
         tested = sum(where[path] for path in members)
@@ -145,14 +161,14 @@ def _trains_all(found: Listing) -> bool:
     return set(found.labels[found.splits == "train"].tolist()) == set(range(len(found.class_names)))
 
 
-def _with_copies(groups: Sequence[str], facts: Sequence[Facts]) -> list[str]:
+def with_copies(groups: Sequence[str], facts: Sequence[Facts]) -> list[str]:
     """Returns the group of each picture; pictures without one that are copies of each other make one."""
     copies = Counter(fact.digest for fact in facts)
     together = zip(groups, facts, strict=True)
     return [group or (fact.digest if copies[fact.digest] > 1 else "") for group, fact in together]
 
 
-def _images(config: Data, whole: bool, found: Listing, facts: Sequence[Facts], version: str) -> Images:
+def _images(config: Data, whole: bool, found: Listing, facts: Sequence[Facts], version: str, white: int) -> Images:
     """Returns the pictures, decoded where they fit into `data.resident_mb` and are looked at whole."""
     channels = config.channels or (1 if all(fact.grey for fact in facts) else 3)
     sizes = {side for fact in facts for side in (fact.width, fact.height)}
@@ -161,7 +177,8 @@ def _images(config: Data, whole: bool, found: Listing, facts: Sequence[Facts], v
             f"data.image_size = 0: pictures have sides of {min(sizes)} to {max(sizes)} pixels; choose a size, e.g. 64"
         )
     size = config.image_size or sizes.pop()
-    files = Files(found.root, streaming.paths(found.paths), size, channels, config.fit)
+    digests = np.array([fact.digest for fact in facts], np.bytes_)
+    files = Files(found.root, streaming.paths(found.paths), size, channels, config.fit, white, digests)
     if whole or math.prod(files.shape) > config.resident_mb * 1e6:
         return files
 
@@ -176,11 +193,14 @@ def _images(config: Data, whole: bool, found: Listing, facts: Sequence[Facts], v
                 progress.update(task, completed=done)
         return result, found.labels
 
-    return cached(f"files-{FORMAT}-{version}-{size}px-{channels}-{config.fit}", decode)[0]
+    return cached(f"files-{FORMAT}-{version}-{size}px-{channels}-{config.fit}-{white}", decode)[0]
 
 
 def _version(found: Listing, facts: Sequence[Facts]) -> str:
-    """Returns 16 hex digits that change with the names, classes, splits or contents of the pictures."""
+    """Returns 16 hex digits that change with the names, classes, splits or contents of the pictures.
+
+    And with nothing else: not with times or inodes, so that a run goes on with a copy of its data.
+    """
     lines = zip(found.paths, found.labels.tolist(), found.splits.tolist(), facts, strict=True)
     content = repr([(path, label, split, fact.digest) for path, label, split, fact in lines])
     return hashlib.sha256(content.encode("utf-8", "surrogateescape")).hexdigest()[:16]

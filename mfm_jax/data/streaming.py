@@ -9,6 +9,7 @@ NumPy on the host only; who reads puts batches on the device.
 """
 
 import abc
+import dataclasses
 import functools
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
@@ -87,35 +88,36 @@ class Files(Streamed):
     size: int
     channels: int
     fit: str
+    white: int  # as of `pictures.read`
+    digests: npt.NDArray[np.bytes_]  # [N], of the files as they were checked (`pictures.Facts`)
 
     @property
     def shape(self) -> tuple[int, ...]:
         return len(self.paths), self.size, self.size, self.channels
 
     def at(self, index: Any) -> "Files":
-        return Files(self.root, self.paths[index], self.size, self.channels, self.fit)
+        return dataclasses.replace(self, paths=self.paths[index], digests=self.digests[index])
 
     def batch(self, picks: Ints, part: RandomPart | None = None, seed: tuple[int, ...] = ()) -> Pixels:
         """As `Streamed.batch`.
 
         Raises:
-          UserError: a file is gone or was damaged since it was checked.
+          UserError: a file is gone or has changed since it was checked.
         """
         result = np.empty((len(picks), *self.shape[1:]), np.uint8)
         for place, index in enumerate(picks.tolist()):
             rng = part and np.random.default_rng([*part.seed, *seed, part.places[place]])
-            result[place] = self._decode(self.paths[index], part.min_area if part else 0.0, rng)
+            result[place] = self._decode(index, part.min_area if part else 0.0, rng)
         return result
 
-    def _decode(self, path: str, min_area: float, rng: np.random.Generator | None) -> Pixels:
+    def _decode(self, index: int, min_area: float, rng: np.random.Generator | None) -> Pixels:
+        path, digest = self.root / self.paths[index], self.digests[index].decode()
         try:
             if rng is None:
-                return pictures.read(self.root / path, self.size, self.channels, self.fit)
-            return pictures.read_part(self.root / path, self.size, self.channels, rng, min_area)
+                return pictures.read(path, self.size, self.channels, self.fit, self.white, digest)
+            return pictures.read_part(path, self.size, self.channels, rng, min_area, self.white, digest)
         except pictures.BadPicture as error:
-            raise UserError(
-                f"{self.root / path}: {error}; it has changed since it was checked, see --mode=check"
-            ) from error
+            raise UserError(f"{path}: {error}; it has changed since it was checked, see --mode=check") from error
 
 
 class Picks(NamedTuple):
@@ -135,7 +137,7 @@ def stream(streams: Sequence[Picks], *, workers: int, first: int = 0) -> Generat
       first: the step to begin with.
 
     Raises:
-      UserError: a file is gone or was damaged since it was checked, or a process was ended from outside.
+      UserError: a file is gone or has changed since it was checked, or a process was ended from outside.
     """
     decodes = any(isinstance(picks.images, Files) for picks in streams)  # an array is read faster than it is sent
     steps, read = range(first, len(streams[0].order)), functools.partial(_batches, streams)

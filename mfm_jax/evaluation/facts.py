@@ -5,6 +5,7 @@ from typing import Any
 
 from mfm_jax.config import Config
 from mfm_jax.data import LongTailData
+from mfm_jax.data.pictures import WHITE
 from mfm_jax.workdir.files import Workdir, read_object
 
 
@@ -17,6 +18,7 @@ class Facts:
     fit: how a picture of another shape becomes one (`pictures.read`).
     mean, std: of each channel, in units of 0..255; images are normalised by them.
     train_class_counts: K, images of each class that were trained on.
+    white: the value in pictures of 16 bits a channel that becomes 255 (`pictures.read`); of older runs, the largest.
     """
 
     class_names: tuple[str, ...]
@@ -25,6 +27,7 @@ class Facts:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     train_class_counts: tuple[int, ...]
+    white: int = WHITE
 
 
 def describe(config: Config, data: LongTailData) -> Facts:
@@ -38,6 +41,7 @@ def describe(config: Config, data: LongTailData) -> Facts:
         mean=tuple(data.mean.tolist()),
         std=tuple(data.std.tolist()),
         train_class_counts=tuple(data.counts.tolist()),
+        white=data.manifest.get("white", config.data.white or WHITE),
     )
 
 
@@ -47,7 +51,8 @@ def read(workdir: Workdir) -> Facts:
     Raises:
       UserError: the file is missing or damaged.
     """
-    names = [field.name for field in dataclasses.fields(Facts)]
-    found = read_object(workdir.facts, *names)
-    values: Any = {name: tuple(found[name]) if isinstance(found[name], list) else found[name] for name in names}
+    fields = dataclasses.fields(Facts)
+    found = read_object(workdir.facts, *(field.name for field in fields if field.default is dataclasses.MISSING))
+    given = ((field.name, found[field.name]) for field in fields if field.name in found)
+    values: Any = {name: tuple(value) if isinstance(value, list) else value for name, value in given}
     return Facts(**values)
