@@ -3,4 +3,4 @@
 # launch/test.sh -m "slow or not slow"
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 install test
-exec .venv/bin/python -m pytest -n 2 "$@"
+exec .venv/bin/python -m pytest -n 2 --dist worksteal "$@"

@@ -1,5 +1,6 @@
 """The steps: identities, the batch-norm policy, the plain meta and test passes, and four devices against one."""
 
+import os
 import re
 
 import chex
@@ -57,6 +58,8 @@ def plain_statistics(state, data: Batch):
 def compile_fully(step, state):
     """Compiles as users' programs are compiled; the tests' own flags optimize less (conftest)."""
     options = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}
+    if "--xla_cpu_use_fusion_emitters=false" in os.environ["XLA_FLAGS"]:
+        options["xla_cpu_use_fusion_emitters"] = True
     return jax.jit(step).lower(state, batch(0)).compile(compiler_options=options)
 
 

@@ -1,15 +1,21 @@
 """Eight fake CPU devices, quick compilation, strict rank promotion, and a cache folder of the test run's own."""
 
 import os
+from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
-# Little is gained from optimizing programs that run once; compiling them plainly makes the tests several times faster.
-FLAGS = (
+# Little is gained from optimizing programs that run once; compiling them plainly, and in one piece, makes the tests
+# several times faster.
+FLAGS = [
     "--xla_force_host_platform_device_count=8",
     "--xla_backend_optimization_level=0",
     "--xla_llvm_disable_expensive_passes=true",
-)
+    "--xla_cpu_parallel_codegen_split_count=1",
+]
+if metadata.version("jaxlib").startswith("0.10."):  # later releases may not have the choice, and end at its name
+    FLAGS.append("--xla_cpu_use_fusion_emitters=false")
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS])
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
@@ -41,6 +47,29 @@ def pets(tmp_path: Path) -> Path:
     return tree(tmp_path / "pets", "cat/a.jpg", "cat/b.jpg", "dog/a.jpg", "dog/b.jpg")
 
 
+@pytest.fixture
+def one_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has a run use one of the fake devices."""
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+
+
+@pytest.fixture
+def stepping(monkeypatch: pytest.MonkeyPatch, one_device: None) -> Callable[[Callable[[int, Any], Any]], None]:
+    """Returns a function that has `act(step, data) -> data` called before every step of the runs that follow."""
+    from mfm_jax.training import loop as loop_lib
+
+    make_call = loop_lib.make_call
+
+    def install(act: Callable[[int, Any], Any]) -> None:
+        def make(*built: Any) -> Callable[..., Any]:
+            compiled = make_call(*built)
+            return lambda loop, data, *steps: compiled(loop, act(int(loop.bilevel.step), data), *steps)
+
+        monkeypatch.setattr(loop_lib, "make_call", make)
+
+    return install
+
+
 class TrainedRun(NamedTuple):
     """A finished run: its config, its folder, and what training returned."""
 
@@ -52,17 +81,12 @@ class TrainedRun(NamedTuple):
 @pytest.fixture(scope="session")
 def trained_run(tmp_path_factory: pytest.TempPathFactory) -> TrainedRun:
     """A run of three epochs on the digits, of a method that is tested with another head than it trains at first."""
+    from helpers import tiny
+
     from mfm_jax import config as config_lib
     from mfm_jax.training import train
 
-    config = config_lib.default()
-    config.data.update(source="digits", name="digits", imbalance_factor=10.0, val_images_per_class=5, workers=0)
-    config.augment.update(pad=1, flip=False)
-    config.model.update(name="resnet8", width=4)
-    config.method.update(name="crt", first_stage=0.5)
-    config.meta.batch_size = 20
-    config.optim.learning_rate = 0.05
-    config.train.update(epochs=3, batch_size=64)
+    config = tiny(data__workers=0, method__name="crt", method__first_stage=0.5, train__epochs=3)
     config, workdir = config_lib.resolve(config), tmp_path_factory.mktemp("runs") / "crt"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jax, "device_count", lambda: 1)

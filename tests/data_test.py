@@ -359,10 +359,7 @@ def test_a_manifest_brings_the_split_back(tmp_path, protocol, train_on_meta):
 @pytest.mark.parametrize(
     ("change", "line"),
     [
-        (
-            {"imbalance_factor": 4.0},
-            r"data\.imbalance_factor = 4\.0: the manifest .* was made with 5\.0; set",
-        ),
+        ({"imbalance_factor": 4.0}, r"data\.imbalance_factor = 4\.0: the manifest .* was made with 5\.0; set"),
         ({"seed": 3}, r"data\.seed = 3: the manifest .* was made with 0"),
         ({"protocol": "full"}, r"data\.protocol = 'full': the manifest .* was made with 'meta_held_out'"),
     ],
@@ -380,10 +377,7 @@ def test_a_manifest_of_other_settings_is_refused(tmp_path, change, line):
         (lambda m: m.update(dataset="letters"), "made for dataset 'letters', the data has 'digits'"),
         (lambda m: m.update(version="2"), "made for version '2', the data has '1'"),
         (lambda m: m["splits"]["test"]["ids"].pop(), "its test split differs from digits's"),
-        (
-            lambda m: m["splits"]["train"]["ids"].append(1797),
-            "train names records of pool 'all' that digits does",
-        ),
+        (lambda m: m["splits"]["train"]["ids"].append(1797), "train names records of pool 'all' that digits does"),
         (lambda m: m["splits"]["val"].update(class_counts=[1] * 10), "records of val have other classes"),
         (lambda m: m["splits"]["val"]["ids"].append(m["splits"]["meta"]["ids"][0]), "meta and val share 1"),
     ],

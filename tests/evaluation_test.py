@@ -5,7 +5,6 @@ import json
 import shutil
 from pathlib import Path
 
-import jax
 import pytest
 from helpers import changed
 from PIL import Image
@@ -19,10 +18,7 @@ from mfm_jax.inference import evaluate as evaluation
 from mfm_jax.workdir import integrity
 from mfm_jax.workdir.files import Workdir
 
-
-@pytest.fixture(autouse=True)
-def _one_device(monkeypatch):
-    monkeypatch.setattr(jax, "device_count", lambda: 1)
+pytestmark = pytest.mark.usefixtures("one_device")
 
 
 def same(found: dict, recorded: dict) -> None:

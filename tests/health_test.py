@@ -6,7 +6,6 @@ import math
 import shutil
 from collections import Counter
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -15,12 +14,12 @@ from helpers import overridden, shipped
 from mfm_jax import config as config_lib
 from mfm_jax.bilevel import losses
 from mfm_jax.evaluation import health
-from mfm_jax.training import loop as loop_lib
 from mfm_jax.training import recipe, train
 from mfm_jax.workdir import finished
 
 GUESS = health.Guess(equal=2.3, by_count=3.2, accuracy=0.4)
 CONFIG = config_lib.Config()
+pytestmark = pytest.mark.usefixtures("one_device")
 
 
 def rows(*epochs, steps=200, **same):
@@ -165,11 +164,6 @@ def lines(workdir):
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.fixture(autouse=True)
-def _one_device(monkeypatch):
-    monkeypatch.setattr(jax, "device_count", lambda: 1)
-
-
 @pytest.mark.parametrize(
     ("code", "overrides"),
     [
@@ -191,19 +185,9 @@ def test_a_planted_collapse_is_told_once_and_shown(tmp_path, capfd, code, overri
     assert finished.warnings(tmp_path) == sentences
 
 
-def test_pictures_that_spoil_from_the_second_epoch_on_are_told(tmp_path, monkeypatch):
+def test_pictures_that_spoil_from_the_second_epoch_on_are_told(tmp_path, stepping):
     """A million times as bright: the running averages are still those of the pictures before."""
-    call = loop_lib.make_call
-
-    def make_call(*built):
-        compiled = call(*built)
-
-        def spoiled(loop, data, *steps):
-            return compiled(loop, data.replace(std=jnp.where(loop.bilevel.step >= 9, 1e-6, 1.0) * data.std), *steps)
-
-        return spoiled
-
-    monkeypatch.setattr(loop_lib, "make_call", make_call)
+    stepping(lambda step, data: data.replace(std=(1e-6 if step >= 9 else 1.0) * data.std))
     train.train_and_evaluate(planted(train__max_steps=18), tmp_path)
     warnings = {row["code"]: row["sentence"] for row in lines(tmp_path) if row["kind"] == "warning"}
     assert warnings.keys() == {"meta_loss", "meta_gradient"}

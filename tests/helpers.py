@@ -49,6 +49,18 @@ def overridden(config, **overrides):
     return config
 
 
+def tiny(**overrides):
+    """Returns the config of a run of a few seconds, a `ConfigDict`; overrides as `group__field=value`."""
+    config = config_lib.default()
+    config.data.update(source="digits", name="digits", imbalance_factor=10.0, val_images_per_class=5)
+    config.augment.update(pad=1, flip=False)
+    config.model.update(name="resnet8", width=4)
+    config.meta.batch_size = 20
+    config.optim.learning_rate = 0.05
+    config.train.update(epochs=2, batch_size=64)
+    return overridden(config, **overrides)
+
+
 def changed(config, **groups):
     """Returns `config`, a resolved one, with fields changed as `group={field: value}`."""
     return dataclasses.replace(config, **{g: dataclasses.replace(getattr(config, g), **v) for g, v in groups.items()})
@@ -56,13 +68,9 @@ def changed(config, **groups):
 
 def configured(name: str, **overrides):
     """Returns the config of two epochs of two steps; a second stage, and deferred weights, have the second epoch."""
-    config = config_lib.default()
-    config.data.update(source="digits", name="digits", imbalance_factor=100.0)
-    config.augment.update(pad=1, flip=False)
+    config = tiny(data__imbalance_factor=100.0, data__val_images_per_class=0, train__batch_size=100)
     config.method.update(name=name, first_stage=0.5)
     config.meta.update(batch_size=40, every=2, lagged=name != "l2rw")
-    config.optim.learning_rate = 0.05
-    config.train.update(epochs=2, batch_size=100)
     return config_lib.resolve(overridden(config, **overrides))
 
 

@@ -66,12 +66,7 @@ def test_class_counts_are_exact_despite_rounding(n_max, num_classes, factor):
     factor = min(factor, n_max)
     counts = longtail.class_counts(n_max, num_classes, factor)
     power = num_classes - 1
-    for c in {
-        0,
-        1,
-        num_classes // 2,
-        num_classes - 1,
-    }:  # n_c = floor(n_max * factor**(-c/power)), in integers
+    for c in {0, 1, num_classes // 2, num_classes - 1}:  # n_c = floor(n_max * factor**(-c/power)), in integers
         n = int(counts[c])
         assert n**power * factor**c <= n_max**power < (n + 1) ** power * factor**c
 
@@ -161,10 +156,7 @@ def test_redraw_meta_depends_on_seed_and_epoch_alone():
             {"meta_images_per_class": 30, "val_images_per_class": 0},
             "meta.images_per_class = 30: class 0 holds 10 images; choose at most 9",
         ),
-        (
-            {"val_images_per_class": 10},
-            "data.val_images_per_class = 10: class 0 holds 10 images; choose at most 7",
-        ),
+        ({"val_images_per_class": 10}, "data.val_images_per_class = 10: class 0 holds 10 images; choose at most 7"),
         ({"protocol": "half"}, "data.protocol = 'half': allowed: full, meta_held_out"),
     ],
 )

@@ -16,8 +16,7 @@ GROUPS = ("many", "medium", "few", "head_third", "middle_third", "rarest_third")
 
 # Three classes, one of each shot group. Predictions: 0 0 1 | 1 0 | 2 (the last class has one image, found).
 HAND_PROBS = np.array(
-    [[0.9, 0.1, 0.0], [0.6, 0.3, 0.1], [0.2, 0.7, 0.1], [0.1, 0.8, 0.1], [0.5, 0.4, 0.1], [0.0, 0.0, 1.0]],
-    np.float32,
+    [[0.9, 0.1, 0.0], [0.6, 0.3, 0.1], [0.2, 0.7, 0.1], [0.1, 0.8, 0.1], [0.5, 0.4, 0.1], [0.0, 0.0, 1.0]], np.float32
 )
 HAND_LABELS = np.array([0, 0, 0, 1, 1, 2])
 HAND_COUNTS = np.array([500, 50, 5])
@@ -57,12 +56,7 @@ def test_ranking_and_calibration_by_hand():
 
 def test_reliability_bins_by_hand():
     bins = metrics.reliability_bins(np.array([0.0, 0.25, 0.3, 1.0]), np.array([True, False, True, True]), num_bins=4)
-    assert [one["count"] for one in bins] == [
-        2,
-        1,
-        0,
-        1,
-    ]  # 0 and 0.25 share the first bin: it is (0, 0.25] and 0
+    assert [one["count"] for one in bins] == [2, 1, 0, 1]  # 0 and 0.25 share the first bin: it is (0, 0.25] and 0
     assert bins[0]["confidence"] == pytest.approx(0.125)
     assert bins[0]["accuracy"] == pytest.approx(0.5)
     assert bins[2] == {"lower": 0.5, "upper": 0.75, "count": 0, "confidence": None, "accuracy": None}

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import tiny
 
 from mfm_jax import config as config_lib
 from mfm_jax import data as data_lib
@@ -177,12 +178,8 @@ def test_phi_s_rate_falls_as_the_classifier_s_does(meta, steps):
 @pytest.mark.parametrize("at", [0, 100])
 def test_phi_recovers_from_any_single_meta_gradient(at, monkeypatch):
     """Fifty meta-steps after one of 1e8 in a direction of its own, on the digits, phi is within 10 % of without."""
-    config = config_lib.default()
-    config.data.update(source="digits", name="digits", imbalance_factor=50.0)
-    config.augment.update(pad=1, flip=False)
-    config.model.name = "resnet8"
-    config.meta.every = 1
-    config.optim.learning_rate = 0.05
+    config = tiny(data__imbalance_factor=50.0, data__val_images_per_class=0, model__width=0)
+    config.meta.update(every=1, batch_size=config_lib.Meta().batch_size)
     config.train.update(epochs=60, batch_size=32)
     config = config_lib.resolve(config)
     data, chain = data_lib.build(config), optim.outer

@@ -334,10 +334,7 @@ def torch_nets():
     block = torchvision.resnet
     return {
         "resnet": (block.ResNet(block.BasicBlock, [1, 1, 1, 1], K), models.create("resnet10", K, 0)),
-        "bottleneck": (
-            block.ResNet(block.Bottleneck, [1, 2, 1, 1], K),
-            ResNet((1, 2, 1, 1), K, bottleneck=True),
-        ),
+        "bottleneck": (block.ResNet(block.Bottleneck, [1, 2, 1, 1], K), ResNet((1, 2, 1, 1), K, bottleneck=True)),
         "resnext": (
             block.ResNet(block.Bottleneck, [1, 1, 1, 1], K, groups=32, width_per_group=4),
             ResNet((1, 1, 1, 1), K, bottleneck=True, groups=32),

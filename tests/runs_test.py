@@ -11,7 +11,7 @@ import time
 import jax
 import numpy as np
 import pytest
-from helpers import overridden
+from helpers import overridden, tiny
 
 from mfm_jax import compare
 from mfm_jax import config as config_lib
@@ -22,12 +22,7 @@ from mfm_jax.workdir.files import Workdir
 
 
 def run(tmp_path, name: str, **overrides) -> runs.Run:
-    config = config_lib.default()
-    config.data.update(source="digits", name="digits", imbalance_factor=10.0)
-    config.augment.update(pad=0, flip=False)
-    config.method.name = "ce"
-    config.model.update(name="resnet8", width=2)
-    config.train.update(epochs=2, batch_size=64)
+    config = tiny(data__val_images_per_class=0, augment__pad=0, method__name="ce", model__width=2)
     return runs.Run(name, config_lib.resolve(overridden(config, **overrides)), tmp_path / name)
 
 

@@ -44,11 +44,7 @@ def test_a_table_is_written_with_empty_cells_and_names_that_are_no_text(tmp_path
         ("config", "no run there has finished; run the training command again", "choose a new --workdir"),
         ("facts", AGAIN.format(""), AGAIN.format("it and ")),
         ("metrics", AGAIN.format(""), AGAIN.format("it and ")),
-        (
-            "results",
-            "no run there has finished; run the training command again",
-            "remove it, and it is written again",
-        ),
+        ("results", "no run there has finished; run the training command again", "remove it, and it is written again"),
     ],
 )
 def test_what_is_wrong_with_a_file_is_said_with_the_way_out(name, missing, damaged, workdir):
