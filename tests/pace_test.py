@@ -92,6 +92,7 @@ def test_looks_of_any_size_find_what_is_left(plain, factor, every, looks):
         now += costs[step : step + look].sum()
         step += look
         pace.done(step, now)
-        assert pace.left(now) >= 0
-    if step >= 2 * every and len(looks) > 3:
-        assert pace.left(now) == pytest.approx(costs[step:].sum(), rel=0.2)
+        left = pace.left(now)
+        assert left is None or left >= 0
+    if left is not None and step >= 2 * every:
+        assert left == pytest.approx(costs[step:].sum(), rel=0.2)

@@ -10,7 +10,7 @@ from collections.abc import Hashable, Sequence
 import numpy as np
 from scipy.optimize import nnls
 
-_LOOKS = 100  # the last ones count: a machine may become slower, or have other work
+_LOOKS, _LOOK_SECONDS = 100, 0.25  # the last ones count, of at least so long: a machine may have other work by then
 
 
 class Pace:
@@ -28,7 +28,8 @@ class Pace:
         self._looks: deque[tuple[np.ndarray, float]] = deque(maxlen=_LOOKS)  # steps of each kind, and their seconds
         self._end_seconds: dict[Hashable, deque[float]] = {}
         self._each = np.zeros(ones.shape[1])  # seconds of a step, by kind
-        self._done, self._since = step, 0.0
+        self._done, self._at = step, 0.0  # and when that was seen
+        self._from, self._since = step, 0.0  # where the next look begins
         self.under_way = 0.0  # seconds that the device should take for what it has been given
 
     @property
@@ -38,24 +39,23 @@ class Pace:
 
     def start(self, now: float) -> None:
         """The device has nothing but steps to do from now on."""
-        self._since, self.under_way = now, 0.0
+        self._from, self._since, self._at, self.under_way = self._done, now, now, 0.0
 
     def sent(self, step: int) -> None:
         """The steps up to `step` are under way."""
-        self.under_way = float((self._before[step] - self._before[self._done]) @ self._each)
+        self.under_way = self._price(self._done, step)
 
     def done(self, step: int, now: float) -> None:
         """The steps up to `step` were seen to be done."""
-        if step > self._done:
-            steps = self._before[step] - self._before[self._done]
-            self._looks.append((steps, now - self._since))
-            self._fit()
-            self.under_way = max(0.0, self.under_way - float(steps @ self._each))
-            self._done, self._since = step, now
+        self.under_way = max(0.0, self.under_way - self._price(self._done, step))
+        self._done, self._at = step, now
+        if now - self._since >= _LOOK_SECONDS:
+            self._look(now)
 
     def stop(self, now: float) -> None:
         """An epoch has ended, and what follows it begins."""
-        self._since, self.under_way = now, self._end(self._ends[self._ended])
+        self._look(self._at)
+        self._since, self._at, self.under_way = now, now, self._end(self._ends[self._ended])
 
     def stopped(self, now: float, compiling: float = 0.0) -> None:
         """What follows an epoch is over; it was `compiling` for so many seconds."""
@@ -70,12 +70,20 @@ class Pace:
         """
         if not self._looks:
             return None
-        steps = float((self._before[-1] - self._before[self._done]) @ self._each)
         ends = sum(map(self._end, self._ends[self._ended :]))
-        return max(0.0, steps + ends - min(now - self._since, self.under_way))
+        steps = self._price(self._done, len(self._before) - 1)
+        return max(0.0, steps + ends - min(now - self._at, self.under_way))
 
-    def _fit(self) -> None:
+    def _price(self, step: int, end: int) -> float:
+        """Returns the seconds of the steps from `step` up to `end`."""
+        return float((self._before[end] - self._before[step]) @ self._each)
+
+    def _look(self, now: float) -> None:
         """Finds what a step of each kind takes, by least squares that keep the sum; one unseen is as the average."""
+        if self._done == self._from:
+            return
+        self._looks.append((self._before[self._done] - self._before[self._from], now - self._since))
+        self._from, self._since = self._done, now
         steps, seconds = np.array([s for s, _ in self._looks], float), np.array([s for _, s in self._looks])
         self._each, _ = nnls(steps, seconds)
         self._each *= seconds.sum() / max((steps @ self._each).sum(), 1e-9)

@@ -4,7 +4,8 @@ import contextlib
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import jax
 from rich import progress
@@ -55,6 +56,7 @@ class TrainingBar:
             progress.TimeElapsedColumn(),
             progress.TextColumn("{task.fields[left]}"),
             console=console,
+            refresh_per_second=1 / _TICK_SECONDS,
             disable=not self._in_terminal,
         )
         self._task = self._bar.add_task(name, total=total, completed=step, loss="", left="")
@@ -100,7 +102,7 @@ class TrainingBar:
         if (kind, steps) in self._programs:
             yield
             return
-        self._wait_for_all_but(0)  # what is under way while the cores compile is no measure
+        self._wait(0)  # what is under way while the cores compile is no measure
         self._programs.add((kind, steps))
         self.say(f"compiling {_PROGRAMS[kind]} (usually half a minute, less where it was compiled before)")
         self.doing = "compiling"
@@ -117,8 +119,8 @@ class TrainingBar:
         with self._lock:
             self._marks.append((step, mark))
             self._pace.sent(step)
-        while len(self._marks) > _AHEAD and (not self._pace.measured or self._pace.under_way > _AHEAD_SECONDS):
-            self._wait_for_all_but(len(self._marks) - 1)
+        if not self._pace.measured or self._pace.under_way > _AHEAD_SECONDS:
+            self._wait(_AHEAD)
         self._calls += 1
         if jax.process_count() > 1:
             return mark if self._calls % _LOOK_CALLS == 0 else None
@@ -128,21 +130,26 @@ class TrainingBar:
         return self._seen
 
     def left(self) -> str:
-        """Returns how much longer training takes, as `, left 2 min 5 s`; nothing while it is not known."""
+        """Returns how much longer training takes, as `, left 2 min 5 s`; nothing before that is known, and at the end."""
         with self._lock:
-            seconds = self._pace.left(time.perf_counter())
+            seconds = self._pace.left(time.perf_counter()) if self._step < self._total else None
         return "" if seconds is None else f", left {duration(seconds)}"
 
-    def _wait_for_all_but(self, calls: int) -> None:
-        while marks := list(self._marks)[: len(self._marks) - calls]:
-            jax.block_until_ready(marks[-1])
+    def _wait(self, most: int) -> None:
+        """Waits until at most so many calls are under way."""
+        while marks := list(self._marks):
+            if len(marks) <= most:
+                break
+            jax.block_until_ready(marks[0][1])
             self._collect()
 
     def _collect(self) -> None:
         """Takes note of the calls that are done."""
         with self._lock:
+            before = self._step
             while self._marks and all(map(_is_ready, self._marks[0][1])):
                 self._step, self._seen = self._marks.popleft()
+            if self._step > before:
                 self._pace.done(self._step, time.perf_counter())
 
     def _watch(self) -> None:
@@ -177,6 +184,13 @@ class TrainingBar:
     def _note_compilation(self, event: str, duration_secs: float, **facts: str | int) -> None:
         if event in _COMPILE_EVENTS:
             self._compiled += duration_secs
+
+
+def track(parts: Iterable[Any], text: str, total: int) -> Iterable[Any]:
+    """Returns `parts`; a terminal shows how many have been taken."""
+    console = Console()
+    quiet = not (cluster.is_primary() and console.is_terminal)
+    return progress.track(parts, text, total, console=console, disable=quiet, transient=True)
 
 
 def _is_ready(array: jax.Array) -> bool:

@@ -115,7 +115,7 @@ def train_together(configs: Sequence[Config], workdirs: Sequence[Path]) -> list[
             groups = itertools.groupby(runs, key=lambda run: run.step if run.feed.is_shared else run.workdir)
             for _, group in groups:
                 train_runs(list(group))
-            progress.say("evaluating")
+            progress.say(f"evaluating on {'test' if configs[0].eval.test else 'validation'} images")
             for run in runs:
                 results = run.results()
                 if cluster.is_primary():
