@@ -130,7 +130,7 @@ class TrainingBar:
         return self._seen
 
     def left(self) -> str:
-        """Returns how much longer training takes, as `, left 2 min 5 s`; nothing before that is known, and at the end."""
+        """Returns how much longer training takes, as `, left 2 min 5 s`; nothing while it is not known, or over."""
         with self._lock:
             seconds = self._pace.left(time.perf_counter()) if self._step < self._total else None
         return "" if seconds is None else f", left {duration(seconds)}"
