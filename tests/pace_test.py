@@ -69,6 +69,17 @@ def test_ends_of_epochs_are_counted_without_their_compilation():
     assert pace.left(22.75) == pytest.approx(6 + 2 * 1 + 2 * 5 - 0.75)  # counts down here, too
 
 
+def test_the_first_end_of_its_kind_is_slow_and_left_out():
+    pace = Pace(np.zeros(4, int), [""] * 4, 1)
+    pace.start(0.0)
+    for now, seconds, left in ((1.0, 9.0, 3 + 3 * 9), (11.0, 1.0, 2 + 2 * 1), (13.0, 3.0, 1 + 2)):
+        pace.done(int(pace.measured) + 1, now)
+        pace.stop(now)
+        pace.stopped(now + seconds)
+        pace.start(now + seconds)
+        assert pace.left(now + seconds) == pytest.approx(left)
+
+
 def test_a_run_that_goes_on_counts_what_it_does_itself():
     pace = Pace(np.zeros(10, int), ["", ""], 5, step=5)
     pace.start(100.0)

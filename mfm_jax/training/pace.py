@@ -11,6 +11,7 @@ import numpy as np
 from scipy.optimize import nnls
 
 _LOOKS, _LOOK_SECONDS = 100, 0.25  # the last ones count, of at least so long: a machine may have other work by then
+_ENDS = 5
 
 
 class Pace:
@@ -26,7 +27,7 @@ class Pace:
         self._before = np.concatenate([np.zeros_like(ones[:1]), np.cumsum(ones, axis=0)])  # steps of a kind, by step
         self._ends, self._ended = ends, step // per_epoch
         self._looks: deque[tuple[np.ndarray, float]] = deque(maxlen=_LOOKS)  # steps of each kind, and their seconds
-        self._end_seconds: dict[Hashable, deque[float]] = {}
+        self._end_seconds: dict[Hashable, list[float]] = {}
         self._each = np.zeros(ones.shape[1])  # seconds of a step, by kind
         self._done, self._at = step, 0.0  # and when that was seen
         self._from, self._since = step, 0.0  # where the next look begins
@@ -59,8 +60,8 @@ class Pace:
 
     def stopped(self, now: float, compiling: float = 0.0) -> None:
         """What follows an epoch is over; it was `compiling` for so many seconds."""
-        kept = self._end_seconds.setdefault(self._ends[self._ended], deque(maxlen=5))
-        kept.append(max(0.0, now - self._since - compiling))
+        seen = self._end_seconds.setdefault(self._ends[self._ended], [])
+        seen.append(max(0.0, now - self._since - compiling))
         self._ended += 1
 
     def left(self, now: float) -> float | None:
@@ -90,6 +91,7 @@ class Pace:
         self._each[steps.sum(axis=0) == 0] = seconds.sum() / steps.sum()
 
     def _end(self, kind: Hashable) -> float:
-        """Returns what such an end of an epoch takes; one unseen takes as long as those that were seen."""
-        seen = self._end_seconds.get(kind) or [x for kept in self._end_seconds.values() for x in kept]
-        return statistics.median(seen) if seen else 0.0
+        """Returns what such an end of an epoch takes, the first left out; one unseen takes as long as the others."""
+        every = self._end_seconds
+        seen = every.get(kind) or [x for seen in every.values() for x in seen]
+        return statistics.median(seen[1:][-_ENDS:] or seen) if seen else 0.0
