@@ -73,7 +73,7 @@ def test_the_first_end_of_its_kind_is_slow_and_left_out():
     pace = Pace(np.zeros(4, int), [""] * 4, 1)
     pace.start(0.0)
     for now, seconds, left in ((1.0, 9.0, 3 + 3 * 9), (11.0, 1.0, 2 + 2 * 1), (13.0, 3.0, 1 + 2)):
-        pace.done(int(pace.measured) + 1, now)
+        pace.done(pace.measured + 1, now)
         pace.stop(now)
         pace.stopped(now + seconds)
         pace.start(now + seconds)

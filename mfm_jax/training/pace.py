@@ -32,11 +32,7 @@ class Pace:
         self._done, self._at = step, 0.0  # and when that was seen
         self._from, self._since = step, 0.0  # where the next look begins
         self.under_way = 0.0  # seconds that the device should take for what it has been given
-
-    @property
-    def measured(self) -> int:
-        """How many steps the estimate rests on."""
-        return int(sum(steps.sum() for steps, _ in self._looks))
+        self.measured = 0  # steps that the estimate rests on
 
     def start(self, now: float) -> None:
         """The device has nothing but steps to do from now on."""
@@ -84,6 +80,7 @@ class Pace:
         if self._done == self._from:
             return
         self._looks.append((self._before[self._done] - self._before[self._from], now - self._since))
+        self.measured += self._done - self._from
         self._from, self._since = self._done, now
         steps, seconds = np.array([s for s, _ in self._looks], float), np.array([s for _, s in self._looks])
         self._each, _ = nnls(steps, seconds)

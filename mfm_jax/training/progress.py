@@ -173,7 +173,8 @@ class TrainingBar:
 
     def _warn_if_long(self) -> None:
         """Says so where the run takes hours: here, not before the start, for here it is measured."""
-        seconds = self._pace.left(time.perf_counter()) or 0.0
+        with self._lock:
+            seconds = self._pace.left(time.perf_counter()) or 0.0
         if seconds > _LONG_SECONDS:
             self.say(
                 f"at this rate {self._epochs} epochs take about {duration(seconds)} on this machine; Ctrl-C saves and"
