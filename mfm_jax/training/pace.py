@@ -58,7 +58,7 @@ class Pace:
         """What follows an epoch is over; it was `compiling` for so many seconds."""
         seen = self._end_seconds.setdefault(self._ends[self._ended], [])
         seen.append(max(0.0, now - self._since - compiling))
-        self._ended += 1
+        self._ended, self.under_way = self._ended + 1, 0.0
 
     def left(self, now: float) -> float | None:
         """Returns the seconds to the end of training; None before a step was measured.

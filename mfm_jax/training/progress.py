@@ -44,7 +44,7 @@ class TrainingBar:
         self._marks: deque[tuple[int, Mark]] = deque()  # of calls under way, with the step that each ends at
         self._seen: Mark | None = None
         self._programs: set[tuple[str, int]] = set()
-        self._ending, self._warned, self._compiled = False, False, 0.0
+        self._warned, self._compiled = False, 0.0
         self._lock, self._closed, self._told = threading.RLock(), threading.Event(), time.perf_counter()
         console = Console()
         self._in_terminal = cluster.is_primary() and console.is_terminal
@@ -83,9 +83,6 @@ class TrainingBar:
         """The steps of an epoch begin; returns the time."""
         self._calls, self._looked, self.doing = 0, time.perf_counter(), "training"
         with self._lock:
-            if self._ending:
-                self._pace.stopped(self._looked, self._compiled)
-            self._ending = False
             self._pace.start(self._looked)
         return self._looked
 
@@ -93,8 +90,14 @@ class TrainingBar:
         """The steps of an epoch are done, and its end begins."""
         self._collect()
         with self._lock:
-            self._ending, self._compiled = True, 0.0
+            self._compiled = 0.0
             self._pace.stop(time.perf_counter())
+
+    def end_epoch(self, text: str) -> None:
+        """The end of an epoch is over; prints its line, with the time left."""
+        with self._lock:
+            self._pace.stopped(time.perf_counter(), self._compiled)
+        self.say(text + self.left())
 
     @contextlib.contextmanager
     def compiling(self, kind: str, steps: int) -> Iterator[None]:

@@ -207,7 +207,7 @@ def _end_epoch(runs: list[Run], epoch: int, bar: progress.TrainingBar) -> None:
             bar.doing = "saving"
             run.save(score)
     words = epoch_log.in_words([run.log.rows for run in runs], first.data.counts)
-    bar.say(f"epoch {epoch + 1}/{first.config.train.epochs}: {words}{bar.left()}")
+    bar.end_epoch(f"epoch {epoch + 1}/{first.config.train.epochs}: {words}")
 
 
 def _pace(run: Run) -> Pace:
