@@ -88,13 +88,13 @@ def test_a_run_that_goes_on_counts_what_it_does_itself():
 
 
 @given(
-    st.floats(0.001, 10),
+    st.floats(0.25, 10),
     st.floats(1, 6),
     st.integers(1, 9),
     st.lists(st.integers(1, 40), min_size=1, max_size=300),
 )
 def test_looks_of_any_size_find_what_is_left(plain, factor, every, looks):
-    """However the steps are seen, one by one or forty at a time, what is left is exact where the costs are."""
+    """However the steps are seen, one by one or forty at a time: what is left is within 20 %."""
     kinds = (np.arange(sum(looks) + 80) % every == 0).astype(int)
     costs = np.where(kinds == 1, plain * factor, plain)
     pace, step, now = Pace(kinds, [""], len(kinds)), 0, 0.0
@@ -103,7 +103,6 @@ def test_looks_of_any_size_find_what_is_left(plain, factor, every, looks):
         now += costs[step : step + look].sum()
         step += look
         pace.done(step, now)
-        left = pace.left(now)
-        assert left is None or left >= 0
-    if left is not None and step >= 2 * every:
-        assert left == pytest.approx(costs[step:].sum(), rel=0.2)
+        assert pace.left(now) >= 0
+    if step >= 10 * every:  # each kind was seen, about as often as it is to come
+        assert pace.left(now) == pytest.approx(costs[step:].sum(), rel=0.2)
