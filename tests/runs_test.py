@@ -1,5 +1,6 @@
 """Runs after each other and side by side: a failure is an outcome, and the others finish."""
 
+import dataclasses
 import json
 import os
 import re
@@ -43,6 +44,21 @@ def test_a_failed_method_is_shown_and_the_others_are_compared(tmp_path, monkeypa
     assert [row["difference"] for row in lone] == [None]
 
 
+@pytest.mark.parametrize(
+    ("gap", "half", "unseen", "says"),
+    [
+        (0.055, 0.049, 100, "5.5 points above ce (95 % interval over 3 seeds: 0.6 to 10.4); it learns from 100 more"),
+        (-0.02, 0.03, 0, "2.0 points below ce (95 % interval over 3 seeds: -5.0 to 1.0), which may be chance."),
+        (0.01, None, 0, "1.0 points above ce with one seed, and other seeds may differ."),
+    ],
+)
+def test_the_comparison_ends_with_what_it_means(gap, half, unseen, says):
+    other = {"method": "mfm", "epoch": "last", "seeds": 3, "difference": gap, "difference_t95": half}
+    rows = [other | {"method": "ce", "difference": None}, other, other | {"epoch": "best"}]
+    assert compare.meaning(rows, "ce", unseen).startswith(f"Balanced accuracy: mfm is {says}")
+    assert compare.meaning(rows[:1], "ce") == ""
+
+
 def test_cores_are_shared_out():
     if not hasattr(os, "sched_getaffinity"):
         pytest.skip("this system does not tell its cores")
@@ -80,6 +96,7 @@ def test_side_by_side_gives_the_same_results_and_outlives_a_failure(tmp_path, ca
     assert Workdir(tmp_path / "good").read_peak_memory() > 1e7
     assert Workdir(tmp_path / "bad").read_peak_memory() is None
     out = capsys.readouterr().out
+    assert out.splitlines()[0].startswith("good: epoch 0/2, log ")
     assert "good: done in" in out
     assert "s; 2 of 2 done" in out
     alone = train.train_and_evaluate(planned[0].config, tmp_path / "alone")
@@ -119,10 +136,18 @@ def test_the_table_tells_what_runs_and_when_it_will_be_done(tmp_path, monkeypatc
     assert [job.look() for job in jobs[:2]] == [0, 0]
     monkeypatch.setattr(time, "monotonic", lambda: 300.0)
     table = runs._table(jobs, began=20.0)
-    # Four epochs in 240 s, four are left.
+    # Four epochs in 240 s, four are left; without a validation split there is no column for it.
+    assert [list(column.cells) for column in table.columns] == [["running"], ["6/10"], ["4.0"], ["4.0"]]
+    line = f"running: epoch 6/10, log {tmp_path / 'running.log'}; 1 of 3 done, about 5 min left"
+    assert runs._line(jobs, began=20.0) == line
+    validated = run(tmp_path, "running", data__val_images_per_class=5, train__epochs=10)
+    table = runs._table([dataclasses.replace(jobs[1], runs=[validated])], began=20.0)
     assert [list(column.cells) for column in table.columns] == [["running"], ["6/10"], ["50.0"], ["4.0"], ["4.0"]]
+    jobs[1].epochs_before = 6
+    assert [list(column.cells) for column in runs._table(jobs, began=20.0).columns][-1] == ["starting"]
+    jobs[1].epochs_before = 2
     # 14 epochs in 280 s: 20 s an epoch, and 4 + 10 are left.
-    assert table.caption == "1 of 3 done, about 5 min left"
+    assert runs._table(jobs, began=20.0).caption == "1 of 3 done, about 5 min left"
 
 
 def test_the_end_of_an_interrupted_run_stops_the_rest(tmp_path, monkeypatch):

@@ -2,11 +2,17 @@
 
 The training loop asks, finishes its step and saves (`listening`); elsewhere nothing needs saving (`terminable`). Either
 way the program ends by `Interrupted`, with the status `EXIT_INTERRUPTED`.
+
+Python runs a handler between two of its instructions, and one of them may compile for half a minute. The answer to a
+signal comes from a thread.
 """
 
 import contextlib
+import functools
 import os
 import signal
+import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +26,9 @@ EXIT_INTERRUPTED = 75  # EX_TEMPFAIL: saved, run the same command again
 NOTICE = "MFM_JAX_PREEMPTION_NOTICE"  # environment variable: a file that appears when the machine is to be taken away
 
 _LOOK_SECONDS = 0.5
+_GRACE_SECONDS = 3.0  # after a second Ctrl-C, for the main thread to end by itself
+_STOPPING = "stopping after this step"
+_SHOW_CURSOR = "\x1b[?25h"
 
 
 class Interrupted(Exception):
@@ -48,15 +57,63 @@ def listening() -> Iterator[Callable[[int], bool]]:
         return
     if jax.process_count() > 1:
         signal.signal(signal.SIGINT, lambda number, frame: os.kill(os.getpid(), signal.SIGTERM))
-        agreed = cluster.agreed_stop()
-        yield lambda step: notice.passed_on() or agreed(step)
+        yield functools.partial(_agreed, cluster.agreed_stop(), notice, [])
         return
     before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield lambda step: bool(received) or notice.arrived()
+        with _answering():
+            yield lambda step: bool(received) or notice.arrived()
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _answering() -> Iterator[None]:
+    """Answers SIGTERM and Ctrl-C as they come; a second Ctrl-C ends the program, if it does not end by itself."""
+    ours, pythons = socket.socketpair()
+    pythons.setblocking(False)
+    before = signal.set_wakeup_fd(pythons.fileno(), warn_on_full_buffer=False)
+    thread = threading.Thread(target=_answer, args=[ours], daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        pythons.close()
+        thread.join()
+        ours.close()
+
+
+def _answer(numbers: socket.socket) -> None:
+    """Reads the numbers of signals until the other end is closed."""
+    stopping = False
+    while received := numbers.recv(1):
+        if not stopping and received[0] in (signal.SIGTERM, signal.SIGINT):
+            _tell(f"{_STOPPING}; Ctrl-C{' again' if received[0] == signal.SIGINT else ''} to stop at once")
+            stopping = True
+        elif received[0] == signal.SIGINT:
+            numbers.settimeout(_GRACE_SECONDS)
+            with contextlib.suppress(TimeoutError):
+                while numbers.recv(1):
+                    pass
+                return
+            _tell(f"{_SHOW_CURSOR if sys.stderr.isatty() else ''}{Interrupted()}")
+            os._exit(EXIT_INTERRUPTED)  # as after a kill, the run goes on from its last checkpoint
+
+
+def _agreed(agreed: Callable[[int], bool], notice: "_Notice", told: list[int], step: int) -> bool:
+    """Returns whether all processes stop at `step`; says so once."""
+    notice.pass_on()
+    if stop := agreed(step):
+        if not told and cluster.is_primary():
+            _tell(_STOPPING)
+        told.append(step)
+    return stop
+
+
+def _tell(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
@@ -85,13 +142,14 @@ class _Notice:
         if self._path and not self._seen and time.monotonic() - self._looked > _LOOK_SECONDS:
             self._looked = time.monotonic()
             self._seen = self._written(self._path) not in (None, self._before)
+            if self._seen:
+                _tell(f"{self._path}: the machine is to be taken away; {_STOPPING}")
         return self._seen
 
-    def passed_on(self) -> bool:
-        """Passes a notice on to all processes, by the signal that they agree on; returns False."""
+    def pass_on(self) -> None:
+        """Passes a notice on to all processes, by the signal that they agree on."""
         if not self._seen and self.arrived():
             os.kill(os.getpid(), signal.SIGTERM)
-        return False
 
     @staticmethod
     def _written(path: str) -> int | None:

@@ -44,6 +44,7 @@ from mfm_jax.training import train
 from mfm_jax.workdir.files import Workdir, read_object
 
 _POLL_SECONDS = 0.5
+_LINE_SECONDS = 30  # a log has a line as often
 _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"  # programs read from the cache included
 
 
@@ -73,7 +74,7 @@ class _Job:
     began: float = 0.0
     epoch: int = 0  # how many are trained, those before this process included
     epochs_before: int = 0
-    score: str = "–"  # the last balanced accuracy on validation, percent
+    score: str = ""  # the last balanced accuracy on validation, percent
 
     @property
     def label(self) -> str:
@@ -95,11 +96,17 @@ class _Job:
     def running(self) -> bool:
         return self.process is not None and self.outcomes is None
 
+    def minutes_left(self) -> str:
+        """Returns the minutes to its end at the pace of the epochs that its process has trained."""
+        new = self.epoch - self.epochs_before
+        seconds = time.monotonic() - self.began
+        return f"{seconds / new * (self.epochs - self.epoch) / 60:.1f}" if new else "starting"
+
     def look(self) -> int | None:
         """Reads how far the first run is, and returns the exit status if the process has ended."""
         status = self.process.poll() if self.process else None
         self.epoch, score = self.workdir.progress()
-        self.score = "–" if score is None else f"{100 * score:.1f}"
+        self.score = "" if score is None else f"{100 * score:.1f}"
         return status
 
 
@@ -127,6 +134,7 @@ def train_all(
       Interrupted: SIGTERM, Ctrl-C, or the time is over; what has begun is saved.
     """
     planned, free, began = [_planned(runs) for runs in groups], _shares_of_cores(jobs), time.monotonic()
+    told = began - _LINE_SECONDS
     with _stopping(planned) as (stopped, stop), Live(refresh_per_second=2, transient=True) as live:
         while any(job.outcomes is None for job in planned):
             late = time.monotonic() - began - seconds
@@ -148,6 +156,9 @@ def train_all(
                 elif job.process is None and job.outcomes is None and free:
                     _start(job, free.pop(0))
             live.update(_table(planned, began))
+            if not live.console.is_terminal and time.monotonic() - told >= _LINE_SECONDS:
+                print(_line(planned, began), flush=True)
+                told = time.monotonic()
             time.sleep(_POLL_SECONDS)
     if stopped():
         raise Interrupted("every run is saved")
@@ -238,14 +249,20 @@ def _told(job: _Job) -> str:
 
 def _table(jobs: Sequence[_Job], began: float) -> Table:
     """Returns what runs now, and below it when all will be done."""
-    table = Table("run", "epoch", "balanced on validation", "minutes", "left", caption_justify="left")
+    score = ["balanced on validation"] * any(job.runs[0].config.data.validates for job in jobs if job.running)
+    table = Table("run", "epoch", *score, "minutes", "left", caption_justify="left")
     for job in jobs:
         if job.running:
-            seconds, new = time.monotonic() - job.began, job.epoch - job.epochs_before
-            rest = f"{seconds / new * (job.epochs - job.epoch) / 60:.1f}" if new else "–"
-            table.add_row(job.label, f"{job.epoch}/{job.epochs}", job.score, f"{seconds / 60:.1f}", rest)
+            minutes, rest = f"{(time.monotonic() - job.began) / 60:.1f}", job.minutes_left()
+            table.add_row(job.label, f"{job.epoch}/{job.epochs}", *[job.score] * len(score), minutes, rest)
     table.caption = _overall(jobs, began)
     return table
+
+
+def _line(jobs: Sequence[_Job], began: float) -> str:
+    """Returns the table as a line, for a log."""
+    running = [f"{job.label}: epoch {job.epoch}/{job.epochs}, log {job.log}" for job in jobs if job.running]
+    return "; ".join([*running, _overall(jobs, began)])
 
 
 def _overall(jobs: Sequence[_Job], began: float) -> str:

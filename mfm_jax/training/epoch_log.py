@@ -2,7 +2,7 @@
 
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -20,7 +20,7 @@ from mfm_jax.training.experiment import Experiment
 from mfm_jax.training.inputs import Input
 from mfm_jax.training.loop import LoopState
 from mfm_jax.types import META_METRICS
-from mfm_jax.workdir.logs import MetricLog
+from mfm_jax.workdir.logs import MetricLog, Row
 
 
 class EpochLog:
@@ -86,3 +86,25 @@ class EpochLog:
             self._log.write(health.KIND, step, epoch, {"code": code, "sentence": sentence})
             if cluster.is_primary():
                 print(f"warning: {sentence}", file=sys.stderr)
+
+
+def in_words(logs: Sequence[Sequence[Row]], counts: np.ndarray) -> str:
+    """Returns what the newest epoch has come to, the mean over runs: its loss, the score on validation, and phi.
+
+    Takes the rows of each run, and the classes' training images `[K]`. phi in a word is the beta of the rarest class
+    where logits are modulated, and otherwise the mean size of beta at the last site.
+    """
+    newest = [{row["kind"]: row for row in rows if row["epoch"] == rows[-1]["epoch"]} for rows in logs]
+    mean = lambda kind, of: float(np.mean([of(rows[kind]) for rows in newest]))  # noqa: E731
+    words = [f"loss {mean('train', lambda row: row['loss']):.3f}"]
+    if "val" in newest[0]:
+        words.append(f"balanced on validation {100 * mean('val', lambda row: row['balanced_accuracy']):.1f} %")
+    if "modulation" in newest[0]:
+        site = [*newest[0]["modulation"]["sites"]][-1]
+        if "logits" in newest[0]["modulation"]["sites"]:
+            beta = mean("modulation", lambda row: row["sites"]["logits"]["beta"][int(np.argmin(counts))])
+            words.append(f"phi: rarest beta {beta:+.1f}")
+        else:
+            beta = mean("modulation", lambda row: np.abs(row["sites"][site]["beta"]).mean())
+            words.append(f"phi: beta at {site} {beta:.2g}")
+    return ", ".join(words)

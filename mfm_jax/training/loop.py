@@ -100,6 +100,15 @@ def _prepared(key: jax.Array, examples: Examples, data: Input, config: Config) -
     return Batch(augment.normalize(augment.augment_batch(key, images, config.augment), data.mean, data.std), labels)
 
 
+@jax.jit
+def glance(loop: LoopState) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns copies of `bad` and of the sums `loss` and `steps`: what the host reads while the next call is under way.
+
+    The loop itself is donated to that call.
+    """
+    return jax.tree.map(jnp.copy, (loop.bad, loop.sums["loss"], loop.sums["steps"]))
+
+
 def stack(loops: Sequence[LoopState]) -> LoopState:
     """Returns the states of runs with different seeds along a new first axis; that of one run as it is."""
     return loops[0] if len(loops) == 1 else jax.tree.map(lambda *leaves: jnp.stack(leaves), *loops)

@@ -3,6 +3,7 @@
 import functools
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -161,11 +162,11 @@ class Run:
 
         return Classifier(self.facts, self.config, step, forward, probabilities)
 
-    def asked(self, split: str) -> Asked:
+    def asked(self, split: str, watch: Callable[..., Any] = lambda parts, text, total: parts) -> Asked:
         """Returns the question for the split `val` or `test`, in batches that divide by the devices."""
         devices = self.mesh.shape[parallel.AXIS] if self.mesh else 1
         size = -(-self.config.eval.batch_size // devices) * devices
-        return results_lib.on_split(self.data, split, size, self.config.data.workers)
+        return results_lib.on_split(self.data, split, size, self.config.data.workers, watch=watch)
 
     def results(self) -> dict[str, Any]:
         """Evaluates the last and the best-on-validation state; the one time that the test split is read."""
@@ -175,7 +176,7 @@ class Run:
             same = step == self.step
             best = last if same else self.classifier(self.checkpoints.restore(step, self.loop)[0].bilevel, step)
         wanted = {"val": self.has_validation, "test": self.config.eval.test}
-        asked = {split: self.asked(split) if is_there else None for split, is_there in wanted.items()}
+        asked = {split: self.asked(split, progress.track) if is_there else None for split, is_there in wanted.items()}
         split = "test" if self.config.eval.test else "val"
 
         def show(answers: Answers) -> None:

@@ -1,8 +1,8 @@
 """The training run: `train_and_evaluate(config, workdir)`.
 
-The host drives the compiled calls of `loop`, looks at their sums about twice a second, and logs, validates and saves at
-the end of an epoch. A run that is interrupted and started again with the same command goes on from its last checkpoint
-and ends with the same bits.
+The host drives the compiled calls of `loop`, looks about twice a second whether all is finite, and logs, validates and
+saves at the end of an epoch. A run that is interrupted and started again with the same command goes on from its last
+checkpoint and ends with the same bits.
 
 Selection is honest: epochs are compared on the validation split; the test split is read once, at the end.
 """
@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 import ml_collections
+import numpy as np
 from jax.sharding import Mesh
 
 from mfm_jax import config as config_lib
@@ -28,13 +29,13 @@ from mfm_jax.machine import cluster, disk, parallel
 from mfm_jax.machine.interruption import EXIT_INTERRUPTED, Interrupted, listening
 from mfm_jax.models import native
 from mfm_jax.pages import report
+from mfm_jax.training import epoch_log, inputs, preflight, progress
 from mfm_jax.training import experiment as experiment_lib
 from mfm_jax.training import feed as feed_lib
-from mfm_jax.training import inputs, preflight, progress
 from mfm_jax.training import loop as loop_lib
 from mfm_jax.training.experiment import Experiment
 from mfm_jax.training.inputs import ResidentSet, StepBatches
-from mfm_jax.training.loop import LoopState
+from mfm_jax.training.pace import Pace
 from mfm_jax.training.run import Run
 from mfm_jax.workdir.files import Workdir, read_object
 
@@ -96,6 +97,7 @@ def train_together(configs: Sequence[Config], workdirs: Sequence[Path]) -> list[
         with contextlib.ExitStack() as stack:
             for _, workdir in todo if cluster.is_primary() else ():
                 stack.enter_context(Workdir(workdir).owned())
+            progress.say(f"reading {configs[0].data.name or configs[0].data.root}")
             data = data_lib.build(configs[0])
             fsdp = configs[0].parallel.fsdp
             mesh = parallel.data_mesh(fsdp=fsdp) if jax.device_count() > 1 or fsdp > 1 else None
@@ -105,21 +107,22 @@ def train_together(configs: Sequence[Config], workdirs: Sequence[Path]) -> list[
                 stack.enter_context(contextlib.closing(_start(config, workdir, data, on_device, mesh)))
                 for config, workdir in todo
             ]
-            if cluster.is_primary():
-                print(progress.summary(configs[0], data))
-                print(f"convolutions: {runs[0].convolutions}{f' ({why})' if (why := native.reason()) else ''}")
+            progress.say(progress.summary(configs[0], data))
+            progress.say(f"convolutions: {runs[0].convolutions}{f' ({why})' if (why := native.reason()) else ''}")
             stack.enter_context(cluster.bound_together(EXIT_INTERRUPTED))
             # Apart: runs that were interrupted at different steps, and runs with training data of their own making.
             runs.sort(key=lambda run: run.step)
             groups = itertools.groupby(runs, key=lambda run: run.step if run.feed.is_shared else run.workdir)
             for _, group in groups:
                 train_runs(list(group))
+            progress.say(f"evaluating on {'test' if configs[0].eval.test else 'validation'} images")
             for run in runs:
                 results = run.results()
                 if cluster.is_primary():
                     disk.write_object(Workdir(run.workdir).results, results)
     for workdir in workdirs:
         if cluster.is_primary() and not Workdir(workdir).report.exists():
+            progress.say("writing the report")
             report.write_report(workdir)
     cluster.barrier("written")
     return [read_object(Workdir(workdir).results) for workdir in workdirs]
@@ -156,44 +159,70 @@ def train_runs(runs: list[Run]) -> None:
     call = loop_lib.make_call(experiment, config, len(runs))
     for run in runs:
         run.began = time.perf_counter()  # others may have been trained since it was made
-    with listening() as stopped, progress.TrainingBar(config.method.name, total, step) as bar:
-        while step < total:
-            epoch, first = step // per_epoch, step
-            end = min(total, (epoch + 1) * per_epoch)
-            for run in runs:
-                run.feed.start_epoch(epoch, step, run.loop.bilevel)
-            loop, next_input = loop_lib.stack([run.loop for run in runs]), feed_lib.joined(feeds)
-            began = bar.restart()
-            while step < end and not stopped(step):
-                is_meta = loop_lib.meta_steps(experiment, config, range(step, min(step + feeds[0].steps_per_call, end)))
-                kinds = loop_lib.steps(is_meta, retrain=step >= experiment.retrain_from)
-                loop = call(loop, next_input(), *kinds)
-                step += len(is_meta)
-                if bar.is_due():
-                    bar.show(step, _look(runs, loop))
-            bar.show(step, _look(runs, loop))
-            jax.monitoring.record_event_duration_secs(EPOCH_EVENT, time.perf_counter() - began, steps=step - first)
-            stop = stopped(step)  # also after the last step: what is left is an evaluation, and time may be short
-            settles, validates, saves = _due(config, experiment, epoch, step, has_validation=runs[0].has_validation)
-            for run, own in zip(runs, loop_lib.unstack(loop, len(runs)), strict=True):
-                run.loop, run.step = own, step
+    with progress.TrainingBar(config.method.name, _pace(runs[0]), step, total, -(-(total - step) // per_epoch)) as bar:
+        with listening() as stopped:
+            while step < total:
+                epoch, first = step // per_epoch, step
+                end = min(total, (epoch + 1) * per_epoch)
+                for run in runs:
+                    run.feed.start_epoch(epoch, step, run.loop.bilevel)
+                loop, next_input = loop_lib.stack([run.loop for run in runs]), feed_lib.joined(feeds)
+                began = bar.start_steps()
+                while step < end and not stopped(step):
+                    last = min(step + feeds[0].steps_per_call, end)
+                    is_meta = loop_lib.meta_steps(experiment, config, range(step, last))
+                    flags, kind = loop_lib.steps(is_meta, retrain=step >= experiment.retrain_from)
+                    with bar.compiling(kind, len(is_meta)):
+                        loop = call(loop, next_input(), flags, kind)
+                    step = last
+                    if mark := bar.sent(step, loop_lib.glance(loop)):
+                        _check(runs, mark)
+                _check(runs, loop_lib.glance(loop))
+                bar.end_steps()
+                jax.monitoring.record_event_duration_secs(EPOCH_EVENT, time.perf_counter() - began, steps=step - first)
+                stop = stopped(step)  # also after the last step: what is left is an evaluation, and time may be short
+                for run, own in zip(runs, loop_lib.unstack(loop, len(runs)), strict=True):
+                    run.loop, run.step = own, step
                 if step == end:
-                    run.log_epoch(epoch)
-                    if settles:
-                        run.settle()
-                    score = run.validate(epoch) if validates else None
-                    if saves:
-                        run.save(score)
-            if stop:
-                raise Interrupted(f"saved at step {min(run.saved() for run in runs)}")
+                    _end_epoch(runs, epoch, bar)
+                if stop:
+                    bar.doing = "saving"
+                    raise Interrupted(f"saved at step {min(run.saved() for run in runs)}")
+        bar.doing = "saving"
+        for run in runs:
+            run.finish()
+
+
+def _end_epoch(runs: list[Run], epoch: int, bar: progress.TrainingBar) -> None:
+    """Logs, validates and saves after an epoch, each where it is due, and says what it has come to."""
+    first = runs[0]
+    settles, validates, saves = _due(first.config, first.experiment, epoch, has_validation=first.has_validation)
     for run in runs:
-        run.finish()
+        bar.doing = "evaluating" if validates else "logging"
+        run.log_epoch(epoch)
+        if settles:
+            run.settle()
+        score = run.validate(epoch) if validates else None
+        if saves:
+            bar.doing = "saving"
+            run.save(score)
+    words = epoch_log.in_words([run.log.rows for run in runs], first.data.counts)
+    bar.end_epoch(f"epoch {epoch + 1}/{first.config.train.epochs}: {words}")
 
 
-def _due(
-    config: Config, experiment: Experiment, epoch: int, step: int, *, has_validation: bool
-) -> tuple[bool, bool, bool]:
-    """Returns whether to take statistics anew, to validate and to save after `epoch`, which ends at `step`."""
+def _pace(run: Run) -> Pace:
+    """Returns the estimate of how long the run takes, which knows the kinds of its steps and of its epochs' ends."""
+    config, built, total = run.config, run.experiment, run.experiment.total_steps
+    kinds = np.array(loop_lib.meta_steps(built, config, range(total)), np.int8)
+    kinds[built.retrain_from :] = 2
+    epochs = range(-(-total // built.steps_per_epoch))
+    ends = [_due(config, built, epoch, has_validation=run.has_validation) for epoch in epochs]
+    return Pace(kinds, ends, built.steps_per_epoch, run.step)
+
+
+def _due(config: Config, experiment: Experiment, epoch: int, *, has_validation: bool) -> tuple[bool, bool, bool]:
+    """Returns whether to take statistics anew, to validate and to save after `epoch`."""
+    step = min(experiment.total_steps, (epoch + 1) * experiment.steps_per_epoch)
     final = step == experiment.total_steps
     validate = has_validation and (final or (epoch + 1) % config.eval.every_epochs == 0)
     save = final or validate or (epoch + 1) % config.checkpoint.every_epochs == 0
@@ -202,13 +231,8 @@ def _due(
     return settle, validate, save
 
 
-def _look(runs: list[Run], loop: LoopState) -> float:
-    """Waits for the device, checks that all is finite, and returns the mean loss of the epoch so far."""
-    found = jax.device_get((loop.bad, loop.sums["loss"], loop.sums["steps"]))
-    if len(runs) == 1:
-        found = jax.tree.map(lambda leaf: leaf[None], found)
-    losses = []
-    for run, bad, loss, steps in zip(runs, *found, strict=True):
-        run.check_sound(bad)
-        losses.append(float(loss) / max(float(steps), 1))
-    return sum(losses) / len(losses)
+def _check(runs: list[Run], mark: progress.Mark) -> None:
+    """Checks that all is finite up to a mark; waits for it."""
+    bad = jax.device_get(mark[0])
+    for run, own in zip(runs, bad if len(runs) > 1 else bad[None], strict=True):
+        run.check_sound(own)
