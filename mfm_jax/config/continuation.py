@@ -18,14 +18,14 @@ class Change(NamedTuple):
         return f"{self.path}: {json.dumps(self.before)} -> {json.dumps(self.now)}"
 
 
-def differences(old: Mapping[str, Any], new: Mapping[str, Any], group: str = "") -> Iterator[Change]:
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[Change]:
     """Yields every field in which two config dicts differ."""
     for name in sorted(old.keys() | new.keys()):
         before, after = old.get(name), new.get(name)
         if isinstance(before, Mapping) and isinstance(after, Mapping):
-            yield from differences(before, after, f"{group}{name}.")
+            yield from (change._replace(path=f"{name}.{change.path}") for change in differences(before, after))
         elif before != after:
-            yield Change(f"{group}{name}", before, after)
+            yield Change(name, before, after)
 
 
 def changes(began: Mapping[str, Any], config: Config) -> list[Change]:

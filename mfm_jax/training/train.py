@@ -90,8 +90,8 @@ def train_together(configs: Sequence[Config], workdirs: Sequence[Path]) -> list[
     for config, workdir in zip(configs, workdirs, strict=True):
         Workdir(workdir).claim(config)
         seedless = [dataclasses.replace(c, train=dataclasses.replace(c.train, seed=0)) for c in (configs[0], config)]
-        if changed := [str(one) for one in config_lib.differences(*(c.to_dict() for c in seedless))]:
-            raise UserError(f"runs trained together may differ in train.seed alone, not in {'; '.join(changed)}")
+        if changed := "; ".join(map(str, config_lib.differences(*(c.to_dict() for c in seedless)))):
+            raise UserError(f"runs trained together may differ in train.seed alone, not in {changed}")
     todo = [pair for pair in zip(configs, workdirs, strict=True) if not Workdir(pair[1]).is_finished(pair[0])]
     if todo:
         with contextlib.ExitStack() as stack:
