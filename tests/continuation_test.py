@@ -13,6 +13,7 @@ from helpers import Tiny, configured
 from PIL import Image
 
 from mfm_jax import config as config_lib
+from mfm_jax import data as data_lib
 from mfm_jax import models
 from mfm_jax.config import FIELDS, Config
 from mfm_jax.errors import UserError
@@ -160,20 +161,25 @@ def save(folder: Path, shift: int = 0) -> Path:
 
 def of_folder(root: Path) -> Config:
     natural = {"data__protocol": "natural", "data__imbalance_factor": 1.0, "data__val_images_per_class": 0}
-    sizes = {"train__batch_size": 8, "meta__batch_size": 4, "data__workers": 0}
-    return tiny(data__source="folder", data__root=str(root), augment__pad=0, train__epochs=1, **natural, **sizes)
+    return tiny(data__source="folder", data__root=str(root), data__workers=0, **natural)
 
 
 def test_the_manifest_decides_whether_a_folder_elsewhere_is_the_same(tmp_path, capsys):
-    run = Workdir(tmp_path / "run")
-    train.train_and_evaluate(of_folder(save(tmp_path / "one")), run.path)
-    run.results.unlink()
+    run, config = Workdir(tmp_path / "run"), of_folder(save(tmp_path / "one"))
+    run.claim(config)
+    run.begin(config, data_lib.build(config).manifest, {})
+    other = of_folder(save(tmp_path / "two", shift=1))
+    run.claim(other)
     with pytest.raises(UserError, match=r"manifest.json: the data or its split is not what this run began with"):
-        train.train_and_evaluate(of_folder(save(tmp_path / "two", shift=1)), run.path)
-    assert run.read_config().data.root == str(tmp_path / "one")
+        run.check_split(data_lib.build(other).manifest)
     shutil.move(tmp_path / "one", tmp_path / "renamed")
-    train.train_and_evaluate(of_folder(tmp_path / "renamed"), run.path)
-    assert f"going on with data.root = '{tmp_path}/renamed' (was '{tmp_path}/one')" in capsys.readouterr().out
+    moved = of_folder(tmp_path / "renamed")
+    run.claim(moved)
+    manifest = data_lib.build(moved).manifest
+    run.check_split(manifest)
+    run.begin(moved, manifest, {})
+    assert capsys.readouterr().out == (f"going on with data.root = '{tmp_path}/renamed' (was '{tmp_path}/one')\n")
+    assert run.read_config() == moved
 
 
 def test_images_normalised_otherwise_are_refused(cut):
@@ -275,16 +281,19 @@ def test_an_interrupted_run_that_is_extended_is_the_same(restarted, tmp_path, mo
     assert not list(tmp_path.glob("results-of*"))
 
 
-def test_a_run_is_extended_twice_and_among_others(copy, capsys):
-    train.train_and_evaluate(tiny(train__epochs=3, optim__restarts="2"), copy.path)
-    planned = runs._planned([runs.Run("again", tiny(train__epochs=4, optim__restarts="2,3"), copy.path)])
-    assert planned.outcomes is None  # it is to be trained
-    results = train.train_and_evaluate(tiny(train__epochs=4, optim__restarts="2, 3"), copy.path)
-    assert len(results["restarts"]) == 2
-    assert sorted(path.name for path in copy.path.glob("results-of*")) == [
-        "results-of-2-epochs.json",
-        "results-of-3-epochs.json",
-    ]
+def test_a_run_is_extended_twice_and_among_others(copy):
+    three, four = (tiny(train__epochs=n, optim__restarts=r) for n, r in ((3, "2"), (4, "2, 3")))
+    for epochs, config in ((2, three), (3, four)):
+        copy.results.write_text(f"[{epochs}]")
+        copy.claim(config)
+        assert not copy.is_finished(config)
+        assert runs._planned([runs.Run("again", config, copy.path)]).outcomes is None  # it is to be trained
+        copy.begin(config, {}, {})
+        assert not copy.results.exists()
+    earlier = {path.name: path.read_text() for path in copy.path.glob("results-of*")}
+    assert earlier == {"results-of-2-epochs.json": "[2]", "results-of-3-epochs.json": "[3]"}
+    with pytest.raises(UserError, match=r"begins anew after epoch 4, set optim.restarts = '2, 3,4'"):
+        copy.claim(tiny(train__epochs=5, optim__restarts="2, 3"))
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from mfm_jax import data as data_lib
 from mfm_jax.config import Config
 from mfm_jax.data import LongTailData, sizes
 from mfm_jax.errors import UserError
+from mfm_jax.evaluation import facts
 from mfm_jax.machine import cluster, disk, parallel
 from mfm_jax.machine.interruption import EXIT_INTERRUPTED, Interrupted, listening
 from mfm_jax.models import native
@@ -135,8 +136,8 @@ def _start(
     """Returns the run, restored if it was interrupted; leaves its config, manifest and classifier's facts there."""
     experiment, files = experiment_lib.build(config, data, mesh), Workdir(workdir)
     files.check_split(data.manifest)
+    files.check_normalization(dataclasses.asdict(facts.describe(config, data)))
     run = Run(config, workdir, data, experiment, on_device)
-    files.check_normalization(dataclasses.asdict(run.facts))
     if cluster.is_primary():  # not before: after a mistake so far the workdir is free for another config
         files.begin(config, data.manifest, dataclasses.asdict(run.facts))
     cluster.barrier(f"{files.config} is written")
