@@ -219,17 +219,17 @@ def test_more_epochs_are_asked_for_in_words(copy, overrides, told):
 @pytest.mark.parametrize(
     ("config", "why"),
     [
-        ({"name": "crt"}, "crt divides"),
-        ({"sampling": "progressive"}, "mfm divides"),
-        ({"base": "ldam_drw"}, "mfm divides"),
-        ({"max_steps": 3}, "train.max_steps = 3 divides or ends"),
+        ({"name": "crt"}, "crt divides into parts"),
+        ({"sampling": "progressive"}, "mfm divides into parts"),
+        ({"base": "ldam_drw"}, "mfm divides into parts"),
+        ({"max_steps": 3}, "train.max_steps = 3 ends"),
     ],
 )
 def test_a_plan_that_cannot_begin_anew_is_refused(config, why):
     begun = {f"{'train' if name == 'max_steps' else 'method'}__{name}": value for name, value in config.items()}
     began, asked = (tiny(train__epochs=epochs, **begun) for epochs in (2, 4))
     told = config_lib.problem(config_lib.changes(began.to_dict(), asked), asked)
-    assert told.startswith(f"has a run of train.epochs = 2, and {why}")
+    assert told.startswith(f"has a run of train.epochs = 2, which {why}")
     assert told.endswith("for 4, choose a new one")
 
 

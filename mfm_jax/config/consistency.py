@@ -107,7 +107,7 @@ def _stages(config: Config) -> Iterator[str]:
 
 def _restarts(config: Config) -> Iterator[str]:
     text, first, last = config.optim.restarts, config.optim.warmup_epochs, config.train.epochs
-    if not re.fullmatch(r"([0-9]+(, *[0-9]+)*)?", text):
+    if not re.fullmatch(r"([0-9]{1,9}(, *[0-9]{1,9})*)?", text):
         yield f"optim.restarts = {text!r}: expected epochs, comma-separated, e.g. '60,90'"
     elif text and any(a >= b for a, b in itertools.pairwise((first, *config.optim.restart_epochs, last))):
         yield (

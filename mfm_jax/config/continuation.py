@@ -51,9 +51,10 @@ def problem(changed: Sequence[Change], config: Config) -> str:
     if not epochs or epochs.before >= epochs.now or not others.keys() <= {"train.epochs", "optim.restarts"}:
         return f"belongs to another config ({'; '.join(map(str, others.values()))}); choose a new one"
     begun = f"has a run of train.epochs = {epochs.before}"
-    if config.method.planned or config.train.max_steps:
-        why = f"train.max_steps = {config.train.max_steps}" if config.train.max_steps else config.method.name
-        return f"{begun}, and {why} divides or ends it by a plan for just these; for {epochs.now}, choose a new one"
+    if config.train.max_steps:
+        return f"{begun}, which train.max_steps = {config.train.max_steps} ends; for {epochs.now}, choose a new one"
+    if config.method.planned:
+        return f"{begun}, which {config.method.name} divides into parts; for {epochs.now}, choose a new one"
     restarts = others["optim.restarts"].before if "optim.restarts" in others else config.optim.restarts
     wanted = f"{restarts},{epochs.before}".removeprefix(",")
     if config.optim.restarts.replace(" ", "") == wanted.replace(" ", ""):
