@@ -35,13 +35,13 @@ def run(capsys, monkeypatch):
         monkeypatch.setattr(sys, "argv", ["main", *arguments])  # config_flags looks there for overrides
         sys.modules.pop("config_config", None)  # what config_flags calls the config file: none is left from before
         try:
-            status = command.guarded(main.main, command._parse(sys.argv))
+            with flagsaver.flagsaver():  # overrides are flags from here on
+                status = command.guarded(main.main, command._parse(sys.argv))
         except SystemExit as stop:
             status = stop.code
         return status, *capsys.readouterr()
 
-    with flagsaver.flagsaver():
-        yield call
+    yield call
     jax.config.update("jax_compilation_cache_dir", cache)
     logging.set_verbosity(verbosity)
 
@@ -297,8 +297,10 @@ def test_a_folder_of_sixty_images_trains_without_an_edit(run, tmp_path):
         for i in range(20):
             Image.new("L", (12, 10), grey + i).save(tmp_path / "set" / name / f"{i}.png")
     folder = f"--config={REPOSITORY}/configs/folder_lt.py"
-    small = ("--config.train.epochs=1", "--config.model.name=resnet8", "--config.model.width=2")
-    arguments = (folder, f"--workdir={tmp_path / 'run'}", f"--config.data.root={tmp_path / 'set'}", *small)
+    quick = [
+        f"--config.{one}" for one in ("train.epochs=1", "model.name=resnet8", "model.width=2", "data.image_size=16")
+    ]
+    arguments = (folder, f"--workdir={tmp_path / 'run'}", f"--config.data.root={tmp_path / 'set'}", *quick)
     status, out, err = run(*arguments, "--mode", "check")
     assert (status, err) == (0, "")
     assert "no problems" in out

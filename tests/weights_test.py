@@ -139,7 +139,7 @@ def test_training_goes_on_from_it_and_keeps_what_is_frozen(run, three, tmp_path)
             {"model__name": "resnet20"},
             "its classifier is a resnet8, here model.name = 'resnet20'; set that to 'resnet8'",
         ),
-        ({"model__width": 4}, "its head.kernel is [8, 10], here it is [16, 10]; match model.width,"),
+        ({"model__width": 4}, "its stage1.BasicBlock_0.BatchNorm_0.mean is [2], here it is [4]; match model.width"),
         ({"model__name": "vit_b16"}, "its classifier is a resnet8, here model.name = 'vit_b16'"),
     ],
 )
