@@ -115,8 +115,6 @@ def main(argv: Sequence[str]) -> int:
         record(planned, workdir, failed)
 
     todo = [[one.run] for one in planned if not Workdir(one.run.workdir).results.exists()]
-    for (run,) in todo:
-        _move(run)
     limits: dict[str, float] = {}
     if _MINUTES.value:
         left = 60 * _MINUTES.value - (time.monotonic() - began)
@@ -132,15 +130,6 @@ def main(argv: Sequence[str]) -> int:
         for one in planned:
             pack_checkpoint(one.run.workdir, Path(_PACK.value))
     return status or (1 if failed else 0)
-
-
-def _move(run: runs.Run) -> None:
-    """Has a run that was begun elsewhere go on with the data where they are here; its manifest is compared later."""
-    path = Workdir(run.workdir).config
-    if path.exists():
-        fields = read_object(path)
-        fields["data"].update(source=run.config.data.source, root=run.config.data.root)
-        disk.write_object(path, fields, indent=2)
 
 
 def record(planned: Sequence[Planned], workdir: Path, failed: Mapping[Path, str]) -> str:

@@ -4,8 +4,7 @@
     mfm-jax train folder_lt --workdir=runs/mine --config.data.root=FOLDER
 
 A fifth of each class is held out for testing and a tenth of the rest for validation, unless FOLDER has `train/`, `val/`
-and `test/` (docs/data.md). With fewer than five classes, or a class of few pictures, meta.batch_size has to be lower;
-the message says to what.
+and `test/` (docs/data.md). With few pictures, batches are as large as these allow, which is said.
 
 On a GPU, larger: --config.data.image_size=224 --config.augment.crop=resized --config.model.name=resnet50
 --config.model.pretrained=resnet50.pth --config.data.normalize=imagenet

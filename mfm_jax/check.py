@@ -14,8 +14,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from mfm_jax.config import Data, resolve
-from mfm_jax.data import checking, depth, files, listing, longtail, walk
+from mfm_jax.config import Config, Data, resolve
+from mfm_jax.data import assembly, checking, depth, files, listing, longtail, sizes, walk
 from mfm_jax.data.checking import Checked, Duplicate
 from mfm_jax.data.listing import SPLITS, Listing
 from mfm_jax.data.pictures import Facts
@@ -29,13 +29,16 @@ _ENDS = 8  # classes shown at either end of a long table
 _KINDS = {"file": "same file", "copy": "copies", "alike": "look alike"}
 
 
-def check(config: ml_collections.ConfigDict, workdir: Path) -> int:
+def check(config: ml_collections.ConfigDict, workdir: Path, command: str = "") -> int:
     """Checks the pictures that `config` names, prints what was found, and returns 0, or 2 where there are problems.
+
+    What training would make of them comes last: the splits, the batch sizes, and `command`, which starts it.
 
     Raises:
       UserError: the config is wrong, or there are no pictures to look at.
     """
-    data = resolve(config).data
+    resolved = resolve(config)
+    data = resolved.data
     if data.source not in ("folder", "list"):
         raise UserError(
             f"data.source = {data.source!r}: --mode=check looks at files, with data.source = 'folder' or 'list'; what"
@@ -51,7 +54,34 @@ def check(config: ml_collections.ConfigDict, workdir: Path) -> int:
     problems = (*checked.problems, *checked.contradictions)
     _print_problems(console, problems, workdir)
     _print_duplicates(console, found, checked.duplicates, workdir)
-    return 2 if problems else 0
+    trains = _print_plan(console, resolved, found, checked, command)
+    return 0 if trains and not problems else 2
+
+
+def _print_plan(console: Console, config: Config, found: Listing, checked: Checked, command: str) -> bool:
+    """Prints what training would make of the pictures that can be used; returns whether it would not refuse them."""
+    usable = found.without([path for path, fact in zip(found.paths, checked.facts, strict=True) if not fact])
+    sound = files.Sound(usable, [fact for fact in checked.facts if fact], [], [])
+    try:
+        _, _, manifest = assembly.divided(config, files.source(config.data, sound, whole=True))
+    except UserError as error:
+        console.print(f"training would end with: {error}", soft_wrap=True, markup=False)
+        return False
+    table = Table("split", "images", "classes")
+    for split in ("train", "val", "meta", "test"):
+        counts = np.array(manifest["splits"][split]["class_counts"])
+        of_train = " (of train, redrawn every epoch)" if split == "meta" and manifest["overlaps"] else ""
+        table.add_row(split + of_train, f"{counts.sum():,}", f"{np.count_nonzero(counts):,}")
+    console.print(table)
+    used = sizes.cut(config, manifest)
+    if told := sizes.told(config, manifest):
+        console.print(told, soft_wrap=True)
+    console.print(f"train.batch_size = {used.train.batch_size}, meta.batch_size = {used.meta.batch_size}")
+    if checked.problems and config.data.on_bad_image == "error":
+        command += " --config.data.on_bad_image=skip"
+        console.print("training ends with these problems; this leaves out what they name:")
+    console.print(f"to train: {command}", soft_wrap=True, markup=False)
+    return True
 
 
 def _print_pictures(console: Console, found: Listing, checked: Checked) -> None:

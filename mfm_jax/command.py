@@ -4,6 +4,7 @@ import argparse
 import difflib
 import os
 import re
+import shlex
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -42,6 +43,13 @@ def config() -> ml_collections.ConfigDict:
 def workdir() -> Path:
     """Returns `--workdir`; a leading `~`, which a shell does not expand after `=`, is the home folder."""
     return Path(os.path.expanduser(_WORKDIR.value or ""))
+
+
+def to_train() -> str:
+    """Returns the command that trains with the arguments that were given to this one."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--mode", "-mode")
+    return shlex.join(["python", "-m", "mfm_jax.main", *parser.parse_known_args(sys.argv[1:])[1]])
 
 
 def run(main: Callable[[Sequence[str]], int]) -> NoReturn:

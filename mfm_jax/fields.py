@@ -3,6 +3,8 @@
     pad: Annotated[int, Bounds(0), "reflect-pad this many pixels, then crop at random; 0 = off"] = 4
     dtype: Annotated[Literal["float32", "bfloat16"], "of the computation; parameters stay float32"] = "float32"
 
+Before the meaning, `MAY_CHANGE` marks a field that a run may go on with at another value.
+
 A type checker, an editor and `declared` all read an annotation, so the meaning is a plain string in it. A comment is
 lost to the program, and a section of the docstring would name every field a second time.
 """
@@ -13,6 +15,9 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 from mfm_jax.errors import UserError
+
+# Of a field on which no result depends, or whose effect on the data a run's manifest tells.
+MAY_CHANGE = "may change"
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,7 @@ class Field(NamedTuple):
     choices: what a str may be; () for anything.
     bounds: of an int or a float; None for others.
     meaning: for the reader, one line.
+    may_change: whether a run that has begun goes on with another value.
     """
 
     path: str
@@ -46,6 +52,7 @@ class Field(NamedTuple):
     choices: tuple[str, ...]
     bounds: Bounds | None
     meaning: str
+    may_change: bool = False
 
     @property
     def allowed(self) -> str:
@@ -74,7 +81,8 @@ def declared(group: str, cls: type[Any]) -> dict[str, Field]:
     result = {}
     for one in dataclasses.fields(cls):
         kind, *rest, meaning = get_args(one.type)
-        choices, bounds = get_args(kind) if get_origin(kind) is Literal else (), next(iter(rest), None)
-        kind = str if choices else kind
-        result[one.name] = Field(f"{group}.{one.name}", kind, one.default, choices, bounds, meaning)
+        choices = get_args(kind) if get_origin(kind) is Literal else ()
+        bounds = next((mark for mark in rest if isinstance(mark, Bounds)), None)
+        kind, path = str if choices else kind, f"{group}.{one.name}"
+        result[one.name] = Field(path, kind, one.default, choices, bounds, meaning, MAY_CHANGE in rest)
     return result

@@ -72,7 +72,7 @@ def main(argv: Sequence[str]) -> int:
     if _SPLIT.present and _EVAL_FOLDER.value:
         raise UserError(f"--split={_SPLIT.value}: --eval_folder takes the place of a split; leave one of them out")
     if _MODE.value == "check":
-        return check.check(command.config(), command.workdir())
+        return check.check(command.config(), command.workdir(), command.to_train())
     if _MODE.value == "eval" and _COORDINATOR.value:
         raise UserError(f"--coordinator={_COORDINATOR.value}: --mode=eval is one process; leave it out")
     from mfm_jax.methods.table import METHODS, modulating

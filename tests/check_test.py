@@ -32,8 +32,9 @@ def run(root, capsys):
 
     def call(**fields) -> tuple[int, list[str]]:
         settings = config.default()
-        settings.data.update({"source": "folder", "root": str(root), "workers": 0, **fields})
-        status = check.check(settings, root.parent / "workdir")
+        settings.data.update({"source": "folder", "root": str(root), "workers": 0, "image_size": 8})
+        settings.data.update({"protocol": "natural", "imbalance_factor": 1.0, **fields})
+        status = check.check(settings, root.parent / "workdir", "train it")
         return status, capsys.readouterr().out.splitlines()
 
     return call
@@ -58,7 +59,8 @@ def test_a_sound_folder(run, root):
     assert ["cat", "4", "1"] in cells
     assert ["dog", "1", "0"] in cells
     assert ["all", "5", "1"] in cells
-    assert lines[-6:] == [
+    end = lines.index("no problems") + 3
+    assert lines[end - 6 : end] == [
         "many (more than 100 training pictures): 0 classes",
         "medium (20 to 100 training pictures): 0 classes",
         "few (fewer than 20 training pictures): 2 classes",
@@ -113,7 +115,7 @@ def test_equal_pictures_in_two_classes_are_a_problem(run, root):
 def test_of_many_classes_both_ends_are_shown(run, root):
     for i in range(18):
         save(root / f"train/bird{i:02}/0.png", (0, i, 0), (9, 9))
-    shown = [line.strip("│ ").split()[0] for line in run()[1] if line.startswith("│")]
+    shown = [line.strip("│ ").split()[0] for line in run()[1] if line.startswith("│")][:-4]
     assert shown == [
         "cat",
         *(f"bird{i:02}" for i in range(7)),
@@ -135,3 +137,49 @@ def test_no_picture_that_can_be_used(run, root):
 def test_other_sources_have_no_files_to_look_at(run):
     with pytest.raises(UserError, match=r"data\.source = 'digits': --mode=check looks at files"):
         run(source="digits")
+
+
+def test_the_plan_of_training_comes_last(run, root):
+    """Of 5 training images one is for validation, and one of each class for the meta set."""
+    status, lines = run()
+    table = [[cell.strip() for cell in line.strip("│").split("│")] for line in lines[-8:-3]]
+    assert status == 0
+    assert table[:4] == [
+        ["train", "4", "2"],
+        ["val", "1", "1"],
+        ["meta (of train, redrawn every epoch)", "2", "2"],
+        ["test", "1", "1"],
+    ]
+    assert lines[-3:] == [
+        "train.batch_size = 100: there are 4 training images; 4 is used;"
+        " meta.batch_size = 100: there are 2 images in the meta set; 2 is used",
+        "train.batch_size = 4, meta.batch_size = 2",
+        "to train: train it",
+    ]
+
+
+def test_the_plan_leaves_out_what_problems_name(run, root):
+    (root / "train/cat/3.png").write_bytes(b"no picture")
+    status, lines = run()
+    assert status == 2
+    assert lines[-3:] == [
+        "train.batch_size = 3, meta.batch_size = 2",
+        "training ends with these problems; this leaves out what they name:",
+        "to train: train it --config.data.on_bad_image=skip",
+    ]
+    assert run(on_bad_image="skip")[1][-1] == "to train: train it"
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"image_size": 0}, "data.image_size = 0: pictures have sides of 10 to 40 pixels; choose a size, e.g. 64"),
+        ({"protocol": "full"}, "data.protocol = 'full': draws from all images alike, and set has splits,"),
+        ({"group": "[0-9]"}, "data.group = '[0-9]': group '0' is in the splits"),
+    ],
+)
+def test_what_training_would_refuse_is_said_before(run, root, fields, message):
+    save(root / "test/cat/0.png", (9, 9, 9), (20, 10))
+    status, lines = run(**fields)
+    assert status == 2
+    assert lines[-1].startswith(f"training would end with: {message}")

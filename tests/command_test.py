@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -13,11 +14,13 @@ import jax
 import pytest
 from absl import logging
 from absl.testing import flagsaver
+from PIL import Image
 
 from mfm_jax import command, config, main
 from mfm_jax.errors import UserError
 from mfm_jax.machine import interruption
 from mfm_jax.training import train
+from mfm_jax.workdir.files import Workdir
 
 REPOSITORY = Path(__file__).parents[1]
 # ml_collections reads a config file in a way that Python 3.12 no longer has; a user's filters hide the warning.
@@ -34,13 +37,13 @@ def run(capsys, monkeypatch):
         monkeypatch.setattr(sys, "argv", ["main", *arguments])  # config_flags looks there for overrides
         sys.modules.pop("config_config", None)  # what config_flags calls the config file: none is left from before
         try:
-            status = command.guarded(main.main, command._parse(sys.argv))
+            with flagsaver.flagsaver():  # overrides are flags from here on
+                status = command.guarded(main.main, command._parse(sys.argv))
         except SystemExit as stop:
             status = stop.code
         return status, *capsys.readouterr()
 
-    with flagsaver.flagsaver():
-        yield call
+    yield call
     jax.config.update("jax_compilation_cache_dir", cache)
     logging.set_verbosity(verbosity)
 
@@ -80,9 +83,7 @@ MISTAKES = {
     "--config.data.group=a": "data.group = 'a': not read with data.source = 'digits'; only with 'folder' or 'list'",
     "--config.data.test_list=a": "data.test_list = 'a': not read with data.source = 'digits'; only with 'list'",
     # that only the data can tell
-    "--config.meta.batch_size=104": "meta.batch_size = 104: the meta set has 100 images; choose at most 100",
     "--config.meta.images_per_class=200": ("meta.images_per_class = 200: class 8 holds 124 images; choose at most 123"),
-    "--config.train.batch_size=400": "train.batch_size = 400: there are 314 training images; choose at most 314",
     # that only the model can tell
     "--config.modulation.sites=stage9": (
         "modulation.sites = 'stage9': the model has no such site; allowed: stem, stage1, stage2, stage3, pooled, logits"
@@ -99,7 +100,7 @@ def test_a_mistake_is_one_line_and_leaves_at_most_an_empty_folder(argument, run,
 
 @pytest.mark.parametrize(
     "argument",
-    ["--config.optim.lr=0.1", "--config.meta.batch_size=104"],
+    ["--config.optim.lr=0.1", "--config.meta.images_per_class=200"],
 )
 def test_the_program_prints_that_line_and_nothing_else(argument, tmp_path):
     check_refusal(program(DIGITS, f"--workdir={tmp_path / 'run'}", argument), MISTAKES[argument])
@@ -360,3 +361,34 @@ def test_these_do_not(argument, expected):
     with pytest.raises(UserError) as caught:
         command._check_overrides(["--workdir=here", argument])
     assert str(caught.value) == expected
+
+
+def test_a_folder_of_sixty_images_trains_without_an_edit(run, tmp_path):
+    """The check says what training will do, and gives the command; that command trains, and again goes on."""
+    for name, grey in (("bird", 0), ("cat", 80), ("dog", 160)):
+        (tmp_path / "set" / name).mkdir(parents=True)
+        for i in range(20):
+            Image.new("L", (12, 10), grey + i).save(tmp_path / "set" / name / f"{i}.png")
+    folder = f"--config={REPOSITORY}/configs/folder_lt.py"
+    quick = [
+        f"--config.{one}" for one in ("train.epochs=1", "model.name=resnet8", "model.width=2", "data.image_size=16")
+    ]
+    arguments = (folder, f"--workdir={tmp_path / 'run'}", f"--config.data.root={tmp_path / 'set'}", *quick)
+    status, out, err = run(*arguments, "--mode", "check")
+    assert (status, err) == (0, "")
+    assert "no problems" in out
+    cut = (
+        "train.batch_size = 50: there are 42 training images; 42 is used;"
+        " meta.batch_size = 50: there are 30 images in the meta set; 30 is used\n"
+    )
+    assert cut in out
+    to_train = out.splitlines()[-1].removeprefix("to train: ")
+    assert shlex.split(to_train) == ["python", "-m", "mfm_jax.main", *arguments]
+    for _ in range(2):
+        status, out, err = run(*arguments)
+        assert (status, err) == (0, "")
+    workdir = Workdir(tmp_path / "run")
+    assert (workdir.read_config().train.batch_size, workdir.read_config().meta.batch_size) == (42, 30)
+    assert workdir.report.exists()
+    workdir.results.unlink()
+    assert cut in run(*arguments)[1]

@@ -96,7 +96,10 @@ def test_every_field_is_declared_with_a_default_of_its_type_and_a_meaning():
 
 
 def test_a_field_by_value():
-    assert FIELDS["meta.batch_size"] == ("meta.batch_size", int, 100, (), Bounds(1), "over all devices together")
+    meaning = "over all devices together; at most what the meta set has"
+    assert FIELDS["meta.batch_size"] == ("meta.batch_size", int, 100, (), Bounds(1), meaning, False)
+    assert FIELDS["eval.batch_size"].bounds == Bounds(1)
+    assert FIELDS["eval.batch_size"].may_change
     assert FIELDS["meta.loss"].choices == ("ce", "gce")
     assert FIELDS["meta.loss"].kind is str
     assert FIELDS["meta.loss"].bounds is None
@@ -218,7 +221,7 @@ def test_values_that_do_not_go_together():
 def test_differences_name_the_field_and_both_values():
     old = Config().to_dict()
     new = config_lib.resolve({"train": {"seed": 3}, "model": {"name": "resnet8"}, "data": {"train_on_meta": True}})
-    assert list(config_lib.differences(old, new.to_dict())) == [
+    assert [str(change) for change in config_lib.differences(old, new.to_dict())] == [
         "data.train_on_meta: false -> true",
         'model.name: "resnet32" -> "resnet8"',
         "train.seed: 0 -> 3",
@@ -226,8 +229,9 @@ def test_differences_name_the_field_and_both_values():
 
 
 def test_a_field_that_only_one_side_knows_differs():
-    assert list(config_lib.differences({"a": {"x": 1}}, {"a": {"x": 1, "y": 2}})) == ["a.y: null -> 2"]
-    assert list(config_lib.differences({"a": {"x": 1}}, {})) == ['a: {"x": 1} -> null']
+    assert list(config_lib.differences({"a": {"x": 1}}, {"a": {"x": 1, "y": 2}})) == [("a.y", None, 2)]
+    (change,) = config_lib.differences({"a": {"x": 1}}, {})
+    assert str(change) == 'a: {"x": 1} -> null'
 
 
 values = st.dictionaries(st.sampled_from("abc"), st.integers(0, 3) | st.booleans() | st.sampled_from(["x", "y"]))

@@ -395,7 +395,6 @@ def test_a_manifest_that_does_not_fit_is_refused(tmp_path, edit, line):
 @pytest.mark.parametrize(
     ("config", "line"),
     [
-        (digits(train=Train(batch_size=700)), "train.batch_size = 700: there are 574 training images;"),
         (digits(meta=Meta(images_per_class=130)), "meta.images_per_class = 130: class "),
         (digits(val_images_per_class=124), "data.val_images_per_class = 124: class "),
         (

@@ -160,9 +160,9 @@ def test_a_meta_set_of_ones_own_is_as_large_as_its_smallest_class_allows(root):
     assert counts_of(data)["meta"] == [1, 2, 3]
     chex.assert_shape(data.meta_table(0), (3, 1))
     learning, without = (config_lib.resolve(config(root.parent / "split", method__name=n)) for n in ("mfm", "ce"))
-    with pytest.raises(UserError, match=r"meta\.batch_size = 6: the meta set has 3 images"):
-        preflight.check_meta(learning, data)
-    preflight.check_meta(without, data)  # which reads no meta set
+    with pytest.raises(UserError, match=r"meta\.batch_size = 6: there are 3 images in the meta set; choose at most 3"):
+        preflight.check(learning, data, None)
+    preflight.check(without, data, None)  # which reads no meta set
 
 
 def test_nothing_to_show_is_refused_before_training(root):

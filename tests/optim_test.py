@@ -1,5 +1,7 @@
 """Schedules at steps worked out by hand, and the chains' updates on a parameter of two numbers."""
 
+import itertools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -54,6 +56,31 @@ def test_step_divides_by_a_hundred_twice():
 def test_the_rate_is_scaled_to_the_whole_batch(reference, rate):
     config = optim.scaled(Optim(learning_rate=0.4, reference_batch_size=reference, schedule="constant"), 128)
     assert rates(config, 1, 2, [0, 1]) == pytest.approx([rate, rate])
+
+
+def test_it_begins_anew_over_what_is_left_and_without_a_warm_up():
+    config = Optim(learning_rate=0.8, warmup_epochs=1, restarts="3")
+    # Two steps an epoch. Warm-up of 2, then 4 of cosine, then 4 of it anew: (1 + cos(pi t / 4)) / 2 of the rate.
+    falling = [0.8, 0.8 * (2 + 2**0.5) / 4, 0.4, 0.8 * (2 - 2**0.5) / 4]
+    assert rates(config, 5, 2, list(range(10))) == pytest.approx([0.4, 0.8, *falling, *falling], abs=1e-6)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "step", "constant"])
+def test_each_part_is_a_schedule_of_its_own(schedule):
+    config = Optim(learning_rate=0.3, schedule=schedule)
+    parts = [rates(config, epochs, 2, list(range(2 * epochs))) for epochs in (10, 5, 7)]
+    whole = Optim(learning_rate=0.3, schedule=schedule, restarts="10, 15")
+    assert rates(whole, 22, 2, list(range(44))) == pytest.approx([*itertools.chain(*parts)], abs=1e-7)
+    # What a run had planned so far stays as it was.
+    shorter = Optim(learning_rate=0.3, schedule=schedule, restarts="10")
+    assert rates(whole, 22, 2, list(range(30))) == rates(shorter, 15, 2, list(range(30)))
+
+
+def test_phi_begins_anew_with_the_classifier():
+    inner = Optim(learning_rate=0.4, restarts="2")
+    pace = optim.meta_schedule(Meta(learning_rate=0.1, every=1, start_epoch=0), inner, 4, 5)
+    assert [float(pace(step)) for step in (0, 10)] == pytest.approx([0.1, 0.1])
+    assert float(pace(9)) < 0.01
 
 
 def test_constant():

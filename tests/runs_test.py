@@ -112,7 +112,7 @@ def test_a_group_is_one_program_and_what_has_finished_is_not_started_again(tmp_p
     assert runs.train_all([group]) == found
     other = group[0]._replace(config=run(tmp_path, "x", train__epochs=3).config)
     (refused,) = runs.train_all([[other]])
-    assert "belongs to another config (train.epochs: 1 -> 3)" in refused.error
+    assert "has a run of train.epochs = 1, for which its learning rates were planned" in refused.error
 
 
 def test_the_reason_of_a_failure_is_its_error_and_not_the_list_below(tmp_path):

@@ -6,6 +6,7 @@ and a gradient that is exactly zero would turn the meta-gradient into NaN.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 
 import optax
@@ -35,8 +36,18 @@ def schedule(config: Optim, epochs: int, steps_per_epoch: int) -> optax.Schedule
 
     It rises linearly over `warmup_epochs`, from rate / warm-up steps. Then `cosine` falls to zero at the end, `step`
     divides by 100 at 80 % and at 90 % of the epochs (160 and 180 of 200: the published CIFAR-LT recipe, Cao et al.
-    2019), and `constant` stays.
+    2019), and `constant` stays. After each of `restart_epochs` it begins anew, without the warm-up, over the epochs up
+    to the next or to the end: what comes later changes nothing before.
     """
+    bounds = (0, *config.restart_epochs, epochs)
+    lengths = [end - begin for begin, end in itertools.pairwise(bounds)]
+    again = dataclasses.replace(config, warmup_epochs=0)
+    parts = [_part(again if i else config, length, steps_per_epoch) for i, length in enumerate(lengths)]
+    return optax.join_schedules(parts, [epoch * steps_per_epoch for epoch in bounds[1:-1]]) if parts[1:] else parts[0]
+
+
+def _part(config: Optim, epochs: int, steps_per_epoch: int) -> optax.Schedule:
+    """Returns the schedule between two restarts."""
     total, warmup = epochs * steps_per_epoch, config.warmup_epochs * steps_per_epoch
     rate = config.learning_rate
     if config.schedule == "cosine":

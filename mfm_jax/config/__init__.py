@@ -1,5 +1,10 @@
 """Configuration: ml_collections config files in, validated frozen dataclasses out."""
 
+from mfm_jax.config.continuation import Change as Change
+from mfm_jax.config.continuation import changes as changes
+from mfm_jax.config.continuation import differences as differences
+from mfm_jax.config.continuation import problem as problem
+from mfm_jax.config.continuation import refused as refused
 from mfm_jax.config.groups import FIELDS as FIELDS
 from mfm_jax.config.groups import GROUPS as GROUPS
 from mfm_jax.config.groups import SMALL_RESNETS as SMALL_RESNETS
@@ -15,6 +20,5 @@ from mfm_jax.config.groups import Optim as Optim
 from mfm_jax.config.groups import Parallel as Parallel
 from mfm_jax.config.groups import Train as Train
 from mfm_jax.config.schema import default as default
-from mfm_jax.config.schema import differences as differences
 from mfm_jax.config.schema import resolve as resolve
 from mfm_jax.methods.settings import Method as Method

@@ -1,5 +1,7 @@
 """Values that are possible alone but not together. A rule yields its message, which names a field and a way out."""
 
+import itertools
+import re
 from collections.abc import Iterator
 
 from mfm_jax.config.groups import Config, Data, Modulation
@@ -23,6 +25,12 @@ def problems(config: Config) -> Iterator[str]:
     if 0 < config.train.spike_factor <= 1:
         yield f"train.spike_factor = {config.train.spike_factor}: allowed: more than 1, or 0 for none"
     yield from _stages(config)
+    yield from _restarts(config)
+    if config.model.pretrained and config.model.init_from:
+        yield (
+            f"model.init_from = {config.model.init_from!r}: so does model.pretrained = {config.model.pretrained!r} set"
+            " the initial weights; leave one of them out"
+        )
     if not config.eval.test and not config.data.validates:
         yield (
             "eval.test = False: there is nothing else to show; choose data.val_images_per_class, or under protocol"
@@ -95,3 +103,16 @@ def _stages(config: Config) -> Iterator[str]:
             f"optim.warmup_epochs = {config.optim.warmup_epochs}: allowed: less than the {second} epochs of"
             f" {method.name}'s first stage"
         )
+
+
+def _restarts(config: Config) -> Iterator[str]:
+    text, first, last = config.optim.restarts, config.optim.warmup_epochs, config.train.epochs
+    if not re.fullmatch(r"([0-9]{1,9}(, *[0-9]{1,9})*)?", text):
+        yield f"optim.restarts = {text!r}: expected epochs, comma-separated, e.g. '60,90'"
+    elif text and any(a >= b for a, b in itertools.pairwise((first, *config.optim.restart_epochs, last))):
+        yield (
+            f"optim.restarts = {text!r}: expected rising numbers above optim.warmup_epochs = {first} and below"
+            f" train.epochs = {last}"
+        )
+    elif text and config.method.planned:
+        yield f"optim.restarts = {text!r}: {config.method.name} has one plan for all of train.epochs; leave it empty"

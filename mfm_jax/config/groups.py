@@ -7,7 +7,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, get_args
 
-from mfm_jax.fields import Bounds, Field, declared
+from mfm_jax.fields import MAY_CHANGE, Bounds, Field, declared
 from mfm_jax.methods.settings import Method
 
 _SEED = Bounds(0, 2**31 - 1)
@@ -17,13 +17,21 @@ _SEED = Bounds(0, 2**31 - 1)
 class Data:
     """The images, and how they become long-tailed (see `longtail`). A meaning begins with the sources that read it."""
 
-    source: Annotated[Literal["tfds", "digits", "folder", "list", "npz"], "where images come from"] = "tfds"
+    source: Annotated[
+        Literal["tfds", "digits", "folder", "list", "npz"], MAY_CHANGE, "what kind of place images come from"
+    ] = "tfds"
     name: Annotated[str, "tfds: the set"] = "cifar10"
-    root: Annotated[str, "tfds: prepared data, '' = $TFDS_DATA_DIR, else TFDS's default; others: folder or file"] = ""
-    train_list: Annotated[str, "list: file of `path label` lines, or CSV with the columns path, label (and group)"] = ""
-    val_list: Annotated[str, "list: as train_list; a split without a list is made from train_list"] = ""
-    meta_list: Annotated[str, "list: as train_list; without one the meta set is made as for other sources"] = ""
-    test_list: Annotated[str, "list: as val_list"] = ""
+    root: Annotated[
+        str, MAY_CHANGE, "tfds: prepared data, '' = $TFDS_DATA_DIR, else TFDS's default; others: folder or file"
+    ] = ""
+    train_list: Annotated[
+        str, MAY_CHANGE, "list: file of `path label` lines, or CSV with the columns path, label (and group)"
+    ] = ""
+    val_list: Annotated[str, MAY_CHANGE, "list: as train_list; a split without a list is made from train_list"] = ""
+    meta_list: Annotated[
+        str, MAY_CHANGE, "list: as train_list; without one the meta set is made as for other sources"
+    ] = ""
+    test_list: Annotated[str, MAY_CHANGE, "list: as val_list"] = ""
     imbalance_factor: Annotated[float, Bounds(1), "largest class count / smallest; natural: 1 keeps all images"] = 100.0
     protocol: Annotated[Literal["meta_held_out", "full", "natural"], "how splits are made"] = "meta_held_out"
     val_images_per_class: Annotated[int, Bounds(0), "meta_held_out, full: validation images of each class"] = 0
@@ -31,7 +39,9 @@ class Data:
     meta_fraction: Annotated[float, Bounds(0, 0.5), "natural: of each class, held out as meta set; 0 = redrawn"] = 0.0
     test_fraction: Annotated[float, Bounds(0, 0.9), "folder, list: of each class, where no test split exists"] = 0.2
     group: Annotated[str, "folder, list: regular expression; paths with equal matches stay in one split"] = ""
-    on_bad_image: Annotated[Literal["error", "skip"], "folder, list: a bad image ends the run or is left out"] = "error"
+    on_bad_image: Annotated[
+        Literal["error", "skip"], MAY_CHANGE, "folder, list: a bad image ends the run or is left out"
+    ] = "error"
     seed: Annotated[int, _SEED, "of the draw of each split, not of training"] = 0
     train_on_meta: Annotated[bool, "also train on the meta images: a baseline then sees what MFM sees"] = False
     image_size: Annotated[int, Bounds(0), "pixels a side; 0 = as stored"] = 0
@@ -40,8 +50,8 @@ class Data:
     white: Annotated[int, Bounds(0, 65535), "folder, list: value of 16-bit files that is white; 0 = by their bits"] = 0
     normalize: Annotated[Literal["own", "imagenet", "half", "pytorch_cifar"], "mean and std"] = "own"
     resident_mb: Annotated[int, Bounds(0), "MB of decoded images that stay on the device; more are streamed"] = 4096
-    workers: Annotated[int, Bounds(0), "streaming: processes that decode; 0 = the main process"] = 2
-    manifest: Annotated[str, "reuse this split manifest; '' = draw a split"] = ""
+    workers: Annotated[int, Bounds(0), MAY_CHANGE, "streaming: processes that decode; 0 = the main process"] = 2
+    manifest: Annotated[str, MAY_CHANGE, "reuse this split manifest; '' = draw a split"] = ""
 
     @property
     def validates(self) -> bool:
@@ -75,6 +85,7 @@ class Model:
     name: Annotated[Literal[SmallResNet, LargeModel], "the architecture"] = "resnet32"
     width: Annotated[int, Bounds(0), "channels of the stem or a token; 0 = 16 for small ResNets, 64 large, 768 ViT"] = 0
     pretrained: Annotated[str, "initial weights: .safetensors, .npz or PyTorch state dict; the head may differ"] = ""
+    init_from: Annotated[str, "run folder whose classifier to start from, not its phi; the head may differ"] = ""
     tune: Annotated[Literal["all", "head", "adapters"], "what is trained; adapters: of a ViT, and the head"] = "all"
     adapter_size: Annotated[int, Bounds(1), "tune adapters: hidden units of each"] = 64
     remat: Annotated[bool, "compute activations again in the backward pass: less memory, a third more time"] = False
@@ -99,7 +110,7 @@ class Meta:
     """The balanced meta set and the outer update (see `hypergrad` and `bilevel`)."""
 
     images_per_class: Annotated[int, Bounds(1), "meta images of each class"] = 10
-    batch_size: Annotated[int, Bounds(1), "over all devices together"] = 100
+    batch_size: Annotated[int, Bounds(1), "over all devices together; at most what the meta set has"] = 100
     every: Annotated[int, Bounds(1), "update the modulator every k-th step"] = 8
     start_epoch: Annotated[int, Bounds(0), "no modulator update before this epoch"] = 0
     lagged: Annotated[bool, "the real step reuses the virtual one"] = True
@@ -122,7 +133,13 @@ class Optim:
     clip_norm: Annotated[float, Bounds(0), "clip the gradient's global norm to this; 0 = off"] = 0.0
     schedule: Annotated[Literal["cosine", "step", "constant"], "of the learning rate after the warm-up"] = "cosine"
     warmup_epochs: Annotated[int, Bounds(0), "epochs of a linear warm-up"] = 0
+    restarts: Annotated[str, "epochs, comma-separated, after which the schedule begins anew: of an extended run"] = ""
     reference_batch_size: Annotated[int, Bounds(0), "batch of learning_rate, scaled to train's; 0 = not scaled"] = 0
+
+    @property
+    def restart_epochs(self) -> tuple[int, ...]:
+        """The numbers in `restarts`."""
+        return tuple(map(int, self.restarts.split(","))) if self.restarts else ()
 
 
 @dataclass(frozen=True)
@@ -130,7 +147,7 @@ class Train:
     """The training run."""
 
     epochs: Annotated[int, Bounds(1), "passes over the training set"] = 200
-    batch_size: Annotated[int, Bounds(1), "over all devices together"] = 100
+    batch_size: Annotated[int, Bounds(1), "over all devices together; at most the training images"] = 100
     accumulate: Annotated[int, Bounds(1), "compute a batch in this many parts, one after the other: less memory"] = 1
     seed: Annotated[int, _SEED, "of parameters, order and augmentation"] = 0
     max_steps: Annotated[int, Bounds(0), "stop after this many steps; 0 = after `epochs`"] = 0
@@ -157,7 +174,7 @@ class Eval:
     """Evaluation on the validation split while training, and once, at the end, on the test split."""
 
     every_epochs: Annotated[int, Bounds(1), "epochs between two evaluations on validation"] = 1
-    batch_size: Annotated[int, Bounds(1), "over all devices together"] = 500
+    batch_size: Annotated[int, Bounds(1), MAY_CHANGE, "over all devices together"] = 500
     test: Annotated[bool, "False while choices are being made: tables and pages show validation, test stays unread"] = (
         True
     )
@@ -168,7 +185,7 @@ class Checkpoint:
     """What is kept of a run."""
 
     every_epochs: Annotated[int, Bounds(1), "epochs between two checkpoints"] = 1
-    keep: Annotated[int, Bounds(1), "how many of the last; the best on validation is kept beside them"] = 2
+    keep: Annotated[int, Bounds(1), MAY_CHANGE, "how many of the last; the best on validation is kept beside them"] = 2
 
 
 @dataclass(frozen=True)

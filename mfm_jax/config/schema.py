@@ -6,8 +6,7 @@ never meets an unknown field or an impossible value. Only the data can tell how 
 model which sites it has: `data.build` and `models.create` check those, all before the first training step.
 """
 
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import ml_collections
@@ -51,14 +50,3 @@ def _no_unknown(given: Mapping[str, Any], allowed: Mapping[str, Any], prefix: st
     for key in given:
         if key not in allowed:
             raise UserError(f"{prefix}{key}: no such field; allowed: {', '.join(prefix + a for a in allowed)}")
-
-
-def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
-    """Yields `field: old value -> new value` for every field in which two config dicts differ."""
-    for name in sorted(old.keys() | new.keys()):
-        before, after = old.get(name), new.get(name)
-        if isinstance(before, Mapping) and isinstance(after, Mapping):
-            for line in differences(before, after):
-                yield f"{name}.{line}"
-        elif before != after:
-            yield f"{name}: {json.dumps(before)} -> {json.dumps(after)}"

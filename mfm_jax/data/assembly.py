@@ -81,20 +81,7 @@ def build(config: Config) -> LongTailData:
       UserError: one line that names the field, the value and what is allowed.
     """
     source = _load(config)
-    if len(source.class_names) < 2:
-        raise UserError(f"data: {source.name} has only one class, {source.class_names[0]!r}")
-    split = _split(config, source)
-    in_training = split.train
-    if config.data.train_on_meta:
-        in_training = np.union1d(split.train, split.meta)
-    manifest = _manifest(config, source, split, in_training)
-    check_leakage(manifest)
-    _check_batch(config, len(in_training))
-    if not config.eval.test and not len(split.val):
-        raise UserError(
-            "eval.test = False, as in tuning: there is no validation split to read instead; the data brings none, and"
-            f" data.val_fraction = {config.data.val_fraction:g} makes none; choose more"
-        )
+    split, in_training, manifest = divided(config, source)
     images, labels = source.train_images, source.train_labels
     train_images, train_labels = images[in_training], labels[in_training]
     mean, std = mean_std(config, source.name, train_images if split.redrawn else images[split.train])
@@ -115,6 +102,28 @@ def build(config: Config) -> LongTailData:
         std=std,
         manifest=manifest,
     )
+
+
+def divided(config: Config, source: Source) -> tuple[Split, longtail.Ints, dict[str, Any]]:
+    """Returns the split of a source, the positions of all that is trained on, and the manifest.
+
+    Raises:
+      UserError: as `build`.
+    """
+    if len(source.class_names) < 2:
+        raise UserError(f"data: {source.name} has only one class, {source.class_names[0]!r}")
+    split = _split(config, source)
+    in_training = split.train
+    if config.data.train_on_meta:
+        in_training = np.union1d(split.train, split.meta)
+    manifest = _manifest(config, source, split, in_training)
+    check_leakage(manifest)
+    if not config.eval.test and not len(split.val):
+        raise UserError(
+            "eval.test = False, as in tuning: there is no validation split to read instead; the data brings none, and"
+            f" data.val_fraction = {config.data.val_fraction:g} makes none; choose more"
+        )
+    return split, in_training, manifest
 
 
 def _load(config: Config) -> Source:
@@ -241,14 +250,6 @@ def _manifest(config: Config, source: Source, split: Split, in_training: longtai
         splits={**records, "test": Records(source.test_pool, source.test_ids, source.test_labels)},
         overlaps=overlaps,
     )
-
-
-def _check_batch(config: Config, num_train: int) -> None:
-    if config.train.batch_size > num_train:
-        raise UserError(
-            f"train.batch_size = {config.train.batch_size}: there are {num_train} training images;"
-            f" choose at most {num_train}"
-        )
 
 
 def mean_std(config: Config, name: str, images: Images) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:

@@ -39,7 +39,12 @@ def load(config: Data, *, whole: bool) -> Source:
     constant seed: the same test images for every `data.seed`. Copies of one picture count as a group, so that a split
     that is made does not divide them.
     """
-    found, facts, left_out, duplicates = _sound(config, listing.load(config))
+    return source(config, _sound(config, listing.load(config)), whole=whole)
+
+
+def source(config: Data, sound: "Sound", *, whole: bool) -> Source:
+    """Returns `load` of pictures that have been checked; with `whole`, none is opened."""
+    found, facts, left_out, duplicates = sound
     _check_groups(config, found)
     _check_classes(config, found)
     groups = with_copies(found.groups, facts)
@@ -110,7 +115,7 @@ def _straddling(
     return {kind: count for kind, count in found.items() if count}
 
 
-class _Sound(NamedTuple):
+class Sound(NamedTuple):
     """What is left of a listing after the check."""
 
     listing: Listing
@@ -119,7 +124,7 @@ class _Sound(NamedTuple):
     duplicates: list[tuple[str, str, str]]  # kind, path, path
 
 
-def _sound(config: Data, found: Listing) -> _Sound:
+def _sound(config: Data, found: Listing) -> Sound:
     """Returns the pictures that can be used.
 
     Raises:
@@ -146,7 +151,7 @@ def _sound(config: Data, found: Listing) -> _Sound:
         for kind, first, second in checked.duplicates
         if checked.facts[first] and checked.facts[second]
     ]
-    return _Sound(sound, [fact for fact in checked.facts if fact], lines, duplicates)
+    return Sound(sound, [fact for fact in checked.facts if fact], lines, duplicates)
 
 
 def _lines(problems: Sequence[Problem]) -> tuple[list[str], str]:

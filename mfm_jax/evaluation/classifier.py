@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mfm_jax.config import Config
-from mfm_jax.data import LongTailData, augment
+from mfm_jax.data import LongTailData, augment, sizes
 from mfm_jax.errors import UserError
 from mfm_jax.evaluation import facts as facts_lib
 from mfm_jax.evaluation import tested
@@ -95,6 +95,7 @@ def load_pretrained(config: Config, data: LongTailData) -> Classifier:
     Raises:
       UserError: the file is not one of this classifier's weights, with such a head.
     """
+    config = sizes.cut(config, data.manifest)  # as training would
     experiment = experiment_lib.build(config, data)
     assert experiment.init_pretrained is not None
     state = experiment.init_pretrained(whole=True)

@@ -5,7 +5,6 @@ What training wrote stays as it is; an evaluation has a folder of its own, with 
 """
 
 import contextlib
-import dataclasses
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence, Set
@@ -45,7 +44,7 @@ def evaluate_run(
     standard error, and a run may still begin there.
 
     Args:
-      config: of the run; `data.root`, `data.workers` and `eval.batch_size` may be others.
+      config: of the run; fields that may change in one (`fields.MAY_CHANGE`), such as `data.root`, may be others.
       workdir: of the run, finished or not.
       split: "test", "val" or "train" (without augmentation) of its data; None for the one that the run itself shows:
         test, and val where `eval.test` is False.
@@ -106,17 +105,11 @@ def evaluate_run(
 
 
 def _check_config(given: Config, run: Workdir) -> None:
-    """Checks the config against that of the run: where the data lies may have changed."""
-    ran = run.read_config()
-    elsewhere = dataclasses.replace(
-        given,
-        data=dataclasses.replace(given.data, root=ran.data.root, workers=ran.data.workers),
-        eval=dataclasses.replace(given.eval, batch_size=ran.eval.batch_size),
-    )
-    if changed := list(config_lib.differences(ran.to_dict(), elsewhere.to_dict())):
-        raise UserError(
-            f"--workdir={run.path} belongs to another config ({'; '.join(changed)}); leave --config and these out"
-        )
+    """Checks the config against that of the run, which must be there; fields that `MAY_CHANGE` may differ."""
+    run.read_config()
+    if changed := config_lib.refused(run.changes(given)):
+        told = "; ".join(map(str, changed))
+        raise UserError(f"--workdir={run.path} belongs to another config ({told}); leave --config and these out")
 
 
 def _labels(folder: Path, class_names: Sequence[str], unread: dict[str, str], passed: Counter[str]) -> dict[Path, int]:

@@ -57,6 +57,16 @@ class Method:
         return not _DEFERRED.isdisjoint((self.name, self.base)) or self.sampling.endswith("_later")
 
     @property
+    def planned(self) -> bool:
+        """Whether what it does in an epoch depends on how many there are in all."""
+        return self.staged or self.deferred or "progressive" in (self.name, self.sampling)
+
+    @property
+    def meta_learned(self) -> bool:
+        """Whether something learns from the meta set."""
+        return self.name in get_args(MetaLearned)
+
+    @property
     def per_batch(self) -> bool:
         """Whether what the meta set governs belongs to one batch and starts from zero in each."""
         return self.name in _PER_BATCH

@@ -203,6 +203,11 @@ def _with_head(
 
 def _read(path: Path) -> dict[str, np.ndarray]:
     """Returns the arrays in a file, named as in `_canonical`."""
+    if path.is_dir():
+        raise UserError(
+            f"model.pretrained = {str(path)!r}: a folder, not a file; to start from the classifier of a run there, set"
+            f" model.init_from = {str(path)!r} in its place"
+        )
     if not path.is_file():
         raise UserError(f"model.pretrained = {str(path)!r}: no such file")
     try:

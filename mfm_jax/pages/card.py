@@ -82,7 +82,7 @@ def _content(run: Finished, which: str) -> dict[str, Any]:
         "factor": factor_in_words(manifest),
         "rule": _RULES.get(manifest.get("protocol", "")),
         "sizes": {name: split["class_counts"] for name, split in manifest["splits"].items()},
-        "changed": list(config_lib.differences(Config().to_dict(), run.config)),
+        "changed": [str(one) for one in config_lib.differences(Config().to_dict(), run.config)],
         "split": SPLITS[run.split],
         "evaluations": [(SPLITS[s], found[s]) for s in ("test", "val") if found.get(s)],
         "summary": summary,

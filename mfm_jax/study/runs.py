@@ -170,7 +170,8 @@ def _planned(runs: Sequence[Run]) -> _Job:
     try:
         for run in runs:
             Workdir(run.workdir).claim(run.config)
-        done = all(p.exists() for run in runs for p in (Workdir(run.workdir).results, Workdir(run.workdir).report))
+        places = [(Workdir(run.workdir), run.config) for run in runs]
+        done = all(place.is_finished(config) and place.report.exists() for place, config in places)
         return _Job(runs, outcomes=[_read(run) for run in runs] if done else None)
     except UserError as error:
         return _Job(runs, outcomes=[Outcome(None, str(error))] * len(runs))

@@ -1,7 +1,7 @@
 """From a config and its data to the pure functions of a run: initial states and training steps.
 
 This is where a method's choices meet the bilevel step; nothing here loops, and no file is touched but by an
-`init` that starts from pretrained weights.
+`init` that starts from weights that are there.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ from mfm_jax.machine import parallel
 from mfm_jax.methods import heads, table
 from mfm_jax.methods.table import METHODS, Method
 from mfm_jax.models import pretrained
-from mfm_jax.training import preflight, recipe
+from mfm_jax.training import preflight, recipe, weights
 from mfm_jax.training.recipe import Recipe
 from mfm_jax.types import ApplyFn, BilevelState, Modulate, Modulator, PyTree
 
@@ -36,8 +36,8 @@ class Experiment:
     """The pure functions of one run.
 
     init: `() -> BilevelState`, the state before the first step, all parameters drawn at random.
-    init_pretrained: the same with the weights of `model.pretrained`, the head among them if `whole`; None where there
-      are none to load.
+    init_pretrained: the same with the weights of `model.pretrained`, the head among them if `whole`, or of the run in
+      `model.init_from`; None where there are none to load.
     plain_step: `(state, batch) -> (state, metrics)`; under a meta learner that stays as it is, if there is one.
     meta_step: `(state, batch, meta_batch) -> (state, metrics)`; None where nothing learns from the meta set.
     retrain_step: `(state, batch) -> (state, metrics)` of a second stage on a frozen classifier; None without one.
@@ -110,7 +110,10 @@ def build(config: Config, data: LongTailData, mesh: Mesh | None = None) -> Exper
     def init_pretrained(*, whole: bool = False) -> BilevelState:
         new, model, normalized = jax.jit(fresh)(), config.model, table.objective(config).cosine_head
         new = (new["params"], new.get("batch_stats", {}))
-        found = pretrained.load(model.pretrained, *new, model.name, normalized_head=normalized, whole=whole)
+        if model.init_from:
+            found = weights.of_run(config, data.class_names, *new)
+        else:
+            found = pretrained.load(model.pretrained, *new, model.name, normalized_head=normalized, whole=whole)
         return jax.jit(start)(dict(zip(("params", "batch_stats"), found, strict=True)))
 
     plain_step, meta_step, retrain_step = _steps(config, method, forward, rules, learner, phi_tx, image.shape[1:])
@@ -121,7 +124,7 @@ def build(config: Config, data: LongTailData, mesh: Mesh | None = None) -> Exper
     extract = heads.features(plain.apply)
     return Experiment(
         init=jax.jit(lambda: start(fresh())),  # hundreds of small operations otherwise, each compiled by itself
-        init_pretrained=init_pretrained if config.model.pretrained else None,
+        init_pretrained=init_pretrained if config.model.pretrained or config.model.init_from else None,
         plain_step=plain_step,
         meta_step=meta_step,
         retrain_step=retrain_step,

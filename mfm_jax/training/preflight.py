@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from jax.sharding import Mesh
 
 from mfm_jax.config import Config
-from mfm_jax.data import LongTailData
+from mfm_jax.data import LongTailData, sizes
 from mfm_jax.data.streaming import Streamed
 from mfm_jax.errors import UserError
 from mfm_jax.machine import parallel
@@ -13,38 +13,39 @@ from mfm_jax.methods.table import METHODS, Method, modulating
 
 
 def check(config: Config, data: LongTailData, mesh: Mesh | None) -> None:
-    """Checks that the images suit `config`, and that its batches can be spread over `mesh` (None for one device).
+    """Checks that the images and the batches suit `config` and `mesh` (None for one device), and a frozen phi its use.
 
     Raises:
-      UserError: one line that names the field, its value and a way out.
+      UserError: one line with all that is wrong: the field, its value and a way out of each.
     """
     method, devices = METHODS[config.method.name], mesh.size if mesh else 1
     streamed = isinstance(data.train_images, Streamed)
-    for problem in (
+    problems = (
         *_images(config, method, min(data.train_images.shape[1:3]), streamed),
+        *_sizes(config, data),
         *_devices(config, devices),
         *_parts(config, mesh, streamed, has_meta_step=method.learner is not None),
-    ):
-        raise UserError(problem)
+        *_frozen(config, method),
+    )
+    if problems:
+        raise UserError("; ".join(problems))
 
 
-def check_meta(config: Config, data: LongTailData) -> None:
-    """Checks that a frozen phi does something, and that the meta set is no smaller than a meta batch.
+def _sizes(config: Config, data: LongTailData) -> Iterator[str]:
+    """Batches larger than what they are drawn from; a run cuts them (`sizes.cut`) before it is built."""
+    for field, (most, what) in sizes.limits(config, data.manifest).items():
+        if (size := getattr(config, field.partition(".")[0]).batch_size) > most:
+            yield f"{field} = {size}: there are {most} {what}; choose at most {most}"
 
-    Raises:
-      UserError: one line that names the field, its value and a way out.
-    """
-    method, size = METHODS[config.method.name], config.meta.batch_size
-    if config.meta.freeze and method.learner:
-        if not method.modulates:
-            raise UserError(
-                f"meta.freeze = True: {config.method.name} would learn nothing from the meta set; only {modulating()}"
-                " can"
-            )
-        if not config.modulation.init_from:
-            raise UserError("meta.freeze = True: would keep a modulator that does nothing; set modulation.init_from")
-    elif method.learner and size > (images := data.meta_table(0).size):
-        raise UserError(f"meta.batch_size = {size}: the meta set has {images} images; choose at most {images}")
+
+def _frozen(config: Config, method: Method) -> Iterator[str]:
+    if not (config.meta.freeze and method.learner):
+        return
+    if not method.modulates:
+        name = config.method.name
+        yield f"meta.freeze = True: {name} would learn nothing from the meta set; only {modulating()} can"
+    elif not config.modulation.init_from:
+        yield "meta.freeze = True: would keep a modulator that does nothing; set modulation.init_from"
 
 
 def _images(config: Config, method: Method, side: int, streamed: bool) -> Iterator[str]:

@@ -185,6 +185,7 @@ class Run:
                 gallery.write(place, images, answers.labels, answers.probabilities, self.data.counts)
 
         return results_lib.of_run(last, best, asked, split, calibrate=True, show=show) | {
+            "restarts": [epoch * self.experiment.steps_per_epoch for epoch in self.config.optim.restart_epochs],
             "train_seconds": self.train_seconds,
             "input_wait": self.feed.waited(),
             "versions": self.versions,

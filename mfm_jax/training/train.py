@@ -23,13 +23,14 @@ from jax.sharding import Mesh
 from mfm_jax import config as config_lib
 from mfm_jax import data as data_lib
 from mfm_jax.config import Config
-from mfm_jax.data import LongTailData
+from mfm_jax.data import LongTailData, sizes
 from mfm_jax.errors import UserError
+from mfm_jax.evaluation import facts
 from mfm_jax.machine import cluster, disk, parallel
 from mfm_jax.machine.interruption import EXIT_INTERRUPTED, Interrupted, listening
 from mfm_jax.models import native
 from mfm_jax.pages import report
-from mfm_jax.training import epoch_log, inputs, preflight, progress
+from mfm_jax.training import epoch_log, inputs, progress
 from mfm_jax.training import experiment as experiment_lib
 from mfm_jax.training import feed as feed_lib
 from mfm_jax.training import loop as loop_lib
@@ -47,8 +48,9 @@ def train_and_evaluate(
 ) -> dict[str, Any]:
     """Trains as `config` says, in `workdir`, and returns the results.
 
-    A workdir that holds an interrupted run of the same config is resumed; a finished one is returned as it is.
-    Leaves the files that `Workdir` names.
+    A workdir that holds an interrupted run of the same config is resumed; a finished one is returned as it is, or goes
+    on where it is extended (`optim.restarts`). Leaves the files that `Workdir` names. Batch sizes above what the data
+    has are cut to it, which is told and recorded.
 
     Args:
       config: from a config file, or a dict of the same form.
@@ -90,15 +92,18 @@ def train_together(configs: Sequence[Config], workdirs: Sequence[Path]) -> list[
     for config, workdir in zip(configs, workdirs, strict=True):
         Workdir(workdir).claim(config)
         seedless = [dataclasses.replace(c, train=dataclasses.replace(c.train, seed=0)) for c in (configs[0], config)]
-        if changed := list(config_lib.differences(*(c.to_dict() for c in seedless))):
-            raise UserError(f"runs trained together may differ in train.seed alone, not in {'; '.join(changed)}")
-    todo = [pair for pair in zip(configs, workdirs, strict=True) if not Workdir(pair[1]).results.exists()]
+        if changed := "; ".join(map(str, config_lib.differences(*(c.to_dict() for c in seedless)))):
+            raise UserError(f"runs trained together may differ in train.seed alone, not in {changed}")
+    todo = [pair for pair in zip(configs, workdirs, strict=True) if not Workdir(pair[1]).is_finished(pair[0])]
     if todo:
         with contextlib.ExitStack() as stack:
             for _, workdir in todo if cluster.is_primary() else ():
                 stack.enter_context(Workdir(workdir).owned())
             progress.say(f"reading {configs[0].data.name or configs[0].data.root}")
             data = data_lib.build(configs[0])
+            if (told := sizes.told(configs[0], data.manifest)) and cluster.is_primary():
+                print(told)
+            todo = [(sizes.cut(config, data.manifest), workdir) for config, workdir in todo]
             fsdp = configs[0].parallel.fsdp
             mesh = parallel.data_mesh(fsdp=fsdp) if jax.device_count() > 1 or fsdp > 1 else None
             on_device = inputs.to_device(data)
@@ -133,8 +138,8 @@ def _start(
 ) -> Run:
     """Returns the run, restored if it was interrupted; leaves its config, manifest and classifier's facts there."""
     experiment, files = experiment_lib.build(config, data, mesh), Workdir(workdir)
-    preflight.check_meta(config, data)
     files.check_split(data.manifest)
+    files.check_normalization(dataclasses.asdict(facts.describe(config, data)))
     run = Run(config, workdir, data, experiment, on_device)
     if cluster.is_primary():  # not before: after a mistake so far the workdir is free for another config
         files.begin(config, data.manifest, dataclasses.asdict(run.facts))

@@ -6,12 +6,14 @@ No other module has a file's name. `config.json` marks a run that has begun, `re
 import contextlib
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from mfm_jax import config as config_lib
-from mfm_jax.config import Config
+from mfm_jax.config import Change, Config
+from mfm_jax.data import sizes
 from mfm_jax.data.manifest import manifest_hash, read_manifest, write_manifest
 from mfm_jax.errors import UserError
 from mfm_jax.machine import disk
@@ -71,23 +73,51 @@ class Workdir:
         """Makes the folder if it is absent.
 
         Raises:
-          UserError: it holds a run of another config (the differences are named), or it is not a folder.
+          UserError: it holds a run that does not go on with `config` (the differences are named), or it is no folder.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"--workdir={self.path}: cannot be made: {error.strerror}") from error
-        before = read_object(self.config) if self.config.exists() else config.to_dict()
-        if changed := "; ".join(config_lib.differences(before, config.to_dict())):
-            raise UserError(f"--workdir={self.path} belongs to another config ({changed}); choose a new one")
+        if problem := config_lib.problem(self.changes(config), config):
+            raise UserError(f"--workdir={self.path} {problem}")
+
+    def changes(self, config: Config) -> list[Change]:
+        """Returns in what `config` differs from the run in the folder; nothing where none has begun.
+
+        Batch sizes beyond the run's images are no difference: they were cut when it began.
+        """
+        if not self.config.exists():
+            return []
+        began = read_object(self.config)
+        changed = config_lib.changes(began, config)
+        if sizes.FIELDS.intersection(change.path for change in changed):
+            changed = config_lib.changes(began, sizes.cut(config, read_manifest(self.manifest)))
+        return changed
+
+    def is_finished(self, config: Config) -> bool:
+        """Whether a run in the folder has finished, with all the epochs of `config`."""
+        return self.results.exists() and not any(change.path == "train.epochs" for change in self.changes(config))
 
     def begin(self, config: Config, manifest: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
-        """Writes what a run leaves at its start, where it is absent: its facts, its split, and last its config."""
+        """Writes what a run leaves at its start, where it is absent: its facts, its split, and last its config.
+
+        Of a run that goes on, says what has changed and keeps that as its config. Where it is extended, the results so
+        far get another name.
+        """
+        changed = self.changes(config)
         # Without a config, facts are of a start that failed; an older run has a config without facts.
         if not (self.config.exists() and self.facts.exists()):
             disk.write_object(self.facts, facts)
         if not self.config.exists():
             write_manifest(manifest, self.manifest)
+        if changed:
+            print("going on with " + ", ".join(f"{one.path} = {one.now!r} (was {one.before!r})" for one in changed))
+        for epochs in [change.before for change in changed if change.path == "train.epochs" and self.results.exists()]:
+            earlier = self.results.rename(self.path / f"results-of-{epochs}-epochs.json")
+            self.report.unlink(missing_ok=True)
+            print(f"the results of {epochs} epochs are in {earlier}; at the new end, test is read again")
+        if changed or not self.config.exists():
             disk.write_object(self.config, config.to_dict(), indent=2)
 
     def check_split(self, manifest: Mapping[str, Any]) -> None:
@@ -100,6 +130,18 @@ class Workdir:
             raise UserError(
                 f"{self.manifest}: the data or its split is not what this run began with; choose a new --workdir"
             )
+
+    def check_normalization(self, facts: Mapping[str, Any]) -> None:
+        """Raises a UserError where a run has begun in the folder whose images were normalised otherwise."""
+        if not (self.config.exists() and self.facts.exists()):
+            return
+        began = read_object(self.facts, "mean", "std")
+        for name in ("mean", "std"):
+            if any(not math.isclose(a, b, rel_tol=1e-4) for a, b in zip(began[name], facts[name], strict=False)):
+                raise UserError(
+                    f"{self.facts}: this run began with {name} = {began[name]} of its images, now it is"
+                    f" {list(facts[name])}; choose a new --workdir"
+                )
 
     def check_no_run(self, flag: str = "--out") -> None:
         """Raises a UserError where the folder, which `flag` of a command names, holds a run."""

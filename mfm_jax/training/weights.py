@@ -1,0 +1,90 @@
+"""The classifier of another run, for a run to start from (`model.init_from`)."""
+
+import contextlib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from mfm_jax.config import Config
+from mfm_jax.errors import UserError
+from mfm_jax.evaluation import facts
+from mfm_jax.machine import cluster
+from mfm_jax.methods import table
+from mfm_jax.types import BilevelState, PyTree
+from mfm_jax.workdir.checkpoint import Checkpointer
+from mfm_jax.workdir.files import Workdir
+
+
+def of_run(config: Config, class_names: Sequence[str], params: PyTree, batch_stats: PyTree) -> tuple[PyTree, PyTree]:
+    """Returns `(params, batch_stats)` with the weights of the run in `model.init_from`, as its last step left them.
+
+    They are the classifier's own: no phi, and not what a second stage or a post-hoc step made of the head. The head
+    starts fresh where the classes are others, or where one is linear and the other normalised; which, is told on the
+    standard error. Adapters that the run has not stay as they are.
+
+    Args:
+      config: of the new run.
+      class_names: of its data.
+      params, batch_stats: of its classifier, for their shapes and for what starts fresh.
+
+    Raises:
+      UserError: there is no such run, it has no sound checkpoint, or its classifier is another model or of another
+        size.
+    """
+    field, run = f"model.init_from = {config.model.init_from!r}", Workdir(Path(config.model.init_from))
+    if run.path.is_file():
+        raise UserError(f"{field}: a file, not a run folder; weights in a file are for model.pretrained")
+    try:
+        its_config, its_names, state = run.read_config(), facts.read(run).class_names, _last(run)
+    except UserError as error:
+        raise UserError(f"{field}: {error}") from error
+    if its_config.model.name != config.model.name:
+        raise UserError(
+            f"{field}: its classifier is a {its_config.model.name}, here model.name = {config.model.name!r}; set that"
+            f" to {its_config.model.name!r}, or start from another run"
+        )
+    fresh = _why_fresh(config, its_config, class_names, its_names)
+    ours = flatten_dict({"params": params, "batch_stats": batch_stats}, sep=".")
+    theirs = flatten_dict({"params": state.params, "batch_stats": state.batch_stats}, sep=".")
+    for name, leaf in ours.items():
+        if (fresh and name.startswith("params.head.")) or ("adapter" in name and name not in theirs):
+            theirs[name] = leaf
+    for name in sorted(ours.keys() | theirs.keys()):
+        shapes = [str(list(np.shape(tree[name]))) if name in tree else "absent" for tree in (theirs, ours)]
+        if shapes[0] != shapes[1]:
+            raise UserError(
+                f"{field}: its {name.partition('.')[2]} is {shapes[0]}, here it is {shapes[1]}; match model.width,"
+                " model.tune, data.channels and, for a ViT, data.image_size"
+            )
+    if cluster.is_primary():
+        said = f"; the head starts fresh: {fresh}" if fresh else ""
+        print(f"starts from the classifier of {run.path}, step {int(state.step)}{said}", file=sys.stderr)
+    found = unflatten_dict(theirs, sep=".")
+    return found["params"], found.get("batch_stats", {})
+
+
+def _last(run: Workdir) -> BilevelState:
+    """Returns what the last checkpoint of a run has of its classifier."""
+    if not run.checkpoints.is_dir():
+        raise UserError("the run there has no checkpoint yet")
+    reader = Checkpointer(run.path, run.read_config().checkpoint, has_validation=True, read_only=True)
+    with contextlib.closing(reader) as checkpoints:
+        step = checkpoints.latest_step()
+        if step is None:
+            raise UserError("the run there has no checkpoint yet")
+        return checkpoints.restore_tested(step)[0]
+
+
+def _why_fresh(config: Config, its_config: Config, names: Sequence[str], its_names: Sequence[str]) -> str:
+    """Returns why the head of a run is not for this one, "" where it is."""
+    if len(names) != len(its_names):
+        return f"that run has {len(its_names)} classes, this one {len(names)}"
+    if other := [(a, b) for a, b in zip(its_names, names, strict=True) if a != b]:
+        return "the classes are others, such as {!r} there and {!r} here".format(*other[0])
+    normalized = [table.objective(one).cosine_head for one in (its_config, config)]
+    if normalized[0] != normalized[1]:
+        return f"that run's is {'normalised' if normalized[0] else 'linear'}, that of {config.method.name} is not"
+    return ""
