@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-LARGE = ("model.name=resnet18", "data.image_size=64", "train.batch_size=50", "meta.batch_size=50")
+HALVES = ("train.batch_size=50", "meta.batch_size=50", "train.max_steps=494")
+LARGE = ("model.name=resnet18", "data.image_size=64", *HALVES)
 VIT = ("model.name=vit_b16", "model.width=64", "data.image_size=64", "optim.name=adamw", "optim.learning_rate=1e-3")
 LADDER = {
     **{f"resnet8, seed {seed}": ("model.name=resnet8", f"train.seed={seed}") for seed in range(3)},
@@ -35,7 +36,7 @@ pytestmark = [
 
 @pytest.mark.parametrize("fields", LADDER.values(), ids=LADDER)
 def test_the_first_two_epochs_are_sound(fields, tmp_path):
-    flags = [f"--config.{field}" for field in (*fields, "train.max_steps=246", "data.val_images_per_class=10")]
+    flags = [f"--config.{field}" for field in ("train.max_steps=246", "data.val_images_per_class=10", *fields)]
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}  # as a user has it
     command = ["-m", "mfm_jax.main", f"--config={ROOT / 'configs' / 'cifar10_lt.py'}", f"--workdir={tmp_path}"]
     subprocess.run([sys.executable, *command, "--config.eval.test=False", *flags], env=environment, check=True)
