@@ -164,7 +164,7 @@ def draw_curves(figure: "Figure", methods: Sequence[Compared]) -> str:
             style = _method_style(number) | {"marker": None if len(steps) > 1 else "o"}
             axes.fill_between(steps, mean - spread, mean + spread, color=style["color"], alpha=0.16, linewidth=0)
             (line,) = axes.plot(steps, mean, label=one.name if axes is figure.axes[0] else None, **style)
-            tip(line, f"{one.name}: {mean[-1]:.3g} ± {spread[-1]:.2g} at the end")
+            tip(line, f"{one.name}: {mean[-1]:.3f} ± {spread[-1]:.3f} at the end")
         axes.set_title(title)
         if kind == "train":
             axes.set_yscale("log", nonpositive="clip")
