@@ -236,8 +236,8 @@ def write(
     text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     note = (
         f"Percent; mean ± standard deviation over the seeds {', '.join(map(str, seeds))}; the difference in balanced"
-        f" accuracy is paired by seed, with Student's 95 % interval; training time and peak memory are multiples of"
-        f" {baseline}'s."
+        f" accuracy is paired by seed, with Student's 95 % interval; training time, with compilation, and peak"
+        f" memory are multiples of {baseline}'s."
     )
     below = [f"Failed: {method} ({reason})." for method, reason in failed.items()]
     below += [f"Tuned: {method}: {_in_words(values)}." for method, values in tuned.items() if values]

@@ -1,6 +1,6 @@
 """The pages in a real browser: nothing is cut off, all text has contrast, and sorting, tips and zoom work.
 
-It also takes the pictures of the pages in the docs: `MFM_JAX_PICTURES=docs/images pytest -m slow tests/browser_test.py`.
+It also takes the pictures of the pages that the docs show, to the folder in `MFM_JAX_PICTURES`.
 """
 
 import base64
@@ -22,23 +22,21 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not (BROWSER and DRIVER), reason="needs Debian's chromium and chromium-driver"),
 ]
-selenium = pytest.importorskip("selenium", reason="needs the extra 'browser'")
-
-from selenium import webdriver
-from selenium.webdriver.common.by import By
+webdriver = pytest.importorskip("selenium.webdriver", reason="needs the extra 'browser'")
 
 PAGES = ("compare", "report", "many")
 SCHEMES = ("light", "dark")
 COMPARE = (
-    "--config=configs/digits_lt.py --methods=ce,logit_adjusted,mfm --seeds=0,1,2 --jobs=2 --config.model.name=resnet8"
-    " --config.model.width=8 --config.train.epochs=12 --config.data.val_images_per_class=5"
+    "--config=configs/digits_lt.py --methods=ce,mfm --seeds=0,1,2 --together --config.model.width=8"
+    " --config.train.epochs=12 --config.data.val_images_per_class=5"
 )
 # What of the page is wider than its place; figures may be scrolled on a telephone, and a matrix once it is enlarged.
 OVERFLOWING = """
 const narrow = innerWidth < 600;
 const wide = [...document.querySelectorAll("main, section, table, .tile, .scroll, .matrix, dd, p, li")].filter(
   (e) => e.scrollWidth > e.clientWidth + 1 && !(narrow && e.querySelector("svg")));
-return [document.documentElement.scrollWidth - innerWidth, wide.map((e) => `${e.tagName} ${e.textContent.trim().slice(0, 40)}`)];
+const name = (e) => `${e.tagName} ${e.textContent.trim().slice(0, 40)}`;
+return [document.documentElement.scrollWidth - innerWidth, wide.map(name)];
 """
 # The text whose contrast with what is behind it is below WCAG's AA: 4.5, or 3 where it is large.
 FAINT = """
@@ -62,8 +60,8 @@ for (const e of document.querySelectorAll("main *")) {
   const style = getComputedStyle(e), svg = e instanceof SVGElement;
   let ground = behind(svg ? e.closest("svg").parentElement : e);
   if (e.classList.contains("number")) {
-    const side = Number(document.querySelector(".matrix .frame").getAttribute("width")) / Math.sqrt(
-      document.querySelectorAll(".matrix text:not(.number)").length / 2) ** 2;
+    const classes = document.querySelectorAll(".matrix text:not(.number)").length / 2;  // each has a row and a column
+    const side = Number(document.querySelector(".matrix .frame").getAttribute("width")) / classes;
     const at = ["x", "y"].map((name) => Math.floor(e.getAttribute(name) / side)).join(" ");
     const cell = getComputedStyle(cells.get(at));
     ground = over([...parse(cell.fill).slice(0, 3), Number(cell.fillOpacity)], ground);
@@ -145,21 +143,21 @@ def test_the_browser_has_nothing_to_complain_of(browser, pages, page):
 
 def test_a_click_on_the_head_of_a_column_sorts(browser, pages):
     look(browser, pages["compare"])
-    table = browser.find_element(By.CSS_SELECTOR, "#accuracy table")
+    table = browser.find_element("css selector", "#accuracy table")
 
     def column() -> list[float]:
-        cells = table.find_elements(By.CSS_SELECTOR, "tbody td:nth-child(2)")
+        cells = table.find_elements("css selector", "tbody td:nth-child(2)")
         return [float(cell.text.split()[0]) for cell in cells]
 
-    before, head = column(), table.find_elements(By.CSS_SELECTOR, "thead button")[1]
+    before, head = column(), table.find_elements("css selector", "thead button")[1]
     head.click()
     assert column() == sorted(before, reverse=True)
     head.click()
     assert column() == sorted(before)
-    difference = table.find_elements(By.CSS_SELECTOR, "thead button")[2]
+    difference = table.find_elements("css selector", "thead button")[2]
     for _ in range(2):
         difference.click()
-        assert table.find_elements(By.CSS_SELECTOR, "tbody tr:last-child th")[0].text.startswith("ce")  # has no value
+        assert table.find_elements("css selector", "tbody tr:last-child th")[0].text.startswith("ce")  # has no value
 
 
 @pytest.mark.parametrize(
@@ -174,9 +172,9 @@ def test_a_click_on_the_head_of_a_column_sorts(browser, pages):
 )
 def test_the_pointer_is_told_values(browser, pages, page, selector, told):
     look(browser, pages[page])
-    tip = browser.find_element(By.ID, "tip")
+    tip = browser.find_element("id", "tip")
     assert not tip.is_displayed()
-    shape = browser.find_element(By.CSS_SELECTOR, selector)
+    shape = browser.find_element("css selector", selector)
     browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", shape)
     webdriver.ActionChains(browser).move_to_element(shape).perform()
     assert any(part in tip.text for part in told.split("|"))
@@ -186,9 +184,9 @@ def test_the_pointer_is_told_values(browser, pages, page, selector, told):
 
 def test_the_matrix_can_be_enlarged(browser, pages):
     look(browser, pages["many"])
-    matrix = browser.find_element(By.CSS_SELECTOR, ".matrix svg")
+    matrix = browser.find_element("css selector", ".matrix svg")
     before = matrix.size["width"]
-    browser.find_element(By.CSS_SELECTOR, "label[for=zoom4]").click()
+    browser.find_element("css selector", "#zoom4").click()
     assert matrix.size["width"] > 3 * before
     assert browser.execute_script("return document.documentElement.scrollWidth") <= 1400
     letters = browser.execute_script("return document.querySelector('.matrix text').getBoundingClientRect().height")
@@ -197,7 +195,7 @@ def test_the_matrix_can_be_enlarged(browser, pages):
 
 def test_links_lead_to_the_reports(browser, pages):
     look(browser, pages["compare"])
-    browser.find_element(By.CSS_SELECTOR, "#runs a").click()
+    browser.find_element("css selector", "#runs a").click()
     assert "ce on digits" in browser.title
 
 
@@ -205,9 +203,9 @@ def test_it_can_be_read_without_scripts(browser, pages):
     browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": True})
     try:
         browser.get(pages["report"].as_uri())
-        assert not browser.find_elements(By.ID, "tip")
-        assert browser.find_element(By.CSS_SELECTOR, "#summary td").text
-        assert browser.find_elements(By.CSS_SELECTOR, "svg title")  # which the browser itself shows
+        assert not browser.find_elements("id", "tip")
+        assert browser.find_element("css selector", "#summary td").text
+        assert browser.find_elements("css selector", "svg title")  # which the browser itself shows
     finally:
         browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": False})
 

@@ -63,7 +63,9 @@ def rows_of(html: str, section: str) -> dict[str, list[str]]:
     table = html.split(f'<section id="{section}">')[1].split("</table>")[0]
     found = {}
     for row in re.findall(r"<tr>(.*?)</tr>", table.split("<tbody>")[1], re.DOTALL):
-        cells = [" ".join(re.sub(r"<[^>]*>", " ", cell).split()) for cell in re.findall(r"<t[dh].*?</t[dh]>", row, re.DOTALL)]
+        cells = [
+            " ".join(re.sub(r"<[^>]*>", " ", cell).split()) for cell in re.findall(r"<t[dh].*?</t[dh]>", row, re.DOTALL)
+        ]
         found[cells[0]] = cells[1:]
     return found
 
@@ -106,7 +108,11 @@ def test_it_says_in_words_what_was_found(html):
 @pytest.mark.parametrize(
     ("protocol", "changes", "end"),
     [
-        ("natural", {"overlaps": [{"part": "meta", "whole": "train"}], "meta_redrawn": True}, ", drawn anew every epoch."),
+        (
+            "natural",
+            {"overlaps": [{"part": "meta", "whole": "train"}], "meta_redrawn": True},
+            ", drawn anew every epoch.",
+        ),
         ("full", {"overlaps": [{"part": "meta", "whole": "train"}]}, "its meta set is 30 of the training images."),
     ],
 )
@@ -147,7 +153,9 @@ def test_figures_tell_their_values_to_the_pointer(html):
 
 
 def test_runs_have_links_that_work_beside_them(html):
-    assert re.findall('<a href="([^"]*)">', html) == [f"{m}/seed{s}/report.html" for m in ("ce", "mfm") for s in range(3)]
+    assert re.findall('<a href="([^"]*)">', html) == [
+        f"{m}/seed{s}/report.html" for m in ("ce", "mfm") for s in range(3)
+    ]
 
 
 def test_the_record_has_config_command_date_and_hardware(html):

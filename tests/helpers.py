@@ -196,7 +196,12 @@ def write_run(
         },
         "hash": "sha256:0123abcd",
     }
-    config = {"method": "mfm", "data": {"name": "cifar10"}, "meta": {"loss": "ce"}, "note": "</pre><script>alert(1)</script>"}
+    config = {
+        "method": "mfm",
+        "data": {"name": "cifar10"},
+        "meta": {"loss": "ce"},
+        "note": "</pre><script>alert(1)</script>",
+    }
     for name, value in (("config", config), ("manifest", manifest), ("results", results)):
         (workdir / f"{name}.json").write_text(json.dumps(value), encoding="utf-8")
     lines = "".join(json.dumps(row) + "\n" for row in rows)

@@ -30,9 +30,10 @@ ORDER = (  # the files of a line import those of the lines above it alone
     "workdir.stored",
     "bilevel.steps command data.arrays data.files data.tfds methods.learners workdir.finished",
     "bilevel data.assembly methods.table pages.style",
-    "check data evaluation.tested pages.comparison_figures pages.figures",
-    "evaluation.facts pages.report training.inputs training.preflight training.progress training.recipe",
-    "pages.card pages.comparison training.weights",
+    "check data evaluation.tested pages.comparison_figures pages.figures pages.mistakes",
+    "evaluation.facts pages.comparison pages.report training.inputs training.preflight training.progress "
+    "training.recipe",
+    "pages.card training.weights",
     "training.experiment",
     "evaluation.classifier training.loop",
     "evaluation.results export predict training.epoch_log training.feed",

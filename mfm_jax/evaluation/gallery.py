@@ -52,8 +52,9 @@ def choose(probabilities: np.ndarray, labels: np.ndarray, train_counts: np.ndarr
             if shown[labels[i]] <= _PER_CLASS and sum(min(n, _PER_CLASS) for n in shown.values()) <= EACH:
                 chosen.append(i)
     wrong = order[(answers != labels)[order]]
-    images, right = np.bincount(labels), np.bincount(labels[answers == labels], minlength=labels.max() + 1)
-    of_class = [wrong[labels[wrong] == k][:1] for k in mistakes.worst(right, images)[: mistakes.SHOWN]]
+    images = np.bincount(labels)
+    hits = np.bincount(labels[answers == labels], minlength=len(images))
+    of_class = [wrong[labels[wrong] == k][:1] for k in mistakes.worst(hits, images)[: mistakes.SHOWN]]
     pairs = mistakes.confused(labels, answers)[: mistakes.SHOWN]
     of_pair = [wrong[(labels[wrong] == pair.label) & (answers[wrong] == pair.answer)][:1] for pair in pairs]
     return np.array(list(dict.fromkeys(np.concatenate([chosen, *of_class, *of_pair]).astype(int).tolist())), int)

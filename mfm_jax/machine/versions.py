@@ -1,4 +1,4 @@
-"""What numbers depend on beside config and data: versions, devices, and how a result came about, as files record them."""
+"""What numbers depend on beside config and data: versions, devices, and how a result came about, as recorded."""
 
 import contextlib
 import datetime

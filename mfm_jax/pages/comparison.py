@@ -52,7 +52,9 @@ def write_page(
     classes = Classes(list(manifest["class_names"]), np.asarray(manifest["splits"]["train"]["class_counts"]))
     configs = {name: read_object(Workdir(folders[name][0]).config) for name in order}
     first = results[order[0]][0]
-    selected = any(run["best"] and run["best"]["step"] != run["last"]["step"] for runs in results.values() for run in runs)
+    selected = any(
+        run["best"] and run["best"]["step"] != run["last"]["step"] for runs in results.values() for run in runs
+    )
     content = {
         "manifest": manifest,
         "factor": factor_in_words(manifest),
@@ -106,7 +108,7 @@ def _sentences(
     methods: Sequence[Compared],
     manifests: Mapping[str, Mapping[str, Any]],
 ) -> list[str]:
-    """Returns what the comparison says in words: of the method ahead of the others, and of MFM where that is another."""
+    """Returns what the comparison says in words: of the method ahead of the others, and of MFM where it is not."""
     gains = {row["method"]: row for row in rows if row["epoch"] == "last" and row["difference"] is not None}
     if not gains:
         return []

@@ -23,12 +23,10 @@ from mfm_jax.pages.style import (
     as_percent,
     plain_logs,
     tip,
-    whole_logs,
 )
 from mfm_jax.workdir.finished import Cost
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 # None is that of a group of classes; each is legible on white and on near-black.
@@ -41,7 +39,10 @@ _PARTS = (
     ("middle third", "middle_third", PURPLE, "D"),
     ("rarest third", "rarest_third", ORANGE, "v"),
 )
-_CURVES = (("val", "balanced_accuracy", "Balanced accuracy on validation (%)", 100), ("train", "loss", "Training loss (log scale)", 1))
+_CURVES = (
+    ("val", "balanced_accuracy", "Balanced accuracy on validation (%)", 100),
+    ("train", "loss", "Training loss (log scale)", 1),
+)
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,7 @@ def draw_class_accuracies(figure: "Figure", classes: Classes, methods: Sequence[
             tip(point, f"{one.name}: {middle:.1f} ± {width:.1f} %\n{of} {count:,.0f} training images")
     axes.set_xscale("log")
     axes.invert_xaxis()
-    whole_logs(axes.xaxis)
+    plain_logs(axes.xaxis, "{x:,.0f}")
     axes.set_ylim(-4, 104)
     axes.set_xlabel(f"training images{' a class' if grouped else ' of the class'} (log scale)")
     axes.set_ylabel("accuracy (%)")
@@ -192,12 +193,12 @@ def draw_time(figure: "Figure", methods: Sequence[Compared]) -> str:
         costs = [cost for cost in one.costs if cost]
         if not costs:
             continue
-        steps = [one.steps * cost.step if cost.step else math.nan for cost in costs]
+        steps = [one.steps * (cost.step or 0.0) for cost in costs]
         split = np.array([(s, c.compiling, c.total - c.compiling - s) for s, c in zip(steps, costs, strict=True)])
-        mean, spread = _over_seeds(np.maximum(np.nan_to_num(split), 0))
+        mean = np.maximum(split, 0).mean(axis=0)
         left = np.concatenate([[0], np.cumsum(mean)])
         for (label, alpha), start, width in zip(parts, left[:-1], mean, strict=True):
-            style = {"color": INK, "alpha": alpha, "linewidth": 0, "label": None if row else label}
+            style: dict[str, Any] = {"color": INK, "alpha": alpha, "linewidth": 0, "label": None if row else label}
             (bar,) = axes.barh(row - 0.1, width, left=start, height=0.5, **style)
             tip(bar, f"{one.name}, {label}: {width:,.1f} s")
         total, wide = _over_seeds(np.array([cost.total for cost in costs]))
@@ -212,8 +213,8 @@ def draw_time(figure: "Figure", methods: Sequence[Compared]) -> str:
     figure.legend(loc="outside upper left", ncols=3, columnspacing=1.4)
     return (
         "Where the time of a run went, mean over seeds; the line below its end is one standard deviation of the whole."
-        " Compilation is paid once, whatever the number of epochs, and a cache may have spared it; runs side by side"
-        " slow each other down."
+        " Compilation is paid once, whatever the number of epochs, and a cache may have spared it. Runs side by side"
+        " slow each other down; seeds that were trained together each have the time of them all."
     )
 
 

@@ -59,13 +59,15 @@ def draw_classes(figure: "Figure", classes: Classes, result: dict[str, Any]) -> 
                 _intervals(bottom, place[here], accuracy[here], images[here], color)
     for k, at in enumerate(place if not many else ()):
         (point,) = bottom.plot(at, accuracy[k], "o", alpha=0, markersize=7)
-        tip(point, f"{classes.names[classes.order[k]]}\n{accuracy[k]:.1f} % of {images[k]:,} images\n{counts[k]:,} to train")
+        tip(
+            point,
+            f"{classes.names[classes.order[k]]}\n{accuracy[k]:.1f} % of {images[k]:,} images\n{counts[k]:,} to train",
+        )
     above: dict[str, Any] = {"loc": "lower right", "bbox_to_anchor": (1.0, 1.0), "borderaxespad": 0.2}
     top.set_yscale("log")
     # Bars on a log scale need a floor; this one leaves the rarest class a visible bar.
     top.set_ylim(counts[counts > 0].min() / 3, counts.max() * 1.5)
-    plain_logs(top.yaxis)
-    top.yaxis.set_major_formatter("{x:,.0f}")
+    plain_logs(top.yaxis, "{x:,.0f}")
     top.set_title("Training images (log scale)")
     top.legend(**above, ncols=3)
     bottom.axhline(np.nanmean(accuracy), color=MUTED, linestyle="--", linewidth=1.2, label="balanced accuracy")
@@ -80,7 +82,8 @@ def draw_classes(figure: "Figure", classes: Classes, result: dict[str, Any]) -> 
         name_ticks(bottom, classes)
     return (
         f"Training images per class, from {counts[0]:,} down to {counts[-1]:,}, above the accuracy of each class"
-        f" at the last epoch, with the 95 % interval that the number of its test images allows: {percent(result.get('head_third'), 1)} % over the head third,"
+        f" at the last epoch, with the 95 % interval that the number of its test images allows:"
+        f" {percent(result.get('head_third'), 1)} % over the head third,"
         f" {percent(result.get('rarest_third'), 1)} % over the rarest third."
     )
 
@@ -157,9 +160,9 @@ def draw_reliability(figure: "Figure", result: dict[str, Any]) -> str:
     axes.set_ylabel("accuracy (%)")
     figure.legend(loc="outside upper left", ncols=3, columnspacing=1.2, handlelength=1.4)
     return (
-        f"Reliability of the confidences at the last epoch: ECE {percent(result['ece'], 1)} %. A bar that ends below its"
-        f" mean confidence is over-confident. The stronger a bar, the more of the {result['num_examples']:,} images it"
-        f" holds, at most {most:,}."
+        f"Reliability of the confidences at the last epoch: ECE {percent(result['ece'], 1)} %. A bar that ends below"
+        f" its mean confidence is over-confident. The stronger a bar, the more of the"
+        f" {result['num_examples']:,} images it holds, at most {most:,}."
     )
 
 
@@ -262,6 +265,6 @@ def draw_meta_gradient(figure: "Figure", train: Rows, chance: float | None, warn
     loss.legend()
     return (
         "The meta pass, means over each epoch: its loss, the norm of its gradient, and the cosine between each"
-        " meta-step's and Adam's running mean of those before it. Near 1 they pull one way; around 0 they are noise, and"
-        " Adam turns noise into drift."
+        " meta-step's and Adam's running mean of those before it. Near 1 they pull one way; around 0 they are noise,"
+        " and Adam turns noise into drift."
     )

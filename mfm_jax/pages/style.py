@@ -4,9 +4,9 @@ A page is one file. It has no outside link, and its one script (sorting, tips) i
 mailed, archived beside the checkpoint and opened in ten years. Everything from a file is data and may be strange (a
 class may be called `<b>`): the templates escape by default, and a browser runs no other script than that one.
 
-The figures' ink is `currentColor` and their background is transparent, so that the page's style sheet decides light or dark.
-Their words are real text that the browser sets in its own font (class names in any script work) and the reader can
-search. Names are drawn with mathematical markup switched off: a class may be called `$x$`.
+The figures' ink is `currentColor` and their background is transparent, so that the page's style sheet decides light or
+dark. Their words are real text that the browser sets in its own font (class names in any script work) and the reader
+can search. Names are drawn with mathematical markup switched off: a class may be called `$x$`.
 """
 
 import base64
@@ -154,21 +154,13 @@ def as_percent(values: Iterable[float | None]) -> np.ndarray:
     return np.array([math.nan if value is None else 100 * value for value in values])
 
 
-def plain_logs(axis: "Axis") -> None:
-    """Writes the numbers of a log axis without TeX, those between powers of ten too where it spans few of them."""
-    from matplotlib.ticker import LogFormatter
-
-    axis.set_major_formatter(LogFormatter())
-    axis.set_minor_formatter(LogFormatter())
-
-
-def whole_logs(axis: "Axis") -> None:
-    """Writes whole numbers on a log axis, at 1, 2 and 5 times the powers of ten."""
+def plain_logs(axis: "Axis", form: str = "{x:g}") -> None:
+    """Writes numbers on a log axis without TeX, at 1, 2 and 5 times the powers of ten where there is room."""
     from matplotlib.ticker import LogLocator, NullLocator
 
     axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.set_minor_locator(NullLocator())
-    axis.set_major_formatter("{x:,.0f}")
+    axis.set_major_formatter(form)
 
 
 def along_steps(axes: "Axes") -> None:

@@ -160,7 +160,7 @@ def warnings(workdir: Path) -> list[str]:
 
 
 def rows(workdir: Path) -> dict[str, list[dict[str, Any]]]:
-    """Returns the metric rows of each kind, in the order of their steps; of two of one step, and code, the later counts.
+    """Returns the metric rows of each kind, in the order of their steps; of two of one step and code the later counts.
 
     Raises:
       UserError: the file is missing or damaged.
