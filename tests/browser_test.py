@@ -216,7 +216,7 @@ def test_a_picture_of_each_page(browser, pages, page, height, tmp_path):
     taken = browser.execute_cdp_cmd("Page.captureScreenshot", {"format": "png"})
     picture = Image.open(io.BytesIO(base64.b64decode(taken["data"]))).convert("RGB")
     path = Path(os.environ.get("MFM_JAX_PICTURES", tmp_path), f"{page}.png")
-    picture.quantize(48, dither=Image.Dither.NONE).save(path, optimize=True)
+    picture.quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
     assert picture.size == (1100, height)
     assert len(picture.getcolors(1 << 24)) > 100
     assert path.stat().st_size < 150_000

@@ -113,7 +113,9 @@ def _sentences(
     if not gains:
         return []
     ahead = max(gains, key=lambda name: gains[name]["difference"])
-    learning = {one.name for one in methods if any("meta_loss" in row for rows in one.rows for row in rows["train"])}
+    learning = {
+        one.name for one in methods if any("meta_loss" in row for rows in one.rows for row in rows.get("train", ()))
+    }
     told = []
     for name in dict.fromkeys([ahead, *(["mfm"] if "mfm" in gains else [])]):
         difference, half = gains[name]["difference"], gains[name]["difference_t95"]

@@ -32,7 +32,7 @@ class Matrix(NamedTuple):
     """A confusion matrix to draw.
 
     side: of a cell, pixels. font: size of letters. margin: room for the labels, left and above.
-    names, full: the classes' names, short and whole, from most to fewest training images.
+    names: of the classes, short, from most to fewest training images.
     numbered: whether cells have their numbers written in. left_out: how many cells have no room.
     """
 
