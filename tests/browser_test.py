@@ -27,8 +27,8 @@ webdriver = pytest.importorskip("selenium.webdriver", reason="needs the extra 'b
 PAGES = ("compare", "report", "many")
 SCHEMES = ("light", "dark")
 COMPARE = (
-    "--config=configs/digits_lt.py --methods=ce,mfm --seeds=0,1,2 --together --config.model.width=8"
-    " --config.train.epochs=12 --config.data.val_images_per_class=5"
+    "--config=configs/digits_lt.py --methods=ce,mfm --seeds=0,1,2 --jobs=2 --config.train.epochs=30"
+    " --config.data.val_images_per_class=5"
 )
 # What of the page is wider than its place; figures may be scrolled on a telephone, and a matrix once it is enlarged.
 OVERFLOWING = """
