@@ -20,9 +20,8 @@ from mfm_jax import config as config_lib
 from mfm_jax import data as data_lib
 from mfm_jax import predict
 from mfm_jax.pages import style
-from mfm_jax.pages.comparison import compared
-from mfm_jax.pages.comparison_figures import draw_class_accuracies
-from mfm_jax.workdir.finished import Classes
+from mfm_jax.pages.comparison_figures import Compared, draw_class_accuracies
+from mfm_jax.workdir.finished import Classes, shown
 
 HEAD, TAIL = 1, 9  # of CIFAR-10: automobile and truck, which are alike
 
@@ -46,7 +45,7 @@ def draw_classes(figure: Figure, runs: Path) -> None:
         name: [json.loads(path.read_text()) for path in sorted((runs / name).glob("seed*/results.json"))]
         for name in MAIN
     }
-    draw_class_accuracies(figure, classes, [compared(name, found, None) for name, found in results.items()])
+    draw_class_accuracies(figure, classes, [Compared(name, list(map(shown, found))) for name, found in results.items()])
 
 
 def draw_boundaries(figure: Figure, runs: Path) -> None:

@@ -23,7 +23,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import scipy.stats
 from absl import flags
 from rich import box
 from rich.console import Console
@@ -33,7 +32,8 @@ from mfm_jax import command
 from mfm_jax import config as config_lib
 from mfm_jax.data.manifest import read_manifest
 from mfm_jax.errors import UserError
-from mfm_jax.machine import disk
+from mfm_jax.evaluation import intervals
+from mfm_jax.machine import disk, versions
 from mfm_jax.methods.table import COMPARED, METHODS
 from mfm_jax.pages import comparison
 from mfm_jax.study import runs, tune
@@ -74,14 +74,15 @@ def main(argv: Sequence[str]) -> int:
     rows = table(results, methods[0], {name: peak_memory(workdir / name, seeds) for name in results})
     write(rows, seeds, workdir, methods[0], failed, tuned)
     print_table(rows, methods[0], failed, tuned)
-    folders = {f"{name} seed {seed}": workdir / name / f"seed{seed}" for name in results for seed in seeds}
-    manifest = read_manifest(Workdir(next(iter(folders.values()))).manifest)
-    warnings = [(run, sentence) for run, folder in folders.items() for sentence in finished.warnings(folder)]
-    for run, sentence in warnings:
-        print(f"warning: {run}: {sentence}")
-    page = comparison.write_page(workdir, rows, results, failed, tuned, manifest, methods[0], warnings)
+    folders = {name: [workdir / name / f"seed{seed}" for seed in seeds] for name in results}
+    for folder in itertools.chain(*folders.values()):
+        for sentence in finished.warnings(folder):
+            print(f"warning: {folder.relative_to(workdir)}: {sentence}")
+    made = versions.provenance()
+    page = comparison.write_page(workdir, rows, results, failed, tuned, folders, methods[0], made)
     print(f"table: {workdir}/compare.md, {workdir}/compare.csv")
-    print(f"report: {Workdir(folders[f'{list(results)[-1]} seed {seeds[0]}']).report}")
+    print(f"report: {Workdir(folders[list(results)[-1]][0]).report}")
+    manifest = read_manifest(Workdir(folders[next(iter(results))][0]).manifest)
     data, meta = command.config().data, sum(manifest["splits"]["meta"]["class_counts"])
     held_out = data.protocol == "meta_held_out" and not data.train_on_meta
     print(meaning(rows, methods[0], meta if held_out else 0))
@@ -211,11 +212,9 @@ def _ratio(values: Mapping[str, float | None], method: str, against: str) -> flo
 def _paired_difference(found: list, baseline: list | None, which: str) -> dict[str, float | None]:
     if baseline is None or found is baseline or any(run[which] is None for run in baseline):
         return dict.fromkeys(("difference", "difference_se", "difference_t95"))
-    name = "balanced_accuracy"
-    gaps = [shown(a, which)[name] - shown(b, which)[name] for a, b in zip(found, baseline, strict=True)]
-    error = statistics.stdev(gaps) / len(gaps) ** 0.5 if len(gaps) > 1 else None
-    half = None if error is None else float(scipy.stats.t.ppf(0.975, len(gaps) - 1)) * error
-    return {"difference": statistics.fmean(gaps), "difference_se": error, "difference_t95": half}
+    scores, against = ([shown(run, which)["balanced_accuracy"] for run in runs] for runs in (found, baseline))
+    mean, error, half = intervals.paired(scores, against)
+    return {"difference": mean, "difference_se": error, "difference_t95": half}
 
 
 def write(
@@ -237,8 +236,8 @@ def write(
     text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     note = (
         f"Percent; mean ± standard deviation over the seeds {', '.join(map(str, seeds))}; the difference in balanced"
-        f" accuracy is paired by seed, with Student's 95 % interval; training time and peak memory are multiples of"
-        f" {baseline}'s."
+        f" accuracy is paired by seed, with Student's 95 % interval; training time, with compilation, and peak"
+        f" memory are multiples of {baseline}'s."
     )
     below = [f"Failed: {method} ({reason})." for method, reason in failed.items()]
     below += [f"Tuned: {method}: {_in_words(values)}." for method, values in tuned.items() if values]

@@ -27,7 +27,7 @@ from mfm_jax.errors import UserError
 from mfm_jax.evaluation import classifier
 from mfm_jax.evaluation.classifier import Classifier
 from mfm_jax.machine import disk, versions
-from mfm_jax.pages import card, report
+from mfm_jax.pages import card, style
 from mfm_jax.workdir import finished
 from mfm_jax.workdir.files import Workdir
 
@@ -74,7 +74,7 @@ def export(workdir: Path, out: Path, which: str = "last", *, onnx: bool = False,
         "versions": versions.versions(),
     }
     disk.write_object(Workdir(out).facts, facts)  # by the name that it has in a workdir
-    disk.write(out / "how_to_use.py", report.template("how_to_use.py.jinja").render())
+    disk.write(out / "how_to_use.py", style.template("how_to_use.py.jinja").render())
     for module in (formats, pictures):
         name = module.__name__.rpartition(".")[2]
         disk.write(out / f"{name}.py", inspect.getsource(module).replace("from mfm_jax.data.", "from "))

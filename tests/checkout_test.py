@@ -3,13 +3,17 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 import sysconfig
 from pathlib import Path
 
+import pytest
+
 import mfm_jax
+from mfm_jax.machine.versions import provenance
 
 ROOT = Path(__file__).parents[1]
 FLAGS = ("epochs=1", "batch_size=64", "model.name=resnet8", "model.width=2", "data.workers=0")
@@ -31,6 +35,15 @@ def test_without_an_installation_a_run_ends_and_unknown_versions_are_written_so(
     environment = os.environ | {"PYTHONPATH": f"{copy}{os.pathsep}{packages}"}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    versions = json.loads((tmp_path / "run/results.json").read_text())["versions"]
+    results = json.loads((tmp_path / "run/results.json").read_text())
+    versions, made = results["versions"], results["provenance"]
     assert (versions["optax"], versions["mfm-jax"]) == ("unknown", mfm_jax.__version__)
     assert "unknown" not in versions["jax"]
+    assert made["commit"] is None
+    assert shlex.split(made["command"])[1:] == command[1:]
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a checkout")
+def test_in_a_checkout_the_commit_is_known():
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert head.startswith(provenance()["commit"].removesuffix("-dirty"))

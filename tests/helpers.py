@@ -1,8 +1,9 @@
-"""What several test files build: a tiny network, configs with fields set, states as numbers, pictures, benchmarks."""
+"""What several test files build: a tiny network, configs, states as numbers, pictures, folders, a run's files."""
 
 import contextlib
 import dataclasses
 import importlib
+import json
 import runpy
 import struct
 import sys
@@ -15,12 +16,15 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mfm_jax import config as config_lib
 from mfm_jax import models
 from mfm_jax.data.listing import Listing
+from mfm_jax.evaluation import gallery, metrics
 from mfm_jax.types import no_modulation
 
+STRANGE_NAMES = ["<b>bold</b>", 'quo"te & co', "$\\notmath$", "猫"]
 REPOSITORY = Path(__file__).parents[1]
 
 
@@ -117,6 +121,96 @@ def listed(found: Listing) -> list[tuple[str, str, str]]:
         (path, found.class_names[label], str(split))
         for path, label, split in zip(found.paths, found.labels, found.splits, strict=True)
     ]
+
+
+def write_run(
+    workdir: Path,
+    classes: int = 10,
+    *,
+    best: bool = True,
+    trained: bool = True,
+    modulated: bool = True,
+    channels: int = 64,
+    images: int = 40,
+) -> dict[str, Any]:
+    """Writes the files of a finished run with plausible values; returns its results."""
+    rng = np.random.default_rng(0)
+    counts = [int(5000 * 0.01 ** (c / (classes - 1))) for c in range(classes)]
+    names = (STRANGE_NAMES + [f"a class of the name {c}" for c in range(classes)])[:classes]
+
+    def evaluation(skill: float) -> dict[str, Any]:
+        labels = np.repeat(np.arange(classes), images)
+        logits = rng.normal(size=(len(labels), classes)) + skill * np.eye(classes)[labels] + 0.2 * np.log(counts)
+        probs = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+        return metrics.evaluate(probs.astype(np.float32), labels, np.array(counts))
+
+    rows: list[dict[str, Any]] = []
+    for step in range(100, 4001, 100) if trained else ():
+        loss = 2.3 * np.exp(-step / 1500) + 0.05 * rng.random()
+        train = {"loss": loss, "accuracy": 1 - loss / 3, "learning_rate": 0.1, "meta_loss": loss + 0.3}
+        learned = {"hypergrad_norm": 0.01, "hypergrad_agreement": 0.3}
+        rows.append({"kind": "train", "step": step, "epoch": step // 400, **train, **learned})
+        if step % 400 == 0:
+            value = 0.6 - loss / 5
+            scores = {"balanced_accuracy": value, "accuracy": value, "nll": loss + 0.5}
+            rows.append({"kind": "val", "step": step, "epoch": step // 400, **scores})
+    for step in range(400, 4001, 400) if modulated else ():
+        direct = {
+            "gamma": (step * 1e-4 * rng.normal(size=channels)).tolist(),
+            "beta": [step * 1e-4] * channels,
+        }
+        logits = {"gamma": [0.0] * classes, "beta": (step * 1e-4 * np.linspace(0, -1, classes)).tolist()}
+        rows.append(
+            {
+                "kind": "modulation",
+                "step": step,
+                "epoch": step // 400,
+                "sites": {"pooled": direct, "logits": logits},
+            }
+        )
+
+    warnings = {"a": "<a>; look at x", "b": "<b>; look at x"} if trained and modulated else {}
+    told = [{"code": code, "sentence": sentence} for code, sentence in warnings.items()]
+    rows += [{"kind": "warning", "step": 4000, "epoch": 10, **one} for one in told]
+
+    results = {
+        "method": "mfm",
+        "split": "test",
+        "seed": 3,
+        "last": {"step": 4000, "epoch": 10, "test": evaluation(2.6), "val": evaluation(2.5)},
+        "best": {"step": 3200, "epoch": 8, "test": evaluation(2.7), "val": evaluation(2.8)} if best else None,
+        "versions": {"jax": "0.10.2", "mfm_jax": "0.1.0", "devices": "1 x cpu", "convolutions": "native"},
+        "train_seconds": 1234.5,
+        "provenance": {"date": "2026-01-02 03:04:05+00:00", "command": "python -m mfm_jax.main", "commit": "0123abc"},
+    }
+    manifest = {
+        "dataset": "cifar10",
+        "version": "3.0.2",
+        "protocol": "meta_held_out",
+        "imbalance_factor": 100,
+        "seed": 7,
+        "class_names": names,
+        "splits": {
+            "train": {"pool": "train", "class_counts": counts, "ids": []},
+            "test": {"pool": "test", "class_counts": [images] * classes, "ids": []},
+        },
+        "hash": "sha256:0123abcd",
+    }
+    config = {
+        "method": "mfm",
+        "data": {"name": "cifar10"},
+        "meta": {"loss": "ce"},
+        "note": "</pre><script>alert(1)</script>",
+    }
+    for name, value in (("config", config), ("manifest", manifest), ("results", results)):
+        (workdir / f"{name}.json").write_text(json.dumps(value), encoding="utf-8")
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    wrong = np.array([classes - 1, classes - 1, 0])
+    pictures = rng.integers(0, 255, (3, 8, 8, 3), np.uint8)
+    shown = gallery.Gallery(pictures, np.array([classes - 1, classes - 2, 1]), wrong, np.array([0.9, 0.8, 0.7]))
+    np.savez(workdir / "gallery.npz", **shown._asdict())
+    (workdir / "metrics.jsonl").write_text(lines, encoding="utf-8")
+    return results
 
 
 @contextlib.contextmanager

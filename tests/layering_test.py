@@ -17,9 +17,9 @@ ORDER = (  # the files of a line import those of the lines above it alone
     "bilevel.hypergrad bilevel.losses bilevel.modulation bilevel.passes data.list_text data.longtail data.manifest "
     "data.pictures data.walk fields machine.cluster machine.parallel models.native models.tuning models.vit "
     "workdir.integrity workdir.ownership",
-    "data.decode data.depth data.labels data.spelling data.streaming evaluation.metrics machine.interruption "
-    "machine.versions methods.heads methods.settings models.convolution",
-    "config.groups data.lists models.imagenet models.resnet",
+    "data.decode data.depth data.labels data.spelling data.streaming evaluation.intervals evaluation.metrics "
+    "machine.interruption machine.versions methods.heads methods.settings models.convolution",
+    "config.groups data.lists evaluation.mistakes models.imagenet models.resnet",
     "config.consistency config.continuation config.lookup models.catalog",
     "config.schema models",
     "config",
@@ -30,9 +30,10 @@ ORDER = (  # the files of a line import those of the lines above it alone
     "workdir.stored",
     "bilevel.steps command data.arrays data.files data.tfds methods.learners workdir.finished",
     "bilevel data.assembly methods.table pages.style",
-    "check data evaluation.tested pages.comparison_figures pages.figures",
-    "evaluation.facts pages.report training.inputs training.preflight training.progress training.recipe",
-    "pages.card pages.comparison training.weights",
+    "check data evaluation.tested pages.comparison_figures pages.figures pages.mistakes",
+    "evaluation.facts pages.comparison pages.report training.inputs training.preflight training.progress "
+    "training.recipe",
+    "pages.card training.weights",
     "training.experiment",
     "evaluation.classifier training.loop",
     "evaluation.results export predict training.epoch_log training.feed",

@@ -74,6 +74,27 @@ def manifest_hash(manifest: Mapping[str, Any]) -> str:
     return "sha256:" + hashlib.sha256(canonical.encode()).hexdigest()
 
 
+_PROTOCOLS = {
+    "meta_held_out": (
+        "validation images, then meta images, leave the training set, equally many of each class; of the rest, class c"
+        " of K keeps n_max / factor^(c / (K - 1)) images"
+    ),
+    "full": (
+        "validation images leave the training set, equally many of each class; of the rest, class c of K keeps"
+        " n_max / factor^(c / (K - 1)) images, and the meta set is drawn from these"
+    ),
+    "natural": (
+        "the classes keep their sizes, but for an imbalance factor above 1; a split that the data does not come with is"
+        " a part of each class"
+    ),
+}
+
+
+def protocol_in_words(manifest: Mapping[str, Any]) -> str | None:
+    """Returns how a split was made; None of a protocol that has no words."""
+    return _PROTOCOLS.get(manifest.get("protocol", ""))
+
+
 def factor_in_words(manifest: Mapping[str, Any]) -> str:
     """Returns the imbalance factor of a split: as set, or that of the training counts of natural data."""
     if manifest.get("protocol") != "natural" or manifest["imbalance_factor"] > 1:

@@ -1,4 +1,4 @@
-"""Which pictures a report shows: answers, right and wrong, for the classes with the fewest training images.
+"""Which pictures a report shows: answers, right and wrong, for the rarest classes, and the worst mistakes of all.
 
 A mean accuracy of the rare classes does not say whether a model confuses two species or reads the scale bar; a look at
 some pictures does.
@@ -14,6 +14,7 @@ import numpy as np
 
 from mfm_jax.data import longtail
 from mfm_jax.data.sources import Images
+from mfm_jax.evaluation import mistakes
 from mfm_jax.machine import disk
 
 EACH = 16  # pictures of either kind, at most
@@ -22,7 +23,7 @@ _SIDE = 112  # pixels; larger pictures are thinned out
 
 
 class Gallery(NamedTuple):
-    """Pictures with what was answered; the first entries are right answers, then come the wrong ones."""
+    """Pictures with what was answered."""
 
     images: np.ndarray  # uint8 [n, H, W, C]
     labels: np.ndarray  # int [n]
@@ -31,27 +32,38 @@ class Gallery(NamedTuple):
 
 
 def choose(probabilities: np.ndarray, labels: np.ndarray, train_counts: np.ndarray) -> np.ndarray:
-    """Returns the examples to show, int [n]: right answers, then wrong ones, each from the most confident on.
+    """Returns the examples to show, int [n].
 
-    Only few-shot classes are considered, or the rarest third where there are none; of each class at most two right and
-    two wrong answers are shown.
+    First come those of `rare` classes, right answers, then wrong ones, each from the most confident on, at most two of
+    a class; then the most confident mistake in each of the worst classes and of each of the most confused pairs.
 
     Args:
       probabilities: [N, K].
       labels: int [N].
       train_counts: int [K].
     """
-    groups = longtail.shot_groups(train_counts)
-    rare = groups["few"] if len(groups["few"]) else groups["rarest_third"]
+    members = rare(train_counts)
     answers, order = probabilities.argmax(1), np.argsort(-probabilities.max(1), kind="stable")
     chosen: list[int] = []
     for right in (True, False):
         shown: dict[int, int] = {}
-        for i in order[np.isin(labels[order], rare) & ((answers == labels)[order] == right)].tolist():
+        for i in order[np.isin(labels[order], members) & ((answers == labels)[order] == right)].tolist():
             shown[labels[i]] = shown.get(labels[i], 0) + 1
             if shown[labels[i]] <= _PER_CLASS and sum(min(n, _PER_CLASS) for n in shown.values()) <= EACH:
                 chosen.append(i)
-    return np.array(chosen, int)
+    wrong = order[(answers != labels)[order]]
+    images = np.bincount(labels)
+    hits = np.bincount(labels[answers == labels], minlength=len(images))
+    of_class = [wrong[labels[wrong] == k][:1] for k in mistakes.worst(hits, images)[: mistakes.SHOWN]]
+    pairs = mistakes.confused(labels, answers)[: mistakes.SHOWN]
+    of_pair = [wrong[(labels[wrong] == pair.label) & (answers[wrong] == pair.answer)][:1] for pair in pairs]
+    return np.array(list(dict.fromkeys(np.concatenate([chosen, *of_class, *of_pair]).astype(int).tolist())), int)
+
+
+def rare(train_counts: np.ndarray) -> np.ndarray:
+    """Returns the few-shot classes, or the rarest third where there are none."""
+    groups = longtail.shot_groups(train_counts)
+    return groups["few"] if len(groups["few"]) else groups["rarest_third"]
 
 
 def write(path: Path, images: Images, labels: np.ndarray, probabilities: np.ndarray, train_counts: np.ndarray) -> None:

@@ -97,6 +97,7 @@ def evaluate_run(
         "unread": unread,
         "passed_over": dict(passed),
         "versions": versions.versions(),
+        "provenance": versions.provenance(),
     }
     out.mkdir(parents=True, exist_ok=True)
     disk.write_object(Workdir(out).results, results)

@@ -12,7 +12,7 @@ import numpy as np
 
 from mfm_jax import config as config_lib
 from mfm_jax.config import Config
-from mfm_jax.data.manifest import factor_in_words
+from mfm_jax.data.manifest import factor_in_words, protocol_in_words
 from mfm_jax.errors import UserError
 from mfm_jax.machine import disk
 from mfm_jax.pages import report, style
@@ -20,21 +20,6 @@ from mfm_jax.workdir import finished
 from mfm_jax.workdir.finished import SPLITS, Finished
 
 LOW_ACCURACY = 0.5  # classes below it are named among the limits
-
-_RULES = {
-    "meta_held_out": (
-        "validation images, then meta images, leave the training set, equally many of each class; of the rest, class c"
-        " of K keeps n_max / factor^(c / (K - 1)) images"
-    ),
-    "full": (
-        "validation images leave the training set, equally many of each class; of the rest, class c of K keeps"
-        " n_max / factor^(c / (K - 1)) images, and the meta set is drawn from these"
-    ),
-    "natural": (
-        "the classes keep their sizes, but for an imbalance factor above 1; a split that the data does not come with is"
-        " a part of each class"
-    ),
-}
 
 
 def write_card(workdir: Path, path: Path, which: str, command: str, files: dict[str, int]) -> None:
@@ -54,7 +39,7 @@ def write_card(workdir: Path, path: Path, which: str, command: str, files: dict[
     if run.results.get(which) is None:
         raise UserError(f"{workdir}: the run has no results of its {which} checkpoint")
     content = _content(run, which) | {"which": which, "command": command, "files": files, "low": LOW_ACCURACY}
-    disk.write(path, report.template("card.md.jinja", cell=cell).render(content))
+    disk.write(path, style.template("card.md.jinja", cell=cell).render(content))
 
 
 def cell(text: object) -> str:
@@ -80,7 +65,7 @@ def _content(run: Finished, which: str) -> dict[str, Any]:
         "step": found["step"],
         "manifest": manifest,
         "factor": factor_in_words(manifest),
-        "rule": _RULES.get(manifest.get("protocol", "")),
+        "rule": protocol_in_words(manifest),
         "sizes": {name: split["class_counts"] for name, split in manifest["splits"].items()},
         "changed": [str(one) for one in config_lib.differences(Config().to_dict(), run.config)],
         "split": SPLITS[run.split],

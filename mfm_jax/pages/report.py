@@ -3,25 +3,21 @@
 A long-tailed result is a trade between classes, so a page that prints one accuracy explains nothing. This one
 puts side by side what a reader needs to judge a run: how many images each class had and how well it came out,
 what the last epoch gave and what selection on validation would have given, where the confusions go, whether
-the confidences can be trusted, how training went, and what the modulation learned.
-
-The page is one file. It holds no script and no outside link, so it can be mailed, archived beside the
-checkpoint and opened in ten years. Everything from a file is data and may be strange (a class may be called
-`<b>`): the template escapes by default.
+the confidences can be trusted, how training went, and what the modulation learned. Its form is that of `style`.
 """
 
 import json
-from collections.abc import Callable
+import math
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 
-from mfm_jax.data import walk
-from mfm_jax.data.manifest import factor_in_words
+from mfm_jax.data import longtail, walk
+from mfm_jax.data.manifest import factor_in_words, protocol_in_words
+from mfm_jax.evaluation import intervals
 from mfm_jax.machine import disk
-from mfm_jax.pages import figures, style
+from mfm_jax.pages import figures, mistakes, style
 from mfm_jax.pages.style import Picture
 from mfm_jax.workdir import finished
 from mfm_jax.workdir.files import Workdir
@@ -56,49 +52,47 @@ def write_report(workdir: Path, folder: Path | None = None, untrained: finished.
     """
     path = Workdir(folder or workdir).report
     content = _content(finished.read(workdir, folder, untrained))
-    disk.write(path, template("report.html.jinja").render(**content))
+    disk.write(path, style.template("report.html.jinja").render(**content))
     return path
-
-
-def template(name: str, **filters: Callable[..., str]) -> jinja2.Template:
-    """Returns the template `name` of this package, with the filters `percent`, `number` and `filters`."""
-    page = name.endswith(".html.jinja")
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("mfm_jax", "pages"),
-        autoescape=page,
-        # On a page an undefined field prints as nothing and counts as false: `finished` decides which are required.
-        undefined=jinja2.Undefined if page else jinja2.StrictUndefined,
-        keep_trailing_newline=not page,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"percent": style.percent, "number": _number, **filters}
-    return environment.get_template(name)
 
 
 def _content(run: Finished) -> dict[str, Any]:
     """What the template shows: plain values and finished figures, no decisions left but layout."""
     best = run.results.get("best")
+    if best and best["step"] == run.results["last"]["step"]:
+        best = None  # it would be the same columns again
     evaluations = [
         (f"{SPLITS[split].capitalize()}, {title}", source, split)
         for split in SPLITS
         for title, source in ((run.title, run.results["last"]), ("best on validation", best))
         if source and source.get(split)
     ]
+    reach = intervals.of_evaluation(run.shown, run.classes.counts)
     return {
         "manifest": run.manifest,
+        "protocol": protocol_in_words(run.manifest),
         "split": SPLITS[run.split],
         "which": run.title,
         "factor": factor_in_words(run.manifest) if "imbalance_factor" in run.manifest else "–",
         "results": run.results,
         "best": best,
-        "columns": [(title, source.get("epoch"), source[split]) for title, source, split in evaluations],
+        "columns": [
+            (title, source.get("epoch"), source[split], intervals.of_evaluation(source[split], run.classes.counts))
+            for title, source, split in evaluations
+        ],
         "summary_rows": SUMMARY_ROWS,
         "warnings": [str(row.get("sentence")) for row in run.rows["warning"]] + _unread(run.results),
         "passed_over": walk.in_words(passed) if (passed := run.results.get("passed_over")) else "",
-        "tiles": [(SUMMARY_ROWS[i][0], run.shown.get(SUMMARY_ROWS[i][1])) for i in (1, 0, 7, 10)],
+        "tiles": [(*SUMMARY_ROWS[i], run.shown.get(SUMMARY_ROWS[i][1])) for i in (1, 0, 7, 10)],
+        "intervals": reach,
+        "range": _range,
         "pictures": _pictures(run),
-        "class_rows": _class_rows(run) if len(run.classes.names) <= TABLE_CLASSES else [],
+        "matrix": mistakes.matrix(run.classes, run.shown),
+        "worst": mistakes.worst(run),
+        "pairs": mistakes.pairs(run),
+        "gallery": mistakes.rare(run),
+        "story": _story(run),
+        "class_rows": _class_rows(run, best) if len(run.classes.names) <= TABLE_CLASSES else [],
         "num_classes": len(run.classes.names),
         "num_train": int(run.classes.counts.sum()),
         "config": json.dumps(run.config, indent=2, ensure_ascii=False),
@@ -111,52 +105,74 @@ def _unread(results: dict[str, Any]) -> list[str]:
     return [f"{which} could not be read; results.json has the reasons under unread."] if number else []
 
 
+def _range(interval: intervals.Interval | None) -> str:
+    """Returns an interval in percent; nothing for None."""
+    return "" if interval is None else f"[{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]"
+
+
 def _pictures(run: Finished) -> dict[str, Picture | None]:
     """Every figure by name; None where the run has nothing to draw it from."""
     render, classes, sites = style.render, run.classes, run.modulation()
     train, val = run.rows["train"], run.rows["val"]
-    best_step = (run.results.get("best") or {}).get("step")
-    # The names of the classes, where they are written out, take room.
-    side = 7.0 if figures.CELL_CLASSES < len(classes.names) <= style.LABELLED_CLASSES else 4.3
-    tall = 0.6 + 2.4 * len(sites)
+    last, best = run.results["last"], run.results.get("best") or {}
+    best_step = best.get("step") if best.get("step") != last.get("step") else None
     learned = [row for row in train if row.get("hypergrad_norm")]
+    warned = [row["step"] for row in run.rows["warning"]]
     return {
         "classes": render(figures.draw_classes, (9.0, 4.8), classes, run.shown),
         "curves": render(figures.draw_curves, (9.0, 3.4), train, val, best_step) if train or val else None,
-        "confusion": run.shown["confusion"]
-        and render(figures.draw_confusion, (side + 0.3, side - 0.1), classes, run.shown),
-        "reliability": render(figures.draw_reliability, (4.6, 4.3), run.shown),
-        "modulation": render(figures.draw_modulation, (9.0, tall), classes, sites) if sites else None,
-        "gallery": run.gallery
-        and render(figures.draw_gallery, figures.gallery_inches(run.gallery), classes, run.gallery),
-        "meta_gradient": render(figures.draw_meta_gradient, (9.0, 3.0), learned) if learned else None,
+        "reliability": render(figures.draw_reliability, (5.6, 3.8), run.shown),
+        "modulation": render(figures.draw_modulation, (9.0, 0.6 + 2.4 * len(sites)), classes, sites) if sites else None,
+        "meta_gradient": render(figures.draw_meta_gradient, (9.0, 2.9), learned, _chance(run), warned)
+        if learned
+        else None,
     }
 
 
-def _gallery(run: Finished) -> Picture | None:
-    if run.gallery is None or not len(run.gallery.labels):
-        return None
-    return style.render(figures.draw_gallery, figures.gallery_inches(run.gallery), run.classes, run.gallery)
+def _chance(run: Finished) -> float | None:
+    """Returns the meta loss of equal probabilities, where it is a cross-entropy."""
+    return math.log(len(run.classes.names)) if run.config.get("meta", {}).get("loss") == "ce" else None
 
 
-def _number(value: float | None, digits: int = 3) -> str:
-    return "–" if value is None else f"{value:,.{digits}f}"
+def _story(run: Finished) -> list[str]:
+    """Returns what the modulation learned, and how, a sentence each."""
+    told = []
+    losses = [row["meta_loss"] for row in run.rows["train"] if "meta_loss" in row]
+    if losses:
+        chance = _chance(run)
+        guess = f"; an equal guess has {chance:.2f}" if chance else ""
+        told.append(f"The meta loss, on balanced images, went from {losses[0]:.2f} to {losses[-1]:.2f}{guess}.")
+    groups = longtail.shot_groups(run.classes.counts)
+    for site, values in run.modulation().items():
+        for name in ("gamma", "beta"):
+            if name in values and np.any(values[name]):
+                last = np.round(values[name][-1], 4) + 0.0  # no minus before a zero
+                means = ""
+                if site == "logits":
+                    head, tail = (last[groups[part]].mean() for part in ("head_third", "rarest_third"))
+                    means = f": {head:.2f} on average over the head third, {tail:.2f} over the rarest"
+                told.append(f"At {site}, {name} ended between {last.min():.2f} and {last.max():.2f}{means}.")
+    if losses:
+        count = len(run.rows["warning"])
+        told.append(f"{count} warning{'s' if count > 1 else ''}, at the top." if count else "No warning was given.")
+    return told
 
 
-def _class_rows(run: Finished) -> list[dict[str, Any]]:
+def _class_rows(run: Finished, best: dict[str, Any] | None) -> list[dict[str, Any]]:
     """One row a class, from most to fewest training images."""
-    classes = run.classes
-    tested = np.sum(run.shown["confusion"], axis=1)
-    best = run.results.get("best")
+    classes, instead = run.classes, mistakes.named_instead(run)
+    right, images = intervals.right_of(run.shown)
     return [
         {
             "index": int(k),
             "name": classes.names[k],
             "group": classes.groups[k],
             "train": int(classes.counts[k]),
-            "images": int(tested[k]),
+            "images": int(images[k]),
             "last": run.shown["per_class_accuracy"][k],
+            "interval": intervals.wilson(right[k] / images[k], images[k]) if images[k] else None,
             "best": best[run.split]["per_class_accuracy"][k] if best else None,
+            "instead": instead[k] if instead else "",
         }
         for k in classes.order
     ]

@@ -1,23 +1,33 @@
-"""What all figures of the pages share: colours, the turn from a drawing into inline SVG, and how classes are named.
+"""What the pages share: their template, and what all figures have of colours, inline SVG, and names of classes.
 
-Their ink is `currentColor` and their background is transparent, so that the page's style sheet decides light or dark.
-Their words are real text that the browser sets in its own font (class names in any script work) and the reader can
-search. Names are drawn with mathematical markup switched off: a class may be called `$x$`.
+A page is one file. It has no outside link, and its one script (sorting, tips) is not needed to read it, so it can be
+mailed, archived beside the checkpoint and opened in ten years. Everything from a file is data and may be strange (a
+class may be called `<b>`): the templates escape by default, and a browser runs no other script than that one.
+
+The figures' ink is `currentColor` and their background is transparent, so that the page's style sheet decides light or
+dark. Their words are real text that the browser sets in its own font (class names in any script work) and the reader
+can search. Names are drawn with mathematical markup switched off: a class may be called `$x$`.
 """
 
+import base64
+import functools
+import hashlib
 import io
 import math
 import re
 import warnings
 from collections.abc import Callable, Iterable
+from importlib import resources
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import jinja2
 import markupsafe
 import numpy as np
 
 from mfm_jax.workdir.finished import Classes
 
 if TYPE_CHECKING:
+    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.axis import Axis
 
@@ -87,15 +97,56 @@ def _inline(svg: str, alt: str) -> markupsafe.Markup:
     head, body = svg[svg.index("<svg") :].split(">", 1)
     box = re.search(r'viewBox="[^"]*"', head)
     assert box is not None
+    body = re.sub(r'<g id="tip:([^"]*)"([^>]*)>', r"<g\2><title>\1</title>", body)
     # Group names (`axes_1`) repeat from figure to figure; only definitions, whose ids are hashes, are used.
     body = re.sub(r'<g id="[^"]*"', "<g", body).replace(INK, "currentColor")
     start = markupsafe.Markup('<svg role="img" {} aria-label="{}">')
     return start.format(markupsafe.Markup(box.group()), alt) + markupsafe.Markup(body)
 
 
-def percent(value: float | None) -> str:
-    """Returns a fraction as percent with two decimals; a dash for None."""
-    return "–" if value is None else f"{100 * value:.2f}"
+def tip(artist: "Artist", text: str) -> None:
+    """Lets the page show `text` where the pointer is on `artist`."""
+    artist.set_gid(f"tip:{text}")
+
+
+def template(name: str, **filters: Callable[..., str]) -> jinja2.Template:
+    """Returns the template `name` of this package, with the filters `percent`, `number`, `breakable` and `filters`."""
+    page = name.endswith(".html.jinja")
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("mfm_jax", "pages"),
+        autoescape=page,
+        # On a page an undefined field prints as nothing and counts as false: `finished` decides which are required.
+        undefined=jinja2.Undefined if page else jinja2.StrictUndefined,
+        keep_trailing_newline=not page,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"percent": percent, "number": number, "breakable": breakable, **filters}
+    environment.globals["script"] = _script()
+    return environment.get_template(name)
+
+
+@functools.cache
+def _script() -> tuple[markupsafe.Markup, str]:
+    """Returns the pages' script, and its digest, by which a page allows it and no other."""
+    text = resources.files("mfm_jax.pages").joinpath("script.js").read_text()
+    digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+    return markupsafe.Markup(text), f"sha256-{digest}"
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """Returns a number with separated thousands; a dash for None."""
+    return "–" if value is None else f"{value:,.{digits}f}"
+
+
+def breakable(name: str) -> markupsafe.Markup:
+    """Returns a class's name as HTML that may be broken after an underscore."""
+    return markupsafe.Markup("_<wbr>").join(name.split("_"))
+
+
+def percent(value: float | None, digits: int = 2) -> str:
+    """Returns a fraction as percent; a dash for None."""
+    return "–" if value is None else f"{100 * value:.{digits}f}"
 
 
 def as_percent(values: Iterable[float | None]) -> np.ndarray:
@@ -103,12 +154,22 @@ def as_percent(values: Iterable[float | None]) -> np.ndarray:
     return np.array([math.nan if value is None else 100 * value for value in values])
 
 
-def plain_logs(axis: "Axis") -> None:
-    """Writes the numbers of a log axis without TeX, those between powers of ten too where it spans few of them."""
-    from matplotlib.ticker import LogFormatter
+def plain_logs(axis: "Axis", form: str = "{x:g}") -> None:
+    """Writes numbers on a log axis without TeX, at 1, 2 and 5 times the powers of ten where there is room."""
+    from matplotlib.ticker import LogLocator, NullLocator
 
-    axis.set_major_formatter(LogFormatter())
-    axis.set_minor_formatter(LogFormatter())
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(form)
+
+
+def along_steps(axes: "Axes") -> None:
+    """Labels the x axis as steps, which are whole."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.set_xlabel("step")
+    axes.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True))
+    axes.xaxis.set_major_formatter("{x:,.0f}")
 
 
 def short(name: str) -> str:

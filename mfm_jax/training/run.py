@@ -189,4 +189,5 @@ class Run:
             "train_seconds": self.train_seconds,
             "input_wait": self.feed.waited(),
             "versions": self.versions,
+            "provenance": versions.provenance(),
         }

@@ -6,9 +6,10 @@ one to show.
 
 import dataclasses
 import functools
+import statistics
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -125,24 +126,52 @@ def read(workdir: Path, folder: Path | None = None, untrained: Start | None = No
         if title == "last" or results.get("best") is not None:
             at = f"{place.results}: {title}.{results['split']}"
             _check_evaluation((results.get(title) or {}).get(results["split"]), len(counts), at)
-    rows: dict[str, list[dict[str, Any]]] = {"train": [], "val": [], "modulation": [], "warning": []}
-    rows |= {} if untrained else _rows(run)
-    return Finished(config, manifest, results, rows, Classes(names, counts), gallery.read(place.gallery))
+    kinds: dict[str, list[dict[str, Any]]] = {"train": [], "val": [], "modulation": [], "warning": []}
+    kinds |= {} if untrained else rows(workdir)
+    return Finished(config, manifest, results, kinds, Classes(names, counts), gallery.read(place.gallery))
+
+
+class Cost(NamedTuple):
+    """The time that a run's processes took, seconds.
+
+    total: from their starts to their ends, evaluation and saving included.
+    compiling: XLA's.
+    step: of one training step, the median over epochs but each process's first; None where no process had two.
+    """
+
+    total: float
+    compiling: float
+    step: float | None
+
+
+def cost(workdir: Path) -> Cost | None:
+    """Returns what the run in `workdir` took; None of one whose process was not accounted (`study.runs`)."""
+    lines = Workdir(workdir).read_processes()
+    if not lines:
+        return None
+    steps = [line["step_seconds"] for line in lines if line["step_seconds"]]
+    total, compiling = (sum(line[name] for line in lines) for name in ("seconds", "compile_seconds"))
+    return Cost(total, compiling, statistics.median(steps) if steps else None)
 
 
 def warnings(workdir: Path) -> list[str]:
     """Returns what the run in `workdir` was warned of, a sentence each (`health.notices`)."""
-    return [str(row.get("sentence")) for row in _rows(Workdir(workdir)).get("warning", [])]
+    return [str(row.get("sentence")) for row in rows(workdir).get("warning", [])]
 
 
-def _rows(workdir: Workdir) -> dict[str, list[dict[str, Any]]]:
-    """Returns the rows of each kind, in the order of their steps; of two of one step, and code, the later counts."""
+def rows(workdir: Path) -> dict[str, list[dict[str, Any]]]:
+    """Returns the metric rows of each kind, in the order of their steps; of two of one step and code the later counts.
+
+    Raises:
+      UserError: the file is missing or damaged.
+    """
+    path = Workdir(workdir).metrics
     kinds: dict[str, dict[tuple[float, str], dict[str, Any]]] = {}
-    for row in read_objects(workdir.metrics):
+    for row in read_objects(path):
         if not isinstance(row.get("step"), int | float):
-            raise UserError(f"{workdir.metrics}: a row has no number in field 'step'")
+            raise UserError(f"{path}: a row has no number in field 'step'")
         kinds.setdefault(str(row.get("kind")), {})[row["step"], str(row.get("code", ""))] = row
-    return {kind: [rows[key] for key in sorted(rows)] for kind, rows in kinds.items()}
+    return {kind: [found[key] for key in sorted(found)] for kind, found in kinds.items()}
 
 
 def _counts(manifest: dict[str, Any], where: str) -> np.ndarray:
@@ -159,7 +188,7 @@ def _check_evaluation(found: Any, classes: int, where: str) -> None:
     """Refuses an evaluation without the lists that figures are drawn from, or of another number of classes."""
     if not isinstance(found, dict):
         raise UserError(f"{where}: missing; write it with mfm_jax.evaluation.metrics.evaluate")
-    for key in ("per_class_accuracy", "confusion", "reliability", "ece"):
+    for key in ("per_class_accuracy", "per_class_images", "confusion", "reliability", "ece"):
         if key not in found:
             raise UserError(f"{where}: no field '{key}'")
     confusion = found["confusion"] or []  # not kept for very many classes
