@@ -30,7 +30,6 @@ from rich.table import Column, Table
 
 from mfm_jax import command
 from mfm_jax import config as config_lib
-from mfm_jax.data.manifest import read_manifest
 from mfm_jax.errors import UserError
 from mfm_jax.evaluation import intervals
 from mfm_jax.machine import disk, versions
@@ -79,13 +78,11 @@ def main(argv: Sequence[str]) -> int:
         for sentence in finished.warnings(folder):
             print(f"warning: {folder.relative_to(workdir)}: {sentence}")
     made = versions.provenance()
-    page = comparison.write_page(workdir, rows, results, failed, tuned, folders, methods[0], made)
+    page, sentences = comparison.write_page(workdir, rows, results, failed, tuned, folders, methods[0], made)
     print(f"table: {workdir}/compare.md, {workdir}/compare.csv")
     print(f"report: {Workdir(folders[list(results)[-1]][0]).report}")
-    manifest = read_manifest(Workdir(folders[next(iter(results))][0]).manifest)
-    data, meta = command.config().data, sum(manifest["splits"]["meta"]["class_counts"])
-    held_out = data.protocol == "meta_held_out" and not data.train_on_meta
-    print(meaning(rows, methods[0], meta if held_out else 0))
+    if sentences:
+        print("balanced accuracy:", *sentences)
     print(f"open {page}")
     return 1 if failed else 0
 
@@ -270,31 +267,6 @@ def print_table(
             print(f"tuned: {method}: {_in_words(values)}")
     for method, reason in failed.items():
         print(f"failed: {method} ({reason})")
-
-
-def meaning(rows: list[dict[str, Any]], baseline: str, unseen: int = 0) -> str:
-    """Returns sentences on the methods at the last epoch: how far each is from the baseline, and how sure that is.
-
-    Args:
-      rows: of `table`.
-      baseline: its name.
-      unseen: images of the meta set, if those who learn from it have seen more than the others.
-    """
-    sentences = []
-    for row in rows:
-        gap, half = row["difference"], row["difference_t95"]
-        if row["epoch"] != "last" or gap is None:
-            continue
-        text = f"{row['method']} is {abs(100 * gap):.1f} points {'above' if gap > 0 else 'below'} {baseline}"
-        if half is None:
-            text += " with one seed, and other seeds may differ"
-        else:
-            text += f" (95 % interval over {row['seeds']} seeds: {100 * (gap - half):.1f} to {100 * (gap + half):.1f})"
-            text += ", which may be chance" if half > abs(gap) else ""
-        if unseen and METHODS[row["method"]].learner and not METHODS[baseline].learner:
-            text += f"; it learns from {unseen} more images, the meta set"
-        sentences.append(f"{text}.")
-    return " ".join(["Balanced accuracy:", *sentences]) if sentences else ""
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ def page(tmp_path, results, *, failed=None, memory=None, tuned=None, manifest=MA
         for one, folder in zip(runs, folders[name], strict=True):
             write_run(folder, one, name, manifest, [text for at, text in told if at == f"{name}/{folder.name}"])
     rows = compare.table(results, "ce", memory or {})
-    path = comparison.write_page(tmp_path, rows, results, failed or {}, tuned or {}, folders, "ce", MADE)
+    path, _ = comparison.write_page(tmp_path, rows, results, failed or {}, tuned or {}, folders, "ce", MADE)
     assert path == tmp_path / "compare.html"
     return path.read_text()
 

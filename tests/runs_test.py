@@ -44,21 +44,6 @@ def test_a_failed_method_is_shown_and_the_others_are_compared(tmp_path, monkeypa
     assert [row["difference"] for row in lone] == [None]
 
 
-@pytest.mark.parametrize(
-    ("gap", "half", "unseen", "says"),
-    [
-        (0.055, 0.049, 100, "5.5 points above ce (95 % interval over 3 seeds: 0.6 to 10.4); it learns from 100 more"),
-        (-0.02, 0.03, 0, "2.0 points below ce (95 % interval over 3 seeds: -5.0 to 1.0), which may be chance."),
-        (0.01, None, 0, "1.0 points above ce with one seed, and other seeds may differ."),
-    ],
-)
-def test_the_comparison_ends_with_what_it_means(gap, half, unseen, says):
-    other = {"method": "mfm", "epoch": "last", "seeds": 3, "difference": gap, "difference_t95": half}
-    rows = [other | {"method": "ce", "difference": None}, other, other | {"epoch": "best"}]
-    assert compare.meaning(rows, "ce", unseen).startswith(f"Balanced accuracy: mfm is {says}")
-    assert compare.meaning(rows[:1], "ce") == ""
-
-
 def test_cores_are_shared_out():
     if not hasattr(os, "sched_getaffinity"):
         pytest.skip("this system does not tell its cores")

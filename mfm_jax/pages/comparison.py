@@ -29,8 +29,8 @@ def write_page(
     folders: Mapping[str, Sequence[Path]],
     baseline: str,
     provenance: Mapping[str, Any],
-) -> Path:
-    """Writes `workdir/compare.html` and returns its path.
+) -> tuple[Path, list[str]]:
+    """Writes `workdir/compare.html`; returns its path, and what it says in words.
 
     Args:
       workdir: of the comparison.
@@ -51,7 +51,7 @@ def write_page(
     manifest = manifests[order[0]]
     classes = Classes(list(manifest["class_names"]), np.asarray(manifest["splits"]["train"]["class_counts"]))
     configs = {name: read_object(Workdir(folders[name][0]).config) for name in order}
-    first = results[order[0]][0]
+    first, sentences = results[order[0]][0], _sentences(rows, baseline, methods, manifests)
     selected = any(
         run["best"] and run["best"]["step"] != run["last"]["step"] for runs in results.values() for run in runs
     )
@@ -64,7 +64,7 @@ def write_page(
         "seeds": [run["seed"] for run in results[order[0]]],
         "baseline": baseline,
         "split": SPLITS[first["split"]],
-        "sentences": _sentences(rows, baseline, methods, manifests),
+        "sentences": sentences,
         "selected": selected,
         "rows": [row for row in rows if row["epoch"] == "last" or selected],
         "costs": [_cost(one, methods[0], rows) for one in methods],
@@ -81,7 +81,7 @@ def write_page(
     }
     path = workdir / "compare.html"
     disk.write(path, template("compare.html.jinja").render(**content))
-    return path
+    return path, sentences
 
 
 def _compared(name: str, runs: Sequence[dict[str, Any]], folders: Sequence[Path]) -> Compared:
@@ -181,8 +181,7 @@ def _runs(results: Sequence[Mapping[str, Any]], folders: Sequence[Path], workdir
 
 def _changes(baseline: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
     """Returns in which fields a method's config differs from the baseline's, but for its name."""
-    lines = config_lib.differences(baseline, config)
-    return [line for line in lines if not line.startswith("method.name:")]
+    return [str(one) for one in config_lib.differences(baseline, config) if one.path != "method.name"]
 
 
 def interval(row: Mapping[str, Any]) -> str:
