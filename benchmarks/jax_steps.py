@@ -181,8 +181,13 @@ def _data(spec: Spec, config: config_lib.Config) -> Any:
     def images(number: int) -> np.ndarray:
         return np.broadcast_to(np.zeros((), np.uint8), (number, *shape))
 
-    meta = max(config.meta.images_per_class, -(-spec.meta_batch // spec.classes)) * spec.classes
+    each = max(config.meta.images_per_class, -(-spec.meta_batch // spec.classes))
+    meta, splits = each * spec.classes, {"train": counts.tolist(), "meta": [each] * spec.classes}
     return SimpleNamespace(
+        manifest={
+            "splits": {name: {"class_counts": of_each} for name, of_each in splits.items()},
+            "meta_images_per_class": each,
+        },
         train_images=images(counts.sum()),
         train_labels=np.repeat(np.arange(spec.classes, dtype=np.int32), counts),
         meta_images=images(meta),

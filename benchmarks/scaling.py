@@ -99,9 +99,15 @@ def programs(spec: Spec, method: str, devices: int, **overrides: Any) -> list[tu
     config.update_from_flattened_dict(overrides)
     counts = longtail.class_counts(500, spec.classes, config.data.imbalance_factor)
     # Of the data, `experiment.build` reads only shapes and counts.
+    each = -(-spec.meta_batch // spec.classes)
+    splits = {"train": {"class_counts": counts.tolist()}, "meta": {"class_counts": [each] * spec.classes}}
     images = np.broadcast_to(np.zeros((), np.uint8), (counts.sum(), spec.image_size, spec.image_size, 3))
     data: Any = SimpleNamespace(
-        train_images=images, train_labels=images[:, 0, 0, 0], counts=counts, num_classes=spec.classes
+        train_images=images,
+        train_labels=images[:, 0, 0, 0],
+        counts=counts,
+        num_classes=spec.classes,
+        manifest={"splits": splits, "meta_images_per_class": each},
     )
     mesh = parallel.data_mesh(jax.devices()[:devices])
     experiment = experiment_lib.build(config_lib.resolve(config), data, mesh)

@@ -49,7 +49,7 @@ def to_train() -> str:
     """Returns the command that trains with the arguments that were given to this one."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--mode", "-mode")
-    return shlex.join(["python", "-m", "mfm_jax.main", *parser.parse_known_args(sys.argv[1:])[1]])
+    return shlex.join(["mfm-jax", "train", *parser.parse_known_args(sys.argv[1:])[1]])
 
 
 def run(main: Callable[[Sequence[str]], int]) -> NoReturn:

@@ -383,7 +383,7 @@ def test_a_folder_of_sixty_images_trains_without_an_edit(run, tmp_path):
     )
     assert cut in out
     to_train = out.splitlines()[-1].removeprefix("to train: ")
-    assert shlex.split(to_train) == ["python", "-m", "mfm_jax.main", *arguments]
+    assert shlex.split(to_train) == ["mfm-jax", "train", *arguments]
     for _ in range(2):
         status, out, err = run(*arguments)
         assert (status, err) == (0, "")
