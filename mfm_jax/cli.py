@@ -85,14 +85,17 @@ def handed_over(command: str, arguments: Sequence[str]) -> tuple[str, list[str]]
         if run and not any(one.startswith(run) for one in arguments):
             raise UserError(f"a run comes first: mfm-jax {command} {manual.COMMANDS[command][0]}")
         return door, [*first, *arguments]
-    if not run and (door != "main" or not Path(word).is_dir()):
-        return door, [*first, f"--config={word}", *rest]
     from mfm_jax.workdir.files import Workdir
 
-    if not Workdir(Path(word)).config.exists():
+    is_run, flag = Workdir(Path(word)).config.exists(), run or "--workdir"
+    if not run and (door != "main" or not Path(word).is_dir() or (word in shipped.shipped() and not is_run)):
+        return door, [*first, f"--config={word}", *rest]
+    if not is_run:
         pictures = f"mfm-jax {command} folder_lt --workdir=runs/mine --config.data.root={word}"
         raise UserError(f"{word}: no run there; {'give the folder of one' if run else f'of pictures: {pictures}'}")
-    return door, [*first, f"{run or '--workdir'}={word}", *rest]
+    if any(one.partition("=")[0] == flag for one in rest):
+        raise UserError(f"{word}: {flag} names a run, too; leave one of them out")
+    return door, [*first, f"{flag}={word}", *rest]
 
 
 def _print_fields(words: Sequence[str]) -> None:

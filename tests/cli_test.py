@@ -59,6 +59,8 @@ def run(tmp_path):
         ("predict a.png --checkpoint=RUN", None, "a.png: no run there; give the folder of one"),
         ("export RUN --onnx", "export", "--checkpoint=RUN --onnx"),
         ("export --which=best --checkpoint=RUN", "export", "--which=best --checkpoint=RUN"),
+        ("train RUN --workdir=w", None, "RUN: --workdir names a run, too; leave one of them out"),
+        ("predict RUN a.png --checkpoint=w", None, "RUN: --checkpoint names a run, too; leave one of them out"),
     ],
 )
 def test_a_command_becomes_the_arguments_of_a_door(line, door, told, run, mfm_jax):
@@ -66,7 +68,13 @@ def test_a_command_becomes_the_arguments_of_a_door(line, door, told, run, mfm_ja
     if door:
         assert cli.handed_over(name, arguments) == (door, told.replace("RUN", run).split())
     else:
-        assert mfm_jax(name, *arguments) == (2, "", f"error: {told}\n")
+        assert mfm_jax(name, *arguments) == (2, "", f"error: {told.replace('RUN', run)}\n")
+
+
+def test_a_folder_called_as_a_shipped_config_does_not_hide_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "plankton").mkdir()
+    assert cli.handed_over("train", ["plankton", "--workdir=w"]) == ("main", ["--config=plankton", "--workdir=w"])
 
 
 def documented() -> list[str]:

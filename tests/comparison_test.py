@@ -9,7 +9,7 @@ import pytest
 
 from mfm_jax import compare
 from mfm_jax.evaluation import metrics
-from mfm_jax.pages import comparison
+from mfm_jax.pages import comparison, comparison_figures, style
 
 COUNTS = np.array([500, 60, 7])
 MANIFEST = {
@@ -186,3 +186,20 @@ def test_a_failed_baseline_leaves_the_rest(tmp_path):
     assert rows_of(html, "accuracy")["mfm"][1] == "–"
     assert rows_of(html, "cost")["mfm"][0] == "200.0"
     assert "<title>mfm, balanced: 63.3 ± 5.8</title>" in html
+
+
+def test_two_classes_have_no_middle_third():
+    thirds = {"head_third": 0.9, "middle_third": None, "rarest_third": 0.4}
+    runs = [{"balanced_accuracy": score, **thirds} for score in (0.6, 0.7, 0.65)]
+    methods = [comparison_figures.Compared(name, runs) for name in ('"ce"', "mfm")]
+    picture = style.render(comparison_figures.draw_gains, (8.0, 2.0), methods, '"ce"')
+    assert "mfm, rarest third: +0.0 [" in picture.svg
+    assert "middle" not in picture.svg.split("<title>")[-1]
+
+
+def test_names_with_quotes_are_shown_to_the_pointer():
+    runs = [{"balanced_accuracy": 0.6, "head_third": 0.9, "middle_third": 0.7, "rarest_third": 0.4}]
+    methods = [comparison_figures.Compared(name, runs) for name in ("ce", 'the "new" one')]
+    picture = style.render(comparison_figures.draw_gains, (8.0, 2.0), methods, "ce")
+    assert 'the "new" one, balanced: +0.0' in picture.svg.replace("&quot;", '"')
+    assert "tip:" not in picture.svg

@@ -13,7 +13,6 @@ from typing import Any
 
 import ml_collections
 import numpy as np
-from rich.progress import track
 
 from mfm_jax import config as config_lib
 from mfm_jax import data as data_lib
@@ -28,6 +27,7 @@ from mfm_jax.evaluation.classifier import Classifier
 from mfm_jax.evaluation.results import Answers, Asked
 from mfm_jax.machine import disk, versions
 from mfm_jax.pages import report
+from mfm_jax.training.progress import track
 from mfm_jax.workdir.files import Workdir
 
 

@@ -28,7 +28,7 @@ NOTICE = "MFM_JAX_PREEMPTION_NOTICE"  # environment variable: a file that appear
 _LOOK_SECONDS = 0.5
 _GRACE_SECONDS = 3.0  # after a second Ctrl-C, for the main thread to end by itself
 _STOPPING = "stopping after this step"
-_SHOW_CURSOR = "\x1b[?25h"
+_SHOW_CURSOR = b"\x1b[?25h"
 
 
 class Interrupted(Exception):
@@ -74,31 +74,32 @@ def _answering() -> Iterator[None]:
     ours, pythons = socket.socketpair()
     pythons.setblocking(False)
     before = signal.set_wakeup_fd(pythons.fileno(), warn_on_full_buffer=False)
-    thread = threading.Thread(target=_answer, args=[ours], daemon=True)
+    ended = threading.Event()
+    thread = threading.Thread(target=_answer, args=[ours, ended], daemon=True)
     thread.start()
     try:
         yield
     finally:
+        ended.set()
         signal.set_wakeup_fd(before)
         pythons.close()
         thread.join()
         ours.close()
 
 
-def _answer(numbers: socket.socket) -> None:
-    """Reads the numbers of signals until the other end is closed."""
+def _answer(numbers: socket.socket, ended: threading.Event) -> None:
+    """Reads the numbers of signals until the other end is closed; `ended` says that the main thread has stopped."""
     stopping = False
     while received := numbers.recv(1):
         if not stopping and received[0] in (signal.SIGTERM, signal.SIGINT):
             _tell(f"{_STOPPING}; Ctrl-C{' again' if received[0] == signal.SIGINT else ''} to stop at once")
             stopping = True
         elif received[0] == signal.SIGINT:
-            numbers.settimeout(_GRACE_SECONDS)
-            with contextlib.suppress(TimeoutError):
-                while numbers.recv(1):
-                    pass
+            if ended.wait(_GRACE_SECONDS):
                 return
-            _tell(f"{_SHOW_CURSOR if sys.stderr.isatty() else ''}{Interrupted()}")
+            _tell(str(Interrupted()))
+            if sys.stderr.isatty():
+                os.write(sys.stderr.fileno(), _SHOW_CURSOR)  # a bar that is shown takes it out of what is printed
             os._exit(EXIT_INTERRUPTED)  # as after a kill, the run goes on from its last checkpoint
 
 

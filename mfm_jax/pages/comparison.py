@@ -193,6 +193,4 @@ def interval(row: Mapping[str, Any]) -> str:
 
 def cell(mean: float | None, spread: float | None) -> str:
     """Returns a mean and its standard deviation, fractions, in percent with one decimal; a dash for None."""
-    if mean is None:
-        return "–"
-    return f"{100 * mean:.1f}" + ("" if spread is None else f" ± {100 * spread:.1f}")
+    return percent(mean, 1) + ("" if mean is None or spread is None else f" ± {100 * spread:.1f}")

@@ -76,6 +76,8 @@ def draw_gains(figure: "Figure", methods: Sequence[Compared], baseline: str) -> 
     shown = [one for one in methods if one is not against] if against else list(methods)
     for row, one in enumerate(shown):
         for part, (label, key, color, marker) in enumerate(_PARTS):
+            if np.isnan(one.scores(key)).any():  # two classes have no middle third
+                continue
             mean, half = _gain(one.scores(key), against.scores(key) if against else None)
             place = row + 0.18 * (part - 1.5)
             bar = None if math.isnan(half) else half

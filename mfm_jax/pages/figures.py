@@ -259,8 +259,8 @@ def draw_meta_gradient(figure: "Figure", train: Rows, chance: float | None, warn
     agreement.set_ylim(-1, 1)
     agreement.set_title("Cosine with its own past")
     for axes in (loss, norm, agreement):
-        for step in warned:
-            axes.axvline(step, color=PURPLE, linestyle=":", label="a warning" if step == warned[0] else None)
+        for i, step in enumerate(dict.fromkeys(warned)):
+            axes.axvline(step, color=PURPLE, linestyle=":", label=None if i else "a warning")
         along_steps(axes)
     loss.legend()
     return (

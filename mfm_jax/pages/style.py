@@ -97,7 +97,7 @@ def _inline(svg: str, alt: str) -> markupsafe.Markup:
     head, body = svg[svg.index("<svg") :].split(">", 1)
     box = re.search(r'viewBox="[^"]*"', head)
     assert box is not None
-    body = re.sub(r'<g id="tip:([^"]*)"([^>]*)>', r"<g\2><title>\1</title>", body)
+    body = re.sub(r"""<g id=(["'])tip:(.*?)\1([^>]*)>""", r"<g\3><title>\2</title>", body, flags=re.DOTALL)
     # Group names (`axes_1`) repeat from figure to figure; only definitions, whose ids are hashes, are used.
     body = re.sub(r'<g id="[^"]*"', "<g", body).replace(INK, "currentColor")
     start = markupsafe.Markup('<svg role="img" {} aria-label="{}">')

@@ -150,14 +150,16 @@ def train_all(
                     free.append(job.cores)
                     if not stopped():
                         ended(job.runs, job.outcomes)
-                    live.console.print(f"{_told(job)}; {_overall(planned, began)}", markup=False)
+                    with contextlib.suppress(OSError, SystemExit):  # a log that cannot be written stops no run
+                        live.console.print(f"{_told(job)}; {_overall(planned, began)}", markup=False)
                 if job.process is None and job.outcomes is None and stopped():
                     job.outcomes = [Outcome(None, "not started")] * len(job.runs)
                 elif job.process is None and job.outcomes is None and free:
                     _start(job, free.pop(0))
             live.update(_table(planned, began))
             if not live.console.is_terminal and time.monotonic() - told >= _LINE_SECONDS:
-                print(_line(planned, began), flush=True)
+                with contextlib.suppress(OSError):
+                    print(_line(planned, began), flush=True)
                 told = time.monotonic()
             time.sleep(_POLL_SECONDS)
     if stopped():

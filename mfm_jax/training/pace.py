@@ -4,7 +4,7 @@ Times are seconds of one clock, which the caller reads.
 """
 
 import statistics
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Hashable, Sequence
 
 import numpy as np
@@ -67,7 +67,7 @@ class Pace:
         """
         if not self._looks:
             return None
-        ends = sum(map(self._end, self._ends[self._ended :]))
+        ends = sum(count * self._end(kind) for kind, count in Counter(self._ends[self._ended :]).items())
         steps = self._price(self._done, len(self._before) - 1)
         return max(0.0, steps + ends - min(now - self._at, self.under_way))
 

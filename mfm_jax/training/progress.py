@@ -204,7 +204,8 @@ def _is_ready(array: jax.Array) -> bool:
 def say(text: str) -> None:
     """Prints a line at once, to a log too; process 0 alone does."""
     if cluster.is_primary():
-        print(text, flush=True)
+        with contextlib.suppress(OSError):  # a full disk, or nobody who reads: training goes on
+            print(text, flush=True)
 
 
 def duration(seconds: float) -> str:

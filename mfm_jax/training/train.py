@@ -99,7 +99,8 @@ def train_together(configs: Sequence[Config], workdirs: Sequence[Path]) -> list[
         with contextlib.ExitStack() as stack:
             for _, workdir in todo if cluster.is_primary() else ():
                 stack.enter_context(Workdir(workdir).owned())
-            progress.say(f"reading {configs[0].data.name or configs[0].data.root}")
+            asked = configs[0].data
+            progress.say(f"reading {asked.name if asked.source == 'tfds' else asked.root or asked.source!r}")
             data = data_lib.build(configs[0])
             if (told := sizes.told(configs[0], data.manifest)) and cluster.is_primary():
                 print(told)
@@ -228,7 +229,7 @@ def _pace(run: Run) -> Pace:
 def _due(config: Config, experiment: Experiment, epoch: int, *, has_validation: bool) -> tuple[bool, bool, bool]:
     """Returns whether to take statistics anew, to validate and to save after `epoch`."""
     step = min(experiment.total_steps, (epoch + 1) * experiment.steps_per_epoch)
-    final = step == experiment.total_steps
+    final = step == experiment.total_steps or epoch + 1 in config.optim.restart_epochs  # the end of a part
     validate = has_validation and (final or (epoch + 1) % config.eval.every_epochs == 0)
     save = final or validate or (epoch + 1) % config.checkpoint.every_epochs == 0
     # A second stage on a frozen classifier goes on with the statistics that it finds.

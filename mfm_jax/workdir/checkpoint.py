@@ -125,7 +125,7 @@ class Checkpointer:
           UserError: the checkpoint is damaged.
         """
         self._check(step)
-        path, place = self._folder / str(step) / "state", jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        path, place = self._folder / str(step) / "state", jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         with ocp.PyTreeCheckpointer() as reader:
             saved = reader.metadata(path).item_metadata.tree["bilevel"]
             wanted = {name: saved.get(name, {}) for name in ("step", "params", "batch_stats", "phi")}

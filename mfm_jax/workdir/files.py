@@ -116,6 +116,7 @@ class Workdir:
         for epochs in [change.before for change in changed if change.path == "train.epochs" and self.results.exists()]:
             earlier = self.results.rename(self.path / f"results-of-{epochs}-epochs.json")
             self.report.unlink(missing_ok=True)
+            self.peak_memory.unlink(missing_ok=True)  # of one process that trained all, which none will have
             print(f"the results of {epochs} epochs are in {earlier}; at the new end, test is read again")
         if changed or not self.config.exists():
             disk.write_object(self.config, config.to_dict(), indent=2)
