@@ -67,16 +67,17 @@ def _print_plan(console: Console, config: Config, found: Listing, checked: Check
     except UserError as error:
         console.print(f"training would end with: {error}", soft_wrap=True, markup=False)
         return False
-    table = Table("split", "images", "classes")
+    table, redrawn = Table("split", "images", "classes"), manifest.get("meta_redrawn", manifest["protocol"] == "full")
     for split in ("train", "val", "meta", "test"):
         counts = np.array(manifest["splits"][split]["class_counts"])
-        of_train = " (of train, redrawn every epoch)" if split == "meta" and manifest["overlaps"] else ""
+        of_train = " (of train, redrawn every epoch)" if split == "meta" and redrawn else ""
         table.add_row(split + of_train, f"{counts.sum():,}", f"{np.count_nonzero(counts):,}")
     console.print(table)
     used = sizes.cut(config, manifest)
     if told := sizes.told(config, manifest):
         console.print(told, soft_wrap=True)
-    console.print(f"train.batch_size = {used.train.batch_size}, meta.batch_size = {used.meta.batch_size}")
+    read = {field: getattr(used, field.partition(".")[0]).batch_size for field in sizes.limits(config, manifest)}
+    console.print(", ".join(f"{field} = {size}" for field, size in read.items()))
     if checked.problems and config.data.on_bad_image == "error":
         command += " --config.data.on_bad_image=skip"
         console.print("training ends with these problems; this leaves out what they name:")
@@ -147,7 +148,7 @@ def _print_problems(console: Console, problems: Sequence[Problem], workdir: Path
     for path, reason in problems[:_SHOWN]:
         console.print(Text("  ") + _shown(path) + Text(": ") + _shown(reason), soft_wrap=True)
     if len(problems) > _SHOWN:
-        console.print(f"  and {len(problems) - _SHOWN:,} more in {file}", soft_wrap=True)
+        console.print(f"  and {len(problems) - _SHOWN:,} more in {file}", soft_wrap=True, markup=False)
 
 
 def _print_duplicates(console: Console, found: Listing, duplicates: Sequence[Duplicate], workdir: Path) -> None:
@@ -163,7 +164,7 @@ def _print_duplicates(console: Console, found: Listing, duplicates: Sequence[Dup
     for d in duplicates:
         pairs[d.kind, str(found.splits[d.second]), str(found.splits[d.first])].append(d)
     if pairs:
-        console.print(f"duplicates, all in {file}:", soft_wrap=True)
+        console.print(f"duplicates, all in {file}:", soft_wrap=True, markup=False)
     for (kind, split, other), members in pairs.items():
         differ = [d for d in members if found.labels[d.first] != found.labels[d.second]]
         example = (differ or members)[0]

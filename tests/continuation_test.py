@@ -187,6 +187,19 @@ def test_the_manifest_decides_whether_a_folder_elsewhere_is_the_same(tmp_path, c
     assert run.read_config() == moved
 
 
+def test_a_finished_run_is_not_the_answer_for_data_elsewhere(copy):
+    assert copy.is_finished(tiny())
+    assert copy.is_finished(tiny(data__workers=0, eval__batch_size=7))
+    assert not copy.is_finished(tiny(data__root="/elsewhere"))
+
+
+def test_images_of_another_size_are_refused(cut):
+    facts = read_object(cut.facts)
+    cut.facts.write_text(json.dumps(facts | {"image_shape": [4, 4, 1]}))
+    with pytest.raises(UserError, match=r"began with images of \[4, 4, 1\], now they are of \[8, 8, 1\]"):
+        train.train_and_evaluate(tiny(), cut.path)
+
+
 def test_images_normalised_otherwise_are_refused(cut):
     facts = read_object(cut.facts)
     cut.facts.write_text(json.dumps(facts | {"std": [facts["std"][0] * 1.01]}))

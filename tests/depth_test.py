@@ -58,6 +58,7 @@ KINDS = {
     "colour tiff of the other order": tiff([v for v in VALUES for _ in range(3)], 3, order=">"),
     "tiff of 12 bits a pixel": tiff(VALUES, 1, bits=12),
     "pgm": b"P5 4 1 65535\n" + wide(VALUES),
+    "plain pgm": b"P2 4 1 65535\n" + " ".join(map(str, VALUES)).encode(),
     "ppm": b"P6 4 1 65535\n" + wide(VALUES, 3),
 }
 

@@ -21,6 +21,7 @@ from mfm_jax import config as config_lib
 from mfm_jax import data as data_lib
 from mfm_jax.data import files, listing, longtail, streaming
 from mfm_jax.data.manifest import check_leakage, write_manifest
+from mfm_jax.data.pictures import Facts
 from mfm_jax.errors import UserError
 from mfm_jax.machine import interruption
 from mfm_jax.training import experiment as experiment_lib
@@ -130,6 +131,15 @@ def test_pictures_of_the_test_split_with_a_duplicate_outside_are_counted():
     assert count(np.array([1, 0, 0, 0, 0], bool)) == {"alike": 1, "copy": 1}
     assert count(np.array([1, 1, 0, 0, 1], bool)) == {"alike": 3}
     assert count(np.ones(5, bool)) == {}
+
+
+def test_copies_join_the_groups_that_they_are_in():
+    facts = [Facts(1, 1, True, digest, 0) for digest in ("x", "x", "y", "y", "z", "z", "u", "v")]
+    groups = files.with_copies(["a", "b", "b", "c", "", "", "d", ""], facts)
+    assert len({*groups[:4]}) == 1
+    assert groups[4] == groups[5] == "z"
+    assert groups[6:] == ["d", ""]
+    assert len({groups[0], "z", "d", ""}) == 4
 
 
 def test_groups_are_not_divided(root):

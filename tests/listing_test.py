@@ -208,6 +208,11 @@ def test_groups_come_from_the_path(pets):
     assert listing.folder(pets, r"(a)?\.jpg").groups == ("a", "", "a", "")
 
 
+def test_a_group_has_one_name_in_either_form(tmp_path):
+    root = tree(tmp_path, *(f"{name}/{who}.jpg" for name in ("cat", "dog") for who in ("Ren\xe9", "Rene\u0301 ")))
+    assert set(listing.folder(root, "Ren[\xe9]").groups) == {"Ren\xe9"}
+
+
 def test_a_group_that_is_no_pattern_or_matches_nothing_is_refused(pets):
     with pytest.raises(UserError, match=r"data\.group = '\(': not a regular expression"):
         listing.folder(pets, "(")

@@ -73,7 +73,8 @@ def check(listing: Listing, workers: int = 2, progress: bool = True) -> Checked:
     """
     paths = [os.path.join(listing.root, path) for path in listing.paths]
     taken = [(stamp, stamps.tells(stamp)) for stamp in map(stamps.of, paths)]
-    stamped = [stamp if tells else stamps.NOTHING for stamp, tells in taken]
+    # On a cluster one drive has another device number on each node.
+    stamped = [stamp._replace(device=0) if tells else stamps.NOTHING for stamp, tells in taken]
     cache = _cache_file(listing.root)
     known = _remembered(cache)
     before = [known.get(path, (stamps.NOTHING, None)) for path in listing.paths]

@@ -167,10 +167,19 @@ def _trains_all(found: Listing) -> bool:
 
 
 def with_copies(groups: Sequence[str], facts: Sequence[Facts]) -> list[str]:
-    """Returns the group of each picture; pictures without one that are copies of each other make one."""
-    copies = Counter(fact.digest for fact in facts)
+    """Returns the group of each picture, "" for none; copies of one share a group, and join those that they are in."""
+    copies, joined = Counter(fact.digest for fact in facts), dict[str, str]()
+
+    def of(group: str) -> str:
+        while group in joined:
+            group = joined[group]
+        return group
+
+    for group, fact in zip(groups, facts, strict=True):
+        if group and copies[fact.digest] > 1 and of(group) != of(fact.digest):
+            joined[of(fact.digest)] = of(group)
     together = zip(groups, facts, strict=True)
-    return [group or (fact.digest if copies[fact.digest] > 1 else "") for group, fact in together]
+    return [of(group or (fact.digest if copies[fact.digest] > 1 else "")) for group, fact in together]
 
 
 def _images(config: Data, whole: bool, found: Listing, facts: Sequence[Facts], version: str, white: int) -> Images:

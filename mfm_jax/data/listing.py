@@ -169,7 +169,7 @@ def _existing(root: str | Path) -> Path:
 
 def _pattern(group: str) -> re.Pattern[str] | None:
     try:
-        return re.compile(group) if group else None
+        return re.compile(class_name(group)) if group else None
     except re.error as error:
         raise UserError(f"data.group = {group!r}: not a regular expression: {error}") from error
 
@@ -182,7 +182,7 @@ def _listing(
     pattern: re.Pattern[str] | None,
 ) -> Listing:
     rows = sorted(rows)
-    groups = tuple(row.group or _group(pattern, row.path) for row in rows)
+    groups = tuple(row.group or _group(pattern, class_name(row.path)) for row in rows)
     if pattern and not any(groups):
         raise UserError(f"data.group = {pattern.pattern!r}: matches none of the paths; the first is {rows[0].path!r}")
     number = {name: i for i, name in enumerate(names)}

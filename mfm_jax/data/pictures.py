@@ -281,6 +281,8 @@ def _layout(picture: ImageFile.ImageFile) -> str:
     decoder, _, _, args = picture.tile[0] if picture.tile else ("", None, 0, None)
     if decoder == "ppm" and args == ("RGB", WHITE):
         return _DEEP_PPM
+    if decoder == "ppm_plain" and args == ("L", WHITE):
+        return picture.mode
     layout = str(args[0] if isinstance(args, tuple) else args)
     return layout if _DEEP.fullmatch(layout) else picture.mode if picture.mode.startswith("I;16") else ""  # JPEG 2000
 

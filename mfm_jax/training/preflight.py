@@ -78,5 +78,5 @@ def _parts(config: Config, mesh: Mesh | None, streamed: bool, *, has_meta_step: 
         if (parts > 1 or streamed) and size % unit and (has_meta_step or field == "train.batch_size"):
             yield (
                 f"{field} = {size}: does not divide by {unit}, the devices times train.accumulate = {parts}; choose a"
-                f" multiple of {unit}"
+                f" multiple of {unit}, no larger than the data allows"
             )

@@ -1,6 +1,7 @@
 """One run's host side: it restores, logs, validates, saves and evaluates; `train` says when."""
 
 import functools
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -76,7 +77,7 @@ class Run:
             return latest, loop, record
         if experiment.modulator and config.modulation.init_from:
             state = loop.bilevel
-            loaded = restore_phi(Path(config.modulation.init_from), state.phi, experiment.phi_kind)
+            loaded = restore_phi(Path(os.path.expanduser(config.modulation.init_from)), state.phi, experiment.phi_kind)
             loop = loop.replace(bilevel=state.replace(phi=loaded))
         return 0, loop, {"rows": [], "seconds": 0.0}
 

@@ -1,6 +1,7 @@
 """The classifier of another run, for a run to start from (`model.init_from`)."""
 
 import contextlib
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,7 +35,10 @@ def of_run(config: Config, class_names: Sequence[str], params: PyTree, batch_sta
       UserError: there is no such run, it has no sound checkpoint, or its classifier is another model or of another
         size.
     """
-    field, run = f"model.init_from = {config.model.init_from!r}", Workdir(Path(config.model.init_from))
+    field, run = (
+        f"model.init_from = {config.model.init_from!r}",
+        Workdir(Path(os.path.expanduser(config.model.init_from))),
+    )
     if run.path.is_file():
         raise UserError(f"{field}: a file, not a run folder; weights in a file are for model.pretrained")
     try:

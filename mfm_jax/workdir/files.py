@@ -96,8 +96,14 @@ class Workdir:
         return changed
 
     def is_finished(self, config: Config) -> bool:
-        """Whether a run in the folder has finished, with all the epochs of `config`."""
-        return self.results.exists() and not any(change.path == "train.epochs" for change in self.changes(config))
+        """Whether a run in the folder has finished, with all the epochs of `config`, on data that lies where it did.
+
+        Of data that lies elsewhere only its manifest can tell whether it is the same.
+        """
+        begun_again = {"train.epochs", *(path for path in config_lib.FIELDS if path.startswith("data."))} - {
+            "data.workers"
+        }
+        return self.results.exists() and begun_again.isdisjoint(change.path for change in self.changes(config))
 
     def begin(self, config: Config, manifest: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
         """Writes what a run leaves at its start, where it is absent: its facts, its split, and last its config.
@@ -125,18 +131,24 @@ class Workdir:
         """Raises a UserError where a run has begun in the folder with another split than `manifest`."""
         if not self.config.exists():
             return
-        # A folder of pictures may have another name by now; the version is that of its content.
-        began, now = (manifest_hash({**one, "dataset": ""}) for one in (read_manifest(self.manifest), manifest))
+        # A folder of pictures may have another name by now, and what was left out be gone: the version tells content.
+        manifests = (read_manifest(self.manifest), manifest)
+        began, now = (manifest_hash({**one, "dataset": "", "left_out": []}) for one in manifests)
         if began != now:
             raise UserError(
                 f"{self.manifest}: the data or its split is not what this run began with; choose a new --workdir"
             )
 
     def check_normalization(self, facts: Mapping[str, Any]) -> None:
-        """Raises a UserError where a run has begun in the folder whose images were normalised otherwise."""
+        """Raises a UserError where a run has begun in the folder whose images had another size or normalisation."""
         if not (self.config.exists() and self.facts.exists()):
             return
-        began = read_object(self.facts, "mean", "std")
+        began = read_object(self.facts, "mean", "std", "image_shape")
+        if began["image_shape"] != list(facts["image_shape"]):
+            raise UserError(
+                f"{self.facts}: this run began with images of {began['image_shape']}, now they are of"
+                f" {list(facts['image_shape'])}; choose a new --workdir"
+            )
         for name in ("mean", "std"):
             if any(not math.isclose(a, b, rel_tol=1e-4) for a, b in zip(began[name], facts[name], strict=False)):
                 raise UserError(
