@@ -447,4 +447,4 @@ def test_a_streamed_run_that_was_stopped_ends_as_if_nothing_had_happened(root, t
     assert rows[0] == rows[1]
     assert 0 < whole["input_wait"] < 1
     assert (tmp_path / "whole" / "gallery.npz").exists()
-    assert "Rare classes: right and wrong answers" in (tmp_path / "whole" / "report.html").read_text()
+    assert "The rarest classes: right and wrong answers" in (tmp_path / "whole" / "report.html").read_text()

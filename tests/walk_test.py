@@ -11,6 +11,7 @@ from hypothesis import given, strategies
 from PIL import Image
 
 from mfm_jax.data import decode, listing, walk
+from mfm_jax.data.pictures import WHITE
 from mfm_jax.errors import UserError
 
 
@@ -187,7 +188,7 @@ def pictures(tmp_path_factory) -> Path:
 
 def test_every_format_is_read_or_listed(pictures):
     passed: Counter[str] = Counter()
-    found = list(decode.decoded(walk.given([pictures], passed), 32, 3, "crop", workers=0))
+    found = list(decode.decoded(walk.given([pictures], passed), 32, 3, "crop", WHITE, workers=0))
     unread = {str(item.path.relative_to(pictures)): item.problem for item in found if item.image is None}
     names = {"x.heic": "HEIC", "linked/x.HEIF": "HEIF", "y.jxl": "JXL", "z.svg": "SVG", "camera.NEF": "NEF"}
     assert unread == {name: f"no decoder for {kind} here; convert it to PNG or JPEG" for name, kind in names.items()}
