@@ -205,7 +205,7 @@ def say(text: str) -> None:
     """Prints a line at once, to a log too; process 0 alone does."""
     if cluster.is_primary():
         with contextlib.suppress(OSError):  # a full disk, or nobody who reads: training goes on
-            print(text, flush=True)
+            print(text.encode(errors="backslashreplace").decode(), flush=True)  # a name need not be UTF-8
 
 
 def duration(seconds: float) -> str:

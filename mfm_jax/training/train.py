@@ -100,7 +100,7 @@ def train_together(configs: Sequence[Config], workdirs: Sequence[Path]) -> list[
             for _, workdir in todo if cluster.is_primary() else ():
                 stack.enter_context(Workdir(workdir).owned())
             asked = configs[0].data
-            progress.say(f"reading {asked.name if asked.source == 'tfds' else asked.root or asked.source!r}")
+            progress.say(f"reading {asked.name if asked.source == 'tfds' else asked.root or asked.source}")
             data = data_lib.build(configs[0])
             if (told := sizes.told(configs[0], data.manifest)) and cluster.is_primary():
                 print(told)
