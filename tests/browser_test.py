@@ -26,8 +26,9 @@ webdriver = pytest.importorskip("selenium.webdriver", reason="needs the extra 'b
 
 PAGES = ("compare", "report", "many")
 SCHEMES = ("light", "dark")
+EPOCHS = 60 if os.environ.get("MFM_JAX_PICTURES") else 8  # pictures for readers are of whole runs
 COMPARE = (
-    "--config=configs/digits_lt.py --methods=ce,mfm --seeds=0,1,2 --jobs=2 --config.train.epochs=30"
+    f"--config=configs/digits_lt.py --methods=ce,mfm --seeds=0,1,2 --jobs=2 --config.train.epochs={EPOCHS}"
     " --config.data.val_images_per_class=5"
 )
 # What of the page is wider than its place; figures may be scrolled on a telephone, and a matrix once it is enlarged.
