@@ -11,6 +11,7 @@ import jax
 import optax
 
 from mfm_jax.bilevel import modulation, optim
+from mfm_jax.errors import UserError
 from mfm_jax.types import Modulate, Modulator, PyTree, no_modulation
 
 
@@ -81,3 +82,31 @@ def of(given: Modulator | MetaLearner | None) -> MetaLearner:
         return modulation.modulate(given, phi, labels)
 
     return MetaLearner("modulator", given.init, film, modulator=given)
+
+
+def noting(
+    learner: MetaLearner, modulate_by: Callable[[jax.Array], Modulate]
+) -> tuple[Callable[[jax.Array], Modulate], Callable[[], None]]:
+    """Returns `modulate_by`, which notes the sites that a module calls, and a check that these are all it should call.
+
+    A modulator that waits for another site would never move, in silence. The check raises a `UserError` then; both act
+    while a step is traced, and cost nothing later.
+    """
+    called: set[str] = set()
+
+    def noted(labels: jax.Array) -> Modulate:
+        modulate = modulate_by(labels)
+
+        def note(site: str, features: jax.Array) -> jax.Array:
+            called.add(site)
+            return modulate(site, features)
+
+        return note
+
+    def check() -> None:
+        for site in learner.modulator.sites if learner.modulator else ():
+            if site not in called:
+                calls = ", ".join(sorted(called)) or "none"
+                raise UserError(f"site {site!r}: the module never calls it; it calls {calls}")
+
+    return noted, check

@@ -31,7 +31,7 @@ are averaged over that mesh axis before they are differentiated, so that every d
 """
 
 import functools
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from typing import Literal, NamedTuple, Protocol
 
 import chex
@@ -44,9 +44,8 @@ from mfm_jax.bilevel import losses
 from mfm_jax.bilevel import outer as outer_lib
 from mfm_jax.bilevel.hypergrad import HypergradFn, TrainLoss, Update, mixed_mode
 from mfm_jax.bilevel.outer import MetaLearner
-from mfm_jax.bilevel.passes import ModulateBy, Pass
-from mfm_jax.errors import UserError
-from mfm_jax.types import Batch, BilevelState, LossFn, Metrics, Modulate, Modulator, PyTree
+from mfm_jax.bilevel.passes import Pass
+from mfm_jax.types import Batch, BilevelState, LossFn, Metrics, Modulator, PyTree
 
 
 class Step(Protocol):
@@ -257,10 +256,9 @@ def halves(
         mean = functools.partial(forward.mean, batch=batch)
 
         def train_loss(params: PyTree, phi: PyTree) -> tuple[jax.Array, tuple[jax.Array, PyTree]]:
-            called: set[str] = set()
-            modulate_by = functools.partial(_noted, called, functools.partial(learner.modulate, phi, params))
+            modulate_by, check_sites = outer_lib.noting(learner, functools.partial(learner.modulate, phi, params))
             logits, averages = forward.logits(state, params, batch, modulate_by, train=True)
-            _check_sites(learner, called)
+            check_sites()
             values = learner.weigh(phi, _example_losses(loss, logits, batch, weights), mean)
             return mean(values), (forward.accuracy(logits, batch), averages)
 
@@ -271,24 +269,6 @@ def halves(
         return train_loss, update
 
     return build
-
-
-def _noted(called: set[str], modulate_by: ModulateBy, labels: jax.Array) -> Modulate:
-    """Returns the modulation by `labels`, which notes in `called` at which sites the module calls it."""
-    modulate = modulate_by(labels)
-
-    def note(site: str, features: jax.Array) -> jax.Array:
-        called.add(site)
-        return modulate(site, features)
-
-    return note
-
-
-def _check_sites(learner: MetaLearner, called: Collection[str]) -> None:
-    """Raises UserError where the modulator waits for a site that the module has not called: phi would never move."""
-    for site in learner.modulator.sites if learner.modulator else ():
-        if site not in called:
-            raise UserError(f"site {site!r}: the module never calls it; it calls {', '.join(sorted(called)) or 'none'}")
 
 
 def _agreement(grad: PyTree, opt_state: PyTree) -> jax.Array:

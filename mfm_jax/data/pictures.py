@@ -238,10 +238,9 @@ def _decoded(content: bytes, white: int, least: int = 0) -> tuple[Image.Image, B
     if least and picture.format in ("JPEG", "MPO") and _orientation(picture) == 1:
         drafted = picture.draft(None, (least, least))
     picture.load()
-    if picture.mode == "F":
-        raise BadPicture("has floating-point pixels; save it with 8 or 16 bits a channel")
-    if picture.mode == "I" and picture.format != "PPM":  # whose numbers Pillow has brought to 0..65535
-        raise BadPicture("has 32-bit pixels; save it with 8 or 16 bits a channel")
+    if picture.mode == "F" or (picture.mode == "I" and picture.format != "PPM"):  # its numbers are 0..65535 by now
+        kind = "floating-point" if picture.mode == "F" else "32-bit"
+        raise BadPicture(f"has {kind} pixels; save it with 8 or 16 bits a channel")
     bits = _bits(picture, layout, content) if layout else 0
     upright = _turned(picture)
     white = (white or 2**bits - 1) if bits else WHITE
