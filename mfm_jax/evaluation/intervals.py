@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-import scipy.stats
+import scipy.special
 
 from mfm_jax.data import longtail
 
@@ -79,5 +79,5 @@ def paired(values: Sequence[float], against: Sequence[float]) -> Difference:
     """Returns the mean of `values - against`, pair by pair, with Student's interval."""
     gaps = [a - b for a, b in zip(values, against, strict=True)]
     error = statistics.stdev(gaps) / len(gaps) ** 0.5 if len(gaps) > 1 else None
-    half = None if error is None else float(scipy.stats.t.ppf(0.975, len(gaps) - 1)) * error
+    half = None if error is None else float(scipy.special.stdtrit(len(gaps) - 1, 0.975)) * error
     return Difference(statistics.fmean(gaps), error, half)
