@@ -16,7 +16,8 @@ from rich.text import Text
 
 from mfm_jax.config import Config, Data, resolve
 from mfm_jax.data import assembly, checking, depth, files, listing, longtail, sizes, walk
-from mfm_jax.data.checking import Checked, Duplicate
+from mfm_jax.data.checking import Duplicate
+from mfm_jax.data.files import Sound
 from mfm_jax.data.listing import SPLITS, Listing
 from mfm_jax.data.pictures import Facts
 from mfm_jax.data.walk import Problem
@@ -46,22 +47,26 @@ def check(config: ml_collections.ConfigDict, workdir: Path, command: str = "") -
         )
     found = listing.load(data)
     checked = checking.check(found, data.workers)
+    usable = found.without([path for path, fact in zip(found.paths, checked.facts, strict=True) if not fact])
+    sound = files.Sound(usable, [fact for fact in checked.facts if fact], [], [])
     console = Console()
-    _print_pictures(console, found, checked)
-    _print_depth(console, data, found, checked)
+    _print_pictures(console, sound)
+    _print_depth(console, data, sound)
     if found.passed:
         console.print(walk.in_words(found.passed))
     problems = (*checked.problems, *checked.contradictions)
     _print_problems(console, problems, workdir)
     _print_duplicates(console, found, checked.duplicates, workdir)
-    trains = _print_plan(console, resolved, found, checked, command)
+    skips = bool(checked.problems) and data.on_bad_image == "error"
+    trains = _print_plan(console, resolved, sound, command, skips)
     return 0 if trains and not problems else 2
 
 
-def _print_plan(console: Console, config: Config, found: Listing, checked: Checked, command: str) -> bool:
-    """Prints what training would make of the pictures that can be used; returns whether it would not refuse them."""
-    usable = found.without([path for path, fact in zip(found.paths, checked.facts, strict=True) if not fact])
-    sound = files.Sound(usable, [fact for fact in checked.facts if fact], [], [])
+def _print_plan(console: Console, config: Config, sound: Sound, command: str, skips: bool) -> bool:
+    """Prints what training would make of the pictures that can be used; returns whether it would not refuse them.
+
+    `skips`: there are others, which have to be left out first.
+    """
     try:
         _, _, manifest = assembly.divided(config, files.source(config.data, sound, whole=True))
     except UserError as error:
@@ -76,41 +81,38 @@ def _print_plan(console: Console, config: Config, found: Listing, checked: Check
     used = sizes.cut(config, manifest)
     if told := sizes.told(config, manifest):
         console.print(told, soft_wrap=True)
-    read = {field: getattr(used, field.partition(".")[0]).batch_size for field in sizes.limits(config, manifest)}
-    console.print(", ".join(f"{field} = {size}" for field, size in read.items()))
-    if checked.problems and config.data.on_bad_image == "error":
+    console.print(", ".join(f"{field} = {sizes.of(used, field)}" for field in sizes.limits(config, manifest)))
+    if skips:
         command += " --config.data.on_bad_image=skip"
         console.print("training ends with these problems; this leaves out what they name:")
     console.print(f"to train: {command}", soft_wrap=True, markup=False)
     return True
 
 
-def _print_pictures(console: Console, found: Listing, checked: Checked) -> None:
-    facts = [fact for fact in checked.facts if fact]
-    usable = found.without([path for path, fact in zip(found.paths, checked.facts, strict=True) if not fact])
-    console.print(f"{len(facts):,} pictures in {len(found.class_names):,} classes, {_color(facts)}")
+def _print_pictures(console: Console, sound: Sound) -> None:
+    usable, facts = sound.listing, sound.facts
+    console.print(f"{len(facts):,} pictures in {len(usable.class_names):,} classes, {_color(facts)}")
     if facts:
         for name, sides in (("width", [f.width for f in facts]), ("height", [f.height for f in facts])):
             console.print(f"{name}: {min(sides)} to {max(sides)} pixels, median {np.median(sides):g}")
     present = [split for split in SPLITS if split in usable.splits]
-    counts = {s: np.bincount(usable.labels[usable.splits == s], minlength=len(found.class_names)) for s in present}
+    counts = {s: np.bincount(usable.labels[usable.splits == s], minlength=len(usable.class_names)) for s in present}
     for line in usable.lacking():
         console.print(Text(line))
     if "train" not in counts:
         return
-    console.print(_class_table(found.class_names, counts))
+    console.print(_class_table(usable.class_names, counts))
     groups = longtail.shot_groups(counts["train"])
     for name, what in (("many", "more than 100"), ("medium", "20 to 100"), ("few", "fewer than 20")):
         size = len(groups[name])
         console.print(f"{name} ({what} training pictures): {size:,} {'class' if size == 1 else 'classes'}")
 
 
-def _print_depth(console: Console, data: Data, found: Listing, checked: Checked) -> None:
+def _print_depth(console: Console, data: Data, sound: Sound) -> None:
     """Prints how the values of pictures of 16 bits become 8, where there are any."""
-    facts = [fact for fact in checked.facts if fact]
+    usable, facts = sound.listing, sound.facts
     if not any(fact.bits for fact in facts):
         return
-    usable = found.without([path for path, fact in zip(found.paths, checked.facts, strict=True) if not fact])
     splits, _ = files.with_test(data, usable, files.with_copies(usable.groups, facts))
     console.print(depth.told(facts, depth.white(data.white, facts, splits == "train")), soft_wrap=True)
 

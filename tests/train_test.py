@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import overridden
+from helpers import tiny
 
 from mfm_jax import compare, models
 from mfm_jax import config as config_lib
@@ -29,18 +29,6 @@ from mfm_jax.training import loop as loop_lib
 from mfm_jax.training.anomalies import NonFiniteError
 from mfm_jax.training.run import Run
 from mfm_jax.workdir.checkpoint import Checkpointer, restore_phi
-
-
-def tiny(**overrides):
-    """Returns a config of a few seconds; overrides as `group__field=value`."""
-    config = config_lib.default()
-    config.data.update(source="digits", name="digits", imbalance_factor=10.0, val_images_per_class=5)
-    config.augment.update(pad=1, flip=False)
-    config.model.update(name="resnet8", width=4)
-    config.meta.batch_size = 20
-    config.optim.learning_rate = 0.05
-    config.train.update(epochs=2, batch_size=64)
-    return overridden(config, **overrides)
 
 
 def slow(value):

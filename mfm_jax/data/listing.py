@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 from mfm_jax.config import Data
 from mfm_jax.data import lists as list_files
+from mfm_jax.data.list_text import is_unicode
 from mfm_jax.data.lists import SPLITS, Row
 from mfm_jax.data.walk import Problem, class_name, look_alikes, not_a_picture, scan, walk
 from mfm_jax.errors import UserError
@@ -188,7 +189,7 @@ def _listing(
     number = {name: i for i, name in enumerate(names)}
     class_names = tuple(names.values() if isinstance(names, dict) else names)
     for name in class_names:
-        if name.encode(errors="ignore").decode() != name:
+        if not is_unicode(name):
             raise UserError(f"data.root = {str(root)!r}: the name of class {name!r} is not UTF-8; rename its folder")
     problems += look_alikes(class_names)
     return Listing(

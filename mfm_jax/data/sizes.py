@@ -22,6 +22,12 @@ def limits(config: Config, manifest: Mapping[str, Any]) -> dict[str, tuple[int, 
     return found
 
 
+def of(config: Config, field: str) -> int:
+    """Returns the batch size that `config` has in `field`, `group.batch_size`."""
+    size: int = getattr(config, field.partition(".")[0]).batch_size
+    return size
+
+
 def cut(config: Config, manifest: Mapping[str, Any]) -> Config:
     """Returns `config`, no batch size above its limit; a cut one is a multiple of `train.accumulate` where it can be.
 
@@ -32,20 +38,17 @@ def cut(config: Config, manifest: Mapping[str, Any]) -> Config:
     parts = config.train.accumulate
     for field, (most, _) in limits(config, manifest).items():
         name = field.partition(".")[0]
-        group = getattr(config, name)
-        if group.batch_size > most:
-            smaller = dataclasses.replace(group, batch_size=most - most % parts or most)
+        if of(config, field) > most:
+            smaller = dataclasses.replace(getattr(config, name), batch_size=most - most % parts or most)
             config = dataclasses.replace(config, **{name: smaller})
     return config
 
 
 def told(config: Config, manifest: Mapping[str, Any]) -> str:
     """Returns one line on the sizes of `config` that are cut, "" where none is."""
-    fitting = cut(config, manifest).to_dict()
-    asked = config.to_dict()
-    lines = []
-    for field, (most, what) in limits(config, manifest).items():
-        size, used = (fields[field.partition(".")[0]]["batch_size"] for fields in (asked, fitting))
-        if size != used:
-            lines.append(f"{field} = {size}: there are {most} {what}; {used} is used")
-    return "; ".join(lines)
+    fitting = cut(config, manifest)
+    return "; ".join(
+        f"{field} = {of(config, field)}: there are {most} {what}; {of(fitting, field)} is used"
+        for field, (most, what) in limits(config, manifest).items()
+        if of(config, field) != of(fitting, field)
+    )

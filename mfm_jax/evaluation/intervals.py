@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-import scipy.special
 
 from mfm_jax.data import longtail
 
@@ -77,6 +76,8 @@ class Difference(NamedTuple):
 
 def paired(values: Sequence[float], against: Sequence[float]) -> Difference:
     """Returns the mean of `values - against`, pair by pair, with Student's interval."""
+    import scipy.special  # here, because only comparisons need it, and every command imports this module
+
     gaps = [a - b for a, b in zip(values, against, strict=True)]
     error = statistics.stdev(gaps) / len(gaps) ** 0.5 if len(gaps) > 1 else None
     half = None if error is None else float(scipy.special.stdtrit(len(gaps) - 1, 0.975)) * error

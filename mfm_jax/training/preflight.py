@@ -34,7 +34,7 @@ def check(config: Config, data: LongTailData, mesh: Mesh | None) -> None:
 def _sizes(config: Config, data: LongTailData) -> Iterator[str]:
     """Batches larger than what they are drawn from; a run cuts them (`sizes.cut`) before it is built."""
     for field, (most, what) in sizes.limits(config, data.manifest).items():
-        if (size := getattr(config, field.partition(".")[0]).batch_size) > most:
+        if (size := sizes.of(config, field)) > most:
             yield f"{field} = {size}: there are {most} {what}; choose at most {most}"
 
 

@@ -102,8 +102,8 @@ def train_together(configs: Sequence[Config], workdirs: Sequence[Path]) -> list[
             asked = configs[0].data
             progress.say(f"reading {asked.name if asked.source == 'tfds' else asked.root or asked.source}")
             data = data_lib.build(configs[0])
-            if (told := sizes.told(configs[0], data.manifest)) and cluster.is_primary():
-                print(told)
+            if told := sizes.told(configs[0], data.manifest):
+                progress.say(told)
             todo = [(sizes.cut(config, data.manifest), workdir) for config, workdir in todo]
             fsdp = configs[0].parallel.fsdp
             mesh = parallel.data_mesh(fsdp=fsdp) if jax.device_count() > 1 or fsdp > 1 else None
