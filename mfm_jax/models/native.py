@@ -1,4 +1,4 @@
-"""The convolution's own CPU kernels (`convolution.cc`): compiled on first use, checked, and left out where they fail.
+"""The convolution's own CPU kernels (the folder `cpu`): compiled on first use, checked, and left out where they fail.
 
 XLA's convolutions reach a third of a CPU's rate. The kernels are compiled with an installed C++ compiler into the cache
 folder, once for each source, jaxlib, compiler and kind of processor. Before use, their results are compared with XLA's.
@@ -25,7 +25,8 @@ from jax import lax
 
 from mfm_jax.machine import cache
 
-SOURCE = Path(__file__).with_name("convolution.cc")
+_FOLDER = Path(__file__).with_name("cpu")
+SOURCE = _FOLDER / "convolution.cc"
 TARGETS = {"mfm_convolution": "MfmConvolution", "mfm_convolution_weight_gradient": "MfmWeightGradient"}
 _FLAGS = ("-std=c++17", "-O2", "-ffp-contract=fast", "-fPIC", "-shared")
 _BY_FEATURE = {  # widest first: features that the processor must have, and the compiler's flags
@@ -94,9 +95,10 @@ def _compiled(flags: tuple[str, ...]) -> Path:
     compiler = next(filter(None, map(shutil.which, _compilers())), None)
     if compiler is None:
         raise Unavailable("no C++ compiler is installed")
-    command = [compiler, *_FLAGS, *flags, "-isystem", jax.ffi.include_dir(), str(SOURCE)]
+    command = [compiler, *_FLAGS, *flags, "-isystem", jax.ffi.include_dir(), f"-I{_FOLDER}", str(SOURCE)]
     version = _output([compiler, "--version"])
-    facts = (SOURCE.read_text(), jaxlib.__version__, version, platform.platform(), " ".join(command))
+    texts = [path.read_text() for path in (SOURCE, *sorted(_FOLDER.glob("*.h")))]
+    facts = (*texts, jaxlib.__version__, version, platform.platform(), " ".join(command))
     key = hashlib.sha256("\0".join(facts).encode()).hexdigest()[:16]
     path = cache.folder() / "native" / f"convolution-{key}.so"
     if not _is_whole(path):

@@ -51,5 +51,7 @@ class BatchNorm(nn.Module):
                 running_var.value = self.momentum * running_var.value + (1 - self.momentum) * var
         scale = self.param("scale", nn.initializers.ones, shape, jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, shape, jnp.float32)
-        mean, factor, bias = (v.reshape((1,) * len(axes) + shape) for v in (mean, lax.rsqrt(var + 1e-5) * scale, bias))
-        return ((x - mean) * factor + bias).astype(self.dtype)
+        # As x factor + shift, and not from x - mean: that the backward pass would keep as an array of its own.
+        factor = lax.rsqrt(var + 1e-5) * scale
+        factor, shift = (v.reshape((1,) * len(axes) + shape) for v in (factor, bias - mean * factor))
+        return (x * factor + shift).astype(self.dtype)
