@@ -214,14 +214,15 @@ def test_initial_kernels_have_kaiming_variance(variables):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("running", [True, False])
 def test_batch_norm_is_that_of_flax(running, dtype):
-    """Bit for bit: result, statistics, and the names and shapes of what it keeps."""
+    """Bit for bit the statistics, and the names and shapes of what it keeps; the result to rounding."""
     x = (1 + 3 * jax.random.normal(jax.random.key(0), (16, 5, 5, 7))).astype(dtype)
     theirs, ours = nn.BatchNorm(running, momentum=0.9, dtype=dtype), models.BatchNorm(running, dtype=dtype)
     start = theirs.init(jax.random.key(1), x)
     chex.assert_trees_all_equal(ours.init(jax.random.key(1), x), start)
     start = jax.tree.map(lambda leaf: leaf + jax.random.uniform(jax.random.key(2), leaf.shape), start)
     found, expected = (jax.jit(lambda m=m: m.apply(start, x, mutable=["batch_stats"]))() for m in (ours, theirs))
-    chex.assert_trees_all_equal(found, expected)
+    chex.assert_trees_all_equal(found[1], expected[1])
+    chex.assert_trees_all_close(found[0], expected[0], rtol=(ulp := float(jnp.finfo(dtype).eps)), atol=4 * ulp)
 
 
 def test_batch_norm_leaves_out_examples_of_weight_zero():
