@@ -67,6 +67,7 @@ def export(workdir: Path, out: Path, which: str = "last", *, onnx: bool = False,
     calibration = found.get("calibration")
     facts = dataclasses.asdict(trained.facts) | {
         "temperature": calibration and calibration["temperature"],  # not applied in the artifact
+        "prediction_sets": trained.sets and trained.sets.to_dict(),
         "method": run.results["method"],
         "which": which,
         "step": trained.step,

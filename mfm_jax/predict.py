@@ -4,10 +4,11 @@
 
 Takes files and folders, with the folders below them; hidden files, and files that are no pictures by their names, are
 passed over and counted on the standard error. Writes a CSV file with a row for each picture: path, class, probability,
-and the next likely classes. A file that cannot be read has a row too, with the reason in the column `problem`. An
-interrupted command leaves its rows in OUT.part; the same command starts anew. Exit status: 0 every picture was read; 1
-some could not be, the others are in the file; 2 a mistake in the command or the run, told in one line, and no file; 75
-interrupted.
+and the next likely classes. Where the run had validation images, the prediction set follows: the classes among which
+the true one is as often as `eval.coverage` promises. A file that cannot be read has a row too, with the reason in the
+column `problem`. An interrupted command leaves its rows in OUT.part; the same command starts anew. Exit status: 0 every
+picture was read; 1 some could not be, the others are in the file; 2 a mistake in the command or the run, told in one
+line, and no file; 75 interrupted.
 """
 
 if __name__ == "__main__":  # before the other imports start threads; being imported changes no process
@@ -33,6 +34,7 @@ from mfm_jax.data.decode import Decoded
 from mfm_jax.errors import UserError
 from mfm_jax.evaluation.classifier import WHICH, Classifier
 from mfm_jax.evaluation.classifier import load as load
+from mfm_jax.evaluation.conformal import Sets
 from mfm_jax.machine.interruption import EXIT_INTERRUPTED, Interrupted
 
 
@@ -57,8 +59,9 @@ def write_csv(
     """Writes one row for each picture in `places`, in order: its class, and how sure the classifier is.
 
     Columns: `path`, `class`, `probability`, `problem`, then the next likely classes `class_2`, `probability_2` up to
-    `top`, then, with `all_classes`, `probability of NAME` of every class. A file that cannot be read has the reason in
-    `problem`, and the others empty. Rows go to `OUT.part` as they come, which becomes `out` at the end.
+    `top`, then, of a classifier with prediction sets, `set_size` and `set`, the names in the set with ` | ` between,
+    the likeliest first, then, with `all_classes`, `probability of NAME` of every class. A file that cannot be read has
+    the reason in `problem`, and the others empty. Rows go to `OUT.part` as they come, which becomes `out` at the end.
 
     Args:
       classifier: of `load`.
@@ -80,15 +83,15 @@ def write_csv(
     if not total:
         beside = f"; {walk.in_words(passed)}" if passed else ""
         raise UserError(f"{', '.join(map(str, places))}: no pictures there{beside}")
-    names, top, unread = classifier.class_names, min(top, len(classifier.class_names)), 0
+    form, unread = Form(classifier.class_names, min(top, len(classifier.class_names)), classifier.sets, all_classes), 0
     part = out.with_name(f"{out.name}.part")
     part.parent.mkdir(parents=True, exist_ok=True)
     with part.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file, _progress_bar() as bar:
         writer, task = csv.writer(file), bar.add_task(out.name, total=total)
-        writer.writerow(_header(names, top, all_classes))
+        writer.writerow(form.header())
         for batch, probabilities in predicted(classifier, walk.given(places, Counter()), batch_size, workers):
             for item, row in zip(batch, probabilities, strict=True):
-                writer.writerow(_row(item, row, names, top, all_classes))
+                writer.writerow(form.row(item, row))
             unread += sum(item.image is None for item in batch)
             file.flush()
             bar.advance(task, len(batch))
@@ -117,16 +120,31 @@ def predicted(
         yield batch, classifier.probabilities(images)[: len(batch)]
 
 
-def _header(names: Sequence[str], top: int, all_classes: bool) -> list[str]:
-    further = [f"{column}_{rank}" for rank in range(2, top + 1) for column in ("class", "probability")]
-    return ["path", "class", "probability", "problem", *further, *(f"probability of {n}" for n in names if all_classes)]
+class Form(NamedTuple):
+    """What a row of the file has: K class names, the `top` likeliest, a set, and the probability of every class."""
 
+    names: Sequence[str]
+    top: int
+    sets: Sets | None
+    all_classes: bool
 
-def _row(item: Decoded, row: np.ndarray, names: Sequence[str], top: int, all_classes: bool) -> list[Any]:
-    if item.image is None:
-        return [item.path, "", "", item.problem, *[""] * (2 * (top - 1) + all_classes * len(names))]
-    first, *further = ((names[k], f"{row[k]:.6g}") for k in np.argsort(-row, kind="stable")[:top])
-    return [item.path, *first, "", *itertools.chain(*further), *(f"{p:.6g}" for p in row if all_classes)]
+    def header(self) -> list[str]:
+        further = [f"{column}_{rank}" for rank in range(2, self.top + 1) for column in ("class", "probability")]
+        of_set = ["set_size", "set"] if self.sets else []
+        of_all = [f"probability of {name}" for name in self.names if self.all_classes]
+        return ["path", "class", "probability", "problem", *further, *of_set, *of_all]
+
+    def row(self, item: Decoded, probs: np.ndarray) -> list[Any]:
+        if item.image is None:
+            return [item.path, "", "", item.problem, *[""] * (len(self.header()) - 4)]
+        order = np.argsort(-probs, kind="stable")
+        first, *further = ((self.names[k], f"{probs[k]:.6g}") for k in order[: self.top])
+        of_set: list[Any] = []
+        if self.sets:
+            members = [self.names[k] for k in order if self.sets.members(probs)[k]]
+            of_set = [len(members), " | ".join(members)]
+        of_all = [f"{p:.6g}" for p in probs if self.all_classes]
+        return [item.path, *first, "", *itertools.chain(*further), *of_set, *of_all]
 
 
 def _progress_bar() -> progress.Progress:

@@ -17,7 +17,8 @@ ORDER = (  # the files of a line import those of the lines above it alone
     "bilevel.hypergrad bilevel.losses bilevel.modulation bilevel.passes data.list_text data.longtail data.manifest "
     "data.pictures data.walk fields machine.cluster machine.parallel models.native models.tuning models.vit "
     "workdir.integrity workdir.ownership",
-    "data.decode data.depth data.labels data.spelling data.streaming evaluation.intervals evaluation.metrics "
+    "data.decode data.depth data.labels data.spelling data.streaming evaluation.conformal evaluation.intervals "
+    "evaluation.metrics "
     "machine.interruption machine.versions methods.heads methods.settings models.convolution",
     "config.groups data.lists evaluation.mistakes models.imagenet models.resnet",
     "config.consistency config.continuation config.lookup models.catalog",
@@ -56,6 +57,7 @@ ONLY = {
     "evaluation.health": set(),
     "data.longtail": {"numpy"},
     "data.manifest": {"numpy"},
+    "evaluation.conformal": {"numpy"},
     "evaluation.metrics": {"numpy", "scipy", "sklearn"},
     "workdir.files": set(),
 }

@@ -56,7 +56,8 @@ def test_every_checkpoint_has_its_step_its_epoch_and_its_splits():
     last, best = classifier(25), classifier(20)
     found = results.of_run(last, best, {"val": asked("val"), "test": asked("test")}, "test", calibrate=True)
     assert list(found) == ["method", "seed", "split", "last", "best"]
-    assert list(found["last"]) == ["step", "epoch", "val", "test", "calibration"]
+    assert list(found["last"]) == ["step", "epoch", "val", "test", "calibration", "prediction_sets"]
+    assert list(found["best"]) == ["step", "epoch", "val", "test", "calibration"]
     assert [(found[which]["step"], found[which]["epoch"]) for which in ("last", "best")] == [(25, 3), (20, 2)]
     for which, one in (("last", last), ("best", best)):
         for split in ("val", "test"):

@@ -178,6 +178,7 @@ class Eval:
     test: Annotated[bool, "False while choices are being made: tables and pages show validation, test stays unread"] = (
         True
     )
+    coverage: Annotated[float, Bounds(0.5, 0.999), "promised coverage of prediction sets, which validation makes"] = 0.9
 
 
 @dataclass(frozen=True)

@@ -17,12 +17,12 @@ import numpy as np
 from mfm_jax.config import Config
 from mfm_jax.data import LongTailData, augment, sizes
 from mfm_jax.errors import UserError
+from mfm_jax.evaluation import conformal, tested
 from mfm_jax.evaluation import facts as facts_lib
-from mfm_jax.evaluation import tested
 from mfm_jax.evaluation.facts import Facts
 from mfm_jax.training import experiment as experiment_lib
 from mfm_jax.workdir.checkpoint import Checkpointer
-from mfm_jax.workdir.files import Workdir
+from mfm_jax.workdir.files import Workdir, read_object
 
 WHICH = ("last", "best")
 
@@ -39,6 +39,8 @@ class Classifier(NamedTuple):
     step: of its checkpoint.
     forward: uint8 `[B, H, W, C]` -> float32 `[B, K]`, the probabilities; a pure JAX function.
     probabilities: the same, compiled, of NumPy arrays.
+    sets: its prediction sets (`sets.members(probabilities)`); None where there was no validation split, for the
+      checkpoint that was best on it, and while a run has not finished.
     """
 
     facts: Facts
@@ -46,6 +48,7 @@ class Classifier(NamedTuple):
     step: int
     forward: Callable[[jax.Array], jax.Array]
     probabilities: Callable[[np.ndarray], np.ndarray]
+    sets: conformal.Sets | None = None
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -84,7 +87,8 @@ def load(workdir: str | Path, which: str = "last") -> Classifier:
             state, _ = checkpoints.restore_tested(step)
     plain = tested.of(config, np.asarray(facts.train_class_counts))
     params = plain.params(state)
-    return _of(facts, config, step, lambda image: plain.of_params(params, state.batch_stats, image))
+    found = _of(facts, config, step, lambda image: plain.of_params(params, state.batch_stats, image))
+    return found._replace(sets=_sets(workdir, which, step))
 
 
 def load_pretrained(config: Config, data: LongTailData) -> Classifier:
@@ -112,6 +116,14 @@ def _of(facts: Facts, config: Config, step: int, predict: Callable[[jax.Array], 
 
     compiled = jax.jit(forward)
     return Classifier(facts, config, step, forward, lambda images: np.asarray(compiled(images)))
+
+
+def _sets(workdir: Path, which: str, step: int) -> conformal.Sets | None:
+    """Returns the prediction sets that the results have of a checkpoint."""
+    path = Workdir(workdir).results
+    found = (read_object(path).get(which) or {}) if path.exists() else {}
+    sets = found.get("prediction_sets") if found.get("step") == step else None
+    return sets and conformal.from_dict(sets)
 
 
 def _best(checkpoints: Checkpointer, record: dict[str, Any], workdir: Path) -> int:

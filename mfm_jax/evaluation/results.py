@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mfm_jax.data import LongTailData, batches
-from mfm_jax.evaluation import metrics
+from mfm_jax.evaluation import conformal, metrics
 from mfm_jax.evaluation.classifier import Classifier
 
 
@@ -56,6 +56,7 @@ def of_run(
     split: str,
     *,
     calibrate: bool = False,
+    sets: conformal.Sets | None = None,
     show: Callable[[Answers], None] = lambda answers: None,
 ) -> dict[str, Any]:
     """Evaluates the classifiers of a run's last checkpoint and of the one best on validation.
@@ -64,13 +65,17 @@ def of_run(
       last, best: the classifiers; where they are of one step, it is evaluated once.
       asked: the questions by split; None for a split that is absent or not to be read.
       split: the one to show.
-      calibrate: also fit a temperature on `val`.
+      calibrate: also fit a temperature on `val`, and the prediction sets of `last`. Those of `best`, which validation
+        chose, would not keep their promise.
+      sets: prediction sets of `last` that were fitted before.
       show: is called with the answers of `last` on `split`.
 
     Returns:
       `method`, `seed` and `split`; `last` and `best` (None without one), each with `step`, `epoch`, for each of `asked`
       what `metrics.evaluate` returns or None, and with `calibrate` the `calibration`, None without `val`: the
-      `temperature` that suits validation best, and the calibration error with it of each split (`ece`).
+      `temperature` that suits validation best, and the calibration error with it of each split (`ece`). With prediction
+      sets `last` has `prediction_sets`: `Sets.to_dict`, and under `measured` what `conformal.measure` returns of each
+      split that was neither trained on nor used for them.
     """
 
     def checkpoint(classifier: Classifier) -> dict[str, Any]:
@@ -83,11 +88,26 @@ def of_run(
             "epoch": -(-classifier.step // batches.steps_per_epoch(images, classifier.config.train.batch_size)),
             **{name: evaluate(classifier, answers[name]) if name in answers else None for name in asked},
             **({"calibration": _calibration(answers)} if calibrate else {}),
+            **(_prediction_sets(classifier, answers, sets, fit=calibrate) if classifier is last else {}),
         }
 
     of_last, config = checkpoint(last), last.config
     of_best = best and (of_last if best.step == last.step else checkpoint(best))
     return {"method": config.method.name, "seed": config.train.seed, "split": split, "last": of_last, "best": of_best}
+
+
+def _prediction_sets(
+    classifier: Classifier, answers: Mapping[str, Answers], sets: conformal.Sets | None, *, fit: bool
+) -> dict[str, Any]:
+    counts = np.asarray(classifier.facts.train_class_counts)
+    if fit and "val" in answers:
+        sets = conformal.fit(*answers["val"], counts, classifier.config.eval.coverage)
+    if not sets:
+        return {}
+    measured = {
+        name: conformal.measure(sets, *found, counts) for name, found in answers.items() if name not in ("val", "train")
+    }
+    return {"prediction_sets": sets.to_dict() | {"measured": measured}}
 
 
 def _calibration(answers: Mapping[str, Answers]) -> dict[str, Any] | None:

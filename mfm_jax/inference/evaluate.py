@@ -91,7 +91,8 @@ def evaluate_run(
         if not len(getattr(data, f"{split}_labels")):
             raise UserError(f"--split={split}: {data.name} has no such split")
         asked = results_lib.on_split(data, split, given.eval.batch_size, given.data.workers, watch=track)
-    results = results_lib.of_run(last, best, {split: asked}, split) | {
+    sets = None if split in ("train", "val") else last.sets
+    results = results_lib.of_run(last, best, {split: asked}, split, sets=sets) | {
         "folder": str(folder or ""),
         "pretrained": given.model.pretrained if as_is else "",
         "unread": unread,

@@ -91,6 +91,7 @@ def _content(run: Finished) -> dict[str, Any]:
         "worst": mistakes.worst(run),
         "pairs": mistakes.pairs(run),
         "gallery": mistakes.rare(run),
+        "sets": _sets(run),
         "story": _story(run),
         "class_rows": _class_rows(run, best) if len(run.classes.names) <= TABLE_CLASSES else [],
         "num_classes": len(run.classes.names),
@@ -156,6 +157,24 @@ def _story(run: Finished) -> list[str]:
         count = len(run.rows["warning"])
         told.append(f"{count} warning{'s' if count > 1 else ''}, at the top." if count else "No warning was given.")
     return told
+
+
+def _sets(run: Finished) -> dict[str, Any] | None:
+    """Returns what the page shows of the prediction sets: the promise, the pools, and a row a shot group."""
+    sets = run.results["last"].get("prediction_sets")
+    measured = sets and sets["measured"].get(run.split)
+    if not measured:
+        return None
+    rows = [
+        found
+        | {
+            "name": "All images" if group == "all" else f"{group.capitalize()}-shot classes",
+            "coverage": found["covered"] / found["images"],
+            "interval": intervals.wilson(found["covered"] / found["images"], found["images"]),
+        }
+        for group, found in measured.items()
+    ]
+    return {"coverage": sets["coverage"], "pools": len(set(sets["pools"])), "rows": rows}
 
 
 def _class_rows(run: Finished, best: dict[str, Any] | None) -> list[dict[str, Any]]:
