@@ -29,10 +29,8 @@ def held_out(workdir: Path) -> tuple[classifier.Classifier, results.Answers]:
     trained = classifier.load(workdir)
     config = dataclasses.replace(trained.config, eval=dataclasses.replace(trained.config.eval, test=True))
     data = data_lib.build(config)
-    asked = [results.on_split(data, split, config.eval.batch_size) for split in ("val", "test")]
-    parts = [
-        ask(trained) for ask, split in zip(asked, ("val", "test"), strict=True) if len(getattr(data, f"{split}_labels"))
-    ]
+    splits = [split for split in ("val", "test") if len(getattr(data, f"{split}_labels"))]
+    parts = [results.on_split(data, split, config.eval.batch_size)(trained) for split in splits]
     return trained, results.Answers(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
 

@@ -191,9 +191,9 @@ def test_the_table_holds_every_file_in_order(workers, trained_run, folder, test_
 
 def test_a_row_is_as_computed_by_hand():
     item = decode.Decoded(Path("x.png"), np.zeros((1, 1, 1), np.uint8))
-    row = predict.Form(["a", "b", "c"], 2, None, False).row(item, np.float32([0.125, 0.625, 0.25]))
-    assert row == [Path("x.png"), "b", "0.625", "", "c", "0.25"]
-    assert predict._header(["a", "b", "c"], 2, False) == [
+    form = predict.Form(["a", "b", "c"], 2, None, False)
+    assert form.row(item, np.float32([0.125, 0.625, 0.25])) == [Path("x.png"), "b", "0.625", "", "c", "0.25"]
+    assert form.header() == [
         *("path", "class", "probability", "problem"),
         *("class_2", "probability_2"),
     ]
