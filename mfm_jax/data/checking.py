@@ -30,7 +30,7 @@ from mfm_jax.data.listing import SPLITS, Listing
 from mfm_jax.data.pictures import FORMAT, Facts, facts_or_reason
 from mfm_jax.data.stamps import Stamp
 from mfm_jax.data.walk import Problem
-from mfm_jax.errors import UserError
+from mfm_jax.errors import UserError, some_of
 from mfm_jax.machine import cache as cache_lib
 
 NEAR = 2  # bits of `Facts.look` in which pictures that look alike may differ
@@ -221,8 +221,7 @@ def _classes_of_copies(listing: Listing, facts: Sequence[Facts | None]) -> dict[
     for label in sorted(contents, key=lambda label: (-len(contents[label]), -label)):
         others = [classes[digest] - {label} - found.keys() for digest in contents[label]]
         if all(others):
-            names = [listing.class_names[other] for other in sorted(set().union(*others))]
-            told = ", ".join(map(repr, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+            told = some_of([repr(listing.class_names[other]) for other in sorted(set().union(*others))], 3)
             found[label] = f"a class of copies: the files of all its pictures are in {told}, too; remove one of the two"
     return found
 

@@ -24,7 +24,7 @@ from mfm_jax.data import lists as list_files
 from mfm_jax.data.list_text import is_unicode
 from mfm_jax.data.lists import SPLITS, Row
 from mfm_jax.data.walk import Problem, class_name, look_alikes, not_a_picture, scan, walk
-from mfm_jax.errors import UserError
+from mfm_jax.errors import UserError, some_of
 
 _SPLIT_WORDS = {
     **dict.fromkeys(("train", "training"), "train"),
@@ -75,8 +75,7 @@ class Listing:
             there = set(self.labels[self.splits == split].tolist())
             absent = [repr(name) for k, name in enumerate(self.class_names) if k not in there]
             if there and absent:
-                more = f" and {len(absent) - 3} more" if len(absent) > 3 else ""
-                lines.append(f"{split} has no picture of {', '.join(absent[:3])}{more}")
+                lines.append(f"{split} has no picture of {some_of(absent, 3)}")
         return lines
 
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from mfm_jax.data import labels, list_text
 from mfm_jax.data.spelling import Disk
 from mfm_jax.data.walk import Problem, class_name
-from mfm_jax.errors import UserError
+from mfm_jax.errors import UserError, some_of
 
 SPLITS = ("train", "val", "meta", "test")
 
@@ -155,13 +155,12 @@ def _untrained(file: str, rows: list[Row], names: Iterable[str], numbered: bool)
     """Returns the problem that classes have no training picture, if so."""
     trained, named = {row.label for row in rows if row.split == "train"}, {row.label for row in rows}
     missing = [name for name in names if name not in trained]
-    what = ", ".join(missing[:20]) + (f" and {len(missing) - 20} more" if len(missing) > 20 else "")
     hint = "; all lists count the classes from 0" if numbered else ""
     if not named.issuperset(missing):
         hint = (
             "; whole numbers from 0 count the classes: leave none out, or make names of them with a letter before each"
         )
-    return [Problem(file, f"no training picture of class {what}{hint}")] if missing else []
+    return [Problem(file, f"no training picture of class {some_of(missing, 20)}{hint}")] if missing else []
 
 
 def _numbered_names(rows: list[Row]) -> dict[str, str]:

@@ -26,7 +26,7 @@ import safetensors
 import safetensors.numpy
 
 from mfm_jax.config import SMALL_RESNETS
-from mfm_jax.errors import UserError
+from mfm_jax.errors import UserError, some_of
 from mfm_jax.types import PyTree
 
 _WRAPPERS = ("state_dict", "model")
@@ -138,7 +138,7 @@ def load(
             found.append(tensor)
     wrong = {"missing": missing, "unknown": sorted(tensors), "of another shape": misshapen}
     if any(wrong.values()):
-        told = "; ".join(f"{what}: {_listed(which)}" for what, which in wrong.items() if which)
+        told = "; ".join(f"{what}: {some_of(which)}" for what, which in wrong.items() if which)
         raise UserError(
             f"model.pretrained = {str(path)!r}: these are not the weights of model.name = {model_name!r}: {told}"
         )
@@ -280,7 +280,3 @@ def _fitted(tensor: np.ndarray, leaf: str, shape: tuple[int, ...], said: list[st
             resized = jax.image.resize(grid, (1, new, new, grid.shape[-1]), "bicubic")
             tensor = np.concatenate([tensor[:, :1], np.asarray(resized).reshape(1, new**2, -1)], axis=1)
     return tensor
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
