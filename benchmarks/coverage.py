@@ -19,10 +19,6 @@ import numpy as np
 from mfm_jax import data as data_lib
 from mfm_jax.evaluation import classifier, conformal, intervals, results
 
-FIELDS = (
-    "run", "method", "group", "images", "promise", "coverage", "coverage_std", "low", "high", "held", "size", "empty",
-)  # fmt: skip
-
 
 def held_out(workdir: Path) -> tuple[classifier.Classifier, results.Answers]:
     """Returns the last classifier of a run, and its answers on validation and test images."""
@@ -53,21 +49,16 @@ def rows(workdir: Path, promise: float, per_class: int, repeats: int) -> list[di
         sets = conformal.fit(probs[chosen], labels[chosen], counts, promise)
         for group, measured in conformal.measure(sets, probs[~chosen], labels[~chosen], counts).items():
             found.setdefault(group, []).append(measured)
-    return [_row(workdir, trained, group, promise, each) for group, each in found.items()]
+    settings = {"run": workdir.name, "method": trained.config.method.name, "per_class": per_class, "promise": promise}
+    return [settings | {"group": group} | _row(promise, each) for group, each in found.items()]
 
 
-def _row(
-    workdir: Path, trained: classifier.Classifier, group: str, promise: float, each: list[dict[str, float]]
-) -> dict[str, object]:
+def _row(promise: float, each: list[dict[str, float]]) -> dict[str, object]:
     images = each[0]["images"]
     coverage = np.array([one["covered"] / one["images"] for one in each])
     low, high = intervals.wilson(float(coverage.mean()), images)
     return {
-        "run": workdir.name,
-        "method": trained.config.method.name,
-        "group": group,
         "images": int(images),
-        "promise": promise,
         "coverage": round(float(coverage.mean()), 4),
         "coverage_std": round(float(coverage.std(ddof=1)), 4),
         "low": round(low, 4),
@@ -97,7 +88,7 @@ def main() -> None:
     if options.out:
         new = not options.out.exists()
         with options.out.open("a", newline="") as file:
-            writer = csv.DictWriter(file, FIELDS)
+            writer = csv.DictWriter(file, list(table[0]))
             if new:
                 writer.writeheader()
             writer.writerows(table)
