@@ -35,7 +35,15 @@ PLATFORMS = ("cpu", "cuda", "tpu")
 TOLERANCE = 1e-5  # of a probability, between a file and the checkpoint
 
 
-def export(workdir: Path, out: Path, which: str = "last", *, onnx: bool = False, made_by: str = "") -> dict[str, int]:
+def export(
+    workdir: str | Path,
+    out: str | Path,
+    which: str = "last",
+    *,
+    onnx: bool = False,
+    made_by: str = "",
+    module: Any = None,
+) -> dict[str, int]:
     """Writes the classifier of a finished run to the folder `out`.
 
     Args:
@@ -44,6 +52,7 @@ def export(workdir: Path, out: Path, which: str = "last", *, onnx: bool = False,
       which: "last" or "best", the checkpoint.
       onnx: write `classifier.onnx` as well.
       made_by: the command, for the card.
+      module: as in `classifier.load`.
 
     Returns:
       The bytes of each file of the classifier.
@@ -53,8 +62,9 @@ def export(workdir: Path, out: Path, which: str = "last", *, onnx: bool = False,
         installed.
       RuntimeError: a file's probabilities differ from the checkpoint's by more than 1e-5.
     """
+    workdir, out = Path(workdir), Path(out)
     Workdir(out).check_no_run()
-    trained, run = classifier.load(workdir, which), finished.read(workdir)
+    trained, run = classifier.load(workdir, which, module=module), finished.read(workdir)
     found = run.results[which]
     if trained.step != found["step"]:
         raise UserError(f"{Workdir(workdir).results}: of step {found['step']}, the checkpoint of step {trained.step}")

@@ -15,7 +15,7 @@ import optax
 from jax.sharding import Mesh
 
 from mfm_jax import bilevel
-from mfm_jax.bilevel import modulation
+from mfm_jax.bilevel import modulation, passes
 from mfm_jax.bilevel.outer import MetaLearner
 from mfm_jax.bilevel.passes import Pass
 from mfm_jax.config import Config
@@ -25,7 +25,8 @@ from mfm_jax.evaluation.tested import Tested
 from mfm_jax.machine import parallel
 from mfm_jax.methods import heads, table
 from mfm_jax.methods.table import METHODS, Method
-from mfm_jax.models import pretrained
+from mfm_jax.models import own, pretrained
+from mfm_jax.models.own import Adapted
 from mfm_jax.training import preflight, recipe, weights
 from mfm_jax.training.recipe import Recipe
 from mfm_jax.types import ApplyFn, BilevelState, Modulate, Modulator, PyTree
@@ -84,7 +85,7 @@ def build(config: Config, data: LongTailData, mesh: Mesh | None = None) -> Exper
     method, counts = METHODS[config.method.name], jnp.asarray(data.counts)
     plain, rules = tested.of(config, data.counts), recipe.of(config, data)
     image = jnp.zeros((1, *data.train_images.shape[1:]), jnp.float32)
-    channels = _channels(config, plain.module, image)  # checks the sites for every method
+    channels = _channels(config, plain.module, image, data.num_classes, mesh)
     learner = method.learner(config, counts, channels) if method.learner else None
     phi_tx = recipe.outer_optimizer(config, learner, rules.steps_per_epoch) if learner else rules.second_tx
     forward = Pass(plain.apply, parts=config.train.accumulate)
@@ -92,7 +93,8 @@ def build(config: Config, data: LongTailData, mesh: Mesh | None = None) -> Exper
         forward = dataclasses.replace(forward, apply=_on_mesh(config, plain.module, mesh), axis_name=parallel.AXIS)
 
     def fresh() -> PyTree:
-        variables = plain.module.init(jax.random.split(jax.random.key(config.train.seed))[0], image)
+        key = jax.random.split(jax.random.key(config.train.seed))[0]
+        variables = plain.module.init({**passes.rngs(key), "params": key}, image)
         if method.prior_bias:
             variables = {**variables, "params": heads.with_prior_bias(variables["params"], counts)}
         return variables
@@ -143,13 +145,20 @@ def build(config: Config, data: LongTailData, mesh: Mesh | None = None) -> Exper
     )
 
 
-def _channels(config: Config, module: nn.Module, image: jax.Array) -> dict[str, int]:
-    """Returns the widths of the configured sites and of `pooled`, read off the model."""
+def _channels(
+    config: Config, module: nn.Module, image: jax.Array, num_classes: int, mesh: Mesh | None
+) -> dict[str, int]:
+    """Returns the widths of all sites, read off the model; checks that what the config asks of the model is there."""
+    if isinstance(module, Adapted):
+        found = own.seen(module, image.shape[1:], num_classes, f"model.name = {config.model.name!r}")
+        preflight.check_own(config, module, found, mesh)
+        return found.sites
 
     def run(modulate: Modulate) -> PyTree:
         return module.init(jax.random.key(0), image, modulate=modulate)
 
-    return modulation.site_channels(run, (*config.sites, "pooled"))
+    modulation.site_channels(run, config.sites)  # for every method
+    return modulation.site_channels(run)
 
 
 def _on_mesh(config: Config, module: nn.Module, mesh: Mesh) -> ApplyFn:
