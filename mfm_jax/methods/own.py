@@ -64,6 +64,12 @@ def learner(config: Config, counts: jax.Array, channels: Mapping[str, int]) -> M
             f"{field}: makes a {type(own).__name__}; make a MetaLearner or a Modulator from (config, counts, channels)"
         )
     found = outer.of(own)
+    try:
+        phi = jax.eval_shape(lambda: found.init(jax.random.key(0)))
+    except Exception as error:
+        raise UserError(f"{field}: its init(key) fails: {in_a_line(error)}") from error
+    if hasattr(phi, "shape"):  # a checkpoint holds a tree
+        raise UserError(f"{field}: its phi is one array; put it in a dict")
     if found.per_batch and (config.meta.lagged or config.optim.clip_norm):
         raise UserError(f"{field}: its phi belongs to one batch; set meta.lagged = False and optim.clip_norm = 0")
     return found

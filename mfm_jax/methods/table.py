@@ -221,6 +221,7 @@ METHODS = {
     "own_learner": Method(learner=own.learner, search=_META),
 }
 
+BUILT_IN = tuple(name for name in METHODS if name not in ("own_loss", "own_learner"))
 COMPARED = ("ce", "mfm")  # where no methods are named; the baseline first
 
 
