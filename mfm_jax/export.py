@@ -23,9 +23,10 @@ import numpy as np
 
 from mfm_jax import command
 from mfm_jax.data import formats, pictures
-from mfm_jax.errors import UserError
+from mfm_jax.errors import UserError, in_a_line
 from mfm_jax.evaluation import classifier
 from mfm_jax.evaluation.classifier import Classifier
+from mfm_jax.fields import names_own
 from mfm_jax.machine import disk, versions
 from mfm_jax.pages import card, style
 from mfm_jax.workdir import finished
@@ -94,8 +95,20 @@ def export(
 
 
 def exported(trained: Classifier) -> jax.export.Exported:
-    """Returns uint8 `[b, H, W, C]` -> float32 `[b, K]` for every platform, b symbolic, the parameters inside."""
-    return jax.export.export(jax.jit(trained.forward), platforms=PLATFORMS)(_images(trained))
+    """Returns uint8 `[b, H, W, C]` -> float32 `[b, K]` for every platform, b symbolic, the parameters inside.
+
+    Raises:
+      UserError: a module of the user's own that does not take a free batch size.
+    """
+    try:
+        return jax.export.export(jax.jit(trained.forward), platforms=PLATFORMS)(_images(trained))
+    except Exception as error:
+        if not names_own(trained.config.model.name):
+            raise
+        raise UserError(
+            f"model.name = {trained.config.model.name!r}: fails where the batch size is free ({in_a_line(error)});"
+            " change what needs a number, e.g. len(x) to x.shape[0], and export again"
+        ) from error
 
 
 def _images(trained: Classifier) -> jax.ShapeDtypeStruct:

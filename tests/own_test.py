@@ -122,6 +122,20 @@ def test_predicts_and_exports_as_it_was_tested(run, tmp_path):
     assert json.loads((tmp_path / "exported" / "classifier.json").read_text())["method"] == "own_learner"
 
 
+class Counting(nn.Module):
+    """Needs the batch size as a number."""
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(own_parts.CLASSES)(x.reshape(len(x), -1))
+
+
+def test_a_module_that_needs_the_batch_size_is_told(tmp_path, one_device):
+    mfm.train_and_evaluate(plain(train__max_steps=1), tmp_path, module=Counting())
+    with pytest.raises(UserError, match=r"model.name = 'given': fails where the batch size is free \(TypeError: .*len"):
+        export(tmp_path, tmp_path / "exported", module=Counting())
+
+
 @pytest.mark.slow
 def test_compares_in_processes_of_their_own(tmp_path, monkeypatch):
     from mfm_jax import compare
@@ -476,6 +490,10 @@ def test_an_own_source_has_the_size_that_is_asked_for():
         ({"loss": lambda logits, labels: logits.mean()}, r"method.loss = 'given': returns float32 \[\] for 5 examples"),
         ({"loss": lambda logits, labels: labels}, r"returns int32 \[5\] for 5 examples; return the loss of each"),
         ({"loss": lambda logits: logits}, "fails on logits .*TypeError"),
+        (
+            {"learner": mfm.MetaLearner("w", lambda key: {}, lambda *_: 1 / 0)},
+            "a step with it fails: ZeroDivisionError",
+        ),
         ({"learner": lambda *_: 3}, "method.learner = 'given': makes a int; make a MetaLearner or a Modulator"),
         ({"learner": mfm.MetaLearner("w", lambda key: jnp.zeros(2))}, "its phi is one array; put it in a dict"),
         ({"learner": mfm.MetaLearner("w", lambda: {})}, r"its init\(key\) fails: TypeError"),

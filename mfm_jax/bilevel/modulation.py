@@ -229,7 +229,16 @@ def site_channels(apply: Callable[[Modulate], PyTree], sites: Sequence[str] | No
         return features
 
     jax.eval_shape(lambda: apply(record))
-    for site in sites or ():
-        if site not in seen:
-            raise UserError(f"modulation.sites = {site!r}: the model has no such site; allowed: {', '.join(seen)}")
-    return seen if sites is None else {site: seen[site] for site in sites}
+    return seen if sites is None else chosen(seen, sites)
+
+
+def chosen(channels: Mapping[str, int], sites: Sequence[str]) -> dict[str, int]:
+    """Returns those of `channels` that belong to `sites`.
+
+    Raises:
+      UserError: a site that is not there.
+    """
+    for site in sites:
+        if site not in channels:
+            raise UserError(f"modulation.sites = {site!r}: the model has no such site; allowed: {', '.join(channels)}")
+    return {site: channels[site] for site in sites}

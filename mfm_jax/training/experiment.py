@@ -20,6 +20,7 @@ from mfm_jax.bilevel.outer import MetaLearner
 from mfm_jax.bilevel.passes import Pass
 from mfm_jax.config import Config
 from mfm_jax.data import LongTailData
+from mfm_jax.errors import UserError, in_a_line
 from mfm_jax.evaluation import tested
 from mfm_jax.evaluation.tested import Tested
 from mfm_jax.machine import parallel
@@ -29,7 +30,7 @@ from mfm_jax.models import own, pretrained
 from mfm_jax.models.own import Adapted
 from mfm_jax.training import preflight, recipe, weights
 from mfm_jax.training.recipe import Recipe
-from mfm_jax.types import ApplyFn, BilevelState, Modulate, Modulator, PyTree
+from mfm_jax.types import ApplyFn, Batch, BilevelState, Modulate, Modulator, PyTree
 
 
 @dataclass(frozen=True)
@@ -124,8 +125,11 @@ def build(config: Config, data: LongTailData, mesh: Mesh | None = None) -> Exper
         meta_step = meta_step and parallel.shard_step(meta_step, mesh, 2)
         retrain_step = retrain_step and parallel.shard_step(retrain_step, mesh, 1)
     extract = heads.features(plain.apply)
+    init = jax.jit(lambda: start(fresh()))  # hundreds of small operations otherwise, each compiled by itself
+    if learner and config.method.name == "own_learner":
+        _trace(config, init, meta_step or plain_step, image.shape[1:])
     return Experiment(
-        init=jax.jit(lambda: start(fresh())),  # hundreds of small operations otherwise, each compiled by itself
+        init=init,
         init_pretrained=init_pretrained if config.model.pretrained or config.model.init_from else None,
         plain_step=plain_step,
         meta_step=meta_step,
@@ -157,8 +161,9 @@ def _channels(
     def run(modulate: Modulate) -> PyTree:
         return module.init(jax.random.key(0), image, modulate=modulate)
 
-    modulation.site_channels(run, config.sites)  # for every method
-    return modulation.site_channels(run)
+    channels = modulation.site_channels(run)
+    modulation.chosen(channels, config.sites)  # checked for every method
+    return channels
 
 
 def _on_mesh(config: Config, module: nn.Module, mesh: Mesh) -> ApplyFn:
@@ -168,6 +173,30 @@ def _on_mesh(config: Config, module: nn.Module, mesh: Mesh) -> ApplyFn:
     else:
         apply = parallel.averaged_statistics(tested.applied(config, module))
     return parallel.gathered(apply) if parallel.MODEL_AXIS in mesh.axis_names else apply
+
+
+def _trace(config: Config, init: Callable, step: Callable, image_shape: tuple[int, ...]) -> None:
+    """Traces a step of a meta learner of the user's own, whose functions can fail in any way.
+
+    Raises:
+      UserError: it fails.
+    """
+
+    def batch(size: int) -> Batch:
+        return Batch(jnp.zeros((size, *image_shape), jnp.float32), jnp.zeros(size, jnp.int32))
+
+    def run() -> PyTree:
+        metas = () if config.meta.freeze else (batch(config.meta.batch_size),)
+        return step(init(), batch(config.train.batch_size), *metas)
+
+    try:
+        jax.eval_shape(run)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(
+            f"method.learner = {config.method.learner!r}: a step with it fails: {in_a_line(error)}"
+        ) from error
 
 
 def _steps(
