@@ -28,7 +28,7 @@ from rich.table import Table
 from mfm_jax import config as config_lib
 from mfm_jax.data import longtail
 from mfm_jax.machine import parallel
-from mfm_jax.methods.table import METHODS
+from mfm_jax.methods.table import BUILT_IN
 from mfm_jax.training import experiment as experiment_lib
 from mfm_jax.types import Batch
 
@@ -253,7 +253,7 @@ def main() -> None:
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", 8)
     if options.collectives:
-        print(json.dumps({name: collectives_of(name) for name in METHODS}, indent=1))
+        print(json.dumps({name: collectives_of(name) for name in BUILT_IN}, indent=1))
         return
     console = Console(width=120)
     console.print(programs_table(options.quick))

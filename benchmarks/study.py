@@ -30,7 +30,7 @@ from ml_collections import config_flags
 
 from mfm_jax import command, compare
 from mfm_jax import config as config_lib
-from mfm_jax.methods.table import METHODS
+from mfm_jax.methods.table import BUILT_IN
 from mfm_jax.pages import comparison
 from mfm_jax.study import runs, tune
 
@@ -87,7 +87,7 @@ def tiers(own_factor: float, source: str) -> dict[str, list[Row]]:
         "peers": [*chosen(PEERS, 100.0, 5), Row("logit_adjusted_natural", "logit_adjusted", 100.0, 5)],
         "transfer": [row for factor in (200.0, 50.0) for row in transferred(factor, 2)],
         "borrowed": chosen(("ce", "mfm"), own_factor, 5) + transferred(own_factor, 5),
-        "others": [Row(name, name, 100.0, 1, UNTUNED.get(name, {})) for name in METHODS if name not in MAIN + PEERS],
+        "others": [Row(name, name, 100.0, 1, UNTUNED.get(name, {})) for name in BUILT_IN if name not in MAIN + PEERS],
     }
 
 

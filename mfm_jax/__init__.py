@@ -15,8 +15,11 @@ if TYPE_CHECKING:
     from mfm_jax.bilevel import make_step as make_step
     from mfm_jax.bilevel import modulation as modulation
     from mfm_jax.bilevel.outer import MetaLearner as MetaLearner
+    from mfm_jax.data.own import source_of_arrays as source_of_arrays
+    from mfm_jax.data.sources import Source as Source
     from mfm_jax.errors import UserError as UserError
     from mfm_jax.evaluation.classifier import load as load
+    from mfm_jax.models.own import from_nnx as from_nnx
     from mfm_jax.training.train import train_and_evaluate as train_and_evaluate
     from mfm_jax.types import Batch as Batch
     from mfm_jax.types import BilevelState as BilevelState
@@ -28,8 +31,11 @@ __version__ = "0.1.0"
 _HOME = {
     "bilevel": ("MetaRule", "Pass", "init_state", "losses", "make_plain_step", "make_step", "modulation"),
     "bilevel.outer": ("MetaLearner",),
+    "data.own": ("source_of_arrays",),
+    "data.sources": ("Source",),
     "errors": ("UserError",),
     "evaluation.classifier": ("load",),
+    "models.own": ("from_nnx",),
     "training.train": ("train_and_evaluate",),
     "types": ("Batch", "BilevelState", "Modulator", "no_modulation"),
 }

@@ -31,6 +31,7 @@ _HELP = {"--help", "-h", "-help"}
 
 def main() -> int:
     """Does what the command line says; returns the exit status."""
+    sys.path.insert(0, str(Path.cwd()))  # where `python -m mfm_jax` looks for the user's own modules, too
     try:
         return _do(sys.argv[1:])
     except (UserError, OSError) as error:  # OSError: a name that no file can have

@@ -150,12 +150,21 @@ def _check_tuned(folder: Path, trials: int) -> None:
 
 def run_fields(config: Any, method: str, seed: int) -> dict[str, dict[str, Any]]:
     """Returns the config's fields for one run: what a method cannot share with the others is set for it alone."""
-    fields = config_lib.resolve(config).to_dict()
+    given = config.to_dict() if hasattr(config, "to_dict") else config
+    fields: dict[str, dict[str, Any]] = {group: dict(given.get(group, {})) for group in {*config_lib.GROUPS, *given}}
     fields["method"]["name"], fields["train"]["seed"] = method, seed
-    fields["data"]["train_on_meta"] &= METHODS[method].learner is None
     for group, values in METHODS[method].overrides.items():
         fields[group].update(values)
-    return fields
+    for part in _not_read(method, fields["method"].get("base", "")):
+        fields["method"].pop(part, None)
+    fields["data"]["train_on_meta"] = fields["data"].get("train_on_meta", False) and METHODS[method].learner is None
+    return config_lib.resolve(fields).to_dict()
+
+
+def _not_read(method: str, base: str) -> list[str]:
+    """Returns the parts of the user's own that a method beside others does not read, as fields of `method`."""
+    reads = {method, base if METHODS[method].learner else ""}
+    return [part for part in ("loss", "learner") if f"own_{part}" not in reads]
 
 
 def peak_memory(folder: Path, seeds: Sequence[int]) -> float | None:

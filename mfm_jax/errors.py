@@ -1,6 +1,8 @@
-"""The one exception whose text is meant for the user rather than for a developer, and how it names many things."""
+"""The one exception whose text is meant for the user rather than for a developer, and the lines that it is made of."""
 
 from collections.abc import Sequence
+
+_LONGEST = 200  # characters of somebody else's message
 
 
 class UserError(ValueError):
@@ -14,3 +16,9 @@ class UserError(ValueError):
 def some_of(names: Sequence[str], most: int = 5) -> str:
     """Returns the first `most` names in a row, and how many more there are."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def in_a_line(error: Exception) -> str:
+    """Returns what another program's error is, for a message of one line: its kind, and the first line of its text."""
+    text = str(error).strip().partition("\n")[0]
+    return f"{type(error).__name__}: {text[:_LONGEST]}{'...' if len(text) > _LONGEST else ''}"

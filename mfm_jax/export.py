@@ -23,9 +23,10 @@ import numpy as np
 
 from mfm_jax import command
 from mfm_jax.data import formats, pictures
-from mfm_jax.errors import UserError
+from mfm_jax.errors import UserError, in_a_line
 from mfm_jax.evaluation import classifier
 from mfm_jax.evaluation.classifier import Classifier
+from mfm_jax.fields import names_own
 from mfm_jax.machine import disk, versions
 from mfm_jax.pages import card, style
 from mfm_jax.workdir import finished
@@ -35,7 +36,15 @@ PLATFORMS = ("cpu", "cuda", "tpu")
 TOLERANCE = 1e-5  # of a probability, between a file and the checkpoint
 
 
-def export(workdir: Path, out: Path, which: str = "last", *, onnx: bool = False, made_by: str = "") -> dict[str, int]:
+def export(
+    workdir: str | Path,
+    out: str | Path,
+    which: str = "last",
+    *,
+    onnx: bool = False,
+    made_by: str = "",
+    module: Any = None,
+) -> dict[str, int]:
     """Writes the classifier of a finished run to the folder `out`.
 
     Args:
@@ -44,6 +53,7 @@ def export(workdir: Path, out: Path, which: str = "last", *, onnx: bool = False,
       which: "last" or "best", the checkpoint.
       onnx: write `classifier.onnx` as well.
       made_by: the command, for the card.
+      module: as in `classifier.load`.
 
     Returns:
       The bytes of each file of the classifier.
@@ -53,8 +63,9 @@ def export(workdir: Path, out: Path, which: str = "last", *, onnx: bool = False,
         installed.
       RuntimeError: a file's probabilities differ from the checkpoint's by more than 1e-5.
     """
+    workdir, out = Path(workdir), Path(out)
     Workdir(out).check_no_run()
-    trained, run = classifier.load(workdir, which), finished.read(workdir)
+    trained, run = classifier.load(workdir, which, module=module), finished.read(workdir)
     found = run.results[which]
     if trained.step != found["step"]:
         raise UserError(f"{Workdir(workdir).results}: of step {found['step']}, the checkpoint of step {trained.step}")
@@ -85,8 +96,20 @@ def export(workdir: Path, out: Path, which: str = "last", *, onnx: bool = False,
 
 
 def exported(trained: Classifier) -> jax.export.Exported:
-    """Returns uint8 `[b, H, W, C]` -> float32 `[b, K]` for every platform, b symbolic, the parameters inside."""
-    return jax.export.export(jax.jit(trained.forward), platforms=PLATFORMS)(_images(trained))
+    """Returns uint8 `[b, H, W, C]` -> float32 `[b, K]` for every platform, b symbolic, the parameters inside.
+
+    Raises:
+      UserError: a module of the user's own that does not take a free batch size.
+    """
+    try:
+        return jax.export.export(jax.jit(trained.forward), platforms=PLATFORMS)(_images(trained))
+    except Exception as error:
+        if not names_own(trained.config.model.name):
+            raise
+        raise UserError(
+            f"model.name = {trained.config.model.name!r}: fails where the batch size is free ({in_a_line(error)});"
+            " change what needs a number, e.g. len(x) to x.shape[0], and export again"
+        ) from error
 
 
 def _images(trained: Classifier) -> jax.ShapeDtypeStruct:

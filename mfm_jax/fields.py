@@ -3,7 +3,8 @@
     pad: Annotated[int, Bounds(0), "reflect-pad this many pixels, then crop at random; 0 = off"] = 4
     dtype: Annotated[Literal["float32", "bfloat16"], "of the computation; parameters stay float32"] = "float32"
 
-Before the meaning, `MAY_CHANGE` marks a field that a run may go on with at another value.
+Before the meaning, `MAY_CHANGE` marks a field that a run may go on with at another value, and `OWN` one that may name a
+part of the user's own.
 
 A type checker, an editor and `declared` all read an annotation, so the meaning is a plain string in it. A comment is
 lost to the program, and a section of the docstring would name every field a second time.
@@ -11,6 +12,7 @@ lost to the program, and a section of the docstring would name every field a sec
 
 import dataclasses
 import math
+import re
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args, get_origin
 
@@ -18,6 +20,15 @@ from mfm_jax.errors import UserError
 
 # Of a field on which no result depends, or whose effect on the data a run's manifest tells.
 MAY_CHANGE = "may change"
+# Of a field whose value may be the import path of the user's own module, source, loss or meta learner.
+OWN = "own"
+GIVEN = "given"  # what such a field has where the object came from Python and no import path leads to it
+_NAME = r"[^\W\d]\w*(\.[^\W\d]\w*)*"
+
+
+def names_own(value: str) -> bool:
+    """Whether a field's value stands for a part of the user's own: `package.module:name`, or `GIVEN`."""
+    return value == GIVEN or bool(re.fullmatch(f"{_NAME}:{_NAME}", value))
 
 
 @dataclass(frozen=True)
@@ -44,6 +55,7 @@ class Field(NamedTuple):
     bounds: of an int or a float; None for others.
     meaning: for the reader, one line.
     may_change: whether a run that has begun goes on with another value.
+    own: whether it may be an import path.
     """
 
     path: str
@@ -53,12 +65,13 @@ class Field(NamedTuple):
     bounds: Bounds | None
     meaning: str
     may_change: bool = False
+    own: bool = False
 
     @property
     def allowed(self) -> str:
         """The values that it may have, in words."""
-        if self.choices:
-            return ", ".join(sorted(self.choices))
+        if self.choices or self.own:
+            return ", ".join([*sorted(self.choices), *["an import path package.module:name"] * self.own])
         return str(self.bounds or {bool: "True, False", str: "text"}.get(self.kind, "any number"))
 
     def checked(self, value: Any) -> Any:
@@ -71,7 +84,10 @@ class Field(NamedTuple):
             value = float(value)
         if type(value) is not self.kind:
             raise UserError(f"{self.path} = {value!r}: expected {self.kind.__name__}, got {type(value).__name__}")
-        if (self.choices and value not in self.choices) or (self.bounds and value not in self.bounds):
+        choices = (*self.choices, *[self.default] * self.own)
+        if self.own and names_own(str(value)):
+            return value
+        if (choices and value not in choices) or (self.bounds and value not in self.bounds):
             raise UserError(f"{self.path} = {value!r}: allowed: {self.allowed}")
         return value
 
@@ -84,5 +100,5 @@ def declared(group: str, cls: type[Any]) -> dict[str, Field]:
         choices = get_args(kind) if get_origin(kind) is Literal else ()
         bounds = next((mark for mark in rest if isinstance(mark, Bounds)), None)
         kind, path = str if choices else kind, f"{group}.{one.name}"
-        result[one.name] = Field(path, kind, one.default, choices, bounds, meaning, MAY_CHANGE in rest)
+        result[one.name] = Field(path, kind, one.default, choices, bounds, meaning, MAY_CHANGE in rest, OWN in rest)
     return result

@@ -41,7 +41,9 @@ class Batch(NamedTuple):
     `partner` and `share` are there where examples were mixed in pairs, `weight` where the batch was padded.
     """
 
-    image: jax.Array  # [B, H, W, C] floating point, normalised (any shape that the module takes)
+    image: (
+        PyTree  # [B, H, W, C] floating point, normalised; or what else the module takes: any shape, a dict of [B, ...]
+    )
     label: jax.Array  # [B] int32, 0 <= label < K
     partner: jax.Array | None = None  # [B] int32, label of the image that was mixed in
     share: jax.Array | None = None  # [B], what `label` has of the mixture, 1/2 to 1; `partner` has the rest

@@ -180,11 +180,14 @@ def test_every_method_and_seed_gets_a_folder_and_the_same_split(tmp_path, traine
 def test_what_a_method_cannot_share_is_set_for_it_alone(tmp_path, trained):
     config = Config().to_dict()
     config["data"]["train_on_meta"] = True
+    config["method"].update(loss="helpers:loss", learner="helpers:shift")
     compare.run_all(config, list(METHODS), [0], tmp_path)
     found = {run.config.method.name: run.config for (run,) in trained}
     assert {name for name, run in found.items() if not run.meta.lagged} == {"l2rw"}
     with_learner = {name for name, method in METHODS.items() if method.learner}
     assert {name for name, run in found.items() if not run.data.train_on_meta} == with_learner
+    assert [name for name, run in found.items() if run.method.loss] == ["own_loss"]
+    assert [name for name, run in found.items() if run.method.learner] == ["own_learner"]
 
 
 def test_together_a_method_is_one_program(tmp_path, trained):

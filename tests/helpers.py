@@ -20,6 +20,7 @@ import numpy as np
 
 from mfm_jax import config as config_lib
 from mfm_jax import models
+from mfm_jax.bilevel import modulation
 from mfm_jax.data.listing import Listing
 from mfm_jax.evaluation import gallery, metrics
 from mfm_jax.types import no_modulation
@@ -70,10 +71,19 @@ def changed(config, **groups):
     return dataclasses.replace(config, **{g: dataclasses.replace(getattr(config, g), **v) for g, v in groups.items()})
 
 
+def shift(config, counts, channels):
+    """A meta learner of the user's own: gamma and beta of each class's logit."""
+    return modulation.direct({"logits": channels["logits"]})
+
+
+# What the methods that read a part of the user's own are tested with.
+OWN = {"own_loss": {"loss": "mfm_jax.bilevel.losses:cross_entropy"}, "own_learner": {"learner": "helpers:shift"}}
+
+
 def configured(name: str, **overrides):
     """Returns the config of two epochs of two steps; a second stage, and deferred weights, have the second epoch."""
     config = tiny(data__imbalance_factor=100.0, data__val_images_per_class=0, train__batch_size=100)
-    config.method.update(name=name, first_stage=0.5)
+    config.method.update(name=name, first_stage=0.5, **OWN.get(name, {}))
     config.meta.update(batch_size=40, every=2, lagged=name != "l2rw")
     return config_lib.resolve(overridden(config, **overrides))
 

@@ -17,19 +17,19 @@ ORDER = (  # the files of a line import those of the lines above it alone
     "bilevel.hypergrad bilevel.losses bilevel.modulation bilevel.passes data.list_text data.longtail data.manifest "
     "data.pictures data.walk fields machine.cluster machine.parallel models.native models.tuning models.vit "
     "workdir.integrity workdir.ownership",
-    "data.decode data.depth data.labels data.spelling data.streaming evaluation.conformal evaluation.intervals "
-    "evaluation.metrics "
-    "machine.interruption machine.versions methods.heads methods.settings models.convolution",
+    "config.own data.decode data.depth data.labels data.spelling data.streaming evaluation.conformal "
+    "evaluation.intervals evaluation.metrics machine.interruption machine.versions methods.heads methods.settings "
+    "models.convolution",
     "config.groups data.lists evaluation.mistakes models.imagenet models.resnet",
     "config.consistency config.continuation config.lookup models.catalog",
     "config.schema models",
     "config",
-    "data.sizes",
+    "data.sizes models.own",
     "bilevel.optim data.augment data.listing data.sources evaluation.health methods.sampling "
     "models.pretrained training.anomalies workdir.files",
-    "bilevel.outer data.batches data.checking data.digits data.kept evaluation.gallery workdir.checkpoint workdir.logs "
-    "workdir.stored",
-    "bilevel.steps command data.arrays data.files data.tfds methods.learners workdir.finished",
+    "bilevel.outer data.batches data.checking data.digits data.kept data.own evaluation.gallery workdir.checkpoint "
+    "workdir.logs workdir.stored",
+    "bilevel.steps command data.arrays data.files data.tfds methods.learners methods.own workdir.finished",
     "bilevel data.assembly methods.table pages.style",
     "check data evaluation.tested pages.comparison_figures pages.figures pages.mistakes",
     "evaluation.facts pages.comparison pages.report training.inputs training.preflight training.progress "

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import Tiny, arrays, configured
+from helpers import OWN, Tiny, arrays, configured
 
 from mfm_jax import config as config_lib
 from mfm_jax import data as data_lib
@@ -229,7 +229,7 @@ def test_the_table_and_the_config_have_the_same_names():
     assert set(config_lib.FIELDS["method.base"].choices) <= set(METHODS)
     counts, channels = jnp.array([4, 2]), {"pooled": 3, "logits": 2}
     for name, method in METHODS.items():
-        settings = config_lib.Method(name=name)
+        settings = config_lib.Method(name=name, **OWN.get(name, {}))
         learner = method.learner and method.learner(config_lib.Config(method=settings), counts, channels)
         assert settings.per_batch == bool(learner and learner.per_batch)
         assert settings.deferred == method.deferred

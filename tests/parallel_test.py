@@ -22,7 +22,7 @@ from mfm_jax import models
 from mfm_jax.bilevel import losses, optim
 from mfm_jax.errors import UserError
 from mfm_jax.machine import parallel
-from mfm_jax.methods.table import METHODS
+from mfm_jax.methods.table import BUILT_IN
 from mfm_jax.models import native
 from mfm_jax.models.convolution import convolution
 from mfm_jax.training import experiment as experiment_lib
@@ -166,7 +166,7 @@ def test_convolutions_take_the_same_twenty_steps(how, devices, monkeypatch, reco
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", list(METHODS))
+@pytest.mark.parametrize("name", list(BUILT_IN))
 @pytest.mark.parametrize("devices", [8, 4, 2, 1])
 @pytest.mark.parametrize("batch", [91, 96])
 def test_every_method_takes_the_same_twenty_steps(name, batch, devices, wide):
@@ -198,7 +198,7 @@ def test_running_statistics_of_a_padded_batch(tiny, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("devices", "batch"), [(2, 96), (4, 96), (8, 96), (8, 91)])
-@pytest.mark.parametrize("name", list(METHODS))
+@pytest.mark.parametrize("name", list(BUILT_IN))
 def test_every_method_takes_the_same_step_in_float32(name, devices, batch, tiny, monkeypatch):
     check_step(name, devices, batch, monkeypatch)
 
@@ -324,7 +324,7 @@ def test_collectives(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in list(METHODS) if name != "mfm"])
+@pytest.mark.parametrize("name", [name for name in list(BUILT_IN) if name != "mfm"])
 def test_collectives_of_every_method(name):
     check_collectives(name)
 
@@ -332,7 +332,7 @@ def test_collectives_of_every_method(name):
 def test_the_golden_counts_are_those_of_the_derivation():
     """ResNet-8 of width 2: 7 batch norms of 30 channels together, 1356 parameters; `parallel` has the formulas."""
     golden, norms = json.loads(GOLDEN.read_text()), 7
-    assert set(golden) == set(METHODS)
+    assert set(golden) == set(BUILT_IN)
     assert golden["ce"]["plain"]["collectives"] == 2 * norms + 1
     assert golden["mfm"]["meta"]["collectives"] == 4 * norms + 3
     assert golden["ce"]["plain"]["bytes"] == scaling().step_bytes(1356, 30, meta=False)

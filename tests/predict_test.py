@@ -22,7 +22,7 @@ from mfm_jax.data import decode, digits, walk
 from mfm_jax.errors import UserError
 from mfm_jax.evaluation import facts as facts_lib
 from mfm_jax.evaluation import metrics
-from mfm_jax.methods.table import METHODS
+from mfm_jax.methods.table import BUILT_IN
 from mfm_jax.training import train
 
 REPOSITORY = Path(__file__).parents[1]
@@ -66,7 +66,7 @@ def test_predicts_as_training_tested_without_the_data(which, trained_run, test_s
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", BUILT_IN)
 def test_predicts_as_every_method_is_tested(name, trained_run, test_split, tmp_path):
     """With a residual network; `methods_test` has every method with a smaller one."""
     config = changed(trained_run.config, method={"name": name}, meta={"lagged": name != "l2rw"})

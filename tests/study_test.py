@@ -10,7 +10,7 @@ import pytest
 from helpers import benchmark
 
 from mfm_jax import config as config_lib
-from mfm_jax.methods.table import METHODS
+from mfm_jax.methods.table import BUILT_IN
 from mfm_jax.training import train
 
 REPOSITORY = Path(__file__).parents[1]
@@ -42,7 +42,7 @@ def test_every_row_is_a_run_of_its_own(study, tmp_path):
     assert frozen.meta.freeze
     assert frozen.modulation.init_from == "runs/source"
     assert (frozen.data.imbalance_factor, frozen.train.seed) == (200.0, 1)
-    assert {row.method for row in rows} == set(METHODS)
+    assert {row.method for row in rows} == set(BUILT_IN)
 
 
 def test_tables_by_hand(study, tmp_path, monkeypatch):

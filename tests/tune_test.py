@@ -4,6 +4,7 @@ import json
 import math
 
 import pytest
+from helpers import OWN
 
 from mfm_jax import compare, config
 from mfm_jax.config import GROUPS, Config
@@ -42,7 +43,7 @@ def test_every_space_lies_in_what_the_config_allows(method):
     for path, where in {**tune.COMMON, **METHODS[method].search}.items():
         group, name = path.split(".")
         assert name in GROUPS[group].__dataclass_fields__
-        base = {"method": {"name": method}, "meta": {"lagged": False}}
+        base = {"method": {"name": method, **OWN.get(method, {})}, "meta": {"lagged": False}}
         base = {group: base.get(group, {}) for group in GROUPS}
         for value in where.values if isinstance(where, Choice) else (where.low, where.high):
             config.resolve(tune.with_values(base, {path: value}))

@@ -212,12 +212,12 @@ def network(
     return Modulator(init, parameters, tuple(channels))
 
 
-def site_channels(apply: Callable[[Modulate], PyTree], sites: Sequence[str]) -> dict[str, int]:
+def site_channels(apply: Callable[[Modulate], PyTree], sites: Sequence[str] | None = None) -> dict[str, int]:
     """Returns the channels `{site: C}` of the chosen sites, found by tracing the classifier abstractly.
 
     Args:
       apply: runs the classifier with the `Modulate` it is given; nothing is computed.
-      sites: names of the sites wanted.
+      sites: names of the sites wanted; None for all.
 
     Raises:
       UserError: a name that the classifier never passes to `modulate`.
@@ -229,7 +229,16 @@ def site_channels(apply: Callable[[Modulate], PyTree], sites: Sequence[str]) -> 
         return features
 
     jax.eval_shape(lambda: apply(record))
+    return seen if sites is None else chosen(seen, sites)
+
+
+def chosen(channels: Mapping[str, int], sites: Sequence[str]) -> dict[str, int]:
+    """Returns those of `channels` that belong to `sites`.
+
+    Raises:
+      UserError: a site that is not there.
+    """
     for site in sites:
-        if site not in seen:
-            raise UserError(f"modulation.sites = {site!r}: the model has no such site; allowed: {', '.join(seen)}")
-    return {site: seen[site] for site in sites}
+        if site not in channels:
+            raise UserError(f"modulation.sites = {site!r}: the model has no such site; allowed: {', '.join(channels)}")
+    return {site: channels[site] for site in sites}

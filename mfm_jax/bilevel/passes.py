@@ -30,6 +30,37 @@ def plain(labels: jax.Array) -> Modulate:
     return no_modulation
 
 
+def switch_of(module_class: type) -> Switch | None:
+    """Returns the argument of a module's `__call__` that says whether it is trained; None where there is none.
+
+    Raises:
+      UserError: it has another name, and would never be set.
+    """
+    takes = inspect.signature(module_class.__call__).parameters
+    switch = next((name for name in get_args(Switch) if name in takes), None)
+    other = next((name for name in _OTHERS if name in takes), None)
+    if other and not switch:
+        raise UserError(f"{module_class.__name__}: its argument `{other}` would never be set; call it `train`")
+    return switch
+
+
+def _check_normalized(image: PyTree) -> None:
+    """Refuses images as they are stored; a tree may have masks and numbers of tokens beside what is normalised."""
+    kinds = [leaf.dtype for leaf in jax.tree.leaves(image)]
+    if jnp.uint8 in kinds or not any(jnp.issubdtype(kind, jnp.floating) for kind in kinds):
+        told = ", ".join(map(str, kinds))
+        raise UserError(f"Batch.image: {told}; normalise the images, to floating point of about unit size")
+
+
+def rngs(key: jax.Array) -> dict[str, jax.Array]:
+    """Returns the random streams of a pass: `dropout`, and what any other stream falls back on.
+
+    That is `params` for `make_rng` of linen, and `default` for the `rngs` of NNX.
+    """
+    others = jax.random.fold_in(key, 1)
+    return {"dropout": key, "params": others, "default": others}
+
+
 @dataclass(frozen=True)
 class Pass:
     """The forward pass of one classifier.
@@ -57,12 +88,7 @@ class Pass:
         Raises:
           UserError: its switch has another name, and would never be set.
         """
-        takes = inspect.signature(type(module).__call__).parameters
-        switch = next((name for name in get_args(Switch) if name in takes), None)
-        other = next((name for name in _OTHERS if name in takes), None)
-        if other and not switch:
-            raise UserError(f"{type(module).__name__}: its argument `{other}` would never be set; call it `train`")
-        return cls(module.apply, switch=switch, **fields)
+        return cls(module.apply, switch=switch_of(type(module)), **fields)
 
     def logits(
         self, state: BilevelState, params: PyTree, batch: Batch, modulate_by: ModulateBy = plain, *, train: bool
@@ -70,14 +96,15 @@ class Pass:
         """Returns logits `[B, K]` and the running averages afterwards.
 
         Args:
-          state: its key and step seed dropout, its `batch_stats` are the averages so far.
+          state: its key and step seed the random streams, its `batch_stats` are the averages so far.
           params: of the classifier.
           batch: whose images are passed.
           modulate_by: the modulation, by the labels of the images that pass together.
           train: normalise by the batch's own statistics; otherwise by the averages, which stay as they are.
 
         Raises:
-          UserError: images of integers, or batch statistics in a network without a `switch`.
+          UserError: images of integers (in a tree: of uint8, or none that is floating point), or batch statistics in a
+            network without a `switch`.
         """
 
         def one(part: Batch) -> tuple[jax.Array, PyTree]:
@@ -93,10 +120,7 @@ class Pass:
     def _whole(
         self, state: BilevelState, params: PyTree, batch: Batch, modulate: Modulate, *, train: bool
     ) -> tuple[jax.Array, PyTree]:
-        if not jnp.issubdtype(batch.image.dtype, jnp.floating):
-            raise UserError(
-                f"Batch.image: {batch.image.dtype}; normalise the images, to floating point of about unit size"
-            )
+        _check_normalized(batch.image)
         if state.batch_stats and not self.switch:
             raise UserError("the module has batch statistics and no argument `train` that says when they are taken")
         variables = {"params": params, "batch_stats": state.batch_stats}
@@ -108,7 +132,7 @@ class Pass:
         key = jax.random.fold_in(state.key, state.step)
         if self.axis_name:
             key = jax.random.fold_in(key, jax.lax.axis_index(self.axis_name))
-        logits, written = self.apply(variables, batch.image, mutable=["batch_stats"], rngs={"dropout": key}, **options)
+        logits, written = self.apply(variables, batch.image, mutable=["batch_stats"], rngs=rngs(key), **options)
         return logits, written.get("batch_stats", {})
 
     def averages(self, state: BilevelState, params: PyTree, batch: Batch) -> PyTree:

@@ -19,6 +19,8 @@ from mfm_jax.config.groups import Modulation as Modulation
 from mfm_jax.config.groups import Optim as Optim
 from mfm_jax.config.groups import Parallel as Parallel
 from mfm_jax.config.groups import Train as Train
+from mfm_jax.config.own import Own as Own
 from mfm_jax.config.schema import default as default
+from mfm_jax.config.schema import find_own as find_own
 from mfm_jax.config.schema import resolve as resolve
 from mfm_jax.methods.settings import Method as Method

@@ -5,11 +5,14 @@ import re
 from collections.abc import Iterator
 
 from mfm_jax.config.groups import Config, Data, Modulation
+from mfm_jax.fields import names_own
 
 
 def problems(config: Config) -> Iterator[str]:
     """Yields a line for every rule that `config` breaks."""
     yield from _modulation(config.modulation, config.sites)
+    yield from _own_method(config)
+    yield from _own_module(config)
     if config.model.tune == "adapters" and config.model.name != "vit_b16":
         yield (
             f"model.tune = 'adapters': only model.name = 'vit_b16' has them, not {config.model.name!r}; choose"
@@ -73,6 +76,35 @@ def _per_batch(config: Config) -> Iterator[str]:
         yield (
             f"optim.clip_norm = {config.optim.clip_norm}: {config.method.name}'s virtual step starts from a gradient of"
             " zero, where clipping has no derivative; set it to 0"
+        )
+
+
+def _own_method(config: Config) -> Iterator[str]:
+    """A loss or meta learner of the user's own that is not named, or that nothing reads."""
+    method = config.method
+    reading = {"method.name": method.name} | ({"method.base": method.base} if method.meta_learned else {})
+    for part, way_in in (("loss", "method.name, or method.base under a meta learner,"), ("learner", "method.name")):
+        name, value = f"own_{part}", getattr(method, part)
+        if value and name not in reading.values():
+            now = " and ".join(f"{path} = {which!r}" for path, which in reading.items())
+            yield f"method.{part} = {value!r}: not read with {now}; set {way_in} to {name!r}"
+        for path, which in reading.items():
+            if which == name and not value:
+                yield f"method.{part}: missing; {path} = {name!r} needs its import path, package.module:name"
+
+
+def _own_module(config: Config) -> Iterator[str]:
+    """What only the built-in models have."""
+    model = config.model
+    if not names_own(model.name):
+        return
+    for field, value in {"width": model.width, "pretrained": model.pretrained}.items():
+        if value:
+            yield f"model.{field} = {value!r}: not read with model.name = {model.name!r}, your own; leave it out"
+    if config.meta.virtual == "last_stage":
+        yield (
+            f"meta.virtual = 'last_stage': not known of model.name = {model.name!r}, your own; choose 'all', or 'head'"
+            " for a module with a layer of that name"
         )
 
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from mfm_jax.config.groups import FIELDS, Config
+from mfm_jax.fields import GIVEN, names_own
 
 
 class Change(NamedTuple):
@@ -39,7 +40,16 @@ def changes(began: Mapping[str, Any], config: Config) -> list[Change]:
 
 def refused(changed: Sequence[Change]) -> list[Change]:
     """Returns the changes with which a run would be another."""
-    return [change for change in changed if change.path not in FIELDS or not FIELDS[change.path].may_change]
+    return [change for change in changed if not (_named(change) or _may_change(change))]
+
+
+def _may_change(change: Change) -> bool:
+    return change.path in FIELDS and FIELDS[change.path].may_change
+
+
+def _named(change: Change) -> bool:
+    """Whether an object that was given from Python has got an import path since, of which nothing else can tell."""
+    return change.path in FIELDS and FIELDS[change.path].own and change.before == GIVEN and names_own(change.now)
 
 
 def problem(changed: Sequence[Change], config: Config) -> str:

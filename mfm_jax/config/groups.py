@@ -4,10 +4,12 @@
 """
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal, get_args
 
-from mfm_jax.fields import MAY_CHANGE, Bounds, Field, declared
+from mfm_jax.config import own as own_lib
+from mfm_jax.config.own import Own
+from mfm_jax.fields import MAY_CHANGE, OWN, Bounds, Field, declared, names_own
 from mfm_jax.methods.settings import Method
 
 _SEED = Bounds(0, 2**31 - 1)
@@ -18,7 +20,7 @@ class Data:
     """The images, and how they become long-tailed (see `longtail`). A meaning begins with the sources that read it."""
 
     source: Annotated[
-        Literal["tfds", "digits", "folder", "list", "npz"], MAY_CHANGE, "what kind of place images come from"
+        Literal["tfds", "digits", "folder", "list", "npz"], MAY_CHANGE, OWN, "what kind of place images come from"
     ] = "tfds"
     name: Annotated[str, "tfds: the set"] = "cifar10"
     root: Annotated[
@@ -58,7 +60,7 @@ class Data:
         """Whether images are set aside for validation, or the data may bring them."""
         if self.protocol != "natural":
             return self.val_images_per_class > 0
-        return bool(self.val_list or self.val_fraction) or self.source in ("folder", "npz")
+        return bool(self.val_list or self.val_fraction) or self.source in ("folder", "npz") or names_own(self.source)
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ SMALL_RESNETS = get_args(SmallResNet)
 class Model:
     """The classifier (see `models`)."""
 
-    name: Annotated[Literal[SmallResNet, LargeModel], "the architecture"] = "resnet32"
+    name: Annotated[Literal[SmallResNet, LargeModel], OWN, "the architecture"] = "resnet32"
     width: Annotated[int, Bounds(0), "channels of the stem or a token; 0 = 16 for small ResNets, 64 large, 768 ViT"] = 0
     pretrained: Annotated[str, "initial weights: .safetensors, .npz or PyTorch state dict; the head may differ"] = ""
     init_from: Annotated[str, "run folder whose classifier to start from, not its phi; the head may differ"] = ""
@@ -204,6 +206,7 @@ class Config:
     parallel: Parallel = Parallel()
     eval: Eval = Eval()
     checkpoint: Checkpoint = Checkpoint()
+    given: Own = field(default=Own(), compare=False, repr=False)  # the objects behind fields that name the user's own
 
     @property
     def sites(self) -> tuple[str, ...]:
@@ -217,8 +220,29 @@ class Config:
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
         """Returns nested plain dicts, ready for JSON."""
-        return dataclasses.asdict(self)
+        return {name: dataclasses.asdict(getattr(self, name)) for name in GROUPS}
+
+    def own(self, part: str) -> Any:
+        """Returns the user's own `part`, a key of `own.FIELD`; None where the config names a built-in one.
+
+        Raises:
+          UserError: there is no such object, or it has to be given from Python.
+        """
+        group, name = own_lib.FIELD[part].split(".")
+        return own_lib.find(part, getattr(getattr(self, group), name), getattr(self.given, part))
+
+    def with_own(self, own: Own) -> "Config":
+        """Returns the config with objects from Python; the fields that name such parts then say which they are."""
+        parts = {part: value for part, value in vars(own).items() if value is not None}
+        config = replace(self, given=replace(self.given, **parts))
+        for part, value in parts.items():
+            group, name = own_lib.FIELD[part].split(".")
+            named = replace(getattr(config, group), **{name: own_lib.path_of(value)})
+            config = replace(config, **{group: named})
+        return config
 
 
-GROUPS: dict[str, type[Any]] = {group.name: type(group.default) for group in dataclasses.fields(Config)}
+GROUPS: dict[str, type[Any]] = {
+    group.name: type(group.default) for group in dataclasses.fields(Config) if group.name != "given"
+}
 FIELDS: dict[str, Field] = {one.path: one for name, cls in GROUPS.items() for one in declared(name, cls).values()}

@@ -17,6 +17,7 @@ from mfm_jax.config.groups import (
     GROUPS,
     Config,
 )
+from mfm_jax.config.own import FIELD, Own
 from mfm_jax.errors import UserError
 
 
@@ -25,12 +26,29 @@ def default() -> ml_collections.ConfigDict:
     return ml_collections.ConfigDict(Config().to_dict())
 
 
-def resolve(config: ml_collections.ConfigDict | Mapping[str, Any]) -> Config:
-    """Returns `config`, validated, as frozen dataclasses.
+def resolve(config: ml_collections.ConfigDict | Mapping[str, Any] | Config, own: Own = Own()) -> Config:  # noqa: B008
+    """Returns `config`, validated, as frozen dataclasses, with the user's own parts from Python.
 
     Raises:
       UserError: one line that names the field, its value and what is allowed.
     """
+    resolved = (config if isinstance(config, Config) else _parsed(config)).with_own(own)
+    for problem in consistency.problems(resolved):
+        raise UserError(problem)
+    return resolved
+
+
+def find_own(config: Config) -> None:
+    """Finds the user's own parts that `config` names, before anything is made.
+
+    Raises:
+      UserError: one is not there.
+    """
+    for part in FIELD:
+        config.own(part)
+
+
+def _parsed(config: ml_collections.ConfigDict | Mapping[str, Any]) -> Config:
     given = config.to_dict() if isinstance(config, ml_collections.ConfigDict) else dict(config)
     _no_unknown(given, GROUPS, "")
     parts = {}
@@ -40,10 +58,7 @@ def resolve(config: ml_collections.ConfigDict | Mapping[str, Any]) -> Config:
             raise UserError(f"{group} = {values!r}: expected a group of fields")
         _no_unknown(values, cls.__dataclass_fields__, f"{group}.")
         parts[group] = cls(**{name: FIELDS[f"{group}.{name}"].checked(value) for name, value in values.items()})
-    resolved = Config(**parts)
-    for problem in consistency.problems(resolved):
-        raise UserError(problem)
-    return resolved
+    return Config(**parts)
 
 
 def _no_unknown(given: Mapping[str, Any], allowed: Mapping[str, Any], prefix: str) -> None:

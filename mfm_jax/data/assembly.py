@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mfm_jax.config import Config
-from mfm_jax.data import arrays, digits, files, longtail, tfds
+from mfm_jax.data import arrays, digits, files, longtail, own, tfds
 from mfm_jax.data.longtail import Labelled, Split
 from mfm_jax.data.manifest import Records, check_leakage, make_manifest, read_manifest
 from mfm_jax.data.sources import Images, Labels, Source, streamed_if_large
@@ -129,6 +129,8 @@ def divided(config: Config, source: Source) -> tuple[Split, longtail.Ints, dict[
 def _load(config: Config) -> Source:
     if config.data.source in ("folder", "list"):
         return files.load(config.data, whole=config.augment.crop == "resized")
+    if (part := config.own("source")) is not None:
+        return streamed_if_large(config.data, own.load(part, config.data))
     load = {"digits": digits.load, "tfds": tfds.load, "npz": arrays.load}[config.data.source]
     return streamed_if_large(config.data, load(config.data))
 
@@ -198,9 +200,9 @@ def _read_split(config: Config, source: Source, manifest: dict[str, Any]) -> Spl
 
 def _check_agrees(config: Config, source: Source, manifest: dict[str, Any]) -> None:
     """Refuses a manifest of another set, another test split or other settings than the config's."""
-    own = config.data.source in ("folder", "list")  # these may have been given another name; the version tells them
+    renamed = config.data.source in ("folder", "list")  # may have been given another name; the version tells them
     of_source = {
-        **({} if own else {"dataset": source.name}),
+        **({} if renamed else {"dataset": source.name}),
         "version": source.version,
         "class_names": list(source.class_names),
     }

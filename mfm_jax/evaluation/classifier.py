@@ -14,13 +14,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mfm_jax.config import Config
+from mfm_jax.config import Config, Own
 from mfm_jax.data import LongTailData, augment, sizes
 from mfm_jax.errors import UserError
 from mfm_jax.evaluation import conformal, tested
 from mfm_jax.evaluation import facts as facts_lib
 from mfm_jax.evaluation.facts import Facts
+from mfm_jax.fields import names_own
+from mfm_jax.models import own
+from mfm_jax.models.own import Adapted
 from mfm_jax.training import experiment as experiment_lib
+from mfm_jax.types import BilevelState
 from mfm_jax.workdir.checkpoint import Checkpointer
 from mfm_jax.workdir.files import Workdir, read_object
 
@@ -61,21 +65,26 @@ class Classifier(NamedTuple):
         return self.facts.image_shape
 
 
-def load(workdir: str | Path, which: str = "last") -> Classifier:
+def load(workdir: str | Path, which: str = "last", *, module: Any = None) -> Classifier:
     """Returns the classifier of the run in `workdir`.
 
     Args:
       workdir: of the run, finished or not.
       which: "last" for its last checkpoint, "best" for the one that was best on validation.
+      module: the user's own, of a run that was given one that no import path leads to.
 
     Raises:
-      UserError: there is no run with such a checkpoint, or one of its files is missing or damaged.
+      UserError: there is no run with such a checkpoint, one of its files is missing or damaged, or `module` is not
+        that of the run.
       NoBest: there was no validation split, or the checkpoint that was best on it is lost.
     """
     workdir = Path(workdir)
     if which not in WHICH:
         raise UserError(f"which = {which!r}: allowed: {', '.join(WHICH)}")
     config, facts = Workdir(workdir).read_config(), facts_lib.read(Workdir(workdir))
+    if module is not None and not names_own(config.model.name):
+        raise UserError(f"module: the run in {workdir} has model.name = {config.model.name!r}; leave module out")
+    config = config.with_own(Own(module=module))
     reader = Checkpointer(workdir, config.checkpoint, has_validation=True, read_only=True)
     with contextlib.closing(reader) as checkpoints:
         step = checkpoints.latest_step()
@@ -86,9 +95,25 @@ def load(workdir: str | Path, which: str = "last") -> Classifier:
             step = _best(checkpoints, record, workdir)
             state, _ = checkpoints.restore_tested(step)
     plain = tested.of(config, np.asarray(facts.train_class_counts))
+    if isinstance(plain.module, Adapted):
+        _check_same(plain.module, config, facts, state)
     params = plain.params(state)
     found = _of(facts, config, step, lambda image: plain.of_params(params, state.batch_stats, image))
     return found._replace(sets=_sets(workdir, which, step))
+
+
+def _check_same(module: Adapted, config: Config, facts: Facts, state: BilevelState) -> None:
+    """Refuses a module of the user's own that has changed since it was trained."""
+    field = f"model.name = {config.model.name!r}"
+    now = own.seen(module, facts.image_shape, len(facts.class_names), field).params
+    shapes = [
+        {jax.tree_util.keystr(path): np.shape(leaf) for path, leaf in jax.tree.leaves_with_path(tree)}
+        for tree in (state.params, now)
+    ]
+    for name in sorted(shapes[0].keys() | shapes[1].keys()):
+        then, now = (str(list(shape[name])) if name in shape else "absent" for shape in shapes)
+        if then != now:
+            raise UserError(f"{field}: its {name} is {now}, and was {then} in the run; give the module of the run")
 
 
 def load_pretrained(config: Config, data: LongTailData) -> Classifier:

@@ -14,6 +14,7 @@ from mfm_jax.config import Config
 from mfm_jax.data import batches
 from mfm_jax.methods import heads, table
 from mfm_jax.methods.table import METHODS, Method
+from mfm_jax.models import own
 from mfm_jax.types import ApplyFn, BilevelState, PyTree
 
 
@@ -39,18 +40,24 @@ class Tested(NamedTuple):
 def of(config: Config, counts: np.ndarray) -> Tested:
     """Returns the classifier that a run of `config` tests; `counts` `[K]` are its training images of each class."""
     method = METHODS[config.method.name]
-    module = models.create(
+    module = _module(config, len(counts))
+    apply = applied(config, module)
+    per_epoch = batches.steps_per_epoch(int(counts.sum()), config.train.batch_size)
+    params = _tested_params(config, method, jnp.asarray(counts), config.second_stage * per_epoch)
+    return Tested(module, apply, params, Pass(apply).probabilities)
+
+
+def _module(config: Config, num_classes: int) -> nn.Module:
+    if (part := config.own("module")) is not None:
+        return own.create(part, num_classes, config)
+    return models.create(
         config.model.name,
-        len(counts),
+        num_classes,
         config.model.width,
         jnp.dtype(config.train.dtype),
         remat=config.model.remat,
         adapter_size=config.model.adapter_size if config.model.tune == "adapters" else 0,
     )
-    apply = applied(config, module)
-    per_epoch = batches.steps_per_epoch(int(counts.sum()), config.train.batch_size)
-    params = _tested_params(config, method, jnp.asarray(counts), config.second_stage * per_epoch)
-    return Tested(module, apply, params, Pass(apply).probabilities)
 
 
 def applied(config: Config, module: nn.Module) -> ApplyFn:

@@ -75,9 +75,9 @@ def evaluate_run(
         data = data_lib.build(given)
         last, best = classifier.load_pretrained(given, data), None
     else:
-        last, best = classifier.load(workdir), None
+        last, best = classifier.load(workdir, module=given.given.module), None
         with contextlib.suppress(classifier.NoBest):
-            best = classifier.load(workdir, "best")
+            best = classifier.load(workdir, "best", module=given.given.module)
         if not run.results.exists():
             print(f"warning: the run in {workdir} has not finished; this is its step {last.step}", file=sys.stderr)
     unread: dict[str, str] = {}

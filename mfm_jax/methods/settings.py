@@ -6,14 +6,14 @@ Nothing here imports JAX, so that a config can be checked without it. `table` sa
 from dataclasses import dataclass
 from typing import Annotated, Literal, get_args
 
-from mfm_jax.fields import Bounds
+from mfm_jax.fields import OWN, Bounds
 
 # A loss that can stand under a meta learner, too.
-Loss = Literal["ce", "focal", "class_balanced", "ldam", "ldam_drw", "logit_adjusted"]
+Loss = Literal["ce", "focal", "class_balanced", "ldam", "ldam_drw", "logit_adjusted", "own_loss"]
 Sampled = Literal["oversample", "undersample", "sqrt_sample", "progressive"]
 # A second stage gets the last part of the epochs and its own learning-rate schedule.
 Staged = Literal["two_phase", "crt", "lws", "smote"]
-MetaLearned = Literal["mfm", "meta_weight_net", "l2rw", "l2ac", "metasaug"]
+MetaLearned = Literal["mfm", "meta_weight_net", "l2rw", "l2ac", "metasaug", "own_learner"]
 Name = Literal[Loss, "dice", "sampling_free", Sampled, Staged, "posthoc_la", "tau_norm", MetaLearned]
 
 _DEFERRED = {"ldam_drw"}  # class weights that act in the second part of the epochs alone
@@ -45,6 +45,8 @@ class Method:
     smote_neighbors: Annotated[int, Bounds(1), "smote: nearest neighbours to interpolate to"] = 5
     hidden: Annotated[int, Bounds(1), "meta_weight_net, l2ac: hidden units"] = 100
     isda_strength: Annotated[float, Bounds(0), "metasaug; 0 = no augmentation"] = 0.5
+    loss: Annotated[str, OWN, "own_loss: the loss of an example (docs/library.md)"] = ""
+    learner: Annotated[str, OWN, "own_learner: what the meta set governs (docs/library.md)"] = ""
 
     @property
     def staged(self) -> bool:

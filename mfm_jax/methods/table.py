@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from mfm_jax.bilevel import losses, modulation, outer
 from mfm_jax.bilevel.outer import MetaLearner
 from mfm_jax.config import Config
-from mfm_jax.methods import heads, learners, sampling
+from mfm_jax.methods import heads, learners, own, sampling
 from mfm_jax.methods.sampling import Sampler
 from mfm_jax.types import LossFn, Modulator, PyTree
 
@@ -194,6 +194,7 @@ METHODS = {
     "ldam_drw": Method(_ldam, cosine_head=True, weights=_class_weights, deferred=True, search={**_MARGIN, **_STAGE}),
     "logit_adjusted": Method(_logit_adjusted, search=_TAU),
     "dice": Method(_dice, search={"method.dice_alpha": Span(0.01, 1.0, log=True)}),
+    "own_loss": Method(own.loss),
     "sampling_free": Method(weights=_prior_entropy_weights, prior_bias=True),
     # Sampling.
     "oversample": Method(sampler=sampling.balanced),
@@ -217,8 +218,10 @@ METHODS = {
     "l2ac": Method(learner=_l2ac, search=_META),
     "metasaug": Method(learner=_metasaug, search={**_META, "method.isda_strength": Span(0.1, 2.0, log=True)}),
     "mfm": Method(learner=_mfm, modulates=True, sampler=sampling.square_root, search=_META),
+    "own_learner": Method(learner=own.learner, search=_META),
 }
 
+BUILT_IN = tuple(name for name in METHODS if name not in ("own_loss", "own_learner"))
 COMPARED = ("ce", "mfm")  # where no methods are named; the baseline first
 
 

@@ -15,20 +15,22 @@ import optax
 from jax.sharding import Mesh
 
 from mfm_jax import bilevel
-from mfm_jax.bilevel import modulation
+from mfm_jax.bilevel import modulation, passes
 from mfm_jax.bilevel.outer import MetaLearner
 from mfm_jax.bilevel.passes import Pass
 from mfm_jax.config import Config
 from mfm_jax.data import LongTailData
+from mfm_jax.errors import UserError, in_a_line
 from mfm_jax.evaluation import tested
 from mfm_jax.evaluation.tested import Tested
 from mfm_jax.machine import parallel
 from mfm_jax.methods import heads, table
 from mfm_jax.methods.table import METHODS, Method
-from mfm_jax.models import pretrained
+from mfm_jax.models import own, pretrained
+from mfm_jax.models.own import Adapted
 from mfm_jax.training import preflight, recipe, weights
 from mfm_jax.training.recipe import Recipe
-from mfm_jax.types import ApplyFn, BilevelState, Modulate, Modulator, PyTree
+from mfm_jax.types import ApplyFn, Batch, BilevelState, Modulate, Modulator, PyTree
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ def build(config: Config, data: LongTailData, mesh: Mesh | None = None) -> Exper
     method, counts = METHODS[config.method.name], jnp.asarray(data.counts)
     plain, rules = tested.of(config, data.counts), recipe.of(config, data)
     image = jnp.zeros((1, *data.train_images.shape[1:]), jnp.float32)
-    channels = _channels(config, plain.module, image)  # checks the sites for every method
+    channels = _channels(config, plain.module, image, data.num_classes, mesh)
     learner = method.learner(config, counts, channels) if method.learner else None
     phi_tx = recipe.outer_optimizer(config, learner, rules.steps_per_epoch) if learner else rules.second_tx
     forward = Pass(plain.apply, parts=config.train.accumulate)
@@ -92,7 +94,8 @@ def build(config: Config, data: LongTailData, mesh: Mesh | None = None) -> Exper
         forward = dataclasses.replace(forward, apply=_on_mesh(config, plain.module, mesh), axis_name=parallel.AXIS)
 
     def fresh() -> PyTree:
-        variables = plain.module.init(jax.random.split(jax.random.key(config.train.seed))[0], image)
+        key = jax.random.split(jax.random.key(config.train.seed))[0]
+        variables = plain.module.init({**passes.rngs(key), "params": key}, image)
         if method.prior_bias:
             variables = {**variables, "params": heads.with_prior_bias(variables["params"], counts)}
         return variables
@@ -122,8 +125,11 @@ def build(config: Config, data: LongTailData, mesh: Mesh | None = None) -> Exper
         meta_step = meta_step and parallel.shard_step(meta_step, mesh, 2)
         retrain_step = retrain_step and parallel.shard_step(retrain_step, mesh, 1)
     extract = heads.features(plain.apply)
+    init = jax.jit(lambda: start(fresh()))  # hundreds of small operations otherwise, each compiled by itself
+    if learner and config.method.name == "own_learner":
+        _trace(config, init, meta_step or plain_step, image.shape[1:])
     return Experiment(
-        init=jax.jit(lambda: start(fresh())),  # hundreds of small operations otherwise, each compiled by itself
+        init=init,
         init_pretrained=init_pretrained if config.model.pretrained or config.model.init_from else None,
         plain_step=plain_step,
         meta_step=meta_step,
@@ -143,13 +149,21 @@ def build(config: Config, data: LongTailData, mesh: Mesh | None = None) -> Exper
     )
 
 
-def _channels(config: Config, module: nn.Module, image: jax.Array) -> dict[str, int]:
-    """Returns the widths of the configured sites and of `pooled`, read off the model."""
+def _channels(
+    config: Config, module: nn.Module, image: jax.Array, num_classes: int, mesh: Mesh | None
+) -> dict[str, int]:
+    """Returns the widths of all sites, read off the model; checks that what the config asks of the model is there."""
+    if isinstance(module, Adapted):
+        found = own.seen(module, image.shape[1:], num_classes, f"model.name = {config.model.name!r}")
+        preflight.check_own(config, module, found, mesh)
+        return found.sites
 
     def run(modulate: Modulate) -> PyTree:
         return module.init(jax.random.key(0), image, modulate=modulate)
 
-    return modulation.site_channels(run, (*config.sites, "pooled"))
+    channels = modulation.site_channels(run)
+    modulation.chosen(channels, config.sites)  # checked for every method
+    return channels
 
 
 def _on_mesh(config: Config, module: nn.Module, mesh: Mesh) -> ApplyFn:
@@ -159,6 +173,30 @@ def _on_mesh(config: Config, module: nn.Module, mesh: Mesh) -> ApplyFn:
     else:
         apply = parallel.averaged_statistics(tested.applied(config, module))
     return parallel.gathered(apply) if parallel.MODEL_AXIS in mesh.axis_names else apply
+
+
+def _trace(config: Config, init: Callable, step: Callable, image_shape: tuple[int, ...]) -> None:
+    """Traces a step of a meta learner of the user's own, whose functions can fail in any way.
+
+    Raises:
+      UserError: it fails.
+    """
+
+    def batch(size: int) -> Batch:
+        return Batch(jnp.zeros((size, *image_shape), jnp.float32), jnp.zeros(size, jnp.int32))
+
+    def run() -> PyTree:
+        metas = () if config.meta.freeze else (batch(config.meta.batch_size),)
+        return step(init(), batch(config.train.batch_size), *metas)
+
+    try:
+        jax.eval_shape(run)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(
+            f"method.learner = {config.method.learner!r}: a step with it fails: {in_a_line(error)}"
+        ) from error
 
 
 def _steps(

@@ -9,7 +9,9 @@ from mfm_jax.data import LongTailData, sizes
 from mfm_jax.data.streaming import Streamed
 from mfm_jax.errors import UserError
 from mfm_jax.machine import parallel
+from mfm_jax.methods import table
 from mfm_jax.methods.table import METHODS, Method, modulating
+from mfm_jax.models.own import Adapted, Seen
 
 
 def check(config: Config, data: LongTailData, mesh: Mesh | None) -> None:
@@ -29,6 +31,63 @@ def check(config: Config, data: LongTailData, mesh: Mesh | None) -> None:
     )
     if problems:
         raise UserError("; ".join(problems))
+
+
+def check_own(config: Config, module: Adapted, seen: Seen, mesh: Mesh | None) -> None:
+    """Checks that a module of the user's own has what the config asks of it.
+
+    Raises:
+      UserError: one line with all that is wrong, as `check`.
+    """
+    problems = (*_head(config, seen), *_sites(config, seen), *_averages(config, module, seen, mesh))
+    if problems:
+        raise UserError("; ".join(problems))
+
+
+def _head(config: Config, seen: Seen) -> Iterator[str]:
+    """What reads or trains the last layer."""
+    method, objective, name = METHODS[config.method.name], table.objective(config), config.method.name
+    asking = {
+        f"method.name = {name!r}": method.prior_bias or method.retraining or method.posthoc or name == "metasaug",
+        f"the head of {name!r} or its method.base": objective.cosine_head,
+        "model.tune = 'head'": config.model.tune == "head",
+        "meta.virtual = 'head'": method.learner and config.meta.virtual == "head",
+    }
+    for field in (field for field, asks in asking.items() if asks and not seen.has_head):
+        yield f"{field}: needs the last layer; call your module's last nn.Dense `head`, with a bias, or choose another"
+
+
+def _sites(config: Config, seen: Seen) -> Iterator[str]:
+    """Where features are modulated or read."""
+    method, name = METHODS[config.method.name], config.method.name
+    needed = list(config.sites) if method.modulates else ["logits"] * (name in ("l2ac", "metasaug"))
+    synthetic = bool(method.retraining and method.retraining.synthetic)
+    needed += ["pooled"] * (name == "metasaug" or synthetic or table.objective(config).cosine_head)
+    for site in (site for site in needed if site not in seen.sites):
+        yield (
+            f"method.name = {name!r}: needs the site {site!r}, and your module calls {', '.join(seen.sites) or 'none'};"
+            f" add x = modulate({site!r}, x) to its __call__(self, x, modulate=mfm_jax.no_modulation)"
+        )
+
+
+def _averages(config: Config, module: Adapted, seen: Seen, mesh: Mesh | None) -> Iterator[str]:
+    """Batch norm over several devices."""
+    if mesh is None or not seen.has_averages:
+        return
+    if config.parallel.batch_norm == "sync" and not module.averages_over_devices:
+        yield (
+            "parallel.batch_norm = 'sync': your module has batch norm and no field `axis_name` to average over devices"
+            " by; add it, or set 'local'"
+        )
+    sizes = {"train.batch_size": config.train.batch_size}
+    if config.meta.bn == "batch" and METHODS[config.method.name].learner:
+        sizes["meta.batch_size"] = config.meta.batch_size
+    for field, size in sizes.items():
+        if size % mesh.size and "weight" not in module.takes:
+            yield (
+                f"{field} = {size}: does not divide by {mesh.size} devices, and your module has batch norm and takes no"
+                f" `weight` of padded examples; choose a multiple of {mesh.size}"
+            )
 
 
 def _sizes(config: Config, data: LongTailData) -> Iterator[str]:

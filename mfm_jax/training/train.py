@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 
 from mfm_jax import config as config_lib
 from mfm_jax import data as data_lib
-from mfm_jax.config import Config
+from mfm_jax.config import Config, Own
 from mfm_jax.data import LongTailData, sizes
 from mfm_jax.errors import UserError
 from mfm_jax.evaluation import facts
@@ -44,7 +44,13 @@ EPOCH_EVENT = "/mfm_jax/epoch"  # to listeners of `jax.monitoring`: seconds of a
 
 
 def train_and_evaluate(
-    config: ml_collections.ConfigDict | Mapping[str, Any] | Config, workdir: str | Path
+    config: ml_collections.ConfigDict | Mapping[str, Any] | Config,
+    workdir: str | Path,
+    *,
+    module: Any = None,
+    source: Any = None,
+    loss: Any = None,
+    learner: Any = None,
 ) -> dict[str, Any]:
     """Trains as `config` says, in `workdir`, and returns the results.
 
@@ -55,6 +61,9 @@ def train_and_evaluate(
     Args:
       config: from a config file, or a dict of the same form.
       workdir: the run's folder; made if absent.
+      module, source, loss, learner: the user's own, in the places of `model.name`, `data.source`, `method.loss` and
+        `method.learner` (`config.own.Own`; docs/library.md). The last two are read by the methods `own_loss`, which may
+        be `method.base`, and `own_learner`.
 
     Returns:
       The content of `results.json` (`results.of_run`): `last` and `best` (on validation; None without one), each with
@@ -66,7 +75,7 @@ def train_and_evaluate(
       NonFiniteError: a loss or gradient became non-finite.
       Interrupted: SIGTERM or Ctrl-C; everything is saved.
     """
-    config = config if isinstance(config, Config) else config_lib.resolve(config)
+    config = config_lib.resolve(config, Own(module, source, loss, learner))
     return train_together([config], [Path(workdir)])[0]
 
 
@@ -89,6 +98,7 @@ def train_together(configs: Sequence[Config], workdirs: Sequence[Path]) -> list[
       NonFiniteError: a loss or gradient of one of the runs became non-finite.
       Interrupted: SIGTERM or Ctrl-C; all runs are saved.
     """
+    config_lib.find_own(configs[0])
     for config, workdir in zip(configs, workdirs, strict=True):
         Workdir(workdir).claim(config)
         seedless = [dataclasses.replace(c, train=dataclasses.replace(c.train, seed=0)) for c in (configs[0], config)]

@@ -98,11 +98,12 @@ class Workdir:
     def is_finished(self, config: Config) -> bool:
         """Whether a run in the folder has finished, with all the epochs of `config`, on data that lies where it did.
 
-        Of data that lies elsewhere only its manifest can tell whether it is the same.
+        Of data that lies elsewhere only its manifest can tell whether it is the same, of a part of the user's own that
+        has got a name since, only its parameters.
         """
-        begun_again = {"train.epochs", *(path for path in config_lib.FIELDS if path.startswith("data."))} - {
-            "data.workers"
-        }
+        of_data = {path for path in config_lib.FIELDS if path.startswith("data.")} - {"data.workers"}
+        named = {path for path, field in config_lib.FIELDS.items() if field.own}
+        begun_again = {"train.epochs", *of_data, *named}
         return self.results.exists() and begun_again.isdisjoint(change.path for change in self.changes(config))
 
     def begin(self, config: Config, manifest: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
