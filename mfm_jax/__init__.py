@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from mfm_jax.bilevel import modulation as modulation
     from mfm_jax.bilevel.outer import MetaLearner as MetaLearner
     from mfm_jax.errors import UserError as UserError
+    from mfm_jax.estimator import MFMClassifier as MFMClassifier
     from mfm_jax.evaluation.classifier import load as load
+    from mfm_jax.training.own_loop import recipe as recipe
     from mfm_jax.training.train import train_and_evaluate as train_and_evaluate
     from mfm_jax.types import Batch as Batch
     from mfm_jax.types import BilevelState as BilevelState
@@ -29,7 +31,9 @@ _HOME = {
     "bilevel": ("MetaRule", "Pass", "init_state", "losses", "make_plain_step", "make_step", "modulation"),
     "bilevel.outer": ("MetaLearner",),
     "errors": ("UserError",),
+    "estimator": ("MFMClassifier",),
     "evaluation.classifier": ("load",),
+    "training.own_loop": ("recipe",),
     "training.train": ("train_and_evaluate",),
     "types": ("Batch", "BilevelState", "Modulator", "no_modulation"),
 }

@@ -39,6 +39,7 @@ from mfm_jax.training.inputs import ResidentSet, StepBatches
 from mfm_jax.training.pace import Pace
 from mfm_jax.training.run import Run
 from mfm_jax.workdir.files import Workdir, read_object
+from mfm_jax.workdir.finished import SPLITS
 
 EPOCH_EVENT = "/mfm_jax/epoch"  # to listeners of `jax.monitoring`: seconds of an epoch's steps, how many there were
 
@@ -58,8 +59,9 @@ def train_and_evaluate(
 
     Returns:
       The content of `results.json` (`results.of_run`): `last` and `best` (on validation; None without one), each with
-      the metrics of `metrics.evaluate` on `val` and `test` (None where there is no such split, or `eval.test` is
-      False), and the `calibration` by a temperature that was fitted on validation; `split` is the one to show.
+      the metrics of `metrics.evaluate` on `val` and `test` (None where there is no such split, or `eval.test` is False;
+      of `train` where neither is shown), and the `calibration` by a temperature that was fitted on validation; `split`
+      is the one to show.
 
     Raises:
       UserError: a config or data mistake, before training starts; the workdir belongs to another config.
@@ -121,7 +123,7 @@ def train_together(configs: Sequence[Config], workdirs: Sequence[Path]) -> list[
             groups = itertools.groupby(runs, key=lambda run: run.step if run.feed.is_shared else run.workdir)
             for _, group in groups:
                 train_runs(list(group))
-            progress.say(f"evaluating on {'test' if configs[0].eval.test else 'validation'} images")
+            progress.say(f"evaluating on {SPLITS[data.shown(test=configs[0].eval.test)]} images")
             for run in runs:
                 results = run.results()
                 if cluster.is_primary():
@@ -143,7 +145,7 @@ def _start(
     files.check_normalization(dataclasses.asdict(facts.describe(config, data)))
     run = Run(config, workdir, data, experiment, on_device)
     if cluster.is_primary():  # not before: after a mistake so far the workdir is free for another config
-        files.begin(config, data.manifest, dataclasses.asdict(run.facts))
+        files.begin(config, data.manifest, dataclasses.asdict(run.facts), progress.say)
     cluster.barrier(f"{files.config} is written")
     cluster.check_agreed(
         f"{config} {data.manifest['hash']} {run.step} {files.config.exists()}",
