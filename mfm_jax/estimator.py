@@ -29,6 +29,7 @@ from mfm_jax.data.batches import eval_batches
 from mfm_jax.data.manifest import read_manifest
 from mfm_jax.data.sources import Pixels, resize
 from mfm_jax.errors import UserError
+from mfm_jax.evaluation import facts as facts_lib
 from mfm_jax.inference import trained
 from mfm_jax.inference.trained import TrainedRun
 from mfm_jax.machine import disk
@@ -146,7 +147,7 @@ class MFMClassifier(ClassifierMixin, BaseEstimator):
         self._train(config, run.folder)
         self._adopt(run)
         if not arrays:
-            facts = run.classifier.facts
+            facts = facts_lib.read(Workdir(run.folder))
             self.classes_, self.image_shape_ = np.array(facts.class_names), facts.image_shape
             self.n_features_in_ = math.prod(facts.image_shape)
         disk.write_object(Workdir(run.folder).estimator, self._content())
@@ -154,7 +155,8 @@ class MFMClassifier(ClassifierMixin, BaseEstimator):
 
     def predict(self, X: Any) -> npt.NDArray[Any]:
         """Returns the likeliest class of each image, `[n]`; `X` as in `fit`, or a folder, in the order of its paths."""
-        return self.classes_[self.predict_proba(X).argmax(axis=1)]
+        chosen = self.predict_proba(X).argmax(axis=1)
+        return self.classes_[chosen]
 
     def predict_proba(self, X: Any) -> npt.NDArray[np.float64]:
         """Returns the probabilities of `classes_`, `[n, K]`, computed in float32; rows sum to one."""
@@ -291,7 +293,7 @@ class MFMClassifier(ClassifierMixin, BaseEstimator):
             if not self.verbose:
                 stack.enter_context(progress.quiet())
             try:
-                train_and_evaluate(config, folder)
+                train_and_evaluate(config, folder, pages=self.workdir is not None)
             except Interrupted as error:  # no error of this fit alone: a search over several is to end
                 raise KeyboardInterrupt(str(error)) from error
 
@@ -314,7 +316,7 @@ class MFMClassifier(ClassifierMixin, BaseEstimator):
 
     def _content(self) -> dict[str, Any]:
         """Returns what `load` needs beside the run, ready for JSON."""
-        seed = self.run_.classifier.config.train.seed
+        seed = read_object(Workdir(self.run_.folder).config)["train"]["seed"]
         params = self.get_params() | {"random_state": seed, "workdir": self.workdir and os.fspath(self.workdir)}
         fitted = {}
         for name in _FITTED & self.__dict__.keys():

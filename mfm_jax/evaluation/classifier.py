@@ -21,7 +21,7 @@ from mfm_jax.evaluation import facts as facts_lib
 from mfm_jax.evaluation import tested
 from mfm_jax.evaluation.facts import Facts
 from mfm_jax.training import experiment as experiment_lib
-from mfm_jax.workdir.checkpoint import Checkpointer
+from mfm_jax.workdir.checkpoint import Checkpointer, hushed
 from mfm_jax.workdir.files import Workdir
 
 WHICH = ("last", "best")
@@ -73,8 +73,7 @@ def load(workdir: str | Path, which: str = "last") -> Classifier:
     if which not in WHICH:
         raise UserError(f"which = {which!r}: allowed: {', '.join(WHICH)}")
     config, facts = Workdir(workdir).read_config(), facts_lib.read(Workdir(workdir))
-    reader = Checkpointer(workdir, config.checkpoint, has_validation=True, read_only=True)
-    with contextlib.closing(reader) as checkpoints:
+    with hushed(), contextlib.closing(_reader(workdir, config)) as checkpoints:
         step = checkpoints.latest_step()
         if step is None:
             raise UserError(f"{workdir}: the run there has no checkpoint yet")
@@ -85,6 +84,10 @@ def load(workdir: str | Path, which: str = "last") -> Classifier:
     plain = tested.of(config, np.asarray(facts.train_class_counts))
     params = plain.params(state)
     return _of(facts, config, step, lambda image: plain.of_params(params, state.batch_stats, image))
+
+
+def _reader(workdir: Path, config: Config) -> Checkpointer:
+    return Checkpointer(workdir, config.checkpoint, has_validation=True, read_only=True)
 
 
 def load_pretrained(config: Config, data: LongTailData) -> Classifier:

@@ -13,6 +13,7 @@ from typing import Any
 from mfm_jax.evaluation import classifier as classifiers
 from mfm_jax.evaluation.classifier import Classifier
 from mfm_jax.machine import disk
+from mfm_jax.pages import report
 from mfm_jax.workdir.files import Workdir, read_object
 
 
@@ -39,7 +40,7 @@ class TrainedRun:
         return classifiers.load(self.folder)
 
     def copy_to(self, folder: Path) -> None:
-        """Copies all of the run, with the images that it was given; commands find them in the copy."""
+        """Copies all of the run, with the images that it was given, and its report; commands find all in the copy."""
         unlocked = shutil.ignore_patterns(Workdir(folder).owner.name)
         shutil.copytree(self.folder, folder, ignore=unlocked, dirs_exist_ok=True)
         copy = Workdir(folder.absolute())
@@ -47,6 +48,8 @@ class TrainedRun:
             config = read_object(copy.config)
             config["data"]["root"] = str(copy.images)
             disk.write_object(copy.config, config, indent=2)
+        if not copy.report.exists():
+            report.write_report(copy.path)
 
     def __reduce__(self) -> tuple[Callable[[bytes], "TrainedRun"], tuple[Any, ...]]:
         return _unpacked, (self._packed(),)

@@ -45,7 +45,7 @@ EPOCH_EVENT = "/mfm_jax/epoch"  # to listeners of `jax.monitoring`: seconds of a
 
 
 def train_and_evaluate(
-    config: ml_collections.ConfigDict | Mapping[str, Any] | Config, workdir: str | Path
+    config: ml_collections.ConfigDict | Mapping[str, Any] | Config, workdir: str | Path, *, pages: bool = True
 ) -> dict[str, Any]:
     """Trains as `config` says, in `workdir`, and returns the results.
 
@@ -56,6 +56,7 @@ def train_and_evaluate(
     Args:
       config: from a config file, or a dict of the same form.
       workdir: the run's folder; made if absent.
+      pages: whether to write `report.html`, which `report.write_report` can still do later.
 
     Returns:
       The content of `results.json` (`results.of_run`): `last` and `best` (on validation; None without one), each with
@@ -69,10 +70,10 @@ def train_and_evaluate(
       Interrupted: SIGTERM or Ctrl-C; everything is saved.
     """
     config = config if isinstance(config, Config) else config_lib.resolve(config)
-    return train_together([config], [Path(workdir)])[0]
+    return train_together([config], [Path(workdir)], pages=pages)[0]
 
 
-def train_together(configs: Sequence[Config], workdirs: Sequence[Path]) -> list[dict[str, Any]]:
+def train_together(configs: Sequence[Config], workdirs: Sequence[Path], *, pages: bool = True) -> list[dict[str, Any]]:
     """Trains runs that differ in `train.seed` alone, in one program: the step is mapped over them with `vmap`.
 
     Each run has its own workdir, checkpoints and results, as if it had been trained by `train_and_evaluate`, and the
@@ -82,6 +83,7 @@ def train_together(configs: Sequence[Config], workdirs: Sequence[Path]) -> list[
     Args:
       configs: one a run.
       workdirs: one a run.
+      pages: as in `train_and_evaluate`.
 
     Returns:
       The results of each run.
@@ -129,7 +131,7 @@ def train_together(configs: Sequence[Config], workdirs: Sequence[Path]) -> list[
                 if cluster.is_primary():
                     disk.write_object(Workdir(run.workdir).results, results)
     for workdir in workdirs:
-        if cluster.is_primary() and not Workdir(workdir).report.exists():
+        if pages and cluster.is_primary() and not Workdir(workdir).report.exists():
             progress.say("writing the report")
             report.write_report(workdir)
     cluster.barrier("written")
