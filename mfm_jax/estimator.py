@@ -72,7 +72,7 @@ class MFMClassifier(ClassifierMixin, BaseEstimator):
       classes_: the labels, sorted, `[K]`.
       n_features_in_: numbers of an image, H * W * C.
       image_shape_: (H, W, C) as given to `fit`; None after a folder.
-      value_range_: (least, largest) that were used.
+      value_range_: the least and the largest value that were used, `[2]`, or `[2, 1, F, 1]` where learned by column.
       results_: the content of `results.json`; it describes validation, or else the training images.
       split_: images of each class in `train`, `meta` and `val`, and whether the meta set is redrawn from `train`.
       run_: the run (`inference.trained.TrainedRun`); a pickle holds its files.
@@ -232,7 +232,7 @@ class MFMClassifier(ClassifierMixin, BaseEstimator):
         config["data"] |= {name: value for name, value in of_pictures.items() if name not in given_here}
         config["data"] |= {"source": "folder", "root": str(folder.absolute())}
         self._set_pad(config, config["data"]["image_size"] or _FOLDER_SIDE)
-        self.value_range_ = self.value_range or (0.0, 255.0)
+        self.value_range_ = np.array(self.value_range or (0.0, 255.0))
 
     def _prepare_arrays(self, X: Any, y: Any, config: Fields) -> dict[str, npt.NDArray[Any]]:
         """Returns the arrays of the run's `images.npz`; learns the classes, the shape and the range."""
@@ -263,7 +263,7 @@ class MFMClassifier(ClassifierMixin, BaseEstimator):
             if fitting and y is None:
                 raise UserError("X: its examples have no label; a class is needed to train")
         X, least = given.array(X), 2 if fitting else 1
-        if (X.ndim if hasattr(X, "ndim") else np.ndim(X)) > 2:
+        if (X.ndim if hasattr(X, "ndim") else np.asarray(X).ndim) > 2:
             images = check_array(X, allow_nd=True, ensure_min_samples=least, input_name="X", estimator=self)
             if fitting:
                 self.__dict__.pop("feature_names_in_", None)  # of another fit

@@ -120,8 +120,9 @@ class TestNumbers:
 
     def test_a_learned_range_is_of_all_values_or_of_each_column(self):
         images = np.array([[1.0, 5.0], [3.0, 4.0]]).reshape(2, 1, 2, 1)
-        assert numbers.ends(None, images, columns=False) == (1, 5)
-        assert [end.ravel().tolist() for end in numbers.ends(None, images, columns=True)] == [[1, 4], [3, 5]]
+        assert numbers.ends(None, images, columns=False).tolist() == [1, 5]
+        assert numbers.ends(None, images, columns=True).reshape(2, 2).tolist() == [[1, 4], [3, 5]]
+        assert numbers.ends((0, 16), images, columns=False).tolist() == [0, 16]
 
     def test_images_are_laid_out(self):
         flat = np.arange(2 * 24).reshape(2, 24)

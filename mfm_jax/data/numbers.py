@@ -45,15 +45,15 @@ def laid_out(numbers: npt.NDArray[Any], image_shape: tuple[int, ...] | str | Non
     return numbers.reshape(len(numbers), *shape)
 
 
-def ends(value_range: tuple[float, float] | None, images: npt.NDArray[Any], *, columns: bool) -> tuple[Any, Any]:
-    """Returns the least and the largest value: as given, or else those of `images`, with `columns` of each place."""
+def ends(value_range: tuple[float, float] | None, images: npt.NDArray[Any], *, columns: bool) -> npt.NDArray[Any]:
+    """Returns the least and the largest value, `[2]`, as given or else those of `images`; with `columns` of each place."""
     if value_range is None:
         axis = 0 if columns else None
-        return images.min(axis=axis), images.max(axis=axis)
+        return np.stack([images.min(axis=axis), images.max(axis=axis)])
     given = np.asarray(value_range, np.float64)
     if given.shape != (2,) or not given[0] < given[1]:
         raise UserError(f"value_range = {value_range!r}: allowed: (least, largest), or None to learn it")
-    return float(given[0]), float(given[1])
+    return given
 
 
 def to_pixels(images: npt.NDArray[Any], low: npt.ArrayLike, high: npt.ArrayLike, *, clip: bool = False) -> Pixels:
