@@ -18,8 +18,10 @@ if TYPE_CHECKING:
     from mfm_jax.data.own import source_of_arrays as source_of_arrays
     from mfm_jax.data.sources import Source as Source
     from mfm_jax.errors import UserError as UserError
+    from mfm_jax.estimator import MFMClassifier as MFMClassifier
     from mfm_jax.evaluation.classifier import load as load
     from mfm_jax.models.own import from_nnx as from_nnx
+    from mfm_jax.training.own_loop import recipe as recipe
     from mfm_jax.training.train import train_and_evaluate as train_and_evaluate
     from mfm_jax.types import Batch as Batch
     from mfm_jax.types import BilevelState as BilevelState
@@ -34,8 +36,10 @@ _HOME = {
     "data.own": ("source_of_arrays",),
     "data.sources": ("Source",),
     "errors": ("UserError",),
+    "estimator": ("MFMClassifier",),
     "evaluation.classifier": ("load",),
     "models.own": ("from_nnx",),
+    "training.own_loop": ("recipe",),
     "training.train": ("train_and_evaluate",),
     "types": ("Batch", "BilevelState", "Modulator", "no_modulation"),
 }

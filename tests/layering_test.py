@@ -22,25 +22,25 @@ ORDER = (  # the files of a line import those of the lines above it alone
     "models.convolution",
     "config.groups data.lists evaluation.mistakes models.imagenet models.resnet",
     "config.consistency config.continuation config.lookup models.catalog",
-    "config.schema models",
+    "config.parameters config.schema models",
     "config",
     "data.sizes models.own",
     "bilevel.optim data.augment data.listing data.sources evaluation.health methods.sampling "
     "models.pretrained training.anomalies workdir.files",
-    "bilevel.outer data.batches data.checking data.digits data.kept data.own evaluation.gallery workdir.checkpoint "
-    "workdir.logs workdir.stored",
+    "bilevel.outer data.batches data.checking data.digits data.given data.kept data.numbers data.own "
+    "evaluation.gallery workdir.checkpoint workdir.logs workdir.stored",
     "bilevel.steps command data.arrays data.files data.tfds methods.learners methods.own workdir.finished",
     "bilevel data.assembly methods.table pages.style",
     "check data evaluation.tested pages.comparison_figures pages.figures pages.mistakes",
     "evaluation.facts pages.comparison pages.report training.inputs training.preflight training.progress "
     "training.recipe",
-    "pages.card training.weights",
+    "pages.card training.own_loop training.weights",
     "training.experiment",
     "evaluation.classifier training.loop",
-    "evaluation.results export predict training.epoch_log training.feed",
+    "evaluation.results export inference.trained predict training.epoch_log training.feed",
     "inference.evaluate training.run",
     "training.train",
-    "main study.runs",
+    "estimator main study.runs",
     "study.tune",
     "compare",
     "cli",
@@ -153,7 +153,7 @@ def python(code: str) -> str:
 
 
 def test_importing_the_package_costs_and_prints_nothing():
-    heavy = "[m for m in ('jax', 'numpy', 'flax', 'ml_collections', 'absl') if m in sys.modules]"
+    heavy = "[m for m in ('jax', 'numpy', 'flax', 'ml_collections', 'absl', 'sklearn') if m in sys.modules]"
     assert python(f"import sys, mfm_jax; sys.exit(str({heavy})) if {heavy} else None") == ""
 
 

@@ -1,8 +1,8 @@
 """A data set in one `.npz` file: arrays under the names that MedMNIST gives them.
 
 `train_images` (uint8, `[N, H, W]` or `[N, H, W, C]` with 1 or 3 channels), `train_labels` (integers from 0, `[N]` or
-`[N, 1]`), the same of `test`, and, where there are such splits, of `val` and `meta`; `class_names` (strings, `[K]`) may
-be left out. A benchmark that was packed (`benchmarks/subset.py`) has a split's manifest in `manifest` (a string): its
+`[N, 1]`), and, where there are such splits, the same of `test`, `val` and `meta`; `class_names` (strings, `[K]`) may be
+left out. A benchmark that was packed (`benchmarks/subset.py`) has a split's manifest in `manifest` (a string): its
 records keep their names, so that the split can be told to be the one that was packed.
 """
 
@@ -25,12 +25,15 @@ from mfm_jax.data.sources import Labels, Pixels, Source, in_two_pools, resize
 from mfm_jax.errors import UserError
 
 _FOR_TRAINING = ("train", "val", "meta")
+_NEEDED = ("train_images", "train_labels")
+_MANIFEST = "manifest"  # of a packed benchmark
 
 
 def load(config: Data) -> Source:
     """Loads the file `config.root`, its images at `config.image_size` pixels a side (0 = as stored).
 
-    Resized arrays are kept in the cache, under the hash of the file.
+    Resized arrays, and those too large for `config.resident_mb`, are kept in the cache, under the hash of the file.
+    Without a test split, the source's has no image.
 
     Raises:
       UserError: there is no such file, or it is none of this kind; names the array.
@@ -40,7 +43,8 @@ def load(config: Data) -> Source:
         if name.endswith(("_images", "_labels")) and name.rpartition("_")[0] not in (*_FOR_TRAINING, "test"):
             raise arrays.error(f"{name} belongs to no split; they are train, val, meta and test")
     splits = [split for split in _FOR_TRAINING if f"{split}_images" in arrays.names]
-    found = {split: arrays.labels(split) for split in (*splits, "test")}
+    tested = ["test"] if "test_images" in arrays.names or "test_labels" in arrays.names else []
+    found = {split: arrays.labels(split) for split in (*splits, *tested)}
     classes, images = max(int(values.max()) for values in found.values()) + 1, sum(map(len, found.values()))
     if classes > images:
         raise arrays.error(f"labels reach {classes - 1}, with {images} images in all; classes are numbered from 0")
@@ -57,13 +61,16 @@ def load(config: Data) -> Source:
                 raise arrays.error(f"images differ in shape: {shapes}")
             return np.concatenate(images), np.concatenate([labels[split] for split in chosen])
 
+        if not config.image_size and arrays.bytes <= config.resident_mb * 1e6:
+            return resized()
         return cached(f"npz-{arrays.version}-{'-'.join(chosen)}-{config.image_size}px", resized)
 
-    train, test = read(splits), read(["test"])
+    train = read(splits)
+    test = read(tested) if tested else (train[0][:0], train[1][:0])
     if train[0].shape[1:] != test[0].shape[1:]:
         raise arrays.error(f"images are {train[0].shape[1:]} in train, {test[0].shape[1:]} in test")
     source = in_two_pools(arrays.path.stem, arrays.version, class_names, train, test)
-    if "manifest" in arrays.names:
+    if _MANIFEST in arrays.names:
         return _packed(source, arrays, labels)
     return replace(source, given=np.repeat(splits, [len(labels[split]) for split in splits]))
 
@@ -106,9 +113,10 @@ class _Arrays:
                 file.seek(0)
                 with np.load(file) as members:
                     self.names = tuple(members.files)
+                    self.bytes = sum(member.file_size for member in members.zip.infolist())  # of the arrays
         except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:  # TypeError: a bare array
             raise self.error(f"not an .npz file that can be read ({error})") from error
-        for name in ("train_images", "train_labels", "test_images", "test_labels"):
+        for name in (*_NEEDED, *(("test_images", "test_labels") if _MANIFEST in self.names else ())):
             if name not in self.names:
                 raise self.error(f"has no array {name}; it has: {', '.join(self.names) or 'none'}")
 
@@ -144,7 +152,7 @@ class _Arrays:
         return tuple(values.tolist())
 
     def manifest(self) -> dict[str, Any]:
-        return parse_manifest(str(self._read("manifest")), f"in data.root = {str(self.path)!r}")
+        return parse_manifest(str(self._read(_MANIFEST)), f"in data.root = {str(self.path)!r}")
 
     def _read(self, name: str) -> np.ndarray:
         try:

@@ -59,6 +59,13 @@ class LongTailData:
         """K."""
         return len(self.class_names)
 
+    def shown(self, *, test: bool) -> str:
+        """Returns the split that a run's tables and pages show; `test` is `eval.test`.
+
+        It is `test`, or else `val`; of data that has neither, `train`, without augmentation: what was learned by heart.
+        """
+        return "test" if test else "val" if len(self.val_labels) else "train"
+
     def meta_table(self, epoch: int) -> npt.NDArray[np.int32]:
         """Returns the positions in `meta_images` of each class's meta images, int32 [K, m].
 
@@ -118,7 +125,12 @@ def divided(config: Config, source: Source) -> tuple[Split, longtail.Ints, dict[
         in_training = np.union1d(split.train, split.meta)
     manifest = _manifest(config, source, split, in_training)
     check_leakage(manifest)
-    if not config.eval.test and not len(split.val):
+    if config.eval.test and not len(source.test_labels):
+        own = f"data.test_fraction = {config.data.test_fraction:g}: leaves no image to test on; choose more"
+        none = f"data: {source.name} has no test split; give it one"
+        way_out = ", or set eval.test = False"
+        raise UserError((own if config.data.source in ("folder", "list") else none) + way_out)
+    if not config.eval.test and not len(split.val) and len(source.test_labels):
         raise UserError(
             "eval.test = False, as in tuning: there is no validation split to read instead; the data brings none, and"
             f" data.val_fraction = {config.data.val_fraction:g} makes none; choose more"

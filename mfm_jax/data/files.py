@@ -56,8 +56,6 @@ def source(config: Data, sound: "Sound", *, whole: bool) -> Source:
     version = _version(found, facts)
     images = _images(config, whole, found, facts, version, white)
     test, rest = np.flatnonzero(splits == "test"), np.flatnonzero(splits != "test")
-    if not len(test):
-        raise UserError(f"data.test_fraction = {config.test_fraction:g}: leaves no image to test on; choose more")
     return Source(
         name=found.root.resolve().name,
         version=version,

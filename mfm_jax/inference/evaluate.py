@@ -28,7 +28,7 @@ from mfm_jax.evaluation.results import Answers, Asked
 from mfm_jax.machine import disk, versions
 from mfm_jax.pages import report
 from mfm_jax.training.progress import track
-from mfm_jax.workdir.files import Workdir
+from mfm_jax.workdir.files import Workdir, read_object
 
 
 def evaluate_run(
@@ -46,8 +46,8 @@ def evaluate_run(
     Args:
       config: of the run; fields that may change in one (`fields.MAY_CHANGE`), such as `data.root`, may be others.
       workdir: of the run, finished or not.
-      split: "test", "val" or "train" (without augmentation) of its data; None for the one that the run itself shows:
-        test, and val where `eval.test` is False.
+      split: "test", "val" or "train" (without augmentation) of its data; None for the one that the run itself shows;
+        of a run that has not finished, test, and val where `eval.test` is False.
       folder: a folder with a folder of pictures for each class, in the place of the split; the run's data is not
         needed then.
       out: the folder to write to; `workdir/eval/SPLIT`, or `workdir/eval/outside-FOLDER`, by default.
@@ -66,7 +66,9 @@ def evaluate_run(
     as_is = bool(given.model.pretrained) and not run.config.exists()
     if not as_is:
         _check_config(given, run)
-    split = split or ("test" if given.eval.test else "val")
+    if split is None:
+        of_config = "test" if given.eval.test else "val"
+        split = read_object(run.results, "split")["split"] if run.results.exists() and not as_is else of_config
     out = out or run.evaluations / (f"outside-{folder.resolve().name}" if folder else split)
     Workdir(out).check_no_run()
     data = None

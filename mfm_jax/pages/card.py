@@ -69,7 +69,7 @@ def _content(run: Finished, which: str) -> dict[str, Any]:
         "sizes": {name: split["class_counts"] for name, split in manifest["splits"].items()},
         "changed": [str(one) for one in config_lib.differences(Config().to_dict(), run.config)],
         "split": SPLITS[run.split],
-        "evaluations": [(SPLITS[s], found[s]) for s in ("test", "val") if found.get(s)],
+        "evaluations": [(SPLITS[s], found[s]) for s in SPLITS if found.get(s)],
         "summary": summary,
         "rows": rows,
         "groups": {name: [row for row in rows if row[1] == name] for name in style.GROUP_COLORS},

@@ -67,6 +67,8 @@ def tune(method: str, fields: Fields, trials: int, folder: Path, jobs: int = 1) 
                 error = outcome.error
                 print(f"{method} trial {trial.number + 1} counts for nothing: {error}")
                 study.tell(trial, state=optuna.trial.TrialState.FAIL)
+            elif outcome.results["last"]["val"] is None:
+                raise UserError("--tune: the data has neither a validation nor a test split; choose data.val_fraction")
             else:
                 study.tell(trial, outcome.results["last"]["val"]["balanced_accuracy"])
     scored = [trial for trial in study.trials if trial.value is not None]

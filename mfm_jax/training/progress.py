@@ -1,6 +1,7 @@
 """What a run shows while it trains: its data in a line, what has changed since it was stopped, and a bar."""
 
 import contextlib
+import contextvars
 import threading
 import time
 from collections import deque
@@ -27,6 +28,8 @@ _LONG_SECONDS, _MEASURED_STEPS = 2 * 3600, 10  # a run that takes so long says s
 _COMPILE_EVENTS = ("/jax/core/compile/jaxpr_to_mlir_module_duration", "/jax/core/compile/backend_compile_duration")
 _PROGRAMS = {"plain": "the plain step", "meta": "the meta-step", "mixed": "the steps", "retrain": "the second stage"}
 
+_QUIET = contextvars.ContextVar("quiet", default=False)
+
 Mark = tuple[jax.Array, jax.Array, jax.Array]  # of `loop.glance`
 
 
@@ -47,7 +50,7 @@ class TrainingBar:
         self._warned, self._compiled = False, 0.0
         self._lock, self._closed, self._told = threading.RLock(), threading.Event(), time.perf_counter()
         console = Console()
-        self._in_terminal = cluster.is_primary() and console.is_terminal
+        self._in_terminal = _shows() and console.is_terminal
         self._bar = progress.Progress(
             progress.TextColumn("{task.description}"),
             progress.BarColumn(),
@@ -60,7 +63,8 @@ class TrainingBar:
             disable=not self._in_terminal,
         )
         self._task = self._bar.add_task(name, total=total, completed=step, loss="", left="")
-        self._thread = threading.Thread(target=self._watch, daemon=True)
+        # In a copy of this context, so that what is quiet here is quiet there.
+        self._thread = threading.Thread(target=contextvars.copy_context().run, args=[self._watch], daemon=True)
 
     def __enter__(self) -> "TrainingBar":
         jax.monitoring.register_event_duration_secs_listener(self._note_compilation)
@@ -158,7 +162,7 @@ class TrainingBar:
     def _watch(self) -> None:
         while not self._closed.wait(_TICK_SECONDS):
             self._collect()
-            if cluster.is_primary():
+            if _shows():
                 self._show()
 
     def _show(self) -> None:
@@ -193,8 +197,22 @@ class TrainingBar:
 def track(parts: Iterable[Any], text: str, total: int) -> Iterable[Any]:
     """Returns `parts`; a terminal shows how many have been taken."""
     console = Console()
-    quiet = not (cluster.is_primary() and console.is_terminal)
-    return progress.track(parts, text, total, console=console, disable=quiet, transient=True)
+    hidden = not (_shows() and console.is_terminal)
+    return progress.track(parts, text, total, console=console, disable=hidden, transient=True)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps this thread from showing anything meanwhile; warnings go to the standard error all the same."""
+    token = _QUIET.set(True)
+    try:
+        yield
+    finally:
+        _QUIET.reset(token)
+
+
+def _shows() -> bool:
+    return cluster.is_primary() and not _QUIET.get()
 
 
 def _is_ready(array: jax.Array) -> bool:
@@ -202,8 +220,8 @@ def _is_ready(array: jax.Array) -> bool:
 
 
 def say(text: str) -> None:
-    """Prints a line at once, to a log too; process 0 alone does."""
-    if cluster.is_primary():
+    """Prints a line at once, to a log too; process 0 alone does, where nothing keeps it `quiet`."""
+    if _shows():
         with contextlib.suppress(OSError):  # a full disk, or nobody who reads: training goes on
             print(text.encode(errors="backslashreplace").decode(), flush=True)  # a name need not be UTF-8
 

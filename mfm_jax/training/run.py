@@ -164,7 +164,7 @@ class Run:
         return Classifier(self.facts, self.config, step, forward, probabilities)
 
     def asked(self, split: str, watch: Callable[..., Any] = lambda parts, text, total: parts) -> Asked:
-        """Returns the question for the split `val` or `test`, in batches that divide by the devices."""
+        """Returns the question for a split, in batches that divide by the devices."""
         devices = self.mesh.shape[parallel.AXIS] if self.mesh else 1
         size = -(-self.config.eval.batch_size // devices) * devices
         return results_lib.on_split(self.data, split, size, self.config.data.workers, watch=watch)
@@ -176,9 +176,9 @@ class Run:
         if (step := self.checkpoints.best_step(max(scores, default=0.0))) is not None:
             same = step == self.step
             best = last if same else self.classifier(self.checkpoints.restore(step, self.loop)[0].bilevel, step)
-        wanted = {"val": self.has_validation, "test": self.config.eval.test}
+        split = self.data.shown(test=self.config.eval.test)
+        wanted = {"val": self.has_validation, "test": self.config.eval.test} | {split: True}
         asked = {split: self.asked(split, progress.track) if is_there else None for split, is_there in wanted.items()}
-        split = "test" if self.config.eval.test else "val"
 
         def show(answers: Answers) -> None:
             if cluster.is_primary():

@@ -39,6 +39,7 @@ from mfm_jax.training.inputs import ResidentSet, StepBatches
 from mfm_jax.training.pace import Pace
 from mfm_jax.training.run import Run
 from mfm_jax.workdir.files import Workdir, read_object
+from mfm_jax.workdir.finished import SPLITS
 
 EPOCH_EVENT = "/mfm_jax/epoch"  # to listeners of `jax.monitoring`: seconds of an epoch's steps, how many there were
 
@@ -51,6 +52,7 @@ def train_and_evaluate(
     source: Any = None,
     loss: Any = None,
     learner: Any = None,
+    pages: bool = True,
 ) -> dict[str, Any]:
     """Trains as `config` says, in `workdir`, and returns the results.
 
@@ -64,11 +66,13 @@ def train_and_evaluate(
       module, source, loss, learner: the user's own, in the places of `model.name`, `data.source`, `method.loss` and
         `method.learner` (`config.own.Own`; docs/library.md). The last two are read by the methods `own_loss`, which may
         be `method.base`, and `own_learner`.
+      pages: whether to write `report.html`, which `report.write_report` can still do later.
 
     Returns:
       The content of `results.json` (`results.of_run`): `last` and `best` (on validation; None without one), each with
-      the metrics of `metrics.evaluate` on `val` and `test` (None where there is no such split, or `eval.test` is
-      False), and the `calibration` by a temperature that was fitted on validation; `split` is the one to show.
+      the metrics of `metrics.evaluate` on `val` and `test` (None where there is no such split, or `eval.test` is False;
+      of `train` where neither is shown), and the `calibration` by a temperature that was fitted on validation; `split`
+      is the one to show.
 
     Raises:
       UserError: a config or data mistake, before training starts; the workdir belongs to another config.
@@ -76,10 +80,10 @@ def train_and_evaluate(
       Interrupted: SIGTERM or Ctrl-C; everything is saved.
     """
     config = config_lib.resolve(config, Own(module, source, loss, learner))
-    return train_together([config], [Path(workdir)])[0]
+    return train_together([config], [Path(workdir)], pages=pages)[0]
 
 
-def train_together(configs: Sequence[Config], workdirs: Sequence[Path]) -> list[dict[str, Any]]:
+def train_together(configs: Sequence[Config], workdirs: Sequence[Path], *, pages: bool = True) -> list[dict[str, Any]]:
     """Trains runs that differ in `train.seed` alone, in one program: the step is mapped over them with `vmap`.
 
     Each run has its own workdir, checkpoints and results, as if it had been trained by `train_and_evaluate`, and the
@@ -89,6 +93,7 @@ def train_together(configs: Sequence[Config], workdirs: Sequence[Path]) -> list[
     Args:
       configs: one a run.
       workdirs: one a run.
+      pages: as in `train_and_evaluate`.
 
     Returns:
       The results of each run.
@@ -131,13 +136,13 @@ def train_together(configs: Sequence[Config], workdirs: Sequence[Path]) -> list[
             groups = itertools.groupby(runs, key=lambda run: run.step if run.feed.is_shared else run.workdir)
             for _, group in groups:
                 train_runs(list(group))
-            progress.say(f"evaluating on {'test' if configs[0].eval.test else 'validation'} images")
+            progress.say(f"evaluating on {SPLITS[data.shown(test=configs[0].eval.test)]} images")
             for run in runs:
                 results = run.results()
                 if cluster.is_primary():
                     disk.write_object(Workdir(run.workdir).results, results)
     for workdir in workdirs:
-        if cluster.is_primary() and not Workdir(workdir).report.exists():
+        if pages and cluster.is_primary() and not Workdir(workdir).report.exists():
             progress.say("writing the report")
             report.write_report(workdir)
     cluster.barrier("written")
@@ -153,7 +158,7 @@ def _start(
     files.check_normalization(dataclasses.asdict(facts.describe(config, data)))
     run = Run(config, workdir, data, experiment, on_device)
     if cluster.is_primary():  # not before: after a mistake so far the workdir is free for another config
-        files.begin(config, data.manifest, dataclasses.asdict(run.facts))
+        files.begin(config, data.manifest, dataclasses.asdict(run.facts), progress.say)
     cluster.barrier(f"{files.config} is written")
     cluster.check_agreed(
         f"{config} {data.manifest['hash']} {run.step} {files.config.exists()}",

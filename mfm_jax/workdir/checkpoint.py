@@ -9,11 +9,12 @@ checkpoints as they are, and the next save tries again.
 """
 
 import contextlib
+import logging
 import os
 import re
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,18 @@ from mfm_jax.workdir import integrity
 from mfm_jax.workdir.files import Workdir
 
 _METRIC = "val_balanced_accuracy"
+
+
+@contextlib.contextmanager
+def hushed() -> Iterator[None]:
+    """Keeps Orbax from warning, of a reader, that it does not write."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(max(level, logging.ERROR))
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 class Checkpointer:

@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,8 @@ class Workdir:
     checkpoints = _In("checkpoints")  # a folder for each step
     damaged_checkpoints = _In("damaged-checkpoints")  # those of which a file had changed or gone
     results = _In("results.json")  # of `results.of_run`
+    images = _In("images.npz")  # what a run is trained on that was given arrays (`estimator`)
+    estimator = _In("estimator.json")  # of such a run
     gallery = _In("gallery.npz")  # pictures for the report
     report = _In("report.html")
     evaluations = _In("eval")  # later evaluations, a folder each
@@ -106,7 +108,13 @@ class Workdir:
         begun_again = {"train.epochs", *of_data, *named}
         return self.results.exists() and begun_again.isdisjoint(change.path for change in self.changes(config))
 
-    def begin(self, config: Config, manifest: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
+    def begin(
+        self,
+        config: Config,
+        manifest: Mapping[str, Any],
+        facts: Mapping[str, Any],
+        say: Callable[[str], None] = print,
+    ) -> None:
         """Writes what a run leaves at its start, where it is absent: its facts, its split, and last its config.
 
         Of a run that goes on, says what has changed and keeps that as its config. Where it is extended, the results so
@@ -119,12 +127,12 @@ class Workdir:
         if not self.config.exists():
             write_manifest(manifest, self.manifest)
         if changed:
-            print("going on with " + ", ".join(f"{one.path} = {one.now!r} (was {one.before!r})" for one in changed))
+            say("going on with " + ", ".join(f"{one.path} = {one.now!r} (was {one.before!r})" for one in changed))
         for epochs in [change.before for change in changed if change.path == "train.epochs" and self.results.exists()]:
             earlier = self.results.rename(self.path / f"results-of-{epochs}-epochs.json")
             self.report.unlink(missing_ok=True)
             self.peak_memory.unlink(missing_ok=True)  # of one process that trained all, which none will have
-            print(f"the results of {epochs} epochs are in {earlier}; at the new end, test is read again")
+            say(f"the results of {epochs} epochs are in {earlier}; at the new end, test is read again")
         if changed or not self.config.exists():
             disk.write_object(self.config, config.to_dict(), indent=2)
 
