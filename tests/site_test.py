@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -123,6 +124,24 @@ def test_the_search_knows_every_page(site, pages):
 
 @pytest.mark.slow
 @needs_mkdocs
+@pytest.mark.skipif(not all(map(shutil.which, ("chromium", "chromedriver"))), reason="needs chromium and its driver")
+def test_the_search_works_on_pages_from_the_disk(site):
+    webdriver = pytest.importorskip("selenium.webdriver", reason="needs the extra 'browser'")
+    options = webdriver.ChromeOptions()
+    for argument in ("--headless=new", "--no-sandbox", "--window-size=1300,900"):
+        options.add_argument(argument)
+    service = webdriver.ChromeService(executable_path=shutil.which("chromedriver"))
+    with webdriver.Chrome(options=options, service=service) as browser:
+        browser.get((site / "faq.html").as_uri())
+        browser.execute_script("document.getElementById('__search').click()")
+        browser.find_element("css selector", ".md-search__input").send_keys("fresh statistics")
+        browser.implicitly_wait(30)
+        first = browser.find_element("css selector", ".md-search-result__link").get_attribute("href")
+    assert first.partition("#")[0].removeprefix(site.as_uri()) in ("/how_mfm_works.html", "/design.html")
+
+
+@pytest.mark.slow
+@needs_mkdocs
 def test_the_reference_has_every_public_name_field_and_command(site, pages):
     reference = site / "reference"
     ids = set().union(*(page.ids for path, page in pages.items() if path.parent == reference))
@@ -136,6 +155,15 @@ def test_the_reference_has_every_public_name_field_and_command(site, pages):
     fields = (reference / "fields.html").read_text()
     assert not [path for path in FIELDS if f"<code>{path}</code>" not in fields]
     assert set(manual.COMMANDS) <= pages[reference / "commands.html"].ids
+
+
+@needs_mkdocs
+def test_the_fields_of_a_class_are_a_section_of_its_docstring():
+    with_section = loaded("docstrings").with_section
+    told = "One.\n\nx: first,\n  on two lines.\ny: second.\n\nRaises:\n  E: never."
+    made = "One.\n\nAttributes:\n  x: first,\n    on two lines.\n  y: second.\n\nRaises:\n  E: never."
+    assert with_section(told, {"x", "y"}) == made
+    assert with_section(told, {"z"}) == told
 
 
 @needs_mkdocs

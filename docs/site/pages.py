@@ -129,7 +129,8 @@ def _fields() -> str:
     parts = [
         "# Config fields\n\nA field is set in a config file (`config.optim.learning_rate = 0.05`) or on the command"
         " line (`--config.optim.learning_rate=0.05`). `mfm-jax fields` prints the same list. A run that has begun goes"
-        " on with another value only of a field that is marked *may change*.\n"
+        " on with another value only of a field that is marked *may change*, or"
+        " [for more epochs](../using.md#going-on).\n"
     ]
     for group, cls in GROUPS.items():
         rows = [
