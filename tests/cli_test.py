@@ -14,7 +14,7 @@ from absl import flags
 from PIL import Image
 
 from mfm_jax import cli, command, compare, export, main, manual, predict, shipped
-from mfm_jax.config import FIELDS
+from mfm_jax.config import FIELDS, GROUPS
 from mfm_jax.machine import allocator
 
 ROOT = Path(__file__).parents[1]
@@ -77,23 +77,43 @@ def test_a_folder_called_as_a_shipped_config_does_not_hide_it(tmp_path, monkeypa
     assert cli.handed_over("train", ["plankton", "--workdir=w"]) == ("main", ["--config=plankton", "--workdir=w"])
 
 
+DOCUMENTS = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md")),
+    *(ROOT / "docs").rglob("*.md"),
+    *(ROOT / "configs").glob("*.py"),
+]
+
+
 def documented() -> list[str]:
-    """Returns the lines of the README, the documents and the configs that call `mfm-jax`."""
-    paths = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "configs").glob("*.py")]
-    texts = (path.read_text().replace("\\\n", " ") for path in paths)
-    return sorted({line for text in texts for line in re.findall(r"^ *(mfm-jax .*)$", text, re.MULTILINE)})
+    """Returns the lines of the README, the documents and the configs that call `mfm-jax` or a module of the package."""
+    texts = (path.read_text(encoding="utf-8").replace("\\\n", " ") for path in DOCUMENTS)
+    call = r"^ *((?:mfm-jax|python -m mfm_jax[.\w]*) .*)$"
+    return sorted({line for text in texts for line in re.findall(call, text, re.MULTILINE)})
 
 
 def test_the_documented_commands_exist(run):
-    lines = documented()
-    assert {shlex.split(line)[1] for line in lines} >= set(cli._DOORS) - {"tune"}
-    for line in lines:
-        name, *arguments = shlex.split(re.sub(r"runs/(digits|mine|cifar10)\b(?! *=)", run, line))[1:]
-        door, told = cli.handed_over(name, arguments)
+    seen = set()
+    for line in documented():
+        words = shlex.split(re.sub(r"runs/(digits|mine|cifar10|first)\b(?! *=)", run, line))
+        name, *arguments = words[2:] if words[0] == "python" else ["mfm_jax", *words[1:]]
+        if name == "mfm_jax":
+            seen.add(arguments[0])
+            door, told = cli.handed_over(arguments[0], arguments[1:])
+        else:
+            door, told = name.removeprefix("mfm_jax."), arguments
         given = re.findall(FLAG, " ".join(told))
         assert not {flag for flag in given if flag.removeprefix("config.") not in FIELDS} - known(door), line
         config = [one.partition("=")[2] for one in told if one.startswith("--config=")]
-        assert all(Path(shipped.path_of(one)).is_file() for one in config), line
+        assert all(one == "FILE" or Path(shipped.path_of(one)).is_file() for one in config), line
+    assert seen >= set(cli._DOORS) - {"tune"}
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_commands_and_fields_named_in_a_sentence_exist(path):
+    text = path.read_text(encoding="utf-8")
+    assert set(re.findall(r"`mfm-jax ([a-z]\w*)", text)) <= {*manual.COMMANDS}
+    groups = "|".join(GROUPS)
+    assert set(re.findall(rf"`(?:--config\.)?((?:{groups})\.\w+) ?=", text)) <= {*FIELDS}
 
 
 def known(door: str) -> set[str]:

@@ -54,17 +54,7 @@ class Hypergrad(NamedTuple):
 
 
 class HypergradFn(Protocol):
-    """The signature that both routes share.
-
-    Args:
-      train_loss: the inner loss L_train(w, phi).
-      meta_loss: the outer loss L_meta(w).
-      update: U with w and the optimizer's state closed over.
-      params: w.
-      phi: phi.
-      active: like `params`, a bool a leaf: the leaves that move in the virtual step. For the others w_hat stays at
-        w and their gradient counts as a constant. None: all of them.
-    """
+    """The signature that both routes share."""
 
     def __call__(
         self,
@@ -74,7 +64,19 @@ class HypergradFn(Protocol):
         params: PyTree,
         phi: PyTree,
         active: PyTree | None = None,
-    ) -> Hypergrad: ...
+    ) -> Hypergrad:
+        """Returns the meta-gradient.
+
+        Args:
+          train_loss: the inner loss L_train(w, phi).
+          meta_loss: the outer loss L_meta(w).
+          update: U with w and the optimizer's state closed over.
+          params: w.
+          phi: phi.
+          active: like `params`, a bool a leaf: the leaves that move in the virtual step. For the others w_hat stays at
+            w and their gradient counts as a constant. None: all of them.
+        """
+        ...
 
 
 def mixed_mode(

@@ -222,7 +222,8 @@ def make_retrain_step(
     features that the test will see, and no backward pass goes below it.
 
     Args:
-      forward, loss: as in `make_step`.
+      forward: as in `make_step`.
+      loss: as in `make_step`.
       tx: the optax chain of what is trained; its state is `phi_opt_state`.
       attach: `(params, phi) -> params` of the classifier with what is trained in its place.
     """
