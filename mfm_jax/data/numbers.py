@@ -46,7 +46,7 @@ def laid_out(numbers: npt.NDArray[Any], image_shape: tuple[int, ...] | str | Non
 
 
 def ends(value_range: tuple[float, float] | None, images: npt.NDArray[Any], *, columns: bool) -> npt.NDArray[Any]:
-    """Returns the least and the largest value, `[2]`, as given or else those of `images`; with `columns` of each place."""
+    """Returns the least and the largest value, `[2]`, as given or else of `images`; with `columns` of each place."""
     if value_range is None:
         axis = 0 if columns else None
         return np.stack([images.min(axis=axis), images.max(axis=axis)])
