@@ -76,6 +76,25 @@ def test_a_held_out_meta_set_is_trained_on_where_asked_for(tmp_path):
         build(config_of(path, data__manifest=str(tmp_path / "split.json")))
 
 
+def test_without_a_test_split_validation_is_shown_or_else_training(tmp_path):
+    path = saved(tmp_path, test_images=None, test_labels=None)
+    for fraction, shown in ((0.25, "val"), (0.0, "train")):
+        data = build(config_of(path, eval__test=False, data__val_fraction=fraction))
+        assert (data.test_images.shape, data.test_labels.shape) == ((0, 6, 6, 1), (0,))
+        assert data.shown(test=False) == shown
+    with pytest.raises(UserError, match=r"eval.test = False, as in tuning: .* data.val_fraction = 0 makes none"):
+        build(config_of(saved(tmp_path), eval__test=False, data__val_fraction=0.0))
+
+
+def test_only_resized_and_large_ones_are_kept_in_the_cache(tmp_path, monkeypatch):
+    path = saved(tmp_path)
+    monkeypatch.setenv("MFM_JAX_CACHE", str(tmp_path / "cache"))
+    build(config_of(path))
+    assert not (tmp_path / "cache").exists()
+    build(config_of(path, data__image_size=3))
+    assert len(list((tmp_path / "cache").iterdir())) == 2  # training and test images
+
+
 def test_a_large_one_is_streamed_from_the_cache(tmp_path):
     path = saved(tmp_path)
     small, large = build(config_of(path)), build(config_of(path, data__resident_mb=0))
@@ -137,7 +156,9 @@ def test_only_cifar_s_name_decides_how_images_are_normalised(tmp_path):
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"test_labels": None}, "has no array test_labels; it has: train_images, train_labels, test_images"),
+        ({"train_labels": None}, "has no array train_labels; it has: train_images, test_images, test_labels"),
+        ({"test_labels": None}, "test_labels cannot be read"),
+        ({"test_images": None, "test_labels": None}, "data: set has no test split; give it one, or set eval.test = F"),
         ({"train_images": np.zeros((32, 6, 6))}, r"train_images is float64 \(32, 6, 6\); needs uint8"),
         ({"train_images": np.zeros((32, 6, 6, 4), np.uint8)}, r"uint8 \(32, 6, 6, 4\); needs .* or \[N, H, W, 3\]"),
         ({"train_images": np.zeros((31, 6, 6), np.uint8)}, "train_images has 31 images, train_labels 32"),

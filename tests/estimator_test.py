@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from helpers import Tiny, shipped
 from PIL import Image
 from sklearn.base import clone
 from sklearn.datasets import load_digits
@@ -18,6 +19,7 @@ from sklearn.utils import estimator_checks
 
 import mfm_jax as mfm
 from mfm_jax import config as config_lib
+from mfm_jax import models
 from mfm_jax.config import parameters
 from mfm_jax.data import given, numbers
 from mfm_jax.errors import UserError
@@ -26,6 +28,10 @@ from mfm_jax.workdir.files import Workdir
 
 TINY = {"model": "resnet8", "epochs": 1, "model__width": 4, "train__max_steps": 2, "augment__flip": False}
 SHORT = TINY | {"method": "ce", "train__max_steps": 1}
+EXPECTED_FAILED_CHECKS = {
+    "check_do_not_raise_errors_in_init_or_set_params": "a parameter that does not exist is refused when it is given, as"
+    " Python does; the check passes `fields`, the name of the others in the constructor"
+}
 COUNTS = {"eight": 20, "one": 12, "zero": 2}
 
 
@@ -46,6 +52,11 @@ def alone():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jax, "device_count", lambda: 1)
         yield
+
+
+@pytest.fixture
+def small_network(monkeypatch):
+    monkeypatch.setattr(models, "create", lambda name, classes, width, dtype, **_: Tiny(classes, dtype))
 
 
 @pytest.fixture(scope="module")
@@ -102,8 +113,6 @@ class TestParameters:
 
     def test_the_recipe_is_that_of_the_folder_config(self):
         """But for where images come from, how many are set aside, and what is kept."""
-        from helpers import shipped
-
         path = {"method.name": "mfm", "model.name": "resnet20", "train.epochs": 60}
         ours = config_lib.resolve(parameters.of_images(path, {}, kept=True))
         differing = {one.path for one in config_lib.differences(shipped("folder_lt").to_dict(), ours.to_dict())}
@@ -264,7 +273,7 @@ class TestFit:
             clone(fitted).set_params(epochs=2, optim__learning_rate=0.2).fit(IMAGES, LABELS)
         assert capfd.readouterr() == ("", "")
 
-    def test_only_the_verbose_one_prints(self, capfd):
+    def test_only_the_verbose_one_prints(self, capfd, small_network):
         made = mfm.MFMClassifier(random_state=None, validation_fraction=0.2, **SHORT).fit(PIXELS, np.arange(34) % 2)
         assert capfd.readouterr() == ("", "")
         assert (made.split_["val"], made.results_["split"]) == ([3, 3], "val")
@@ -273,7 +282,7 @@ class TestFit:
         assert "2 training images" not in (out := capfd.readouterr().out)
         assert "34 training images (17..17 a class), 10 meta a class, 0 validation, 0 test; 8x8x1" in out
 
-    def test_a_folder_of_class_folders(self, tmp_path):
+    def test_a_folder_of_class_folders(self, tmp_path, small_network):
         for i, (pixels, label) in enumerate(zip(PIXELS, LABELS, strict=True)):
             (tmp_path / "set" / label).mkdir(parents=True, exist_ok=True)
             Image.fromarray(pixels).save(tmp_path / "set" / label / f"{i:02}.png")
@@ -319,7 +328,7 @@ class TestKeeping:
         assert results["split"] == "train"
         assert results["last"]["train"]["accuracy"] == fitted.results_["last"]["train"]["accuracy"]
 
-    def test_a_temporary_run_goes_with_its_estimator(self):
+    def test_a_temporary_run_goes_with_its_estimator(self, small_network):
         made = mfm.MFMClassifier(**SHORT).fit(PIXELS, np.arange(34) % 2)
         copy = pickle.loads(pickle.dumps(made))
         folders = [one.run_.folder for one in (made, copy)]
@@ -329,6 +338,7 @@ class TestKeeping:
         assert not any(folder.exists() for folder in folders)
 
 
+@pytest.mark.usefixtures("small_network")
 class TestScikitLearn:
     """Labels are balanced, and split so that every fit has the shapes of the one before."""
 
@@ -372,9 +382,15 @@ class TestScikitLearn:
         ids=lambda check: check.__name__,
     )
     def test_essential_checks(self, check):
-        check("MFMClassifier", flat())
+        check("MFMClassifier", mfm.MFMClassifier(image_shape="row", value_range=None, **SHORT))
 
-
-def flat() -> mfm.MFMClassifier:
-    """Returns an estimator of the flat form that is trained for a step."""
-    return mfm.MFMClassifier(image_shape="row", value_range=None, **SHORT)
+    @pytest.mark.slow
+    @pytest.mark.filterwarnings("default")  # scikit-learn's checks bring warnings about
+    def test_every_check(self):
+        """About fifty trainings, of a network that compiles quickly."""
+        made = mfm.MFMClassifier(method="ce", epochs=10, image_shape="row", value_range=None, augment__flip=False)
+        found = estimator_checks.check_estimator(
+            made, expected_failed_checks=EXPECTED_FAILED_CHECKS, on_fail=None, on_skip=None
+        )
+        assert not [(one["check_name"], one["exception"]) for one in found if one["status"] == "failed"]
+        assert {one["check_name"] for one in found if one["status"] == "xfail"} == EXPECTED_FAILED_CHECKS.keys()
