@@ -2,7 +2,7 @@
 
 import gc
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -59,13 +59,12 @@ def one_device(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def tiny_network(monkeypatch: pytest.MonkeyPatch, one_device: None) -> None:
-    """Has a run train the network of two layers, `helpers.Tiny`, on one of the fake devices."""
-    from helpers import Tiny
+def quick_runs() -> Iterator[None]:
+    """Has a run train a network of two layers on one of the fake devices, and sketch the figures of its report."""
+    from helpers import quick_runs
 
-    from mfm_jax import models
-
-    monkeypatch.setattr(models, "create", lambda name, classes, width, dtype, **_: Tiny(classes, dtype))
+    with quick_runs():
+        yield
 
 
 @pytest.fixture

@@ -34,7 +34,7 @@ from mfm_jax.training.run import Run
 from mfm_jax.workdir.checkpoint import Checkpointer, restore_phi
 
 
-pytestmark = pytest.mark.usefixtures("tiny_network")
+pytestmark = pytest.mark.usefixtures("quick_runs")
 
 
 def slow(value):
@@ -119,11 +119,10 @@ def test_interrupted_and_resumed_is_bit_identical(finished, tmp_path, monkeypatc
 COMMAND = """
 import json, sys
 sys.path.insert(0, sys.argv[3])
-from helpers import Tiny
-from mfm_jax import models
+from helpers import quick_runs
 from mfm_jax.training import train
-models.create = lambda name, classes, width, dtype, **_: Tiny(classes, dtype)
-train.train_and_evaluate(json.loads(sys.argv[1]), sys.argv[2])
+with quick_runs():
+    train.train_and_evaluate(json.loads(sys.argv[1]), sys.argv[2])
 """
 
 
