@@ -91,7 +91,10 @@ RESNET = models.create("resnet8", CLASSES, 16)
 @pytest.mark.parametrize(
     ("form", "module"),
     [("frequency", Small(width=16))]
-    + [pytest.param(form, RESNET, marks=pytest.mark.slow) for form in ("direct", "direct_per_class", "frequency", "network")],
+    + [
+        pytest.param(form, RESNET, marks=pytest.mark.slow)
+        for form in ("direct", "direct_per_class", "frequency", "network")
+    ],
 )
 def test_identity_modulation_is_the_plain_step_bit_for_bit(form, module):
     """At the width that is trained; for much narrower networks the compiler may order a sum in another way."""

@@ -68,6 +68,15 @@ def quick_runs() -> Iterator[None]:
 
 
 @pytest.fixture
+def sketched() -> Iterator[None]:
+    """As `quick_runs`, with the network of the config."""
+    from helpers import quick_runs
+
+    with quick_runs(network=None):
+        yield
+
+
+@pytest.fixture
 def stepping(monkeypatch: pytest.MonkeyPatch, one_device: None) -> Callable[[Callable[[int, Any], Any]], None]:
     """Returns a function that has `act(step, data) -> data` called before every step of the runs that follow."""
     from mfm_jax.training import loop as loop_lib
