@@ -1,5 +1,6 @@
 """The steps: identities, the batch-norm policy, the plain meta and test passes, and four devices against one."""
 
+import functools
 import os
 import re
 
@@ -16,11 +17,32 @@ from mfm_jax.bilevel import MetaRule, hypergrad, losses, modulation
 from mfm_jax.bilevel.passes import Pass
 from mfm_jax.errors import UserError
 from mfm_jax.machine import parallel
+from mfm_jax.models.convolution import convolution
 from mfm_jax.types import Batch, Modulator, no_modulation
 
 CLASSES, BATCH, WIDTH = 4, 16, 4
 COUNTS = jnp.array([500, 120, 40, 7])
-MODULE = models.create("resnet8", CLASSES, WIDTH)
+
+
+class Small(nn.Module):
+    """Two convolutions with batch norm, and a head: what a residual network has, and compiled several times faster."""
+
+    num_classes: int = CLASSES
+    width: int = WIDTH
+    dtype: jnp.dtype = jnp.float32
+    axis_name: str | None = None
+
+    @nn.compact
+    def __call__(self, image, *, train=False, modulate=no_modulation, weight=None):
+        conv = functools.partial(nn.Conv, kernel_size=(3, 3), dtype=self.dtype, conv_general_dilated=convolution)
+        norm = functools.partial(models.BatchNorm, not train, axis_name=self.axis_name, dtype=self.dtype)
+        x = modulate("stem", nn.relu(norm()(conv(self.width, name="stem")(image), weight)))
+        x = modulate("stage1", nn.relu(norm()(conv(2 * self.width, strides=2, name="stage1")(x), weight)))
+        x = modulate("pooled", x.mean((1, 2)))
+        return modulate("logits", nn.Dense(self.num_classes, dtype=self.dtype, name="head")(x))
+
+
+MODULE = Small()
 FORWARD = Pass.of(MODULE)
 
 
@@ -63,11 +85,21 @@ def compile_fully(step, state):
     return jax.jit(step).lower(state, batch(0)).compile(compiler_options=options)
 
 
-@pytest.mark.parametrize("form", [slow("direct"), slow("direct_per_class"), "frequency", slow("network")])
-def test_identity_modulation_is_the_plain_step_bit_for_bit(form):
+RESNET = models.create("resnet8", CLASSES, 16)
+
+
+@pytest.mark.parametrize(
+    ("form", "module"),
+    [("frequency", Small(width=16))]
+    + [
+        pytest.param(form, RESNET, marks=pytest.mark.slow)
+        for form in ("direct", "direct_per_class", "frequency", "network")
+    ],
+)
+def test_identity_modulation_is_the_plain_step_bit_for_bit(form, module):
     """At the width that is trained; for much narrower networks the compiler may order a sum in another way."""
-    module = models.create("resnet8", CLASSES, 16)
-    sites = ("stem", "stage1", "stage2", "stage3", "pooled", *([] if form == "direct_per_class" else ["logits"]))
+    more = ("stage2", "stage3") if module is RESNET else ()
+    sites = ("stem", "stage1", *more, "pooled", *([] if form == "direct_per_class" else ["logits"]))
     state, tx, modulator, _ = setup(form, sites, module=module)
     plain = compile_fully(bilevel.make_plain_step(Pass.of(module), losses.cross_entropy, tx), state)
     modulated = compile_fully(bilevel.make_plain_step(Pass.of(module), losses.cross_entropy, tx, modulator), state)
@@ -79,7 +111,7 @@ def test_identity_modulation_is_the_plain_step_bit_for_bit(form):
     chex.assert_trees_all_close(one.batch_stats, two.batch_stats, rtol=1e-6)
 
 
-@pytest.mark.parametrize("sites", [("stem", "stage2"), slow(("pooled",))], ids="+".join)
+@pytest.mark.parametrize("sites", [("stem", "stage1"), slow(("pooled",))], ids="+".join)
 @pytest.mark.parametrize("kind", [slow("plain_step"), "meta_step", "not_lagged"])
 def test_running_statistics_describe_the_plain_network(sites, kind):
     state, tx, modulator, phi_tx = setup("direct", sites, noise=0.5)
@@ -107,7 +139,7 @@ def test_statistics_behind_a_modulated_site_would_differ():
 @pytest.mark.parametrize("bn", [slow("running"), "fresh", slow("batch")])
 def test_meta_pass_is_plain_and_normalised_as_stated(bn):
     """The reported meta loss is that of the plain network at w_hat, under the statistics that `bn` names."""
-    state, tx, modulator, phi_tx = setup("network", ("stage3", "pooled"), noise=0.5)
+    state, tx, modulator, phi_tx = setup("network", ("stage1", "pooled"), noise=0.5)
     state = state.replace(batch_stats=plain_statistics(state, batch(5)))
     step = bilevel.make_step(FORWARD, losses.cross_entropy, tx, modulator, phi_tx, MetaRule(bn=bn))
     after, metrics = jax.jit(step)(state, batch(0), batch(1))
@@ -148,7 +180,7 @@ def test_step_that_is_not_lagged_is_the_definition():
             lambda x: x.astype(jnp.float64) if isinstance(x, jax.Array) and x.dtype == jnp.float32 else x,
             setup("direct", ("pooled",), noise=0.3),
         )
-        module = models.create("resnet8", CLASSES, WIDTH, jnp.float64)
+        module = MODULE.clone(dtype=jnp.float64)
         data, meta = (Batch(b.image.astype(jnp.float64), b.label) for b in (batch(0), batch(1)))
         rule = MetaRule(lagged=False, bn="running")
         step = bilevel.make_step(Pass.of(module), losses.cross_entropy, tx, modulator, phi_tx, rule)
@@ -210,7 +242,7 @@ def test_a_late_site_costs_no_forward_pass():
 
 
 def test_restricted_virtual_step_moves_all_parameters_and_changes_the_meta_gradient():
-    state, tx, modulator, phi_tx = setup("direct", ("stage2",), noise=0.3)
+    state, tx, modulator, phi_tx = setup("direct", ("stem",), noise=0.3)
     arguments = (FORWARD, losses.cross_entropy, tx, modulator, phi_tx)
     full = jax.jit(bilevel.make_step(*arguments))(state, batch(0), batch(1))
     head = jax.jit(bilevel.make_step(*arguments, MetaRule(virtual_groups=("head",))))(state, batch(0), batch(1))
@@ -330,7 +362,7 @@ def first_step(module, modulator, data: Batch):
     [
         (MODULE, {"stage9": WIDTH}, batch(0), "site 'stage9': the module never calls it; it calls logits, pooled, "),
         (Dropping(), {"pooled": 4, "logits": 4}, batch(0), "site 'pooled': the module never calls it; it calls logits"),
-        (MODULE, {"stage1": WIDTH + 1}, batch(0), "site 'stage1': its features are (16, 8, 8, 4), .* gamma is (5,)"),
+        (MODULE, {"stem": WIDTH + 1}, batch(0), "site 'stem': its features are (16, 8, 8, 4), .* gamma is (5,)"),
         (MODULE, {"logits": 1}, batch(0), "site 'logits': its features are (16, 4), the modulator's gamma is (1,)"),
         (MODULE, {"logits": 4}, batch(0)._replace(image=np.zeros((16, 8, 8, 3), np.uint8)), "Batch.image: uint8; norm"),
         (MODULE, {"logits": 4}, batch(0)._replace(image=np.zeros((16, 8, 8, 3), np.int32)), "Batch.image: int32; norm"),

@@ -1,7 +1,8 @@
 """Eight fake CPU devices, quick compilation, strict rank promotion, and a cache folder of the test run's own."""
 
+import gc
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,12 +24,14 @@ import jax  # the flags above must be set first
 import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+gc.set_threshold(50_000, 20, 50)  # what is traced makes objects by the million, nearly all of them reachable
 
 
 @pytest.fixture(autouse=True, scope="session")
 def cache_folder(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> None:
     """Keeps the user's own cache out of the tests, and compiles a program that several of them run only once.
 
+    So do the processes that they start, whose settings these variables are.
     The native kernels are kept from one run of the tests to the next: they have the names of what they are made of.
     """
     folder = tmp_path_factory.mktemp("cache")
@@ -36,7 +39,9 @@ def cache_folder(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.
         (folder / "native").symlink_to(cache.mkdir("native"))
     os.environ["MFM_JAX_CACHE"] = str(folder)
     jax.config.update("jax_compilation_cache_dir", str(folder / "xla"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.02)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder / "xla")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.02"
 
 
 @pytest.fixture
@@ -51,6 +56,24 @@ def pets(tmp_path: Path) -> Path:
 def one_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """Has a run use one of the fake devices."""
     monkeypatch.setattr(jax, "device_count", lambda: 1)
+
+
+@pytest.fixture
+def quick_runs() -> Iterator[None]:
+    """Has a run train a network of two layers on one of the fake devices, and sketch the figures of its report."""
+    from helpers import quick_runs
+
+    with quick_runs():
+        yield
+
+
+@pytest.fixture
+def sketched() -> Iterator[None]:
+    """As `quick_runs`, with the network of the config."""
+    from helpers import quick_runs
+
+    with quick_runs(network=None):
+        yield
 
 
 @pytest.fixture

@@ -6,15 +6,13 @@ import shutil
 import signal
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
-from helpers import Tiny, configured
+from helpers import configured, quick_runs
 from PIL import Image
 
 from mfm_jax import config as config_lib
 from mfm_jax import data as data_lib
-from mfm_jax import models
 from mfm_jax.config import FIELDS, Config
 from mfm_jax.errors import UserError
 from mfm_jax.fields import Field
@@ -44,10 +42,7 @@ def tiny(**overrides) -> Config:
 
 @pytest.fixture(autouse=True, scope="module")
 def _small():
-    """A network of two layers, on one device."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax, "device_count", lambda: 1)
-        patch.setattr(models, "create", lambda name, classes, width, dtype, **_: Tiny(classes, dtype))
+    with quick_runs():
         yield
 
 

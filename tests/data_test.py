@@ -410,6 +410,7 @@ def test_what_only_the_data_can_tell_is_checked(config, line):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.slow  # 60,000 pictures are decoded; `longtail_test` has the same counts
 @needs_cifar
 @pytest.mark.parametrize(("protocol", "total"), [("meta_held_out", 12_380), ("full", 12_406)])
 def test_real_cifar(protocol, total):
@@ -439,7 +440,7 @@ def test_epoch_order_is_a_permutation_of_seed_and_epoch():
     assert batches.steps_per_epoch(107, 10) == 10
 
 
-@settings(deadline=None, max_examples=20)
+@settings(deadline=None, max_examples=8)  # each has programs of its own
 @given(st.integers(1, 7), st.integers(1, 6), st.integers(0, 2**31 - 1), st.data())
 def test_meta_batches_are_balanced_without_repeats(num_classes, m, step, draw):
     batch_size = draw.draw(st.integers(1, num_classes * m))

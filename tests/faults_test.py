@@ -254,7 +254,9 @@ def narrow(**overrides):
     return tiny(**rest, **overrides)
 
 
-def test_a_notice_of_preemption_stops_the_run_and_one_left_from_before_does_not(stepping, tmp_path, monkeypatch):
+def test_a_notice_of_preemption_stops_the_run_and_one_left_from_before_does_not(
+    stepping, quick_runs, tmp_path, monkeypatch
+):
     notice = tmp_path / "notice"
     monkeypatch.setenv(interruption.NOTICE, str(notice))
     monkeypatch.setattr(interruption, "_LOOK_SECONDS", 0.0)
@@ -296,7 +298,7 @@ def poison(*steps):
     return lambda step, data: data.replace(mean=jnp.full_like(data.mean, jnp.nan)) if step in steps else data
 
 
-def test_a_step_that_is_not_finite_is_left_out(stepping, tmp_path, capfd):
+def test_a_step_that_is_not_finite_is_left_out(stepping, quick_runs, tmp_path, capfd):
     stepping(poison(2, 9))
     results = train.train_and_evaluate(narrow(), tmp_path)
     assert np.isfinite(results["last"]["test"]["nll"])
@@ -310,7 +312,7 @@ def test_a_step_that_is_not_finite_is_left_out(stepping, tmp_path, capfd):
     assert re.sub(r"\s+", " ", told.out + told.err).count("loss became non-finite at step 2; skipped") == 1
 
 
-def test_an_epoch_of_skipped_steps_ends_the_run(stepping, tmp_path):
+def test_an_epoch_of_skipped_steps_ends_the_run(stepping, quick_runs, tmp_path):
     stepping(poison(*range(7, 14)))
     with pytest.raises(
         anomalies.NonFiniteError, match="every step of epoch 1 was skipped; the checkpoint of step 7 is kept"
@@ -318,7 +320,7 @@ def test_an_epoch_of_skipped_steps_ends_the_run(stepping, tmp_path):
         train.train_and_evaluate(narrow(), tmp_path)
 
 
-def test_a_skipped_step_changes_nothing_but_the_step_and_compiles_nothing():
+def test_a_skipped_step_changes_nothing_but_the_step_and_compiles_nothing(quick_runs):
     config = config_lib.resolve(narrow())
     data = data_lib.build(config)
     experiment = experiment_lib.build(config, data)

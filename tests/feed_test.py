@@ -3,18 +3,14 @@
 import jax
 import numpy as np
 import pytest
-from helpers import Tiny, configured
+from helpers import configured
 
 from mfm_jax import data as data_lib
-from mfm_jax import models
 from mfm_jax.training import experiment as experiment_lib
 from mfm_jax.training import feed as feed_lib
 from mfm_jax.training import inputs
 
-
-@pytest.fixture(autouse=True)
-def _tiny(monkeypatch):
-    monkeypatch.setattr(models, "create", lambda name, classes, width, dtype, **_: Tiny(classes, dtype))
+pytestmark = pytest.mark.usefixtures("quick_runs")
 
 
 def made(config, data=None, on_device=None):

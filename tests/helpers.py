@@ -16,13 +16,17 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import markupsafe
 import numpy as np
+import pytest
+from matplotlib.figure import Figure
 
 from mfm_jax import config as config_lib
 from mfm_jax import models
 from mfm_jax.bilevel import modulation
 from mfm_jax.data.listing import Listing
 from mfm_jax.evaluation import gallery, metrics
+from mfm_jax.pages import style
 from mfm_jax.types import no_modulation
 
 STRANGE_NAMES = ["<b>bold</b>", 'quo"te & co', "$\\notmath$", "猫"]
@@ -44,6 +48,22 @@ class Tiny(nn.Module):
         x = modulate("pooled", modulate("stage3", nn.relu(x)))
         logits = nn.Dense(self.num_classes, dtype=self.dtype, name="head")(x)
         return modulate("logits", logits.astype(jnp.promote_types(logits.dtype, jnp.float32)))
+
+
+def sketch(draw, inches, *what):
+    """Draws a figure, as `style.render`, and leaves out the SVG, which takes longer than a run of a few steps."""
+    return style.Picture(markupsafe.Markup(), draw(Figure(figsize=inches), *what), inches[0])
+
+
+@contextlib.contextmanager
+def quick_runs(network: Any = Tiny) -> Iterator[None]:
+    """Has runs train `network` (None: what their config names) on one of the fake devices, and sketch their figures."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "device_count", lambda: 1)
+        patch.setattr(style, "render", sketch)
+        if network:
+            patch.setattr(models, "create", lambda name, classes, width, dtype, **_: network(classes, dtype))
+        yield
 
 
 def overridden(config, **overrides):

@@ -36,17 +36,17 @@ from mfm_jax.training.run import Run
 from mfm_jax.types import Batch
 from mfm_jax.workdir.files import Workdir
 
+pytestmark = pytest.mark.usefixtures("quick_runs")
+create = models.create
 ALL = list(METHODS)
 STAGED = get_args(Staged)
-# One of each kind for the quick tier (a loss, a sampler, each second stage and meta learner), the others in the slow.
-KINDS = ("mfm", "ce", "ldam_drw", "progressive", "two_phase", "crt", "smote", "meta_weight_net", "l2rw", "metasaug")
-BY_KIND = [name if name in KINDS else pytest.param(name, marks=pytest.mark.slow) for name in ALL]
-
-
-@pytest.fixture(autouse=True)
-def _tiny(monkeypatch):
-    monkeypatch.setattr(models, "create", lambda name, classes, width, dtype, **_: Tiny(classes, dtype))
-    monkeypatch.setattr(jax, "device_count", lambda: 1)
+# One of each kind for the quick tier (a loss, each second stage and meta learner), the others in the slow. A sampler
+# shows in whole runs; its steps are those of plain training.
+STEPS = ("mfm", "ce", "ldam_drw", "crt", "smote", "meta_weight_net", "l2rw", "metasaug")
+BY_STEP, BY_KIND = (
+    [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in ALL]
+    for quick in (STEPS, (*STEPS, "progressive", "two_phase"))
+)
 
 
 class Watched:
@@ -64,11 +64,12 @@ class Watched:
             return self.compiled(loop, data, is_meta, kind)
 
 
-def trained(config, workdir, stop_at: int = 0):
-    """Trains as `train_and_evaluate` does, without the reports; returns the run."""
-    data = data_lib.build(config)
-    run = Run(config, workdir, data, experiment_lib.build(config, data), inputs.to_device(data))
-    run.call = Watched(loop_lib.make_call(run.experiment, config), stop_at)
+def trained(config, workdir, stop_at: int = 0, like: Run | None = None):
+    """Trains as `train_and_evaluate` does, without the reports, or by the programs of `like`; returns the run."""
+    data = like.data if like else data_lib.build(config)
+    experiment = like.experiment if like else experiment_lib.build(config, data)
+    run = Run(config, workdir, data, experiment, inputs.to_device(data))
+    run.call = Watched(like.call.compiled if like else loop_lib.make_call(experiment, config), stop_at)
     with contextlib.closing(run), pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop_lib, "make_call", lambda *_: run.call)
         train.train_runs([run])
@@ -113,10 +114,10 @@ def test_each_kind_of_step_compiles_once_and_nothing_leaves_the_device(name, fin
 
 @pytest.mark.parametrize("name", BY_KIND)
 def test_interrupted_and_resumed_is_bit_identical(name, finished, tmp_path):
-    """A second process would do the same: everything is built anew. So it is deterministic by seed, too."""
+    """A second process would do the same: it builds everything anew. So it is deterministic by seed, too."""
     config = configured(name)
     with pytest.raises(interruption.Interrupted, match="saved at step 3"):
-        trained(config, tmp_path, stop_at=3)
+        trained(config, tmp_path, stop_at=3, like=finished)
     again = trained(config, tmp_path)
     assert len(again.call.kinds) == 1
     chex.assert_trees_all_equal(arrays(again.loop), arrays(finished.loop))
@@ -188,7 +189,7 @@ def stepped(config, data, mesh=None, *, absent: bool = False, mixed: bool = Fals
     return {kind: jax.jit(getattr(experiment, f"{kind}_step"))(state, *given) for kind, given in arguments.items()}
 
 
-@pytest.mark.parametrize("name", BY_KIND)
+@pytest.mark.parametrize("name", BY_STEP)
 def test_four_devices_equal_one(name, finished, monkeypatch):
     # SGD, since the first step of Adam blows the rounding of a gradient near zero up to the size of a whole step.
     monkeypatch.setattr(optim, "outer", lambda *_: optax.sgd(0.1))
@@ -198,7 +199,7 @@ def test_four_devices_equal_one(name, finished, monkeypatch):
     chex.assert_trees_all_close(four, one, rtol=1e-4, atol=2e-5)
 
 
-@pytest.mark.parametrize("name", BY_KIND)
+@pytest.mark.parametrize("name", BY_STEP)
 def test_bfloat16_absent_classes_and_mixed_smoothed_labels(name, finished):
     """Nine classes are absent from the batch; label smoothing and mixup compose with the method."""
     config = configured(name, train__dtype="bfloat16", method__label_smoothing=0.1)
@@ -213,8 +214,7 @@ def test_bfloat16_absent_classes_and_mixed_smoothed_labels(name, finished):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", ALL)
 def test_whole_runs_of_a_residual_network(name, dtype, tmp_path, monkeypatch):
-    monkeypatch.undo()
-    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    monkeypatch.setattr(models, "create", create)
     config = configured(name, train__dtype=dtype, model__name="resnet8", model__width=4, train__epochs=4)
     results = train.train_and_evaluate(config, tmp_path)
     assert np.isfinite(results["last"]["test"]["nll"])

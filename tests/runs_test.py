@@ -64,40 +64,33 @@ def _one_device(monkeypatch):
 
 
 @pytest.mark.usefixtures("_one_device")
-def test_side_by_side_gives_the_same_results_and_outlives_a_failure(tmp_path, capsys):
-    planned, told = [run(tmp_path, "good"), run(tmp_path, "bad", modulation__sites="stage9")], {}
-    good, bad = runs.train_all(
-        [[one] for one in planned], jobs=2, ended=lambda group, found: told.update({group[0].label: found})
-    )
-    assert told == {"good": [good], "bad": [bad]}
-    (line,) = Workdir(tmp_path / "good").read_processes()
+def test_side_by_side_gives_the_same_results_and_outlives_a_failure(tmp_path, capsys, monkeypatch):
+    """Two seeds that are one program, and a run that fails; what has finished is not started again."""
+    group, told = [run(tmp_path, f"seed{seed}", train__seed=seed) for seed in (0, 1)], {}
+    planned = [group, [run(tmp_path, "bad", modulation__sites="stage9")]]
+    *good, bad = runs.train_all(planned, jobs=2, ended=lambda group, found: told.update({group[0].label: found}))
+    assert told == {"seed0": good, "bad": [bad]}
+    (line,) = Workdir(group[0].workdir).read_processes()
     assert line["of"] == "process"
     assert 0 < line["step_seconds"] < line["seconds"]
     assert 0 < line["compile_seconds"] < line["seconds"]
     assert Workdir(tmp_path / "bad").read_processes() == []
     assert bad.results is None
     assert bad.error.startswith("modulation.sites = 'stage9': the model has no such site")
-    assert good.results is not None
-    assert Workdir(tmp_path / "good").read_peak_memory() > 1e7
+    assert [outcome.results["seed"] for outcome in good] == [0, 1]
+    assert Workdir(group[0].workdir).read_peak_memory() > 1e7
     assert Workdir(tmp_path / "bad").read_peak_memory() is None
     out = capsys.readouterr().out
-    assert out.splitlines()[0].startswith("good: epoch 0/2, log ")
-    assert "good: done in" in out
+    assert out.splitlines()[0].startswith("seed0 and 1 more: epoch 0/2, log ")
+    assert "seed0 and 1 more: done in" in out
     assert "s; 2 of 2 done" in out
-    alone = train.train_and_evaluate(planned[0].config, tmp_path / "alone")
-    np.testing.assert_allclose(good.results["last"]["test"]["nll"], alone["last"]["test"]["nll"], rtol=1e-3)
-
-
-@pytest.mark.usefixtures("_one_device")
-def test_a_group_is_one_program_and_what_has_finished_is_not_started_again(tmp_path, monkeypatch):
-    group = [run(tmp_path, f"seed{seed}", train__seed=seed, train__epochs=1) for seed in (0, 1)]
-    found = runs.train_all([group])
-    assert [outcome.results["seed"] for outcome in found] == [0, 1]
+    alone = train.train_and_evaluate(group[0].config, tmp_path / "alone")
+    np.testing.assert_allclose(good[0].results["last"]["test"]["nll"], alone["last"]["test"]["nll"], rtol=1e-3)
     monkeypatch.setattr(subprocess, "Popen", None)
-    assert runs.train_all([group]) == found
+    assert runs.train_all([group]) == good
     other = group[0]._replace(config=run(tmp_path, "x", train__epochs=3).config)
     (refused,) = runs.train_all([[other]])
-    assert "has a run of train.epochs = 1, for which its learning rates were planned" in refused.error
+    assert "has a run of train.epochs = 2, for which its learning rates were planned" in refused.error
 
 
 def test_the_reason_of_a_failure_is_its_error_and_not_the_list_below(tmp_path):

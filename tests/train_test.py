@@ -1,4 +1,7 @@
-"""Runs as a user starts them: results, resume bit for bit, refusals, transfer. Tiny models on the embedded digits."""
+"""Runs as a user starts them: results, resume bit for bit, refusals, transfer. On the digits, by two layers.
+
+Runs of residual networks: `trained_run`, `multiprocess_test` and the slow tier.
+"""
 
 import json
 import os
@@ -14,9 +17,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import tiny
+from helpers import Tiny, tiny
 
-from mfm_jax import compare, models
+from mfm_jax import compare
 from mfm_jax import config as config_lib
 from mfm_jax import data as data_lib
 from mfm_jax.data.manifest import manifest_hash, write_manifest
@@ -30,15 +33,11 @@ from mfm_jax.training.anomalies import NonFiniteError
 from mfm_jax.training.run import Run
 from mfm_jax.workdir.checkpoint import Checkpointer, restore_phi
 
+pytestmark = pytest.mark.usefixtures("quick_runs")
+
 
 def slow(value):
     return pytest.param(value, marks=pytest.mark.slow)
-
-
-@pytest.fixture(autouse=True)
-def _one_device(monkeypatch):
-    """These runs use one of the fake devices; the tests of several devices say so."""
-    monkeypatch.setattr(jax, "device_count", lambda: 1)
 
 
 def final_state(workdir: Path, config) -> loop_lib.LoopState:
@@ -51,14 +50,16 @@ def final_state(workdir: Path, config) -> loop_lib.LoopState:
     return state.replace(bilevel=state.bilevel.replace(key=jax.random.key_data(state.bilevel.key)))
 
 
-@pytest.fixture(scope="module")
+_finished: list = []
+
+
+@pytest.fixture
 def finished(tmp_path_factory):
-    """A finished MFM run, with its config and results."""
-    workdir = tmp_path_factory.mktemp("runs") / "mfm"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax, "device_count", lambda: 1)
-        results = train.train_and_evaluate(tiny(), workdir)
-    return workdir, results
+    """The folder and the results of a finished MFM run, made once."""
+    if not _finished:
+        workdir = tmp_path_factory.mktemp("runs") / "mfm"
+        _finished.extend((workdir, train.train_and_evaluate(tiny(), workdir)))
+    return _finished
 
 
 def test_a_run_leaves_what_it_promises(finished):
@@ -89,7 +90,7 @@ def test_workdir_of_another_config_is_refused(finished):
         train.train_and_evaluate(tiny(train__seed=1), finished[0])
 
 
-@pytest.mark.parametrize("stop_at", [1, 5, 6, 9, 12])  # 6 and 12 are the last steps of the epochs
+@pytest.mark.parametrize("stop_at", [1, 6, 9, 12])  # 6 and 12 are the last steps of the epochs
 def test_interrupted_and_resumed_is_bit_identical(finished, tmp_path, monkeypatch, stop_at):
     """SIGTERM after any step: the run saves, and the same command ends as if nothing had happened."""
     workdir, _ = finished
@@ -115,10 +116,12 @@ def test_interrupted_and_resumed_is_bit_identical(finished, tmp_path, monkeypatc
 
 
 COMMAND = """
-import sys, jax
-from mfm_jax import config
+import json, sys
+sys.path.insert(0, sys.argv[3])
+from helpers import quick_runs
 from mfm_jax.training import train
-train.train_and_evaluate(__import__("json").loads(sys.argv[1]), sys.argv[2])
+with quick_runs():
+    train.train_and_evaluate(json.loads(sys.argv[1]), sys.argv[2])
 """
 
 
@@ -145,16 +148,15 @@ def test_runs_that_differ_in_more_than_the_seed_are_not_trained_together(tmp_pat
 
 @pytest.mark.parametrize("kills", [1, pytest.param(5, marks=pytest.mark.slow)])
 def test_killed_and_resumed_is_bit_identical(tmp_path, kills):
-    """SIGKILL at a random moment, a real process, several times over."""
-    config = tiny(train__epochs=12, model__width=2)
-    arguments = [sys.executable, "-c", COMMAND, config.to_json()]
+    """SIGKILL of a process at a random moment, several times over; what is left is this process's."""
+    config = tiny(train__epochs=12)
+    arguments = [sys.executable, "-c", COMMAND, config.to_json(), str(tmp_path / "cut"), str(Path(__file__).parent)]
     environment = os.environ | {"XLA_FLAGS": re.sub(r"device_count=\d+", "device_count=1", os.environ["XLA_FLAGS"])}
-    subprocess.run([*arguments, str(tmp_path / "whole")], env=environment, check=True, capture_output=True)
+    train.train_and_evaluate(config, tmp_path / "whole")
     random = np.random.default_rng(kills)
     for _ in range(kills):
-        process = subprocess.Popen(
-            [*arguments, str(tmp_path / "cut")], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        process = subprocess.Popen(arguments, env=environment, **quiet)
         rows = tmp_path / "cut" / "metrics.jsonl"
         before = rows.stat().st_size if rows.exists() else 0
         while process.poll() is None and not (rows.exists() and rows.stat().st_size > before):
@@ -163,26 +165,9 @@ def test_killed_and_resumed_is_bit_identical(tmp_path, kills):
         process.kill()
         process.wait()
     assert not (tmp_path / "cut" / "results.json").exists()
-    subprocess.run([*arguments, str(tmp_path / "cut")], env=environment, check=True, capture_output=True)
+    train.train_and_evaluate(config, tmp_path / "cut")
     chex.assert_trees_all_equal(final_state(tmp_path / "cut", config), final_state(tmp_path / "whole", config))
     assert (tmp_path / "cut/metrics.jsonl").read_text() == (tmp_path / "whole/metrics.jsonl").read_text()
-
-
-def test_each_kind_of_step_compiles_once_and_nothing_leaves_the_device():
-    config = config_lib.resolve(tiny())
-    data = data_lib.build(config)
-    experiment = experiment_lib.build(config, data)
-    call, loop, resident = loop_lib.make_call(experiment, config), loop_lib.initial(experiment), None
-    order = jnp.arange(64 * experiment.steps_per_epoch, dtype=jnp.int32).reshape(-1, 64)
-    table = jnp.asarray(data.meta_table(0), jnp.int32)
-    resident = inputs.to_device(data).replace(order=order, meta_table=table)
-    for is_meta in (True, False):
-        loop = call(loop, resident, *loop_lib.steps([is_meta]))
-    with jax.transfer_guard("disallow"):
-        for is_meta in (True, False) * 3:
-            loop = call(loop, resident, *loop_lib.steps([is_meta]))
-    assert call._cache_size() == 2
-    assert int(loop.bilevel.step) == 8
 
 
 def test_several_steps_a_call_equal_single_steps():
@@ -276,7 +261,6 @@ def test_a_manifest_is_taken_from_a_file(finished, tmp_path):
 @pytest.mark.parametrize(
     "overrides",
     [
-        {"method__name": "ce"},
         slow({"method__base": "logit_adjusted", "meta__loss": "ce", "meta__temperature": 2.0, "meta__bn": "batch"}),
         slow({"modulation__form": "network", "modulation__sites": "stage2,pooled", "modulation__use_count": True}),
         slow({"modulation__form": "direct", "modulation__sites": "pooled", "modulation__per_class": True}),
@@ -299,17 +283,10 @@ def test_a_manifest_is_taken_from_a_file(finished, tmp_path):
     ids=lambda overrides: "+".join(str(value) for value in overrides.values()),
 )
 def test_every_choice_runs(tmp_path, overrides):
-    results = train.train_and_evaluate(tiny(model__width=2, **overrides), tmp_path)
+    results = train.train_and_evaluate(tiny(**overrides), tmp_path)
     assert np.isfinite(results["last"]["test"]["nll"])
     no_validation = overrides.get("data__val_images_per_class") == 0
     assert (results["best"] is None) == no_validation
-
-
-def test_eight_devices_train(tmp_path, monkeypatch):
-    monkeypatch.undo()
-    assert jax.device_count() == 8
-    results = train.train_and_evaluate(tiny(train__max_steps=3), tmp_path)
-    assert np.isfinite(results["last"]["test"]["nll"])
 
 
 def test_an_interrupted_run_does_not_go_on_with_other_images(tmp_path, monkeypatch):
@@ -353,11 +330,12 @@ def test_a_modulator_learned_on_many_devices_goes_to_one(tmp_path):
 def test_a_stored_classifier_has_the_statistics_of_its_own_network(tmp_path):
     """The checkpoint's are the mean over plain passes of its parameters, not the averages of the steps before."""
     config = tiny(method__name="ce", train__epochs=1)
-    train.train_and_evaluate(config, tmp_path)
+    results = train.train_and_evaluate(config, tmp_path)
+    assert np.isfinite(results["last"]["test"]["nll"])
     state, data = final_state(tmp_path, config).bilevel, data_lib.build(config_lib.resolve(config))
     experiment = experiment_lib.build(config_lib.resolve(config), data)
     order = experiment.order(jax.random.fold_in(jax.random.key(config.train.seed), 1), 0)
-    module, passes = models.create("resnet8", 10, 4), []
+    module, passes = Tiny(10, jnp.float32), []
     for index in order:
         image = (data.train_images[np.asarray(index)] - data.mean) / data.std
         blank = {"params": state.params, "batch_stats": jax.tree.map(jnp.zeros_like, state.batch_stats)}
