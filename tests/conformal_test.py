@@ -4,6 +4,7 @@ import csv
 
 import numpy as np
 import pytest
+from helpers import REPOSITORY
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -146,3 +147,16 @@ def test_a_run_has_sets_that_prediction_names(trained_run, tmp_path):
     page = Workdir(trained_run.workdir).report.read_text()
     assert 'id="sets"' in page
     assert read_object(Workdir(trained_run.workdir).results)["last"]["prediction_sets"] == found
+
+
+def test_the_page_has_what_was_measured():
+    folder = REPOSITORY / "docs" / "results"
+    with (folder / "coverage.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    page = (folder / "coverage.md").read_text()
+    for row in rows:
+        assert row["held"] == "True"
+        mean, std, low, high = (f"{100 * float(row[name]):.1f}" for name in ("coverage", "coverage_std", "low", "high"))
+        start = f"| {row['run']} | {row['per_class']} | {row['group']} | {int(row['images']):,} |"
+        assert f"{start} {mean} ± {std} | [{low}, {high}] | {float(row['size']):.2f} |" in page
+    assert page.count("| digits |") + page.count("| cifar10_small |") + page.count("| plankton |") == len(rows)
