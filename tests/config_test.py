@@ -8,6 +8,7 @@ from pathlib import Path
 
 import ml_collections
 import pytest
+from helpers import OWN
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -97,7 +98,7 @@ def test_every_field_is_declared_with_a_default_of_its_type_and_a_meaning():
 
 def test_a_field_by_value():
     meaning = "over all devices together; at most what the meta set has"
-    assert FIELDS["meta.batch_size"] == ("meta.batch_size", int, 100, (), Bounds(1), meaning, False)
+    assert FIELDS["meta.batch_size"] == ("meta.batch_size", int, 100, (), Bounds(1), meaning, False, False)
     assert FIELDS["eval.batch_size"].bounds == Bounds(1)
     assert FIELDS["eval.batch_size"].may_change
     assert FIELDS["meta.loss"].choices == ("ce", "gce")
@@ -128,7 +129,8 @@ def test_every_field_refuses_another_type(path):
 NEEDED = {
     "l2rw": {"meta": {"lagged": False}},
     "resized": {"data": {"source": "folder"}},
-    "adapters": {"model": {"name": "vit_b16", "tune": "adapters"}},
+    "adapters": {"model": {"name": "vit_b16"}},
+    **{name: {"method": fields} for name, fields in OWN.items()},
 }
 
 
@@ -138,9 +140,21 @@ def test_every_choice_is_accepted_and_no_other(path):
     assert len(choices) > 1
     for choice in choices:
         group, name = path.split(".")
-        given = override(path, choice) | NEEDED.get(choice, {})
+        given = override(path, choice)
+        for other, values in NEEDED.get(choice, {}).items():
+            given[other] = given.get(other, {}) | values
         assert getattr(getattr(config_lib.resolve(given), group), name) == choice
-    assert refusal(override(path, "nonsense")) == f"{path} = 'nonsense': allowed: {', '.join(sorted(choices))}"
+    allowed = [*sorted(choices), *["an import path package.module:name"] * FIELDS[path].own]
+    assert refusal(override(path, "nonsense")) == f"{path} = 'nonsense': allowed: {', '.join(allowed)}"
+
+
+@pytest.mark.parametrize("path", ["model.name", "data.source", "method.loss", "method.learner"])
+def test_a_part_of_ones_own_has_an_import_path(path):
+    assert FIELDS[path].own
+    for value in ("a:B", "a.b_c:D.e", "given"):
+        assert FIELDS[path].checked(value) == value
+    for value in ("a:", ":b", "a-b:c", "a b:c", "a:b:c", "Given"):
+        assert refusal(override(path, value)).endswith("an import path package.module:name")
 
 
 @pytest.mark.parametrize("path", [path for path, field in FIELDS.items() if field.kind in (int, float)])
