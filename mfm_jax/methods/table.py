@@ -64,6 +64,7 @@ class Method:
     posthoc: `(config, counts, params) -> params` that are tested; None for those that were trained.
     learner: `(config, counts, channels by site) -> MetaLearner`, what the meta set governs; None for none.
     modulates: that learner is a modulator, which can be frozen and taken to another run.
+    needs: what that learner reads of the classifier: names of sites, and "head".
     overrides: fields that it cannot share with the methods beside it in a comparison, `{group: {field: value}}`.
     search: where the method's own fields are tuned, by `group.field` (`tune`).
     """
@@ -79,6 +80,7 @@ class Method:
     posthoc: Callable[[Config, jax.Array, PyTree], PyTree] | None = None
     learner: Callable[[Config, jax.Array, Mapping[str, int]], MetaLearner] | None = None
     modulates: bool = False
+    needs: tuple[str, ...] = ()
     overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     search: Mapping[str, Span | Choice] = field(default_factory=dict)
 
@@ -215,8 +217,12 @@ METHODS = {
     "meta_weight_net": Method(learner=_meta_weight_net, search=_META),
     # Its weights are made for one batch and used on it.
     "l2rw": Method(learner=_l2rw, overrides={"meta": {"lagged": False, "every": 1}}),
-    "l2ac": Method(learner=_l2ac, search=_META),
-    "metasaug": Method(learner=_metasaug, search={**_META, "method.isda_strength": Span(0.1, 2.0, log=True)}),
+    "l2ac": Method(learner=_l2ac, needs=("logits",), search=_META),
+    "metasaug": Method(
+        learner=_metasaug,
+        needs=("pooled", "logits", "head"),
+        search={**_META, "method.isda_strength": Span(0.1, 2.0, log=True)},
+    ),
     "mfm": Method(learner=_mfm, modulates=True, sampler=sampling.square_root, search=_META),
     "own_learner": Method(learner=own.learner, search=_META),
 }

@@ -126,7 +126,7 @@ def build(config: Config, data: LongTailData, mesh: Mesh | None = None) -> Exper
         retrain_step = retrain_step and parallel.shard_step(retrain_step, mesh, 1)
     extract = heads.features(plain.apply)
     init = jax.jit(lambda: start(fresh()))  # hundreds of small operations otherwise, each compiled by itself
-    if learner and config.method.name == "own_learner":
+    if learner and config.own("learner") is not None:
         _trace(config, init, meta_step or plain_step, image.shape[1:])
     return Experiment(
         init=init,

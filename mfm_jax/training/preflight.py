@@ -47,8 +47,9 @@ def check_own(config: Config, module: Adapted, seen: Seen, mesh: Mesh | None) ->
 def _head(config: Config, seen: Seen) -> Iterator[str]:
     """What reads or trains the last layer."""
     method, objective, name = METHODS[config.method.name], table.objective(config), config.method.name
+    reads = "head" in method.needs
     asking = {
-        f"method.name = {name!r}": method.prior_bias or method.retraining or method.posthoc or name == "metasaug",
+        f"method.name = {name!r}": method.prior_bias or method.retraining or method.posthoc or reads,
         f"the head of {name!r} or its method.base": objective.cosine_head,
         "model.tune = 'head'": config.model.tune == "head",
         "meta.virtual = 'head'": method.learner and config.meta.virtual == "head",
@@ -60,10 +61,10 @@ def _head(config: Config, seen: Seen) -> Iterator[str]:
 def _sites(config: Config, seen: Seen) -> Iterator[str]:
     """Where features are modulated or read."""
     method, name = METHODS[config.method.name], config.method.name
-    needed = list(config.sites) if method.modulates else ["logits"] * (name in ("l2ac", "metasaug"))
+    needed = [*(config.sites if method.modulates else ()), *(one for one in method.needs if one != "head")]
     synthetic = bool(method.retraining and method.retraining.synthetic)
-    needed += ["pooled"] * (name == "metasaug" or synthetic or table.objective(config).cosine_head)
-    for site in (site for site in needed if site not in seen.sites):
+    needed += ["pooled"] * (synthetic or table.objective(config).cosine_head)
+    for site in (site for site in dict.fromkeys(needed) if site not in seen.sites):
         yield (
             f"method.name = {name!r}: needs the site {site!r}, and your module calls {', '.join(seen.sites) or 'none'};"
             f" add x = modulate({site!r}, x) to its __call__(self, x, modulate=mfm_jax.no_modulation)"
