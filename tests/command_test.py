@@ -274,8 +274,8 @@ def test_a_shipped_config_has_a_name_wherever_one_is(named, run, given, tmp_path
         assert given[1][0].train.epochs == 61
 
 
-def test_an_evaluation_needs_the_run_folder_alone(run, trained_run, tmp_path, monkeypatch):
-    monkeypatch.setattr(jax, "device_count", lambda: 1)
+@pytest.mark.usefixtures("sketched")
+def test_an_evaluation_needs_the_run_folder_alone(run, trained_run, tmp_path):
     arguments = (f"--workdir={trained_run.workdir}", "--mode=eval", f"--out={tmp_path}")
     status, out, err = run(*arguments, "--split=val", "--config.eval.batch_size=7")
     assert (status, err) == (0, "")
@@ -363,6 +363,7 @@ def test_these_do_not(argument, expected):
     assert str(caught.value) == expected
 
 
+@pytest.mark.usefixtures("quick_runs")
 def test_a_folder_of_sixty_images_trains_without_an_edit(run, tmp_path):
     """The check says what training will do, and gives the command; that command trains, and again goes on."""
     for name, grey in (("bird", 0), ("cat", 80), ("dog", 160)):

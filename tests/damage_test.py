@@ -376,90 +376,39 @@ def test_a_link_to_another_class_repeats_its_pictures(root):
     assert told == [("file", f"dog/{i}.png", f"emu/also/{i}.png") for i in range(3)]
 
 
-# Damage to a list. Each takes and gives its lines; a problem is named by the line.
+# Damage to a list: what `lists_test` does not have. A problem is named by the line.
 
 LINES = [f"{name}/{i}.png {label}" for label, name in enumerate(COUNTS) for i in range(COUNTS[name])]
-
-
-def line(number: int, text: str) -> list[str]:
-    """Returns the lines with one (from 1) replaced."""
-    return [*LINES[: number - 1], text, *LINES[number:]]
-
-
-LISTS = {
-    "no such file": (line(1, "cat/none.png 0"), {"l:1": "no such file: cat/none.png"}, {"cat": 3}),
-    "no such folder": (line(1, "none/0.png 0"), {"l:1": "no such file: none/0.png"}, {"cat": 3}),
-    "a folder": (line(1, "cat 0"), {"l:1": "a folder: cat"}, {"cat": 3}),
-    "no label": (line(2, "cat/1.png"), {"l:2": "not understood: no label"}, {"cat": 3}),
-    "a label out of range": (line(2, "cat/1.png 57"), {"l:2": "label 57 is out of range"}, {"cat": 3}),
-    "a huge label": (line(2, "cat/1.png 99999999999999999999"), {"l:2": "no whole number"}, {"cat": 3}),
-    "a negative label": (line(2, "cat/1.png -1"), {"l:2": "label -1 is negative"}, {"cat": 3}),
-    "a label with a fraction": (line(2, "cat/1.png 0.5"), {"l:2": "'0.5' is no whole number"}, {"cat": 3}),
-    "a word for a number": (line(2, "cat/1.png cat"), {"l:2": "'cat' is no whole number"}, {"cat": 3}),
-    "a number of another script": (line(2, "cat/1.png ٣"), {"l:2": "is no whole number"}, {"cat": 3}),
-    "a path that leaves the root": (line(2, "../cat/1.png 0"), {"l:2": "leaves data.root: ../cat"}, {"cat": 3}),
-    "a path that leaves by a detour": (line(2, "cat/../../x.png 0"), {"l:2": "leaves data.root"}, {"cat": 3}),
-    "a path from elsewhere": (line(2, "/etc/passwd 0"), {"l:2": "leaves data.root: /etc/passwd"}, {"cat": 3}),
-    "a line twice": ([*LINES, LINES[0]], {"l:10": "cat/0.png is listed a second time: l:1"}, {}),
-    "a picture twice, spelled otherwise": ([*LINES, "./cat//0.png 0"], {"l:10": "is listed a second time"}, {}),
-    "two labels": (
-        [*LINES, "cat/0.png 1"],
-        {"l:10": "cat/0.png has label 0 at l:1", "l:1": "cat/0.png has another label elsewhere"},
-        {"cat": 3},
-    ),
-    "a class without pictures": (
-        [*LINES[:-2], "emu/0.png 4", "emu/1.png 4"],
-        {"l": r"no training picture of class 2, 3; .*: leave none out"},
-        None,
-    ),
-    "a comma for the space": (line(2, "cat/1.png,0"), {"l:2": "not understood: no label"}, {"cat": 3}),
-    "a comment in the middle": (line(2, "# the cats"), {}, {"cat": 3}),
-    "a line that is commented out": (
-        line(2, "#cat/1.png 0"),
-        {"l:2": "a comment has a space after"},
-        {"cat": 3},
-    ),
-    "a name in other letters": (line(2, "Cat/1.png 0"), {"l:2": "no such file: Cat/1.png"}, {"cat": 3}),
-    "tabs": ([text.replace(" ", "\t") for text in LINES], {}, {}),
-    "spaces about": ([f"  {text}  " for text in LINES], {}, {}),
-    "blank lines": ([*LINES[:3], "", "  ", *LINES[3:], ""], {}, {}),
-    "a byte order mark": (["\ufeff" + LINES[0], *LINES[1:]], {}, {}),
-    "line ends of Windows": ([text + "\r" for text in LINES], {}, {}),
-    "comments at the start": (["# pictures of pets", "#", *LINES], {}, {}),
-}
-CSV = ["path,label", *(text.replace(" ", ",") for text in LINES)]
-CSVS = {
-    "a missing column": ([*CSV[:-1], "emu/1.png"], {"l.csv:10": "not understood: no label"}, {"emu": 1}),
-    "an empty path": ([*CSV[:-1], ",2"], {"l.csv:10": "not understood: no path"}, {"emu": 1}),
-    "a column more": ([text + ",x" for text in CSV], {}, {}),
-    "a line with more columns than its header": (
-        [*CSV[:-1], CSV[-1] + ",,x"],
-        {"l.csv:10": "4 cells under 2 columns"},
-        {"emu": 1},
-    ),
-    "a line with more separators than its header": ([*CSV[:-1], CSV[-1] + ",,"], {}, {}),
-    "quoted": (["path,label", *(f'"{text.split()[0]}","{text.split()[1]}"' for text in LINES)], {}, {}),
-    "a quote without its pair": ([*CSV[:-1], 'emu/1.png",2'], {"l.csv:10": "a quote without its pair"}, {"emu": 1}),
-    "empty lines": ([CSV[0], "", *CSV[1:], ",,", ""], {}, {}),
+LISTS = {  # what takes the place of the second line
+    "no such folder": ("none/0.png 0", "no such file: none/0.png"),
+    "a folder": ("cat 0", "a folder: cat"),
+    "a huge label": ("cat/1.png 99999999999999999999", "no whole number"),
+    "a label with a fraction": ("cat/1.png 0.5", "'0.5' is no whole number"),
+    "a number of another script": ("cat/1.png ٣", "is no whole number"),
+    "a path that leaves the root": ("../cat/1.png 0", "leaves data.root: ../cat"),
+    "a path that leaves by a detour": ("cat/../../x.png 0", "leaves data.root"),
+    "a path from elsewhere": ("/etc/passwd 0", "leaves data.root: /etc/passwd"),
+    "a comma for the space": ("cat/1.png,0", "not understood: no label"),
 }
 
 
-@pytest.mark.parametrize("name", LISTS | CSVS)
-def test_a_damaged_list_is_told(root, name):
-    lines, problems, counts = (LISTS | CSVS)[name]
-    file = root.parent / ("l.csv" if name in CSVS else "l")
-    file.write_text("\n".join(lines))
-    found = listing.lists(root, {"train": file})
-    if counts is None:  # the folders no longer tell what a missing class is called
-        (problem,) = found.problems
-        assert re.fullmatch(problems[problem.path] + ".*", problem.reason)
-        assert usable(found) == {"0": 4, "1": 3, "2": 0, "3": 0, "4": 2}
-    else:
-        check(found, Told(problems, counts))
+def check_list(root: Path, lines: list[str], told: Told, name: str = "l") -> None:
+    (root.parent / name).write_text("\n".join(lines))
+    check(listing.lists(root, {"train": root.parent / name}), told)
+
+
+@pytest.mark.parametrize("name", LISTS)
+def test_a_damaged_line_is_told(root, name):
+    line, reason = LISTS[name]
+    check_list(root, [LINES[0], line, *LINES[2:]], Told({"l:2": reason}, {"cat": 3}))
+
+
+def test_a_picture_with_two_labels_is_told_at_both(root):
+    told = {"l:10": "cat/0.png has label 0 at l:1", "l:1": "cat/0.png has another label elsewhere"}
+    check_list(root, [*LINES, "cat/0.png 1"], Told(told, {"cat": 3}))
 
 
 def test_a_quoted_comma_is_part_of_the_path(root):
     (root / VICTIM).rename(root / "cat/a, b.png")
-    file = root.parent / "l.csv"
-    file.write_text("\n".join(["path,label", '"cat/a, b.png",0', *CSV[2:]]))
-    check(listing.lists(root, {"train": file}), Told(shows={"cat/a, b.png": (250, 10, 10)}))
+    lines = ["path,label", '"cat/a, b.png",0', *(text.replace(" ", ",") for text in LINES[1:])]
+    check_list(root, lines, Told(shows={"cat/a, b.png": (250, 10, 10)}), "l.csv")

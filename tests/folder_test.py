@@ -416,9 +416,9 @@ def test_a_streamed_run_is_the_resident_run(tmp_path, monkeypatch):
     chex.assert_trees_all_close(losses[0], losses[1], rtol=1e-4)
 
 
+@pytest.mark.usefixtures("quick_runs")
 def test_a_streamed_run_that_was_stopped_ends_as_if_nothing_had_happened(root, tmp_path, monkeypatch):
     """SIGTERM in the middle of the second epoch."""
-    monkeypatch.setattr(jax, "device_count", lambda: 1)
     options = {"data__resident_mb": 0, "augment__crop": "resized", "augment__color_jitter": 0.4}
     options |= {"meta__start_epoch": 1, "meta__every": 2}
     call, programs = loop_lib.make_call, []

@@ -9,7 +9,7 @@ import chex
 import jax
 import numpy as np
 import pytest
-from helpers import arrays, configured
+from helpers import arrays, configured, quick_runs
 
 from mfm_jax import config as config_lib
 from mfm_jax import data as data_lib
@@ -22,22 +22,18 @@ from mfm_jax.types import BilevelState
 from mfm_jax.workdir.checkpoint import Checkpointer
 from mfm_jax.workdir.files import Workdir, read_object
 
+pytestmark = pytest.mark.usefixtures("sketched")
+
 
 def small(**overrides) -> Config:
     return configured("mfm", **{"model__name": "resnet8", "model__width": 2, "train__max_steps": 2} | overrides)
-
-
-@pytest.fixture(autouse=True)
-def _one_device(monkeypatch):
-    monkeypatch.setattr(jax, "device_count", lambda: 1)
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
     """A run of MFM on the ten digits, of two steps, whose phi is no longer the identity."""
     folder = tmp_path_factory.mktemp("runs") / "mfm"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax, "device_count", lambda: 1)
+    with quick_runs(network=None):
         train.train_and_evaluate(small(), folder)
     return folder
 
