@@ -376,6 +376,19 @@ def test_what_would_go_wrong_in_silence_is_refused_at_the_first_call(module, cha
         first_step(module, modulation.direct(channels), data)
 
 
+@pytest.mark.parametrize("wrong", [CLASSES, -1])
+def test_a_label_that_is_no_class_makes_the_loss_nan(wrong):
+    module, modulator, tx = Dropping(), modulation.direct({"logits": CLASSES}), optax.sgd(0.1)
+    state = bilevel.init_state(
+        jax.random.key(1), module.init(jax.random.key(0), batch(0).image), tx, modulator.init, tx
+    )
+    step = jax.jit(bilevel.make_step(Pass.of(module), losses.cross_entropy, tx, modulator, tx))
+    sound, broken = batch(0), batch(0)._replace(label=batch(0).label.at[3].set(wrong))
+    found = [step(state, *pair)[1] for pair in ((sound, sound), (broken, sound), (sound, broken))]
+    told = [(np.isnan(metrics["loss"]), np.isnan(metrics["meta_loss"])) for metrics in found]
+    assert told == [(False, False), (True, False), (False, True)]
+
+
 @pytest.mark.parametrize("counts", [[5, 0, 2], [0, 0], np.array([3.0, 0.5])])
 def test_a_class_without_an_image_is_refused(counts):
     with pytest.raises(UserError, match=r"counts: class \d has 0(.5)? images"):

@@ -151,7 +151,7 @@ def make_step(
                 statistics = forward.statistics(state, jax.lax.stop_gradient(params), batch)
                 measured = state.replace(batch_stats=statistics)
             logits, _ = forward.logits(measured, params, meta_batch, train=rule.bn == "batch")
-            return forward.mean(rule.loss(logits, meta_batch.label), meta_batch), None
+            return forward.mean(_example_losses(rule.loss, logits, meta_batch), meta_batch), None
 
         train_loss, update = two_halves(state, batch)
         active = _active(state.params, rule.virtual_groups)
@@ -285,10 +285,14 @@ def _agreement(grad: PyTree, opt_state: PyTree) -> jax.Array:
 
 
 def _example_losses(loss: LossFn, logits: jax.Array, batch: Batch, class_weights: jax.Array | None = None) -> jax.Array:
-    """Returns the loss of each example, `[B]`; on mixed labels, the mixture of the two labels' losses."""
+    """Returns the loss of each example, `[B]`; on mixed labels, the mixture of the two labels' losses.
+
+    It is NaN where the label is no class: a gather would take another one in silence.
+    """
 
     def losses_of(labels: jax.Array) -> jax.Array:
         values = loss(logits, labels)
+        values = jnp.where((labels >= 0) & (labels < logits.shape[-1]), values, jnp.nan)
         return values if class_weights is None else values * class_weights.astype(values.dtype)[labels]
 
     own = losses_of(batch.label)
