@@ -134,6 +134,7 @@ class MFMClassifier(ClassifierMixin, BaseEstimator):
           y: `[n]`, labels of any kind.
         """
         config = self._config()
+        config_lib.resolve(config)  # a wrong value is told before images are read
         if y is None and isinstance(X, str | os.PathLike):
             arrays = None
             self._prepare_folder(Path(X).expanduser(), config)
@@ -301,7 +302,7 @@ class MFMClassifier(ClassifierMixin, BaseEstimator):
         files = Workdir(run.folder)
         manifest = read_manifest(files.manifest)
         parts = {name: manifest["splits"][name]["class_counts"] for name in ("train", "meta", "val")}
-        self.split_ = parts | {"meta_redrawn": manifest["meta_redrawn"]}
+        self.split_ = parts | {"meta_redrawn": manifest.get("meta_redrawn", manifest["protocol"] == "full")}
         self.results_ = read_object(files.results)
         self.run_ = run
 
@@ -332,7 +333,7 @@ def _tuple(value: Any) -> Any:
 def _keep(run: Workdir, config: Fields, arrays: dict[str, npt.NDArray[Any]]) -> None:
     """Writes the arrays to the folder of a run, unless they are there."""
     run.claim(config_lib.resolve(config))
-    if not run.images.exists():
+    if not (run.images.exists() and run.config.exists()):  # without a config, they are of a start that failed
         part = run.images.with_name(f".{run.images.name}")
         np.savez(part, **arrays)  # type: ignore[arg-type]  # mypy takes one for `allow_pickle`
         part.replace(run.images)

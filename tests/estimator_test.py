@@ -103,6 +103,7 @@ class TestParameters:
             ({"optim__learning_rate": "fast"}, "optim.learning_rate = 'fast': expected float"),
             ({"value_range": (1, 0)}, r"value_range = \(1, 0\): allowed: \(least, largest\)"),
             ({"value_range": (0, 1)}, r"value_range = \(0, 1\): values reach from 0 to 16; uint8 is taken as it is"),
+            ({"data__image_size": "8"}, "data.image_size = '8': expected int, got str"),
             ({"image_shape": "square"}, r"image_shape = 'square': allowed: \(H, W, C\), \(H, W\), 'row' or None"),
             ({"image_shape": (4, 16)}, r"image_shape = \(4, 16\): images are \(8, 8\), which do not have that shape"),
         ],

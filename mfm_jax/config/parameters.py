@@ -38,7 +38,7 @@ def check(name: str) -> None:
 
 
 def of_images(named: Mapping[str, Any], further: Mapping[str, Any], *, kept: bool) -> Fields:
-    """Returns the fields of a run on a caller's own images; where these come from is left open.
+    """Returns the fields of a run on a caller's own images; where they lie is left open.
 
     They are those of `configs/folder_lt.py`, but that no validation and no test images are set aside.
 
@@ -48,7 +48,7 @@ def of_images(named: Mapping[str, Any], further: Mapping[str, Any], *, kept: boo
       kept: whether the run may be gone on with: it is saved every few epochs then, and else at its end.
     """
     fields = Config().to_dict()
-    fields["data"] |= {"protocol": "natural", "imbalance_factor": 1.0}
+    fields["data"] |= {"source": "npz", "protocol": "natural", "imbalance_factor": 1.0}
     fields["train"]["batch_size"] = fields["meta"]["batch_size"] = 50
     fields["eval"]["test"] = False
     fields["checkpoint"] |= {"keep": 1, "every_epochs": 5 if kept else named["train.epochs"]}
