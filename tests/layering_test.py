@@ -27,9 +27,9 @@ ORDER = (  # the files of a line import those of the lines above it alone
     "data.sizes",
     "bilevel.optim data.augment data.listing data.sources evaluation.health methods.sampling "
     "models.pretrained training.anomalies workdir.files",
-    "bilevel.outer data.batches data.checking data.digits data.kept evaluation.gallery workdir.checkpoint workdir.logs "
-    "workdir.stored",
-    "bilevel.steps command data.arrays data.files data.tfds methods.learners workdir.finished",
+    "bilevel.outer data.batches data.checking data.digits data.kept evaluation.gallery workdir.checkpoint "
+    "workdir.loggers workdir.stored",
+    "bilevel.steps command data.arrays data.files data.tfds methods.learners workdir.finished workdir.logs",
     "bilevel data.assembly methods.table pages.style",
     "check data evaluation.tested pages.comparison_figures pages.figures pages.mistakes",
     "evaluation.facts pages.comparison pages.report training.inputs training.preflight training.progress "
