@@ -5,8 +5,8 @@
 The folder gets the plain classifier with its normalisation and parameters as a `jax.export` artifact for CPU, CUDA and
 TPU (`classifier.bin`: uint8 [b, H, W, C] -> probabilities float32 [b, K], any b), its facts (`classifier.json`), a
 script that uses both (`how_to_use.py`), what it decodes with (`pictures.py`, `formats.py`), and the model card
-(`MODEL_CARD.md`); with `--onnx`, `classifier.onnx` too. The modulator stays behind. Exit status: 0 done; 2 a mistake,
-told in one line.
+(`MODEL_CARD.md`); with `--onnx`, `classifier.onnx` too. The modulator stays behind. `--hub=FOLDER` lays out a folder
+for a model hub in their place, which `mfm_jax.load` reads. Exit status: 0 done; 2 a mistake, told in one line.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ import jax
 import jax.export
 import numpy as np
 
-from mfm_jax import command
+from mfm_jax import command, hub
 from mfm_jax.data import formats, pictures
 from mfm_jax.errors import UserError, in_a_line
 from mfm_jax.evaluation import classifier
@@ -33,7 +33,6 @@ from mfm_jax.workdir import finished
 from mfm_jax.workdir.files import Workdir
 
 PLATFORMS = ("cpu", "cuda", "tpu")
-TOLERANCE = 1e-5  # of a probability, between a file and the checkpoint
 
 
 def export(
@@ -141,23 +140,40 @@ def _check(name: str, trained: Classifier, program: Callable[[np.ndarray], np.nd
     """Refuses a file that does not give the checkpoint's probabilities, on seven noisy images."""
     images = np.random.default_rng(0).integers(0, 256, (7, *trained.image_shape), np.uint8)
     gap = float(np.abs(program(images) - trained.probabilities(images)).max())
-    if not gap <= TOLERANCE:
+    if not gap <= classifier.TOLERANCE:
         raise RuntimeError(f"{name}: its probabilities differ from the checkpoint's by {gap:.1e}")
 
 
 def main(argv: Sequence[str]) -> int:
     parser = command.Parser("export", __doc__)
-    parser.add_argument("--checkpoint", type=Path, required=True, help="workdir of the finished run")
+    run_flags = ("--checkpoint", "--workdir")
+    parser.add_argument(*run_flags, dest="checkpoint", type=Path, required=True, help="workdir of the finished run")
     parser.add_argument("--out", type=Path, help="the folder to write to (WORKDIR/exported)")
+    parser.add_argument("--hub", type=Path, help="in the place of --out: a folder as model hubs take it, with weights")
+    parser.add_argument("--license", help=f"with --hub: of the weights, such as apache-2.0 ({hub.NO_LICENSE})")
     parser.add_argument("--which", choices=classifier.WHICH, default="last", help="checkpoint (%(default)s)")
     parser.add_argument("--onnx", action="store_true", help="also write classifier.onnx (needs the extra `onnx`)")
     options: Any = parser.parse_args(argv[1:])
     made_by = f"python -m mfm_jax.export {shlex.join(argv[1:])}"
+    if options.hub:
+        if options.out or options.onnx:
+            parser.error("--hub: lays out a folder of its own; leave --out and --onnx out")
+        license_id = options.license or hub.NO_LICENSE
+        hub.lay_out(options.checkpoint, options.hub, options.which, license_id=license_id, made_by=made_by)
+        print(
+            f"{options.hub}: model.safetensors, config.json and README.md; mfm_jax.load({str(options.hub)!r}) reads it"
+        )
+        print(
+            f"to publish it: hf upload USER/NAME {options.hub}" + ("" if options.license else "; --license is not set")
+        )
+        return 0
+    if options.license:
+        parser.error("--license: only a card for --hub has one")
     out = options.out or Workdir(options.checkpoint).exported
     sizes = export(options.checkpoint, out, options.which, onnx=options.onnx, made_by=made_by)
     facts = Workdir(out).facts.name
     for name, size in sizes.items():
-        print(f"{out / name}: {size:,} bytes, the checkpoint's probabilities to {TOLERANCE:g}")
+        print(f"{out / name}: {size:,} bytes, the checkpoint's probabilities to {classifier.TOLERANCE:g}")
     print(f"{out / 'how_to_use.py'}: names the classes of pictures with it, by what {facts} tells")
     print(f"{out / 'MODEL_CARD.md'}: what it was trained on, how accurate it is, and its limits")
     return 0

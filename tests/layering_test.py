@@ -28,17 +28,17 @@ ORDER = (  # the files of a line import those of the lines above it alone
     "bilevel.optim data.augment data.listing data.sources evaluation.health methods.sampling "
     "models.pretrained training.anomalies workdir.files",
     "bilevel.outer data.batches data.checking data.digits data.given data.kept data.numbers data.own "
-    "evaluation.gallery workdir.checkpoint workdir.logs workdir.stored",
-    "bilevel.steps command data.arrays data.files data.tfds methods.learners methods.own workdir.finished",
+    "evaluation.gallery workdir.checkpoint workdir.loggers workdir.stored",
+    "bilevel.steps command data.arrays data.files data.tfds methods.learners methods.own workdir.finished workdir.logs",
     "bilevel data.assembly methods.table pages.style",
     "check data evaluation.tested pages.comparison_figures pages.figures pages.mistakes",
     "evaluation.facts pages.comparison pages.report training.inputs training.preflight training.progress "
     "training.recipe",
-    "pages.card training.own_loop training.weights",
+    "evaluation.hub_folder pages.card pages.front_matter training.own_loop training.weights",
     "training.experiment",
     "evaluation.classifier training.loop",
-    "evaluation.results export inference.trained predict training.epoch_log training.feed",
-    "inference.evaluate training.run",
+    "evaluation.results hub inference.trained predict training.epoch_log training.feed",
+    "export inference.evaluate training.run",
     "training.train",
     "estimator main study.runs",
     "study.tune",

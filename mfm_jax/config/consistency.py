@@ -4,7 +4,7 @@ import itertools
 import re
 from collections.abc import Iterator
 
-from mfm_jax.config.groups import Config, Data, Modulation
+from mfm_jax.config.groups import LOGGERS, Config, Data, Modulation
 from mfm_jax.fields import names_own
 
 
@@ -29,6 +29,9 @@ def problems(config: Config) -> Iterator[str]:
         yield f"train.spike_factor = {config.train.spike_factor}: allowed: more than 1, or 0 for none"
     yield from _stages(config)
     yield from _restarts(config)
+    names = config.train.logger_names
+    if not set(names) <= set(LOGGERS) or len(set(names)) != len(names):
+        yield f"train.loggers = {config.train.loggers!r}: expected some of {', '.join(LOGGERS)}, comma-separated"
     if config.model.pretrained and config.model.init_from:
         yield (
             f"model.init_from = {config.model.init_from!r}: so does model.pretrained = {config.model.pretrained!r} set"

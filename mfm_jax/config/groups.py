@@ -78,6 +78,7 @@ class Augment:
 SmallResNet = Literal["resnet32", "resnet8", "resnet20", "resnet44", "resnet56"]  # for 16 to 64 pixels a side
 LargeModel = Literal["resnet10", "resnet18", "resnet50", "resnet101", "resnet152", "resnext50", "vit_b16"]  # for 224
 SMALL_RESNETS = get_args(SmallResNet)
+LOGGERS = ("tensorboard", "wandb", "mlflow")
 
 
 @dataclass(frozen=True)
@@ -161,6 +162,14 @@ class Train:
     spike_factor: Annotated[float, Bounds(0), "a grad_norm above this times its mean counts as non-finite; 0 = off"] = (
         0.0
     )
+    loggers: Annotated[str, MAY_CHANGE, "comma-separated: tensorboard, wandb, mlflow; '' = metrics.jsonl alone"] = (
+        "tensorboard"
+    )
+
+    @property
+    def logger_names(self) -> tuple[str, ...]:
+        """The names in `loggers`."""
+        return tuple(name.strip() for name in self.loggers.split(",")) if self.loggers else ()
 
 
 @dataclass(frozen=True)

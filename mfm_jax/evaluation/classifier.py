@@ -17,18 +17,20 @@ import numpy as np
 from mfm_jax.config import Config, Own
 from mfm_jax.data import LongTailData, augment, sizes
 from mfm_jax.errors import UserError
-from mfm_jax.evaluation import conformal, tested
+from mfm_jax.evaluation import conformal, hub_folder, tested
 from mfm_jax.evaluation import facts as facts_lib
 from mfm_jax.evaluation.facts import Facts
+from mfm_jax.evaluation.tested import Tested
 from mfm_jax.fields import names_own
 from mfm_jax.models import own
 from mfm_jax.models.own import Adapted
 from mfm_jax.training import experiment as experiment_lib
-from mfm_jax.types import BilevelState
+from mfm_jax.types import BilevelState, PyTree
 from mfm_jax.workdir.checkpoint import Checkpointer, hushed
 from mfm_jax.workdir.files import Workdir, read_object
 
 WHICH = ("last", "best")
+TOLERANCE = 1e-5  # of a probability, between what was exported and the checkpoint
 
 
 class NoBest(UserError):
@@ -45,6 +47,7 @@ class Classifier(NamedTuple):
     probabilities: the same, compiled, of NumPy arrays.
     sets: its prediction sets (`sets.members(probabilities)`); None where there was no validation split, for the
       checkpoint that was best on it, and while a run has not finished.
+    variables: `params`, as tested, and `batch_stats`; None where the state of a run in training stands for them.
     """
 
     facts: Facts
@@ -53,6 +56,7 @@ class Classifier(NamedTuple):
     forward: Callable[[jax.Array], jax.Array]
     probabilities: Callable[[np.ndarray], np.ndarray]
     sets: conformal.Sets | None = None
+    variables: PyTree = None
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -66,10 +70,10 @@ class Classifier(NamedTuple):
 
 
 def load(workdir: str | Path, which: str = "last", *, module: Any = None) -> Classifier:
-    """Returns the classifier of the run in `workdir`.
+    """Returns the classifier of the run in `workdir`, or that in a folder that was laid out for a hub.
 
     Args:
-      workdir: of the run, finished or not.
+      workdir: of the run, finished or not; or what `mfm-jax export RUN --hub=FOLDER` wrote, which has one checkpoint.
       which: "last" for its last checkpoint, "best" for the one that was best on validation.
       module: the user's own, of a run that was given one that no import path leads to.
 
@@ -81,6 +85,8 @@ def load(workdir: str | Path, which: str = "last", *, module: Any = None) -> Cla
     workdir = Path(workdir)
     if which not in WHICH:
         raise UserError(f"which = {which!r}: allowed: {', '.join(WHICH)}")
+    if hub_folder.is_one(workdir):
+        return _of_hub(workdir, which)
     config, facts = Workdir(workdir).read_config(), facts_lib.read(Workdir(workdir))
     if module is not None and not names_own(config.model.name):
         raise UserError(f"module: the run in {workdir} has model.name = {config.model.name!r}; leave module out")
@@ -96,9 +102,37 @@ def load(workdir: str | Path, which: str = "last", *, module: Any = None) -> Cla
     plain = tested.of(config, np.asarray(facts.train_class_counts))
     if isinstance(plain.module, Adapted):
         _check_same(plain.module, config, facts, state)
-    params = plain.params(state)
-    found = _of(facts, config, step, lambda image: plain.of_params(params, state.batch_stats, image))
-    return found._replace(sets=_sets(workdir, which, step))
+    return _of_variables(plain, facts, config, step, plain.params(state), state.batch_stats)._replace(
+        sets=_sets(workdir, which, step)
+    )
+
+
+def _of_variables(
+    plain: Tested, facts: Facts, config: Config, step: int, params: PyTree, batch_stats: PyTree
+) -> Classifier:
+    found = _of(facts, config, step, lambda image: plain.of_params(params, batch_stats, image))
+    return found._replace(variables={"params": params, "batch_stats": batch_stats})
+
+
+def _of_hub(folder: Path, which: str) -> Classifier:
+    """Returns the classifier in a folder that was laid out for a hub; `which` may not ask for a checkpoint in vain.
+
+    Raises:
+      UserError: a file is damaged, or the weights are not of the config beside them.
+      NoBest: the folder has the last checkpoint alone.
+    """
+    stored = hub_folder.read(folder)
+    if which == "best" and stored.which != which:
+        raise NoBest(f"{folder}: has the {stored.which} checkpoint alone; leave which = 'best' out")
+    facts, plain = stored.facts, tested.of(stored.config, np.asarray(stored.facts.train_class_counts))
+    image = jax.ShapeDtypeStruct((1, *facts.image_shape), jnp.float32)
+    expected = {"batch_stats": {}, **jax.eval_shape(plain.module.init, jax.random.key(0), image)}
+    variables = {"batch_stats": {}, **jax.tree.map(jnp.asarray, stored.variables)}
+    theirs, ours = (jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree) for tree in (variables, expected))
+    if theirs != ours:
+        raise UserError(f"{folder}: {hub_folder.WEIGHTS} is not of the classifier in the config; download it again")
+    found = _of_variables(plain, facts, stored.config, stored.step, variables["params"], variables["batch_stats"])
+    return found._replace(sets=stored.sets)
 
 
 def _check_same(module: Adapted, config: Config, facts: Facts, state: BilevelState) -> None:

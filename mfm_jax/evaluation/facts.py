@@ -51,8 +51,13 @@ def read(workdir: Workdir) -> Facts:
     Raises:
       UserError: the file is missing or damaged.
     """
+    required = (field.name for field in dataclasses.fields(Facts) if field.default is dataclasses.MISSING)
+    return of_object(read_object(workdir.facts, *required))
+
+
+def of_object(found: dict[str, Any]) -> Facts:
+    """Returns the facts among the values of a JSON object, of which those without a default must be there."""
     fields = dataclasses.fields(Facts)
-    found = read_object(workdir.facts, *(field.name for field in fields if field.default is dataclasses.MISSING))
     given = ((field.name, found[field.name]) for field in fields if field.name in found)
     values: Any = {name: tuple(value) if isinstance(value, list) else value for name, value in given}
     return Facts(**values)

@@ -38,8 +38,17 @@ def write_card(workdir: Path, path: Path, which: str, command: str, files: dict[
     run = finished.read(workdir)
     if run.results.get(which) is None:
         raise UserError(f"{workdir}: the run has no results of its {which} checkpoint")
+    disk.write(path, text(run, which, command, files))
+
+
+def text(run: Finished, which: str, command: str, files: dict[str, int], figures: dict[str, str] | None = None) -> str:
+    """Returns the card of a run that has results of the checkpoint `which`; the rest is as for `write_card`.
+
+    Args:
+      figures: for a hub, the captions of the pictures that lie beside it as `figures/NAME.png`.
+    """
     content = _content(run, which) | {"which": which, "command": command, "files": files, "low": LOW_ACCURACY}
-    disk.write(path, style.template("card.md.jinja", cell=cell).render(content))
+    return style.template("card.md.jinja", cell=cell).render(content | {"figures": figures or {}})
 
 
 def cell(text: object) -> str:

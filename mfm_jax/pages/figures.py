@@ -39,7 +39,7 @@ _CURVE_POINTS = 400  # longer curves are averaged down to this many points
 Rows = Sequence[dict[str, Any]]
 
 
-def draw_classes(figure: "Figure", classes: Classes, result: dict[str, Any]) -> str:
+def draw_classes(figure: "Figure", classes: Classes, result: dict[str, Any], when: str = "last epoch") -> str:
     """Draws the training images of each class above its accuracy; `result` is what `metrics.evaluate` returned."""
     top, bottom = figure.subplots(2, 1, sharex=True)
     place = np.arange(len(classes.counts))
@@ -72,7 +72,7 @@ def draw_classes(figure: "Figure", classes: Classes, result: dict[str, Any]) -> 
     top.legend(**above, ncols=3)
     bottom.axhline(np.nanmean(accuracy), color=MUTED, linestyle="--", linewidth=1.2, label="balanced accuracy")
     bottom.set_ylim(-4, 104)
-    bottom.set_title("Accuracy, last epoch (%)")
+    bottom.set_title(f"Accuracy, {when} (%)")
     bottom.legend(**above)
     bottom.set_xlim(-0.8, len(counts) - 0.2)
     bottom.set_xlabel("class, from most to fewest training images")
@@ -82,7 +82,7 @@ def draw_classes(figure: "Figure", classes: Classes, result: dict[str, Any]) -> 
         name_ticks(bottom, classes)
     return (
         f"Training images per class, from {counts[0]:,} down to {counts[-1]:,}, above the accuracy of each class"
-        f" at the last epoch, with the 95 % interval that the number of its test images allows:"
+        f" at the {when}, with the 95 % interval that the number of its test images allows:"
         f" {percent(result.get('head_third'), 1)} % over the head third,"
         f" {percent(result.get('rarest_third'), 1)} % over the rarest third."
     )
@@ -139,7 +139,7 @@ def _curve(axes: "Axes", rows: Rows, key: str, label: str, color: str, scale: fl
     axes.plot(steps, scale * values, color=color, label=label, marker="o" if len(steps) == 1 else None)
 
 
-def draw_reliability(figure: "Figure", result: dict[str, Any]) -> str:
+def draw_reliability(figure: "Figure", result: dict[str, Any], when: str = "last epoch") -> str:
     """Draws accuracy against confidence, from the bins of `metrics.reliability_bins`; fuller bins are stronger."""
     bins = [one for one in result["reliability"] if one["count"]]
     axes = figure.subplots()
@@ -160,7 +160,7 @@ def draw_reliability(figure: "Figure", result: dict[str, Any]) -> str:
     axes.set_ylabel("accuracy (%)")
     figure.legend(loc="outside upper left", ncols=3, columnspacing=1.2, handlelength=1.4)
     return (
-        f"Reliability of the confidences at the last epoch: ECE {percent(result['ece'], 1)} %. A bar that ends below"
+        f"Reliability of the confidences at the {when}: ECE {percent(result['ece'], 1)} %. A bar that ends below"
         f" its mean confidence is over-confident. The stronger a bar, the more of the"
         f" {result['num_examples']:,} images it holds, at most {most:,}."
     )

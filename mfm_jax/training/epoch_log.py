@@ -20,7 +20,8 @@ from mfm_jax.training.experiment import Experiment
 from mfm_jax.training.inputs import Input
 from mfm_jax.training.loop import LoopState
 from mfm_jax.types import META_METRICS
-from mfm_jax.workdir.logs import MetricLog, Row
+from mfm_jax.workdir.loggers import Row
+from mfm_jax.workdir.logs import MetricLog
 
 
 class EpochLog:

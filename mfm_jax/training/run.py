@@ -29,8 +29,10 @@ from mfm_jax.training.experiment import Experiment
 from mfm_jax.training.inputs import ResidentSet, StepBatches
 from mfm_jax.training.loop import LoopState
 from mfm_jax.types import BilevelState
+from mfm_jax.workdir import loggers
 from mfm_jax.workdir.checkpoint import Checkpointer, restore_phi
 from mfm_jax.workdir.files import Workdir
+from mfm_jax.workdir.loggers import Row
 from mfm_jax.workdir.logs import MetricLog
 
 
@@ -53,7 +55,7 @@ class Run:
         self.convolutions = native.lowering(config.train.dtype) if config.parallel.fsdp == 1 else "xla"
         self.step, self.loop, record = self._restored()
         self.versions = versions.versions()  # before the first step: whatever fails here loses no training
-        self.log = MetricLog(workdir if cluster.is_primary() else None, record["rows"])
+        self.log = self._log(record["rows"])
         self.epoch_log = EpochLog(self.log, experiment, config, data.counts, self._way_out)
         self.seconds_before, self.began = record["seconds"], time.perf_counter()
         self.train_seconds = record["seconds"]
@@ -80,6 +82,19 @@ class Run:
             loaded = restore_phi(Path(os.path.expanduser(config.modulation.init_from)), state.phi, experiment.phi_kind)
             loop = loop.replace(bilevel=state.replace(phi=loaded))
         return 0, loop, {"rows": [], "seconds": 0.0}
+
+    def _log(self, rows: list[Row]) -> MetricLog:
+        """Returns the log of metrics, which goes on after `rows`; on the primary process alone it writes."""
+        if not cluster.is_primary():
+            return MetricLog(None, rows)
+        named = loggers.opened(self.config, self.workdir, len(rows))
+        return MetricLog(self.workdir, rows, named, tensorboard="tensorboard" in self.config.train.logger_names)
+
+    def hand_over(self, results: dict[str, Any]) -> None:
+        """Gives the loggers what a complete run has come to: its final metrics, config and report."""
+        files = Workdir(self.workdir)
+        there = [file for file in (files.config, files.report) if file.exists()]
+        self.log.finish(loggers.summary(results), there)
 
     def close(self) -> None:
         self.feed.close()

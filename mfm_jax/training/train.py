@@ -38,6 +38,7 @@ from mfm_jax.training.experiment import Experiment
 from mfm_jax.training.inputs import ResidentSet, StepBatches
 from mfm_jax.training.pace import Pace
 from mfm_jax.training.run import Run
+from mfm_jax.workdir import loggers
 from mfm_jax.workdir.files import Workdir, read_object
 from mfm_jax.workdir.finished import SPLITS
 
@@ -105,6 +106,7 @@ def train_together(configs: Sequence[Config], workdirs: Sequence[Path], *, pages
     """
     config_lib.find_own(configs[0])
     for config, workdir in zip(configs, workdirs, strict=True):
+        loggers.check(config)
         Workdir(workdir).claim(config)
         seedless = [dataclasses.replace(c, train=dataclasses.replace(c.train, seed=0)) for c in (configs[0], config)]
         if changed := "; ".join(map(str, config_lib.differences(*(c.to_dict() for c in seedless)))):
@@ -141,12 +143,20 @@ def train_together(configs: Sequence[Config], workdirs: Sequence[Path], *, pages
                 results = run.results()
                 if cluster.is_primary():
                     disk.write_object(Workdir(run.workdir).results, results)
+                    if pages:
+                        _write_report(run.workdir)
+                    run.hand_over(results)
     for workdir in workdirs:
-        if pages and cluster.is_primary() and not Workdir(workdir).report.exists():
-            progress.say("writing the report")
-            report.write_report(workdir)
+        if pages and cluster.is_primary():
+            _write_report(workdir)
     cluster.barrier("written")
     return [read_object(Workdir(workdir).results) for workdir in workdirs]
+
+
+def _write_report(workdir: Path) -> None:
+    if not Workdir(workdir).report.exists():
+        progress.say("writing the report")
+        report.write_report(workdir)
 
 
 def _start(

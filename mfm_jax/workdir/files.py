@@ -52,6 +52,8 @@ class Workdir:
     facts = _In("classifier.json")  # what else it takes to use the classifier (`facts`)
     metrics = _In("metrics.jsonl")  # rows by epoch (`logs`)
     tensorboard = _In("tensorboard")  # the scalars of the rows
+    loggers = _In("loggers.json")  # what W&B and MLflow call the run (`loggers`)
+    mlflow = _In("mlflow-store")  # MLflow's runs, where no server has them
     checkpoints = _In("checkpoints")  # a folder for each step
     damaged_checkpoints = _In("damaged-checkpoints")  # those of which a file had changed or gone
     results = _In("results.json")  # of `results.of_run`

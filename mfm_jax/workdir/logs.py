@@ -1,4 +1,4 @@
-"""Metric rows: kept in memory, written to `metrics.jsonl` and to TensorBoard as they come.
+"""Metric rows: kept in memory, written to `metrics.jsonl`, to TensorBoard and to other loggers as they come.
 
 Rows hold no wall-clock time, so two equal runs write equal files. They are saved with each checkpoint, and a resumed
 run starts from the checkpoint's rows: the file never shows a step twice. A write that fails (a full disk) is told once
@@ -10,7 +10,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +19,22 @@ from tensorboardX.record_writer import RecordWriter
 from tensorboardX.summary import scalar
 
 from mfm_jax.workdir.files import Workdir
-
-Row = dict[str, Any]
+from mfm_jax.workdir.loggers import Guarded, Row, scalars
 
 
 class MetricLog:
     """The rows of one run."""
 
-    def __init__(self, workdir: Path | None, rows: list[Row]):
+    def __init__(
+        self, workdir: Path | None, rows: list[Row], loggers: Sequence[Guarded] = (), *, tensorboard: bool = True
+    ):
         """Starts from `rows`, replacing what an interrupted run wrote after its last checkpoint; None: in memory."""
-        self.rows = list(rows)
+        self.rows, self._loggers = list(rows), loggers
         purge = rows[-1]["step"] + 1 if rows else None
         self._sinks: tuple[_Lines | _Events, ...] = ()  # each appends rows, all or, where it raises OSError, none
         if workdir:
-            self._sinks = (_Lines(Workdir(workdir).metrics), _Events(Workdir(workdir).tensorboard, purge))
+            events = (_Events(Workdir(workdir).tensorboard, purge),) if tensorboard else ()
+            self._sinks = (_Lines(Workdir(workdir).metrics), *events)
         self._written = [0, len(rows)]  # rows that each sink holds; TensorBoard has kept those from before
         self._told: set[str] = set()
         self._write()
@@ -56,10 +58,17 @@ class MetricLog:
                         file=sys.stderr,
                     )
                 self._told.add(sink.name)
+        for logger in self._loggers:
+            logger.write(self.rows)
+
+    def finish(self, summary: Mapping[str, float], files: Sequence[Path]) -> None:
+        """Hands the final metrics and the files of a run that is complete to the loggers that take them."""
+        for logger in self._loggers:
+            logger.finish(self.rows, summary, files)
 
     def close(self) -> None:
-        for sink in self._sinks:
-            sink.close()
+        for each in (*self._sinks, *self._loggers):
+            each.close()
 
 
 class _Lines:
@@ -95,9 +104,8 @@ class _Events:
         try:
             writer = self._writer or self._open()
             for row in rows:
-                for name, value in row.items():
-                    if isinstance(value, float):
-                        _put(writer, step=row["step"], summary=scalar(f"{row['kind']}/{name}", value))
+                for name, value in scalars(row).items():
+                    _put(writer, step=row["step"], summary=scalar(name, value))
             writer.flush()
         except OSError:
             self.close()
