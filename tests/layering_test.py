@@ -20,7 +20,7 @@ ORDER = (  # the files of a line import those of the lines above it alone
     "data.decode data.depth data.labels data.spelling data.streaming evaluation.conformal evaluation.intervals "
     "evaluation.metrics "
     "machine.interruption machine.versions methods.heads methods.settings models.convolution",
-    "config.groups data.lists evaluation.mistakes models.imagenet models.resnet",
+    "config.groups data.lists evaluation.mistakes evaluation.suspects models.imagenet models.resnet",
     "config.consistency config.continuation config.lookup models.catalog",
     "config.schema models",
     "config",
@@ -34,15 +34,15 @@ ORDER = (  # the files of a line import those of the lines above it alone
     "check data evaluation.tested pages.comparison_figures pages.figures pages.mistakes",
     "evaluation.facts pages.comparison pages.report training.inputs training.preflight training.progress "
     "training.recipe",
-    "pages.card training.weights",
+    "pages.audit pages.card training.weights",
     "training.experiment",
     "evaluation.classifier training.loop",
     "evaluation.results export predict training.epoch_log training.feed",
     "inference.evaluate training.run",
     "training.train",
     "main study.runs",
-    "study.tune",
-    "compare",
+    "study.folds study.tune",
+    "audit compare",
     "cli",
     "__main__",
 )

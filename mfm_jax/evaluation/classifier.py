@@ -20,6 +20,7 @@ from mfm_jax.errors import UserError
 from mfm_jax.evaluation import conformal, tested
 from mfm_jax.evaluation import facts as facts_lib
 from mfm_jax.evaluation.facts import Facts
+from mfm_jax.methods import heads
 from mfm_jax.training import experiment as experiment_lib
 from mfm_jax.workdir.checkpoint import Checkpointer
 from mfm_jax.workdir.files import Workdir, read_object
@@ -41,6 +42,8 @@ class Classifier(NamedTuple):
     probabilities: the same, compiled, of NumPy arrays.
     sets: its prediction sets (`sets.members(probabilities)`); None where there was no validation split, for the
       checkpoint that was best on it, and while a run has not finished.
+    features: uint8 `[B, H, W, C]` -> float32 `[B, F]`, what the head reads (the site `pooled`), compiled, of NumPy
+      arrays; of a classifier from `load`, else None.
     """
 
     facts: Facts
@@ -49,6 +52,7 @@ class Classifier(NamedTuple):
     forward: Callable[[jax.Array], jax.Array]
     probabilities: Callable[[np.ndarray], np.ndarray]
     sets: conformal.Sets | None = None
+    features: Callable[[np.ndarray], np.ndarray] | None = None
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -88,7 +92,10 @@ def load(workdir: str | Path, which: str = "last") -> Classifier:
     plain = tested.of(config, np.asarray(facts.train_class_counts))
     params = plain.params(state)
     found = _of(facts, config, step, lambda image: plain.of_params(params, state.batch_stats, image))
-    return found._replace(sets=_sets(workdir, which, step))
+    extract = heads.features(plain.apply)
+    variables = {"params": params, "batch_stats": state.batch_stats}
+    pooled = jax.jit(lambda images: extract(variables, _normalized(facts, images)))
+    return found._replace(sets=_sets(workdir, which, step), features=lambda images: np.asarray(pooled(images)))
 
 
 def load_pretrained(config: Config, data: LongTailData) -> Classifier:
@@ -109,13 +116,17 @@ def load_pretrained(config: Config, data: LongTailData) -> Classifier:
 
 def _of(facts: Facts, config: Config, step: int, predict: Callable[[jax.Array], jax.Array]) -> Classifier:
     """Returns the classifier of which `predict` gives the probabilities for normalised images."""
-    mean, std = np.asarray(facts.mean, np.float32), np.asarray(facts.std, np.float32)
 
     def forward(images: jax.Array) -> jax.Array:
-        return predict(augment.normalize(images, jnp.asarray(mean), jnp.asarray(std)))
+        return predict(_normalized(facts, images))
 
     compiled = jax.jit(forward)
     return Classifier(facts, config, step, forward, lambda images: np.asarray(compiled(images)))
+
+
+def _normalized(facts: Facts, images: jax.Array) -> jax.Array:
+    mean, std = (jnp.asarray(values, jnp.float32) for values in (facts.mean, facts.std))
+    return augment.normalize(images, mean, std)
 
 
 def _sets(workdir: Path, which: str, step: int) -> conformal.Sets | None:
