@@ -1,7 +1,7 @@
 """The command `mfm-jax`: finds out which door is asked for, and hands over to it.
 
-All is done by `main`, `compare`, `predict` and `export`, with the arguments that these have anyway, but for help and
-`fields`. What takes long to import, as JAX does, is imported where it is needed.
+All is done by `main`, `compare`, `audit`, `predict` and `export`, with the arguments that these have anyway, but for
+help and `fields`. What takes long to import, as JAX does, is imported where it is needed.
 """
 
 import difflib
@@ -23,6 +23,7 @@ _DOORS: dict[str, tuple[str, tuple[str, ...], str]] = {
     "tune": ("compare", ("--tune=10",), ""),
     "check": ("main", ("--mode=check",), ""),
     "evaluate": ("main", ("--mode=eval",), "--workdir"),
+    "audit": ("audit", (), "--checkpoint"),
     "predict": ("predict", (), "--checkpoint"),
     "export": ("export", (), "--checkpoint"),
 }
@@ -59,7 +60,7 @@ def _do(arguments: Sequence[str]) -> int:
     from mfm_jax import command
 
     module = importlib.import_module(f"mfm_jax.{door}")
-    if door in ("predict", "export"):
+    if door in ("audit", "predict", "export"):
         return command.guarded(module.main, sys.argv)
     command.run(module.main)
 

@@ -95,6 +95,20 @@ For example:
 
 {_FIELDS}""",
     ),
+    "audit": (
+        "RUN",
+        "find likely wrong labels, outliers and near duplicates",
+        """\
+required:
+  RUN                          the folder of a run, whose training images are looked at
+
+common:
+  --folds=N                    runs of its config, each of which holds out another part (3)
+  --jobs=N                     runs side by side (1)
+
+Needs the extra `audit` (pip install "mfm-jax[audit]"). The same command goes on where it was interrupted.
+""",
+    ),
     "evaluate": (
         "RUN",
         "evaluate a run again, or on other pictures",

@@ -13,7 +13,7 @@ import pytest
 from absl import flags
 from PIL import Image
 
-from mfm_jax import cli, command, compare, export, main, manual, predict, shipped
+from mfm_jax import audit, cli, command, compare, export, main, manual, predict, shipped
 from mfm_jax.config import FIELDS, GROUPS
 from mfm_jax.machine import allocator
 
@@ -57,6 +57,7 @@ def run(tmp_path):
         ("tune digits_lt --workdir=w --tune=3", "compare", "--tune=10 --config=digits_lt --workdir=w --tune=3"),
         ("predict RUN a.png folder --top=3", "predict", "--checkpoint=RUN a.png folder --top=3"),
         ("predict a.png --checkpoint=RUN", None, "a.png: no run there; give the folder of one"),
+        ("audit RUN --folds=2", "audit", "--checkpoint=RUN --folds=2"),
         ("export RUN --onnx", "export", "--checkpoint=RUN --onnx"),
         ("export --which=best --checkpoint=RUN", "export", "--which=best --checkpoint=RUN"),
         ("train RUN --workdir=w", None, "RUN: --workdir names a run, too; leave one of them out"),
@@ -118,7 +119,7 @@ def test_commands_and_fields_named_in_a_sentence_exist(path):
 
 def known(door: str) -> set[str]:
     """Returns the flags of a door."""
-    module = {"main": main, "compare": compare, "predict": predict, "export": export}[door]
+    module = {"main": main, "compare": compare, "audit": audit, "predict": predict, "export": export}[door]
     if door in ("main", "compare"):
         defined = flags.FLAGS.flags_by_module_dict()
         return {flag.name for name in (command.__name__, module.__name__) for flag in defined[name]}

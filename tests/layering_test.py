@@ -20,7 +20,7 @@ ORDER = (  # the files of a line import those of the lines above it alone
     "config.own data.decode data.depth data.labels data.spelling data.streaming evaluation.conformal "
     "evaluation.intervals evaluation.metrics machine.interruption machine.versions methods.heads methods.settings "
     "models.convolution",
-    "config.groups data.lists evaluation.mistakes models.imagenet models.resnet",
+    "config.groups data.lists evaluation.mistakes evaluation.suspects models.imagenet models.resnet",
     "config.consistency config.continuation config.lookup models.catalog",
     "config.parameters config.schema models",
     "config",
@@ -34,15 +34,15 @@ ORDER = (  # the files of a line import those of the lines above it alone
     "check data evaluation.tested pages.comparison_figures pages.figures pages.mistakes",
     "evaluation.facts pages.comparison pages.report training.inputs training.preflight training.progress "
     "training.recipe",
-    "evaluation.hub_folder pages.card pages.front_matter training.own_loop training.weights",
+    "evaluation.hub_folder pages.audit pages.card pages.front_matter training.own_loop training.weights",
     "training.experiment",
     "evaluation.classifier training.loop",
     "evaluation.results hub inference.trained predict training.epoch_log training.feed",
     "export inference.evaluate training.run",
     "training.train",
     "estimator main study.runs",
-    "study.tune",
-    "compare",
+    "study.folds study.tune",
+    "audit compare",
     "cli",
     "__main__",
 )

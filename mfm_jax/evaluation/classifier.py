@@ -22,6 +22,7 @@ from mfm_jax.evaluation import facts as facts_lib
 from mfm_jax.evaluation.facts import Facts
 from mfm_jax.evaluation.tested import Tested
 from mfm_jax.fields import names_own
+from mfm_jax.methods import heads
 from mfm_jax.models import own
 from mfm_jax.models.own import Adapted
 from mfm_jax.training import experiment as experiment_lib
@@ -48,6 +49,8 @@ class Classifier(NamedTuple):
     sets: its prediction sets (`sets.members(probabilities)`); None where there was no validation split, for the
       checkpoint that was best on it, and while a run has not finished.
     variables: `params`, as tested, and `batch_stats`; None where the state of a run in training stands for them.
+    features: uint8 `[B, H, W, C]` -> float32 `[B, F]`, what the head reads (the site `pooled`), compiled, of NumPy
+      arrays; of a classifier from `load`, else None.
     """
 
     facts: Facts
@@ -57,6 +60,7 @@ class Classifier(NamedTuple):
     probabilities: Callable[[np.ndarray], np.ndarray]
     sets: conformal.Sets | None = None
     variables: PyTree = None
+    features: Callable[[np.ndarray], np.ndarray] | None = None
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -111,7 +115,9 @@ def _of_variables(
     plain: Tested, facts: Facts, config: Config, step: int, params: PyTree, batch_stats: PyTree
 ) -> Classifier:
     found = _of(facts, config, step, lambda image: plain.of_params(params, batch_stats, image))
-    return found._replace(variables={"params": params, "batch_stats": batch_stats})
+    extract, variables = heads.features(plain.apply), {"params": params, "batch_stats": batch_stats}
+    pooled = jax.jit(lambda images: extract(variables, _normalized(facts, images)))
+    return found._replace(variables=variables, features=lambda images: np.asarray(pooled(images)))
 
 
 def _of_hub(folder: Path, which: str) -> Classifier:
@@ -171,13 +177,17 @@ def load_pretrained(config: Config, data: LongTailData) -> Classifier:
 
 def _of(facts: Facts, config: Config, step: int, predict: Callable[[jax.Array], jax.Array]) -> Classifier:
     """Returns the classifier of which `predict` gives the probabilities for normalised images."""
-    mean, std = np.asarray(facts.mean, np.float32), np.asarray(facts.std, np.float32)
 
     def forward(images: jax.Array) -> jax.Array:
-        return predict(augment.normalize(images, jnp.asarray(mean), jnp.asarray(std)))
+        return predict(_normalized(facts, images))
 
     compiled = jax.jit(forward)
     return Classifier(facts, config, step, forward, lambda images: np.asarray(compiled(images)))
+
+
+def _normalized(facts: Facts, images: jax.Array) -> jax.Array:
+    mean, std = (jnp.asarray(values, jnp.float32) for values in (facts.mean, facts.std))
+    return augment.normalize(images, mean, std)
 
 
 def _sets(workdir: Path, which: str, step: int) -> conformal.Sets | None:

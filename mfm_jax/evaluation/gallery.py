@@ -74,12 +74,17 @@ def write(path: Path, images: Images, labels: np.ndarray, probabilities: np.ndar
     chosen = choose(probabilities, labels, train_counts)
     if not len(chosen):
         return
-    pictures, found = np.stack([images[i] for i in chosen]), probabilities[chosen]
-    step = -(-max(pictures.shape[1:3]) // _SIDE)
-    shown = Gallery(pictures[:, ::step, ::step], labels[chosen], found.argmax(1), found.max(1))
+    pictures, found = np.stack([thinned(images[i]) for i in chosen]), probabilities[chosen]
+    shown = Gallery(pictures, labels[chosen], found.argmax(1), found.max(1))
     content = io.BytesIO()
     np.savez_compressed(content, **shown._asdict())
     disk.write(path, content.getvalue())
+
+
+def thinned(image: np.ndarray) -> np.ndarray:
+    """Returns a picture [H, W, C] with every n-th row and column, at most 112 a side."""
+    step = -(-max(image.shape[:2]) // _SIDE)
+    return image[::step, ::step]
 
 
 def read(path: Path) -> Gallery | None:

@@ -132,7 +132,7 @@ def rare(run: Finished) -> list[dict[str, Any]]:
         pictures: list[list[dict[str, Any]]] = [
             [
                 {
-                    "image": _png(found.images[i]),
+                    "image": png(found.images[i]),
                     "answer": run.classes.names[found.answers[i]],
                     "confidence": float(found.confidence[i]),
                 }
@@ -151,10 +151,10 @@ def _example(run: Finished, label: int, answer: int | None) -> str | None:
     if found is None:
         return None
     wrong = (found.labels == label) & ((found.answers != label) if answer is None else (found.answers == answer))
-    return _png(found.images[wrong.argmax()]) if wrong.any() else None
+    return png(found.images[wrong.argmax()]) if wrong.any() else None
 
 
-def _png(image: np.ndarray) -> str:
+def png(image: np.ndarray) -> str:
     """Returns a picture, uint8 [H, W, C], as a data URL."""
     content = io.BytesIO()
     Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(content, "png")

@@ -62,6 +62,7 @@ class Workdir:
     gallery = _In("gallery.npz")  # pictures for the report
     report = _In("report.html")
     evaluations = _In("eval")  # later evaluations, a folder each
+    audit = _In("label_audit")  # of the labels: its runs, its table and its page
     exported = _In("exported")  # what `export` writes, unless it is told where
     processes = _In("processes.jsonl")  # what each process took that trained the run (`runs`)
     peak_memory = _In("peak_memory.json")  # of a run that one process trained from start to end
