@@ -1,6 +1,7 @@
-"""The one exception whose text is meant for the user rather than for a developer, and how it names many things."""
+"""The one exception whose text is meant for the user rather than for a developer, and what its texts share."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 
 class UserError(ValueError):
@@ -14,3 +15,11 @@ class UserError(ValueError):
 def some_of(names: Sequence[str], most: int = 5) -> str:
     """Returns the first `most` names in a row, and how many more there are."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def install(extra: str) -> str:
+    """Returns the command that installs the extra `extra` of pyproject.toml: into a clone, or to an installed wheel."""
+    root = Path(__file__).resolve().parents[1]
+    if not (root / "pyproject.toml").exists():
+        return f'python -m pip install "mfm-jax[{extra}]"'
+    return f'python -m pip install -e "{"." if root == Path.cwd() else root}[{extra}]"'

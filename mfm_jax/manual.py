@@ -138,7 +138,7 @@ required:
 common:
   --out=FOLDER                 where to write (RUN/exported)
   --which=best                 the checkpoint that was best on validation (last)
-  --onnx                       an ONNX file, too (pip install "mfm-jax[onnx]")
+  --onnx                       an ONNX file, too (needs the extra onnx)
 """,
     ),
     "fields": (
