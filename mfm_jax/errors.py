@@ -1,6 +1,7 @@
 """The one exception whose text is meant for the user rather than for a developer, and the lines that it is made of."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 _LONGEST = 200  # characters of somebody else's message
 
@@ -22,3 +23,11 @@ def in_a_line(error: Exception) -> str:
     """Returns what another program's error is, for a message of one line: its kind, and the first line of its text."""
     text = str(error).strip().partition("\n")[0]
     return f"{type(error).__name__}: {text[:_LONGEST]}{'...' if len(text) > _LONGEST else ''}"
+
+
+def install(extra: str) -> str:
+    """Returns the command that installs the extra `extra` of pyproject.toml: into a clone, or to an installed wheel."""
+    root = Path(__file__).resolve().parents[1]
+    if not (root / "pyproject.toml").exists():
+        return f'python -m pip install "mfm-jax[{extra}]"'
+    return f'python -m pip install -e "{"." if root == Path.cwd() else root}[{extra}]"'

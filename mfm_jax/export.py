@@ -23,7 +23,7 @@ import numpy as np
 
 from mfm_jax import command, hub
 from mfm_jax.data import formats, pictures
-from mfm_jax.errors import UserError, in_a_line
+from mfm_jax.errors import UserError, in_a_line, install
 from mfm_jax.evaluation import classifier
 from mfm_jax.evaluation.classifier import Classifier
 from mfm_jax.fields import names_own
@@ -128,7 +128,7 @@ def _onnx(trained: Classifier) -> bytes:
         import jax2onnx
         import onnxruntime
     except ImportError as error:
-        raise UserError('--onnx: not installed; python -m pip install "mfm-jax[onnx]"') from error
+        raise UserError(f"--onnx: jax2onnx and onnxruntime are not installed; {install('onnx')}") from error
     content = jax2onnx.to_onnx(trained.forward, [_images(trained)]).SerializeToString()
     session = onnxruntime.InferenceSession(content)
     name = session.get_inputs()[0].name

@@ -152,7 +152,7 @@ required:
 common:
   --out=FOLDER                 where to write (RUN/exported)
   --which=best                 the checkpoint that was best on validation (last)
-  --onnx                       an ONNX file, too (pip install "mfm-jax[onnx]")
+  --onnx                       an ONNX file, too (needs the extra onnx)
   --hub=FOLDER                 in their place: weights, config and card in a folder as model hubs take it
   --license=ID                 with --hub: the license of the weights, such as apache-2.0 (unknown)
 """,

@@ -25,7 +25,7 @@ from mfm_jax.config import Config, Data, Meta, Train
 from mfm_jax.data import assembly, batches, kept, longtail, sources, tfds
 from mfm_jax.data import digits as digits_lib
 from mfm_jax.data.manifest import manifest_hash, write_manifest
-from mfm_jax.errors import UserError
+from mfm_jax.errors import UserError, install
 
 CIFAR = Path(os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")).expanduser() / "cifar10"
 needs_cifar = pytest.mark.skipif(not CIFAR.is_dir(), reason="TFDS_DATA_DIR holds no prepared cifar10")
@@ -181,7 +181,7 @@ def test_unprepared_set_without_tensorflow_is_one_line(tmp_path, monkeypatch):
         tfds.load(Data(name="cifar10", root=str(tmp_path)))
     line = str(error.value)
     assert line.startswith(f"data.name = 'cifar10': not prepared in {tmp_path}")
-    for way_out in ("TFDS_DATA_DIR", "--config.data.root", "python -m pip install -e '.[prepare]'"):
+    for way_out in ("TFDS_DATA_DIR", "--config.data.root", install("prepare")):
         assert way_out in line
     assert "\n" not in line
     assert not list(tmp_path.iterdir())  # nothing was begun

@@ -21,10 +21,13 @@ ROOT = Path(__file__).parents[1]
 LAUNCH = ROOT / "launch"
 
 
-@pytest.mark.parametrize("script", [*sorted(LAUNCH.glob("*.sh")), LAUNCH / "slurm.sbatch"], ids=lambda path: path.name)
+SCRIPTS = [*sorted(LAUNCH.glob("*.sh")), LAUNCH / "slurm.sbatch", *sorted((ROOT / ".ci").iterdir())]
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 def test_shellcheck(script):
     command = [Path(sys.executable).with_name("shellcheck"), "--external-sources", script]
-    done = subprocess.run(command, cwd=LAUNCH, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=script.parent, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
 
 

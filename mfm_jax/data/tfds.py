@@ -17,7 +17,7 @@ from mfm_jax.config import Data
 from mfm_jax.data import stamps
 from mfm_jax.data.kept import cached
 from mfm_jax.data.sources import PROGRESS_FROM, Labels, Pixels, Source, in_two_pools, resize
-from mfm_jax.errors import UserError
+from mfm_jax.errors import UserError, install
 
 _DECODE_BATCH = 256
 
@@ -69,7 +69,7 @@ def _prepared_builder(config: Data) -> Any:
         return builder
     ways_out = (
         "set TFDS_DATA_DIR or --config.data.root to data prepared in array_record form,"
-        " or python -m pip install -e '.[prepare]' on a machine with a connection"
+        f" or {install('prepare')} on a machine with a connection"
     )
     if importlib.util.find_spec("tensorflow") is None:
         raise UserError(
