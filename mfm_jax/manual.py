@@ -106,7 +106,7 @@ common:
   --folds=N                    runs of its config, each of which holds out another part (3)
   --jobs=N                     runs side by side (1)
 
-Needs the extra `audit` (pip install "mfm-jax[audit]"). The same command goes on where it was interrupted.
+Needs the extra audit. The same command goes on where it was interrupted.
 """,
     ),
     "evaluate": (

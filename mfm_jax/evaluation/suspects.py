@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mfm_jax.errors import UserError
+from mfm_jax.errors import UserError, install
 
 LABEL, OUTLIER, NEAR_DUPLICATE = KINDS = ("label", "outlier", "near duplicate")
 _NEIGHBOURS = 20  # that the density around an image is taken from
@@ -30,7 +30,7 @@ def installed() -> None:
     try:
         import cleanlab  # noqa: F401
     except ImportError as error:
-        raise UserError('audit: cleanlab is not installed; python -m pip install "mfm-jax[audit]"') from error
+        raise UserError(f"audit: cleanlab is not installed; {install('audit')}") from error
 
 
 def wrong_labels(probabilities: np.ndarray, labels: np.ndarray) -> list[Suspect]:
