@@ -79,7 +79,9 @@ def audit(workdir: Path, folds: int = 3, jobs: int = 1) -> tuple[list[Suspect], 
     rows = [_row(one, named, labels, probabilities, data.class_names) for one in found]
     disk.write_rows(run.audit / "suspects.csv", [HEADER, *(row.values() for row in rows)])
     out = run.audit / "suspects.html"
-    page.write(out, data.name, list(zip(found, rows, strict=True)), images, {"answered": len(answered), "folds": folds})
+    right = float((probabilities[answered].argmax(1) == labels[answered]).mean())
+    looked = page.Looked(len(answered), folds, right)
+    page.write(out, data.name, list(zip(found, rows, strict=True)), images, looked)
     return found, out
 
 

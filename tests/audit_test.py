@@ -154,7 +154,7 @@ def test_the_page_shows_the_first_of_each_kind_and_escapes_what_is_strange(tmp_p
         dict(zip(audit.HEADER, (f"{one.image}.png", *labels, one.kind, "x.png", STRANGE_NAMES[3]), strict=True))
         for one in many
     ]
-    page.write(tmp_path / "a.html", "<set>", list(zip(many, rows, strict=True)), images, {"answered": 69, "folds": 3})
+    page.write(tmp_path / "a.html", "<set>", list(zip(many, rows, strict=True)), images, page.Looked(69, 3, 0.374))
     text = (tmp_path / "a.html").read_text()
     assert "65 likely wrong labels, 0 outliers, 1 near duplicates" in text
     assert text.count('<img class="thumb"') == page.SHOWN + 2
@@ -162,6 +162,7 @@ def test_the_page_shows_the_first_of_each_kind_and_escapes_what_is_strange(tmp_p
     assert "<b>bold" not in text
     assert "<set>" not in text
     assert "90 %" in text
+    assert "37.4 %" in text
     assert STRANGE_NAMES[3] in text
 
 

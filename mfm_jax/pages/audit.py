@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from mfm_jax.data.sources import Images
 from mfm_jax.evaluation import gallery
@@ -13,6 +14,15 @@ from mfm_jax.pages.mistakes import png
 
 SHOWN = 60  # of a kind
 _KINDS = dict(zip(KINDS, ("likely wrong labels", "outliers", "near duplicates"), strict=True))
+
+
+class Looked(NamedTuple):
+    """How many images were `answered` by networks that had not seen them, in how many `folds`, and the share of these
+    images whose label was `named`."""
+
+    answered: int
+    folds: int
+    named: float
 
 
 def in_words(found: Sequence[Suspect]) -> str:
@@ -26,7 +36,7 @@ def write(
     name: str,
     found: Sequence[tuple[Suspect, Mapping[str, str]]],
     images: Images,
-    looked: Mapping[str, int],
+    looked: Looked,
 ) -> None:
     """Writes the page.
 
@@ -35,7 +45,7 @@ def write(
       name: of the data.
       found: the suspects, each with its row of `suspects.csv` by the names of the columns.
       images: uint8 [N, H, W, C], what the suspects are positions in.
-      looked: how many images were `answered` by networks that had not seen them, and `folds`.
+      looked: how.
     """
     sections = []
     for kind, plural in _KINDS.items():
@@ -47,4 +57,4 @@ def write(
         sections.append({"kind": kind, "title": plural, "count": len(members), "entries": entries})
     told = in_words([one for one, _ in found])
     page = style.template("audit.html.jinja")
-    disk.write(path, page.render(name=name, sections=sections, told=told, images=len(images), **looked))
+    disk.write(path, page.render(name=name, sections=sections, told=told, images=len(images), **looked._asdict()))
