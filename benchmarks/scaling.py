@@ -153,10 +153,10 @@ def step_bytes(parameters: float, channels: float, meta: bool, phi: float = 0) -
     """Returns the bytes that a step sums over the devices, by the derivation in `parallel`.
 
     Gradients of the parameters; of batch norm, for each channel, two moments forward and their two transposes
-    backward, of which one stands for the gradient of its scale; loss and accuracy. A meta-step adds u, two moments'
+    backward, which stand for the gradients of its scale and bias; loss and accuracy. A meta-step adds u, two moments'
     tangents, two fresh moments, the meta-gradient and the meta loss.
     """
-    plain = parameters + 3 * channels + 2
+    plain = parameters + 2 * channels + 2
     return 4 * (plain + meta * (parameters + 4 * channels + phi + 1))
 
 

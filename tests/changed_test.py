@@ -182,7 +182,7 @@ def test_a_file_of_arrays_that_is_replaced_while_it_is_read_is_not_kept(tmp_path
     cached = kept.cached
     monkeypatch.setattr("mfm_jax.data.arrays.cached", lambda name, build: (save(2), cached(name, build))[1])
     with pytest.raises(UserError, match=r"a\.npz': was written to while it was read; start again"):
-        build(tmp_path / "a.npz", data__source="npz")
+        build(tmp_path / "a.npz", data__source="npz", data__image_size=2)
     monkeypatch.undo()
     monkeypatch.setenv("MFM_JAX_CACHE", str(tmp_path / "cache"))
-    assert (build(tmp_path / "a.npz", data__source="npz").test_images == 2).all()
+    assert (build(tmp_path / "a.npz", data__source="npz", data__image_size=2).test_images == 2).all()

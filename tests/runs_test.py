@@ -78,7 +78,8 @@ def test_side_by_side_gives_the_same_results_and_outlives_a_failure(tmp_path, ca
     assert bad.results is None
     assert bad.error.startswith("modulation.sites = 'stage9': the model has no such site")
     assert [outcome.results["seed"] for outcome in good] == [0, 1]
-    assert Workdir(group[0].workdir).read_peak_memory() > 1e7
+    assert line["bytes"] > 1e7
+    assert Workdir(group[0].workdir).read_peak_memory() is None  # of several in a process
     assert Workdir(tmp_path / "bad").read_peak_memory() is None
     out = capsys.readouterr().out
     assert out.splitlines()[0].startswith("seed0 and 1 more: epoch 0/2, log ")
