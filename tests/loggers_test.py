@@ -151,7 +151,8 @@ def test_a_run_that_is_interrupted_goes_on_in_the_same_place(monkeypatch, one_de
         return made[-1]
 
     monkeypatch.setitem(loggers._MAKERS, "wandb", make)
-    monkeypatch.setattr(loggers.importlib.util, "find_spec", lambda package: package)
+    find = loggers.importlib.util.find_spec
+    monkeypatch.setattr(loggers.importlib.util, "find_spec", lambda name, *rest: name == "wandb" or find(name, *rest))
     config = config_lib.resolve(tiny(train__loggers="wandb", data__workers=0, method__name="ce"))
 
     class Stop(Exception):
