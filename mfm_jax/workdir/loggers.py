@@ -5,12 +5,12 @@ each are kept in its folder (`Workdir.loggers`), so that a run that is resumed g
 """
 
 import functools
-import importlib.util
 import math
 import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -119,7 +119,7 @@ def summary(results: Mapping[str, Any]) -> dict[str, float]:
 def check(config: Config) -> None:
     """Raises a UserError where a logger of `train.loggers` is not installed; before anything costly."""
     for name in _MAKERS.keys() & set(config.train.logger_names):
-        if importlib.util.find_spec(name) is None:
+        if find_spec(name) is None:
             raise UserError(
                 f"train.loggers = {config.train.loggers!r}: {name} is not installed; python -m pip install -e"
                 f' ".[{name}]", or leave {name} out'
@@ -157,11 +157,12 @@ class WandbLogger:
         import wandb
 
         given, self.resumed, self._done = os.environ, bool(run_id), False
+        has_key = wandb.run is not None or wandb.login(prompt=False, verify=False)
         self._run = wandb.init(
             project=given.get("WANDB_PROJECT", PROJECT),
             name=given.get("WANDB_NAME", workdir.absolute().name),
             dir=given.get("WANDB_DIR", str(workdir.absolute())),
-            mode=None if "WANDB_MODE" in given or wandb.api.api_key else "offline",
+            mode=None if "WANDB_MODE" in given or has_key else "offline",
             id=run_id,
             resume="allow",
             reinit="create_new",  # runs that are trained together are open together
