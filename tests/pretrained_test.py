@@ -439,9 +439,9 @@ def test_the_cache_is_where_the_client_has_it(monkeypatch, tmp_path):
 
 def test_a_name_of_another_architecture_is_refused(cache, tmp_path, monkeypatch):
     """Also where the tensors would fit: `resnetblur50` has those of `resnet50`."""
-    with pytest.raises(UserError, match="not of model.name = 'resnet50'; timm's are resnet50$"):
+    with pytest.raises(UserError, match=r"not of model.name = 'resnet50'; timm's are resnet50$"):
         hub_cache.path_of("timm/resnetblur50.bt_in1k", "resnet50")
-    with pytest.raises(UserError, match="not of model.name = 'resnet50'; set model.name = 'vit_b16'"):
+    with pytest.raises(UserError, match=r"not of model.name = 'resnet50'; set model.name = 'vit_b16'"):
         hub_cache.path_of("timm/vit_base_patch16_384.augreg_in1k", "resnet50")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "timm").mkdir()

@@ -193,6 +193,7 @@ class MlflowLogger:
         given.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")  # a server that is away is no reason to wait
         given.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
         from mlflow import MlflowClient, tracking
+        from mlflow.entities import Param
 
         store, artifacts = Workdir(workdir.absolute()).mlflow, None
         if not tracking.is_tracking_uri_set():
@@ -208,9 +209,9 @@ class MlflowLogger:
         known = self._client.get_experiment_by_name(name)
         experiment = known.experiment_id if known else self._client.create_experiment(name, artifacts)
         self.run_id = self._client.create_run(experiment, run_name=workdir.absolute().name).info.run_id
-        for group, fields in config.to_dict().items():
-            for field, value in fields.items():
-                self._client.log_param(self.run_id, f"{group}.{field}", value)
+        for group, fields in config.to_dict().items():  # a batch may have a hundred
+            params = [Param(f"{group}.{field}", str(value)) for field, value in fields.items()]
+            self._client.log_batch(self.run_id, params=params)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         from mlflow.entities import Metric
