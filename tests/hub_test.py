@@ -55,9 +55,9 @@ def test_the_second_stage_s_head_gives_the_same_bits(trained_run, folder):
     assert {str(tensor.dtype) for tensor in weights.values()} == {"float32"}
 
 
-@pytest.mark.parametrize("method", ["posthoc_la", "tau_norm"])
+@pytest.mark.parametrize("method", ["ldam", "tau_norm", pytest.param("posthoc_la", marks=pytest.mark.slow)])
 def test_a_posthoc_step_is_in_the_weights_and_is_not_done_twice(method, trained_run, folder, tmp_path):
-    """The same run's files, as of a method that changes the head after training."""
+    """The same run's files, as of a method that changes the head after training, or whose head is a cosine."""
     run = tmp_path / method
     shutil.copytree(trained_run.workdir, run)
     for name in ("config", "results"):
@@ -73,22 +73,19 @@ def test_a_posthoc_step_is_in_the_weights_and_is_not_done_twice(method, trained_
     assert "epoch best on validation" in (tmp_path / "hub" / "README.md").read_text()
 
 
-@pytest.mark.parametrize(
-    ("method", "model"), [({"name": "ldam"}, {"name": "resnet8"}), ({}, {"name": "vit_b16", "tune": "adapters"})]
-)
-def test_every_kind_of_network_is_read_again(method, model, trained_run, folder, tmp_path):
-    """A cosine head, which wraps the module, and a network with adapters and without batch statistics."""
-    config = tiny(model__width=16, model__adapter_size=2)
-    config.method.update(method)
-    config.model.update(model)
-    config, facts = config_lib.resolve(config), mfm.load(folder).facts
-    facts = dataclasses.replace(facts, image_shape=(16, 16, 1))
+def test_a_network_with_adapters_and_without_batch_statistics_is_read_again(folder, tmp_path):
+    config = config_lib.resolve(tiny(model__name="vit_b16", model__width=16, model__tune="adapters"))
+    facts = dataclasses.replace(mfm.load(folder).facts, image_shape=(16, 16, 1))
     module = classifier.tested.of(config, np.asarray(facts.train_class_counts)).module
-    variables = jax.jit(module.init)(jax.random.key(0), np.zeros((1, 16, 16, 1), np.float32))
+    shapes, rng = (
+        jax.eval_shape(module.init, jax.random.key(0), np.zeros((1, 16, 16, 1), np.float32)),
+        np.random.default_rng(0),
+    )
+    variables = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), shapes)
     hub_folder.write(tmp_path, Stored(config, facts, "last", 7, variables, None), {})
-    found = mfm.load(tmp_path)
-    jax.tree.map(np.testing.assert_array_equal, found.variables, {"batch_stats": {}, **variables})
-    np.testing.assert_allclose(found.probabilities(np.zeros((2, 16, 16, 1), np.uint8)).sum(axis=1), 1, rtol=1e-5)
+    found = mfm.load(tmp_path).variables
+    jax.tree.map(np.testing.assert_array_equal, found, {"batch_stats": {}, **variables})
+    assert "adapter_up" in found["params"]["block1"]
 
 
 def test_the_config_tells_what_the_classifier_takes(trained_run, folder):

@@ -1,5 +1,6 @@
 """Weights under the names of torchvision and timm find their places; what does not fit is told."""
 
+import json
 import re
 import sys
 
@@ -9,12 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+from helpers import REPOSITORY
 
 from mfm_jax import config as config_lib
 from mfm_jax import data as data_lib
 from mfm_jax import models
 from mfm_jax.errors import UserError
-from mfm_jax.models import pretrained
+from mfm_jax.models import hub_cache, pretrained
 from mfm_jax.models.imagenet import ResNet
 from mfm_jax.models.vit import VisionTransformer
 from mfm_jax.training import experiment as experiment_lib
@@ -365,3 +367,123 @@ def test_logits_are_those_of_pytorch(kind, wrapper, tmp_path):
     assert expected.std(axis=0).min() > 0.02  # images differ
     found = jax.jit(ours.apply)({"params": params, "batch_stats": batch_stats}, images)
     chex.assert_trees_all_close(found, expected, atol=1e-4)
+
+
+# --- by timm's names, from the hub's cache ----------------------------------------------------------
+
+TIMM_NAMES = {
+    "resnet18": "resnet18",
+    "resnet50": "resnet50",
+    "resnext50": "resnext50_32x4d",
+    "vit_b16": "vit_base_patch16_224",
+}
+
+
+def cached(name: str, cache, commit: str = "0a1b", main: bool = True):
+    """Makes a place for the file of `timm/NAME` as the hub's client lays it out, and returns its path."""
+    folder = cache / "hub" / f"models--timm--{name}"
+    (folder / "snapshots" / commit).mkdir(parents=True)
+    (folder / "refs").mkdir(exist_ok=True)
+    if main:
+        (folder / "refs" / "main").write_text(commit)
+    return folder / "snapshots" / commit / "model.safetensors"
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
+
+
+@pytest.mark.parametrize("name", TIMM_NAMES)
+def test_every_tensor_of_timm_has_its_place(name, monkeypatch):
+    """At full size, by the names and shapes that timm 1.0.31 lists: values that take no memory."""
+    shapes = json.loads((REPOSITORY / "tests/golden/timm.json").read_text())[TIMM_NAMES[name]]
+    tensors = {key: np.broadcast_to(np.float32(0), shape) for key, shape in shapes.items()}
+    monkeypatch.setattr(pretrained, "_read", lambda path: tensors)
+    new = variables_of(models.create(name, 1000, 0), (1, 224, 224, 3))
+    found = pretrained.load("weights.safetensors", new["params"], new.get("batch_stats", {}), name, whole=True)
+    chex.assert_trees_all_equal_shapes(found, (new["params"], new.get("batch_stats", {})))
+
+
+def test_a_name_of_timm_is_found_in_the_cache(cache, capsys):
+    path = cached("resnet18.a1_in1k", cache)
+    assert hub_cache.cache() == cache / "hub"
+    with pytest.raises(UserError, match=r"not in the cache, .*hf download timm/resnet18.a1_in1k model.safetensors"):
+        hub_cache.path_of("timm/resnet18.a1_in1k", "resnet18")
+    path.touch()
+    assert hub_cache.path_of("timm/resnet18.a1_in1k", "resnet18") == path
+    cached("resnet18.a1_in1k", cache, "9f", main=False).touch()  # another version; the main one counts
+    assert hub_cache.path_of("timm/resnet18.a1_in1k", "resnet18") == path
+    (path.parents[2] / "refs" / "main").unlink()
+    with pytest.raises(UserError, match="2 versions in the cache, none of them main"):
+        hub_cache.path_of("timm/resnet18.a1_in1k", "resnet18")
+    path.unlink()
+    assert hub_cache.path_of("timm/resnet18.a1_in1k", "resnet18").parent.name == "9f"
+
+
+def test_the_cache_is_where_the_client_has_it(monkeypatch, tmp_path):
+    for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert hub_cache.cache() == tmp_path / ".cache/huggingface/hub"
+    monkeypatch.setenv("XDG_CACHE_HOME", "/x")
+    assert str(hub_cache.cache()) == "/x/huggingface/hub"
+    monkeypatch.setenv("HF_HOME", "/h")
+    assert str(hub_cache.cache()) == "/h/hub"
+    monkeypatch.setenv("HF_HUB_CACHE", "/c")
+    assert str(hub_cache.cache()) == "/c"
+
+
+def test_a_name_of_another_architecture_is_refused(cache, tmp_path, monkeypatch):
+    """Also where the tensors would fit: `resnetblur50` has those of `resnet50`."""
+    with pytest.raises(UserError, match=r"not of model.name = 'resnet50'; timm's are resnet50$"):
+        hub_cache.path_of("timm/resnetblur50.bt_in1k", "resnet50")
+    with pytest.raises(UserError, match=r"not of model.name = 'resnet50'; set model.name = 'vit_b16'"):
+        hub_cache.path_of("timm/vit_base_patch16_384.augreg_in1k", "resnet50")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "timm").mkdir()
+    (tmp_path / "timm" / "mine").touch()  # a file of the user's comes first
+    assert hub_cache.path_of("timm/mine", "resnet50") == hub_cache.Path("timm/mine")
+
+
+@pytest.mark.parametrize(
+    ("mean", "std", "told"),
+    [
+        ([0.5, 0.5, 0.5], [0.5, 0.5, 0.5], "they want data.normalize = 'half'"),
+        ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225], "they want data.normalize = 'imagenet'"),
+        ([0, 0, 0], [1, 1, 1], "they want images of mean [0.0, 0.0, 0.0] and deviation [1.0, 1.0, 1.0], which"),
+    ],
+)
+def test_the_normalisation_that_weights_want_is_told(mean, std, told, cache, tmp_path, capsys):
+    path = cached("resnet18.a1_in1k", cache)
+    shapes = json.loads((REPOSITORY / "tests/golden/timm.json").read_text())["resnet18"]
+    safetensors.numpy.save_file({name: np.zeros(shape, np.float32) for name, shape in shapes.items()}, path)
+    (path.parent / "config.json").write_text(json.dumps({"pretrained_cfg": {"mean": mean, "std": std}}))
+    new = variables_of(models.create("resnet18", 1000, 0), (1, 64, 64, 3))
+    pretrained.load("timm/resnet18.a1_in1k", new["params"], new["batch_stats"], "resnet18")
+    assert f"pretrained weights: timm/resnet18.a1_in1k; {told}" in capsys.readouterr().err
+    (path.parent / "config.json").unlink()
+    assert hub_cache.normalization(path) == ""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TIMM_NAMES)
+def test_logits_are_those_of_timm_at_full_size(name, cache):
+    timm = pytest.importorskip("timm", reason="timm is not installed")
+    torch, saved = pytest.importorskip("torch"), pytest.importorskip("safetensors.torch")
+    theirs = randomised(torch, timm.create_model(TIMM_NAMES[name], num_classes=K))
+    saved.save_file(theirs.state_dict(), cached(f"{TIMM_NAMES[name]}.mine", cache))
+    module, side = models.create(name, K, 0), 224 if name == "vit_b16" else 96
+    new = variables_of(module, (1, side, side, 3))
+    pair = pretrained.load(f"timm/{TIMM_NAMES[name]}.mine", new["params"], new.get("batch_stats", {}), name, whole=True)
+    images = np.random.default_rng(1).normal(size=(2, side, side, 3)).astype(np.float32)
+    with torch.no_grad():
+        expected = theirs(torch.from_numpy(images.transpose(0, 3, 1, 2))).numpy()
+    assert expected.std(axis=0).min() > 1e-3  # images differ
+    found = jax.jit(module.apply)(dict(zip(("params", "batch_stats"), pair, strict=True)), images)
+    gap = float(np.abs(found - expected).max() / np.abs(expected).max())
+    print(f"{name}: largest difference / largest logit {gap:.1e}")
+    assert gap < 1e-4

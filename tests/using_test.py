@@ -18,7 +18,7 @@ def test_the_document_runs(tmp_path):
     bare = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     environment = bare | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     steps = re.findall(r"^    ((?:python|mfm-jax) [^\n]*)$|^```python\n(.*?)^```$", DOCUMENT, re.MULTILINE | re.DOTALL)
-    assert len(steps) == 10
+    assert len(steps) == 12
     code = ""
     for command, block in steps:
         code += block  # a block goes on from the one before
@@ -26,6 +26,11 @@ def test_the_document_runs(tmp_path):
         words = ["-m", "mfm_jax", *words] if program == "mfm-jax" else words
         done = subprocess.run([sys.executable, *words], cwd=tmp_path, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, (command or block, done.stderr)
-    for name in ("predictions.csv", "digits/eval/train/report.html", "digits/eval/outside-pictures/report.html"):
+    for name in (
+        "predictions.csv",
+        "digits/eval/train/report.html",
+        "digits/eval/outside-pictures/report.html",
+        "hub/README.md",
+    ):
         assert (tmp_path / "runs" / name).stat().st_size > 1000
     assert re.search(r"\.png +\d+\.\d %  \d", done.stdout)

@@ -87,7 +87,9 @@ class Model:
 
     name: Annotated[Literal[SmallResNet, LargeModel], OWN, "the architecture"] = "resnet32"
     width: Annotated[int, Bounds(0), "channels of the stem or a token; 0 = 16 for small ResNets, 64 large, 768 ViT"] = 0
-    pretrained: Annotated[str, "initial weights: .safetensors, .npz or PyTorch state dict; the head may differ"] = ""
+    pretrained: Annotated[
+        str, "initial weights: .safetensors, .npz, PyTorch state dict, or timm/NAME; the head may differ"
+    ] = ""
     init_from: Annotated[str, "run folder whose classifier to start from, not its phi; the head may differ"] = ""
     tune: Annotated[Literal["all", "head", "adapters"], "what is trained; adapters: of a ViT, and the head"] = "all"
     adapter_size: Annotated[int, Bounds(1), "tune adapters: hidden units of each"] = 64

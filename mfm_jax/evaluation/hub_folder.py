@@ -65,7 +65,7 @@ def published(config: Config) -> Config:
         group, name = path.split(".")
         if field.may_change and field.kind is str and not field.choices:
             groups[group][name] = field.default
-        elif path in _START:
+        elif path in _START and not groups[group][name].startswith("timm/"):
             groups[group][name] = Path(groups[group][name]).name
     return config_lib.resolve(groups)
 

@@ -27,6 +27,7 @@ import safetensors.numpy
 
 from mfm_jax.config import SMALL_RESNETS
 from mfm_jax.errors import UserError, some_of
+from mfm_jax.models import hub_cache
 from mfm_jax.types import PyTree
 
 _WRAPPERS = ("state_dict", "model")
@@ -96,7 +97,8 @@ def load(
     Says on the standard error what was adapted: a head that starts fresh, positions, a summed stem.
 
     Args:
-      path: `.safetensors`, `.npz`, or what `torch.save` wrote; a state dict, bare or under `state_dict` or `model`.
+      path: `.safetensors`, `.npz`, or what `torch.save` wrote; a state dict, bare or under `state_dict` or `model`. Or
+        `timm/NAME`, which is found in the hub's cache (`hub_cache`).
       params: of the new classifier, for its shapes and for what starts fresh.
       batch_stats: likewise.
       model_name: as `config.Model.name`.
@@ -108,7 +110,8 @@ def load(
       UserError: no such file, one that cannot be read, a network of another depth or width, tensors that are missing,
         unknown or of another shape, or no head for this classifier where one is needed.
     """
-    tensors = _read(Path(path))
+    file = hub_cache.path_of(str(path), model_name)
+    tensors = _read(file)
     names = _VIT if model_name.startswith("vit") else _CIFAR if model_name in SMALL_RESNETS else _RESNET
     if names is _CIFAR and "linear.weight" not in tensors:
         tensors = {re.sub(r"^fc\.", "linear.", name): tensor for name, tensor in tensors.items()}
@@ -118,6 +121,8 @@ def load(
     head = _name("head/", names)
     tensors, fresh = _with_head(tensors, head, params["head"]["kernel"].shape, normalized_head)
     said = [f"the head starts fresh: {fresh}"] if fresh else []
+    if file != Path(path) and (wanted := hub_cache.normalization(file)):
+        said.append(wanted)
     if fresh and whole:
         raise UserError(
             f"model.pretrained = {str(path)!r}: cannot be evaluated without training, as the head would start fresh:"

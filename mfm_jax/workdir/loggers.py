@@ -5,12 +5,12 @@ each are kept in its folder (`Workdir.loggers`), so that a run that is resumed g
 """
 
 import functools
-import importlib.util
 import math
 import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -119,7 +119,7 @@ def summary(results: Mapping[str, Any]) -> dict[str, float]:
 def check(config: Config) -> None:
     """Raises a UserError where a logger of `train.loggers` is not installed; before anything costly."""
     for name in _MAKERS.keys() & set(config.train.logger_names):
-        if importlib.util.find_spec(name) is None:
+        if find_spec(name) is None:
             raise UserError(
                 f"train.loggers = {config.train.loggers!r}: {name} is not installed; python -m pip install -e"
                 f' ".[{name}]", or leave {name} out'
@@ -157,11 +157,12 @@ class WandbLogger:
         import wandb
 
         given, self.resumed, self._done = os.environ, bool(run_id), False
+        has_key = wandb.run is not None or wandb.login(prompt=False, verify=False)
         self._run = wandb.init(
             project=given.get("WANDB_PROJECT", PROJECT),
             name=given.get("WANDB_NAME", workdir.absolute().name),
             dir=given.get("WANDB_DIR", str(workdir.absolute())),
-            mode=None if "WANDB_MODE" in given or wandb.api.api_key else "offline",
+            mode=None if "WANDB_MODE" in given or has_key else "offline",
             id=run_id,
             resume="allow",
             reinit="create_new",  # runs that are trained together are open together
@@ -192,6 +193,7 @@ class MlflowLogger:
         given.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")  # a server that is away is no reason to wait
         given.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
         from mlflow import MlflowClient, tracking
+        from mlflow.entities import Param
 
         store, artifacts = Workdir(workdir.absolute()).mlflow, None
         if not tracking.is_tracking_uri_set():
@@ -207,9 +209,9 @@ class MlflowLogger:
         known = self._client.get_experiment_by_name(name)
         experiment = known.experiment_id if known else self._client.create_experiment(name, artifacts)
         self.run_id = self._client.create_run(experiment, run_name=workdir.absolute().name).info.run_id
-        for group, fields in config.to_dict().items():
-            for field, value in fields.items():
-                self._client.log_param(self.run_id, f"{group}.{field}", value)
+        for group, fields in config.to_dict().items():  # a batch may have a hundred
+            params = [Param(f"{group}.{field}", str(value)) for field, value in fields.items()]
+            self._client.log_batch(self.run_id, params=params)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         from mlflow.entities import Metric
