@@ -27,7 +27,7 @@ SCRIPTS = [*sorted(LAUNCH.glob("*.sh")), LAUNCH / "slurm.sbatch", *sorted((ROOT 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 def test_shellcheck(script):
     command = [Path(sys.executable).with_name("shellcheck"), "--external-sources", script]
-    done = subprocess.run(command, cwd=script.parent, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=LAUNCH if script.parent == LAUNCH else ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
 
 
