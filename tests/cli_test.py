@@ -95,7 +95,7 @@ def documented() -> list[str]:
 def test_the_documented_commands_exist(run):
     seen = set()
     for line in documented():
-        words = shlex.split(re.sub(r"runs/(digits|mine|cifar10|first)\b(?! *=)", run, line))
+        words = shlex.split(re.sub(r"runs/(digits|mine|cifar10|first|planted/run)\b(?! *=)", run, line))
         name, *arguments = words[2:] if words[0] == "python" else ["mfm_jax", *words[1:]]
         if name == "mfm_jax":
             seen.add(arguments[0])

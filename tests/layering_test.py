@@ -141,7 +141,8 @@ def test_no_other_module_has_the_name_of_a_file_of_a_run(path):
         for node in ast.walk(tree)
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in documentation
     ]
-    assert module_of(path) == "workdir.files" or not names & {Path(text).name for text in texts}
+    others = {"workdir.files", "models.hub_cache"}  # a hub's `config.json` is another file
+    assert module_of(path) in others or not names & {Path(text).name for text in texts}
 
 
 def python(code: str) -> str:
