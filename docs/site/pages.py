@@ -43,11 +43,24 @@ MODULES = {
         "Methods",
         ("methods.table", "methods.learners", "methods.sampling", "methods.heads", "methods.smote"),
     ),
-    "data": ("Data", ("data.longtail", "data.manifest", "data.assembly", "data.sources", "data.batches")),
-    "evaluation": ("Evaluation", ("evaluation.metrics", "evaluation.intervals", "evaluation.classifier")),
+    "data": ("Data", ("data.longtail", "data.manifest", "data.assembly", "data.sources", "data.own", "data.batches")),
+    "evaluation": (
+        "Evaluation",
+        ("evaluation.metrics", "evaluation.intervals", "evaluation.conformal", "evaluation.classifier"),
+    ),
     "running": (
         "Models, devices, runs",
-        ("models.catalog", "models.normalization", "machine.parallel", "training.train", "config.schema", "errors"),
+        (
+            "estimator",
+            "models.catalog",
+            "models.own",
+            "models.normalization",
+            "machine.parallel",
+            "training.train",
+            "training.own_loop",
+            "config.schema",
+            "errors",
+        ),
     ),
 }
 
@@ -159,7 +172,7 @@ def _commands() -> str:
 def _flags(door: str) -> str:
     """Returns a table of the flags of the module behind a command, or its own help where argparse reads them."""
     module = importlib.import_module(f"mfm_jax.{door}")
-    if door in ("predict", "export"):
+    if door in ("audit", "predict", "export"):
         with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.suppress(SystemExit):
             module.main([door, "--help"])
         return _block(out.getvalue())
