@@ -1,6 +1,7 @@
 """The PyTorch twin is the same network and the same step; the arithmetic of the benchmark is that of the network."""
 
 import csv
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -68,6 +69,21 @@ def test_published_networks_are_counted_at_their_own_size(contenders):
     assert contenders.step_flops(spec) == pytest.approx(3 * 2 * 4.09e9)
     with pytest.raises(ValueError, match="224 pixels"):
         contenders.step_flops(contenders.Spec("", model="resnet50"))
+
+
+def test_the_page_has_what_the_accelerator_took():
+    docs = Path(__file__).parents[1] / "docs"
+    with (docs / "results" / "accelerator.csv").open(newline="") as file:
+        took = [
+            (1e3 * float(row["seconds"]), 100 * float(row["half_range"]))
+            for row in csv.DictReader(file)
+            if row["seconds"]
+        ]
+    shown = re.findall(
+        r"\| ([\d.]+ ± [\d.]+ %) (?=\|)", (docs / "performance.md").read_text().partition("## Seen on")[2]
+    )
+    assert len(shown) == 14
+    assert set(shown) <= {f"{ms:.2f} ± {half:.1f} %" for ms, half in took}
 
 
 def test_a_lent_accelerator_leaves_a_table(tmp_path):
