@@ -141,6 +141,8 @@ def test_no_other_module_has_the_name_of_a_file_of_a_run(path):
         for node in ast.walk(tree)
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in documentation
     ]
+    if module_of(path) == "models.hub_cache":
+        names.remove("config.json")  # timm's
     assert module_of(path) == "workdir.files" or not names & {Path(text).name for text in texts}
 
 
