@@ -26,6 +26,7 @@ _UNFINISHED = "no run there has finished; run the training command again"
 _ELSE = (_UNFINISHED, "choose a new --workdir")
 _WAYS_OUT = {
     "classifier.json": _AGAIN,
+    "loggers.json": (_UNFINISHED, "remove it: W&B and MLflow then begin another run"),
     "metrics.jsonl": _AGAIN,
     "results.json": (_UNFINISHED, "remove it, and it is written again"),
 }
