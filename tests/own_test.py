@@ -4,6 +4,7 @@ import contextlib
 import csv
 import json
 import os
+import re
 import signal
 
 import flax.linen as nn
@@ -141,6 +142,7 @@ def test_compares_in_processes_of_their_own(tmp_path, monkeypatch):
     from mfm_jax import compare
 
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([os.path.dirname(__file__), os.environ.get("PYTHONPATH", "")]))
+    monkeypatch.setenv("XLA_FLAGS", re.sub(r"device_count=\d+", "device_count=1", os.environ["XLA_FLAGS"]))
     results, failed, _ = compare.run_all(by_path(), ["ce", "own_learner"], [0], tmp_path)
     assert not failed
     assert set(results) == {"ce", "own_learner"}
