@@ -19,13 +19,14 @@ def test_the_document_runs(tmp_path):
     environment = bare | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     steps = re.findall(r"^    ((?:python|mfm-jax) [^\n]*)$|^```python\n(.*?)^```$", DOCUMENT, re.MULTILINE | re.DOTALL)
     assert len(steps) == 12
-    code = ""
+    code, printed = "", ""
     for command, block in steps:
         code += block  # a block goes on from the one before
         program, *words = command.split() if command else ("python", "-c", code)
         words = ["-m", "mfm_jax", *words] if program == "mfm-jax" else words
         done = subprocess.run([sys.executable, *words], cwd=tmp_path, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, (command or block, done.stderr)
+        printed += done.stdout
     for name in (
         "predictions.csv",
         "digits/eval/train/report.html",
@@ -33,4 +34,4 @@ def test_the_document_runs(tmp_path):
         "hub/README.md",
     ):
         assert (tmp_path / "runs" / name).stat().st_size > 1000
-    assert re.search(r"\.png +\d+\.\d %  \d", done.stdout)
+    assert re.search(r"\.png +\d+\.\d %  \d", printed)
