@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import importlib.util
-import math
 import threading
 import time
 from collections.abc import Callable
@@ -26,7 +25,7 @@ from mfm_jax.data import batches as batches_lib
 from mfm_jax.machine import parallel
 from mfm_jax.methods.learners import meta_weight_net
 from mfm_jax.models import native
-from mfm_jax.training import experiment, feed, inputs, loop
+from mfm_jax.training import experiment, inputs, loop
 from mfm_jax.types import Batch, BilevelState
 
 TRACING = threading.Lock()  # Python traces one program at a time in any case; so the first is compiled the sooner
@@ -248,34 +247,29 @@ def _start(spec: Spec, config: config_lib.Config) -> tuple[experiment.Experiment
 def _loop(spec: Spec) -> Program:
     """Training as `mfm_jax.main` runs it: its compiled call on resident data, sampling and augmentation included.
 
-    Whole calls alone are run, so a number of steps is rounded up; `unit` steps have their whole share of meta-steps.
+    `unit` steps have their whole share of meta-steps.
     """
     config = _config(spec)
-    each = feed.steps_per_call(config)
+    each = loop.steps_per_call(config)
     with TRACING:
         built, state, resident = _start(spec, config)
         decided = _decided(config, built)
-        unit = math.lcm(each, decided["every"])
-
-        def flags(first: int) -> tuple[jax.Array, str]:
-            learns = built.meta_step is not None
-            return loop.steps([learns and step % decided["every"] == 0 for step in range(first, first + each)])
-
-        began, lowered = time.perf_counter(), {}
-        call = loop.make_call(built, config, spec.seeds)
-        for is_meta, kind in map(flags, range(0, unit, each)):
-            if kind not in lowered:
-                lowered[kind] = call.lower(state, resident, is_meta, kind)
+        kinds = ("plain", "meta") if built.meta_step is not None else ("plain",)
+        began = time.perf_counter()
+        call, one = loop.make_call(built, config, spec.seeds), jax.device_put(np.int32(1))
+        lowered = {kind: call.lower(state, resident, one, kind) for kind in kinds}
         traced = time.perf_counter() - began
     programs, facts = _compiled(lowered, traced)
-    facts |= {"unit": unit, "steps_per_call": each, "spec": decided}
+    facts |= {"unit": decided["every"], "steps_per_call": each, "spec": decided}
     done = 0
 
     def run(steps: int) -> None:
         nonlocal state, done
-        for _ in range(-(-steps // each)):
-            is_meta, kind = flags(done % unit)
-            state, done = programs[kind](state, resident, is_meta), done + each
+        end = done + steps
+        while done < end:
+            kind, count = loop.next_steps(built, config, done, min(done + each, end))
+            state = programs[kind](state, resident, jax.device_put(np.int32(count)))
+            done += count
         jax.block_until_ready(state)
 
     def finish() -> dict[str, Any]:

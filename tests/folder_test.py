@@ -340,10 +340,11 @@ def feed(root: Path, first: int, **overrides):
     assert (source.steps_per_call, source.is_shared) == (1, False)
     begin, end = experiment.steps_per_epoch, 2 * experiment.steps_per_epoch
     source.start_epoch(1, begin + first, state())
-    for is_meta in loop_lib.meta_steps(experiment, resolved, range(begin + first, end)):
+    for step in range(begin + first, end):
         given = source.next()
         assert isinstance(given, inputs.StepBatches)
         assert given is source.data
+        is_meta = loop_lib.kind_of(experiment, resolved, step) == "meta"
         meta = inputs.meta(given, jax.random.key(7), 0, 6) if is_meta else ()
         found.append(jax.tree.map(np.asarray, (*inputs.training(given, 0), *meta)))
     source.close()

@@ -62,8 +62,8 @@ def shaped_call(make_call):
     def make(*built):
         call = make_call(*built)
 
-        def first(loop, data, is_meta, kind):
-            call.eval_shape(loop, data, is_meta, kind)
+        def first(loop, data, count, kind):
+            call.eval_shape(loop, data, count, kind)
             raise Started
 
         return first

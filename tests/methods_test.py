@@ -55,13 +55,13 @@ class Watched:
     def __init__(self, compiled, stop_at: int):
         self.compiled, self.stop_at, self.kinds = compiled, stop_at, []
 
-    def __call__(self, loop, data, is_meta, kind):
+    def __call__(self, loop, data, count, kind):
         guard = "disallow" if kind in self.kinds else "allow"
         self.kinds.append(kind)
         if len(self.kinds) == self.stop_at:
             os.kill(os.getpid(), signal.SIGTERM)
         with jax.transfer_guard(guard):
-            return self.compiled(loop, data, is_meta, kind)
+            return self.compiled(loop, data, count, kind)
 
 
 def trained(config, workdir, stop_at: int = 0, like: Run | None = None):

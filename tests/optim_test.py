@@ -222,7 +222,7 @@ def test_phi_recovers_from_any_single_meta_gradient(at, monkeypatch):
                 table = jnp.asarray(data.meta_table(epoch), jnp.int32)
                 order = experiment.order(jax.random.key(1), epoch)
                 on_device = on_device.replace(order=order, meta_table=table)
-            loop = call(loop, on_device, *loop_lib.steps((True,)))
+            loop = call(loop, on_device, jnp.int32(1), "meta")
         return np.stack(jax.tree.leaves(loop.bilevel.phi))
 
     with_it, without = trained(at), trained(-1)

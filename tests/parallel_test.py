@@ -95,19 +95,18 @@ def trajectory(config, mesh, steps: int = STEPS):
     loop = loop.replace(sums=jax.tree.map(lambda x: x.astype(jnp.float32), loop.sums))
     loop = jax.device_put(loop, parallel.state_sharding(loop, mesh) if mesh else inputs.everywhere(None))
     feed = feed_lib.make(data, experiment, config, inputs.to_device(data))
-    call, seen = loop_lib.make_call(experiment, config), set()
+    call, seen, one = loop_lib.make_call(experiment, config), set(), jax.device_put(jnp.int32(1))
     for step in range(steps):
         epoch, at = divmod(step, experiment.steps_per_epoch)
         if at == 0:
             feed.start_epoch(epoch, step, loop.bilevel)
-        is_meta, retrain = loop_lib.meta_steps(experiment, config, [step]), step >= experiment.retrain_from
-        arguments, before, compiled = loop_lib.steps(is_meta, retrain=retrain), loop, len(_compiled)
-        guard = "disallow" if arguments[1] in seen else "allow"
+        kind, before, compiled = loop_lib.kind_of(experiment, config, step), loop, len(_compiled)
+        guard = "disallow" if kind in seen else "allow"
         with jax.transfer_guard_device_to_host(guard), jax.transfer_guard_host_to_device(guard):
-            loop = call(loop, feed.next(), *arguments)
-        assert arguments[1] not in seen or len(_compiled) == compiled
+            loop = call(loop, feed.next(), one, kind)
+        assert kind not in seen or len(_compiled) == compiled
         assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before))
-        seen.add(arguments[1])
+        seen.add(kind)
     return loop
 
 
@@ -351,6 +350,6 @@ def test_sampling_and_padding_add_no_collective(name, collectives, tiny):
     on_device = inputs.to_device(data).replace(order=order, meta_table=table)
     given = jax.device_put((loop_lib.initial(experiment), on_device), parallel.replicated(mesh))
     call = loop_lib.make_call(experiment, config)
-    text = call.lower(*given, *loop_lib.steps((name != "ce",))).compile().as_text()
+    text = call.lower(*given, jnp.int32(1), "plain" if name == "ce" else "meta").compile().as_text()
     found = re.findall(r" (all-reduce|all-gather|reduce-scatter|collective-permute|all-to-all)(?:-start)?\(", text)
     assert found == ["all-reduce"] * collectives

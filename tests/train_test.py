@@ -27,8 +27,8 @@ from mfm_jax.errors import UserError
 from mfm_jax.machine import interruption, parallel
 from mfm_jax.models import native
 from mfm_jax.training import experiment as experiment_lib
-from mfm_jax.training import inputs, train
 from mfm_jax.training import loop as loop_lib
+from mfm_jax.training import train
 from mfm_jax.training.anomalies import NonFiniteError
 from mfm_jax.training.run import Run
 from mfm_jax.workdir.checkpoint import Checkpointer, restore_phi
@@ -168,22 +168,6 @@ def test_killed_and_resumed_is_bit_identical(tmp_path, kills):
     train.train_and_evaluate(config, tmp_path / "cut")
     chex.assert_trees_all_equal(final_state(tmp_path / "cut", config), final_state(tmp_path / "whole", config))
     assert (tmp_path / "cut/metrics.jsonl").read_text() == (tmp_path / "whole/metrics.jsonl").read_text()
-
-
-def test_several_steps_a_call_equal_single_steps():
-    """Scanned steps give the trajectory of single ones, meta-steps mixed in; float32, fused in another way."""
-    config = config_lib.resolve(tiny(meta__every=2))
-    data = data_lib.build(config)
-    experiment = experiment_lib.build(config, data)
-    call = loop_lib.make_call(experiment, config)
-    order = jnp.arange(64 * experiment.steps_per_epoch, dtype=jnp.int32).reshape(-1, 64)
-    resident = inputs.to_device(data).replace(order=order, meta_table=jnp.asarray(data.meta_table(0), jnp.int32))
-    single, several = loop_lib.initial(experiment), loop_lib.initial(experiment)
-    for is_meta in (True, False):
-        single = call(single, resident, *loop_lib.steps([is_meta]))
-    several = call(several, resident, *loop_lib.steps([True, False]))
-    chex.assert_trees_all_close(several.bilevel.params, single.bilevel.params, rtol=1e-3, atol=1e-5)
-    chex.assert_trees_all_close(several.sums, single.sums, rtol=1e-3)
 
 
 def test_non_finite_loss_stops_and_keeps_the_last_good_checkpoint(tmp_path, monkeypatch, capsys):

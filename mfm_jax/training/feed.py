@@ -75,11 +75,6 @@ def joined(feeds: Sequence[Feed]) -> Callable[[], Input]:
     return lambda: together
 
 
-def steps_per_call(config: Config) -> int:
-    """Returns how many steps one compiled call has at most, where their input is resident."""
-    return config.train.steps_per_call or (1 if jax.default_backend() == "cpu" else 10)
-
-
 def _orders(data: LongTailData, experiment: Experiment, config: Config, epoch: int) -> tuple[jax.Array, jax.Array]:
     """Returns an epoch's order and meta table: functions of the seed and the epoch."""
     key = jax.random.fold_in(jax.random.key(config.train.seed), 1)
@@ -91,7 +86,7 @@ class ResidentFeed(Feed):
 
     def __init__(self, data: LongTailData, experiment: Experiment, config: Config, on_device: ResidentSet):
         self.data: Input = on_device
-        self.steps_per_call, self.is_shared = steps_per_call(config), not experiment.synthetic
+        self.steps_per_call, self.is_shared = loop_lib.steps_per_call(config), not experiment.synthetic
         self._experiment, self._config = experiment, config
         self._orders = functools.partial(_orders, data, experiment, config)
 
@@ -139,8 +134,8 @@ class StreamedFeed(Feed):
         order, table = _orders(self._source, self._experiment, self._config, epoch)
         start = epoch * len(order)
         steps = range(start, min(start + len(order), self._experiment.total_steps))
-        is_meta = loop_lib.meta_steps(self._experiment, self._config, steps)
-        due = [t if meta else None for t, meta in zip(steps, is_meta, strict=True)]
+        kinds = [loop_lib.kind_of(self._experiment, self._config, t) for t in steps]
+        due = [t if kind == "meta" else None for t, kind in zip(steps, kinds, strict=True)]
         meta_order = inputs.meta_order(state.key, due, table, self._config.meta.batch_size)
         self._start(epoch, np.asarray(order)[: len(steps)], meta_order, step - start)
 

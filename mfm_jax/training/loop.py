@@ -5,11 +5,12 @@ the same batches with the same augmentation.
 """
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import struct
 
 from mfm_jax.bilevel.passes import Pass
@@ -21,6 +22,8 @@ from mfm_jax.training.experiment import Experiment
 from mfm_jax.training.inputs import Examples, Features, Input, ResidentSet
 from mfm_jax.types import META_METRICS, Batch, BilevelState, Metrics, PyTree
 
+Kind = Literal["meta", "plain", "retrain"]  # of a step: updates w and phi, w alone, or what a second stage trains
+KINDS: tuple[Kind, ...] = get_args(Kind)
 _SETTLING_IMAGES = 2000  # 500 to 2,000 measured alike on CIFAR-10
 
 
@@ -41,34 +44,32 @@ class LoopState(struct.PyTreeNode):
 
 
 def make_call(experiment: Experiment, config: Config, seeds: int = 1) -> Callable[..., LoopState]:
-    """Returns the compiled call `(loop, data, is_meta, kind) -> loop`: sample, augment, step, add up.
+    """Returns the compiled call `(loop, data, count, kind) -> loop`: `count` times sample, augment, step, add up.
 
     `data` is an `inputs.Input`. With `seeds > 1` the loop state and the data are stacked, and every step is mapped over
     them.
 
-    `is_meta` `[n]` bool says of each of the n steps whether it updates the modulator; `kind` is static: "meta",
-    "plain" or "retrain" where all steps are, else "mixed". One step is compiled as it is (XLA's CPU backend
-    runs convolutions inside a loop many times slower than outside); several are a `lax.scan`. The loop state is
-    donated.
+    `kind`, of all the steps of the call, is static. `count`, int32 on the device, is a value of the run: each kind is
+    one program that holds its step once, however long epochs and the blocks between meta-steps are. Where a call has
+    one step at most (`steps_per_call`), it is compiled as it is, without a loop: XLA's CPU backend runs convolutions
+    inside a loop many times slower than outside. The loop state is donated.
     """
+    single = steps_per_call(config) == 1
 
-    def step(loop: LoopState, data: Input, kind: str) -> LoopState:
+    def step(loop: LoopState, data: Input, kind: Kind) -> LoopState:
         each = functools.partial(_step, experiment, config, kind=kind)
         return each(loop, data) if seeds == 1 else jax.vmap(each, in_axes=(0, inputs.SEED_AXES))(loop, data)
 
     @functools.partial(jax.jit, static_argnums=3, donate_argnums=0, compiler_options=parallel.compiler_options())
-    def call(loop: LoopState, data: Input, is_meta: jax.Array, kind: str) -> LoopState:
-        if kind == "mixed":
-            branches = (lambda c: step(c, data, "meta"), lambda c: step(c, data, "plain"))
-            return jax.lax.scan(lambda c, meta: (jax.lax.cond(meta, *branches, c), None), loop, is_meta)[0]
-        if len(is_meta) == 1:
+    def call(loop: LoopState, data: Input, count: jax.Array, kind: Kind) -> LoopState:
+        if single:
             return step(loop, data, kind)
-        return jax.lax.scan(lambda c, _: (step(c, data, kind), None), loop, length=len(is_meta))[0]
+        return jax.lax.fori_loop(0, count, lambda _, carried: step(carried, data, kind), loop)
 
     return call
 
 
-def _step(experiment: Experiment, config: Config, loop: LoopState, data: Input, kind: str) -> LoopState:
+def _step(experiment: Experiment, config: Config, loop: LoopState, data: Input, kind: Kind) -> LoopState:
     """Returns the loop after one step."""
     state = loop.bilevel
     keys = inputs.step_keys(state.key, state.step)
@@ -119,17 +120,25 @@ def unstack(loop: LoopState, seeds: int) -> list[LoopState]:
     return [loop] if seeds == 1 else [jax.tree.map(lambda leaf, i=i: leaf[i], loop) for i in range(seeds)]
 
 
-def meta_steps(experiment: Experiment, config: Config, steps: Sequence[int]) -> tuple[bool, ...]:
-    """Returns, for each of `steps`, whether it updates the modulator."""
-    first = config.meta.start_epoch * experiment.steps_per_epoch
-    learns = experiment.meta_step is not None
-    return tuple(learns and step >= first and step % config.meta.every == 0 for step in steps)
+def steps_per_call(config: Config) -> int:
+    """Returns how many steps one compiled call has at most."""
+    return config.train.steps_per_call or (1 if jax.default_backend() == "cpu" else 10)
 
 
-def steps(is_meta: Sequence[bool], *, retrain: bool = False) -> tuple[jax.Array, str]:
-    """Returns the last two arguments of the compiled call, from one bool a step; `retrain` in the second stage."""
-    kind = "retrain" if retrain else "meta" if all(is_meta) else "mixed" if any(is_meta) else "plain"
-    return jax.device_put(np.asarray(is_meta)), kind
+def kind_of(experiment: Experiment, config: Config, step: int) -> Kind:
+    """Returns what a step of the run updates: w and phi, w alone, or what the second stage trains."""
+    if step >= experiment.retrain_from:
+        return "retrain"
+    late = step >= config.meta.start_epoch * experiment.steps_per_epoch
+    learns = experiment.meta_step is not None and late and step % config.meta.every == 0
+    return "meta" if learns else "plain"
+
+
+def next_steps(experiment: Experiment, config: Config, step: int, end: int) -> tuple[Kind, int]:
+    """Returns the kind of a step, and how many of that kind follow one another from it, `end` left out."""
+    kind = kind_of(experiment, config, step)
+    of_kind = itertools.takewhile(lambda t: kind_of(experiment, config, t) == kind, range(step, end))
+    return kind, sum(1 for _ in of_kind)
 
 
 def _accumulate(loop: LoopState, state: BilevelState, metrics: Metrics, is_meta: bool, train: Train) -> LoopState:

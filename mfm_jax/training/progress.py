@@ -26,7 +26,7 @@ _LINE_SECONDS = 30  # a log has a line as often, whatever happens
 _AHEAD, _AHEAD_SECONDS = 2, 0.25  # calls, and seconds of them, that may wait for the device; a stop waits for them, too
 _LONG_SECONDS, _MEASURED_STEPS = 2 * 3600, 10  # a run that takes so long says so, once so many steps were measured
 _COMPILE_EVENTS = ("/jax/core/compile/jaxpr_to_mlir_module_duration", "/jax/core/compile/backend_compile_duration")
-_PROGRAMS = {"plain": "the plain step", "meta": "the meta-step", "mixed": "the steps", "retrain": "the second stage"}
+_PROGRAMS = {"plain": "the plain step", "meta": "the meta-step", "retrain": "the second stage"}
 
 _QUIET = contextvars.ContextVar("quiet", default=False)
 
@@ -46,7 +46,7 @@ class TrainingBar:
         self._name, self._pace, self._step, self._total, self._epochs = name, pace, step, total, epochs
         self._marks: deque[tuple[int, Mark]] = deque()  # of calls under way, with the step that each ends at
         self._seen: Mark | None = None
-        self._programs: set[tuple[str, int]] = set()
+        self._programs: set[str] = set()
         self._warned, self._compiled = False, 0.0
         self._lock, self._closed, self._told = threading.RLock(), threading.Event(), time.perf_counter()
         console = Console()
@@ -104,13 +104,13 @@ class TrainingBar:
         self.say(text + self.left())
 
     @contextlib.contextmanager
-    def compiling(self, kind: str, steps: int) -> Iterator[None]:
-        """Encloses a call of the compiled steps; says so where it is the first of its program, which is compiled."""
-        if (kind, steps) in self._programs:
+    def compiling(self, kind: str) -> Iterator[None]:
+        """Encloses a call of the compiled steps; says so where it is the first of its kind, which is compiled."""
+        if kind in self._programs:
             yield
             return
         self._wait(0)  # what is under way while the cores compile is no measure
-        self._programs.add((kind, steps))
+        self._programs.add(kind)
         self.say(f"compiling {_PROGRAMS[kind]} (usually half a minute, less where it was compiled before)")
         self.doing = "compiling"
         yield

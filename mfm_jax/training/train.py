@@ -200,12 +200,11 @@ def train_runs(runs: list[Run]) -> None:
                 loop, next_input = loop_lib.stack([run.loop for run in runs]), feed_lib.joined(feeds)
                 began = bar.start_steps()
                 while step < end and not stopped(step):
-                    last = min(step + feeds[0].steps_per_call, end)
-                    is_meta = loop_lib.meta_steps(experiment, config, range(step, last))
-                    flags, kind = loop_lib.steps(is_meta, retrain=step >= experiment.retrain_from)
-                    with bar.compiling(kind, len(is_meta)):
-                        loop = call(loop, next_input(), flags, kind)
-                    step = last
+                    most = min(step + feeds[0].steps_per_call, end)
+                    kind, count = loop_lib.next_steps(experiment, config, step, most)
+                    with bar.compiling(kind):
+                        loop = call(loop, next_input(), jax.device_put(np.int32(count)), kind)
+                    step += count
                     if mark := bar.sent(step, loop_lib.glance(loop)):
                         _check(runs, mark)
                 _check(runs, loop_lib.glance(loop))
@@ -244,8 +243,7 @@ def _end_epoch(runs: list[Run], epoch: int, bar: progress.TrainingBar) -> None:
 def _pace(run: Run) -> Pace:
     """Returns the estimate of how long the run takes, which knows the kinds of its steps and of its epochs' ends."""
     config, built, total = run.config, run.experiment, run.experiment.total_steps
-    kinds = np.array(loop_lib.meta_steps(built, config, range(total)), np.int8)
-    kinds[built.retrain_from :] = 2
+    kinds = np.array([loop_lib.KINDS.index(loop_lib.kind_of(built, config, step)) for step in range(total)], np.int8)
     epochs = range(-(-total // built.steps_per_epoch))
     ends = [_due(config, built, epoch, has_validation=run.has_validation) for epoch in epochs]
     return Pace(kinds, ends, built.steps_per_epoch, run.step)
