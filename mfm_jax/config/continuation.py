@@ -35,7 +35,10 @@ def changes(began: Mapping[str, Any], config: Config) -> list[Change]:
         group: {**defaults, **began[group]} if isinstance(began.get(group), Mapping) else defaults
         for group, defaults in Config().to_dict().items()
     }
-    return list(differences({**began, **known}, config.to_dict()))
+    asked = config.to_dict()
+    if config.train.dtype == "auto":  # which the run has settled
+        asked["train"]["dtype"] = known["train"]["dtype"]
+    return list(differences({**began, **known}, asked))
 
 
 def refused(changed: Sequence[Change]) -> list[Change]:

@@ -157,7 +157,10 @@ class Train:
     seed: Annotated[int, _SEED, "of parameters, order and augmentation"] = 0
     max_steps: Annotated[int, Bounds(0), "stop after this many steps; 0 = after `epochs`"] = 0
     steps_per_call: Annotated[int, Bounds(0), "steps in one compiled call; 0 = 1 on CPU, 10 elsewhere"] = 0
-    dtype: Annotated[Literal["float32", "bfloat16"], "of the computation; parameters stay float32"] = "float32"
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16"],
+        "of the computation; auto = bfloat16 on GPU and TPU, float32 on CPU, kept by the run; parameters stay float32",
+    ] = "float32"
     on_nonfinite: Annotated[Literal["stop", "skip"], "a non-finite loss or gradient ends the run or is skipped"] = (
         "stop"
     )

@@ -1,7 +1,7 @@
 """The classifier as it is tested: plain, with what a second stage or a post-hoc step does to its head."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -54,10 +54,21 @@ def _module(config: Config, num_classes: int) -> nn.Module:
         config.model.name,
         num_classes,
         config.model.width,
-        jnp.dtype(config.train.dtype),
+        jnp.dtype(dtype(config)),
         remat=config.model.remat,
         adapter_size=config.model.adapter_size if config.model.tune == "adapters" else 0,
     )
+
+
+def dtype(config: Config) -> Literal["float32", "bfloat16"]:
+    """Returns the type in which the network computes: `train.dtype`, "auto" decided by the devices of this process.
+
+    A module of the user's own is left as it is where nothing else is asked for.
+    """
+    if config.train.dtype != "auto":
+        return config.train.dtype
+    plain = jax.default_backend() == "cpu" or config.own("module") is not None
+    return "float32" if plain else "bfloat16"
 
 
 def applied(config: Config, module: nn.Module) -> ApplyFn:

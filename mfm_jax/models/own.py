@@ -143,7 +143,7 @@ def create(own: Any, num_classes: int, config: Config) -> Adapted:
             f"{field}: gives a {type(own).__name__}; give a Flax module, or a callable num_classes -> module"
         )
     adapted = own if isinstance(own, Adapted) else Adapted(own)
-    wanted: dict[str, Any] = {"dtype": jnp.dtype(config.train.dtype)} if config.train.dtype != "float32" else {}
+    wanted: dict[str, Any] = {"dtype": jnp.dtype(config.train.dtype)} if config.train.dtype == "bfloat16" else {}
     wanted |= {"remat": True} if config.model.remat else {}
     for name, value in wanted.items():
         if name not in type(adapted.inner).__dataclass_fields__:

@@ -25,7 +25,7 @@ from mfm_jax import data as data_lib
 from mfm_jax.config import Config, Own
 from mfm_jax.data import LongTailData, sizes
 from mfm_jax.errors import UserError
-from mfm_jax.evaluation import facts
+from mfm_jax.evaluation import facts, tested
 from mfm_jax.machine import cluster, disk, parallel
 from mfm_jax.machine.interruption import EXIT_INTERRUPTED, Interrupted, listening
 from mfm_jax.models import native
@@ -121,7 +121,7 @@ def train_together(configs: Sequence[Config], workdirs: Sequence[Path], *, pages
             data = data_lib.build(configs[0])
             if told := sizes.told(configs[0], data.manifest):
                 progress.say(told)
-            todo = [(sizes.cut(config, data.manifest), workdir) for config, workdir in todo]
+            todo = [(_settled(sizes.cut(config, data.manifest), workdir), workdir) for config, workdir in todo]
             fsdp = configs[0].parallel.fsdp
             mesh = parallel.data_mesh(fsdp=fsdp) if jax.device_count() > 1 or fsdp > 1 else None
             on_device = inputs.to_device(data)
@@ -134,8 +134,10 @@ def train_together(configs: Sequence[Config], workdirs: Sequence[Path], *, pages
             progress.say(f"convolutions: {runs[0].convolutions}{f' ({why})' if (why := native.reason()) else ''}")
             stack.enter_context(cluster.bound_together(EXIT_INTERRUPTED))
             # Apart: runs that were interrupted at different steps, and runs with training data of their own making.
-            runs.sort(key=lambda run: run.step)
-            groups = itertools.groupby(runs, key=lambda run: run.step if run.feed.is_shared else run.workdir)
+            runs.sort(key=lambda run: (run.step, run.config.train.dtype))
+            groups = itertools.groupby(
+                runs, key=lambda run: (run.step, run.config.train.dtype) if run.feed.is_shared else run.workdir
+            )
             for _, group in groups:
                 train_runs(list(group))
             progress.say(f"evaluating on {SPLITS[data.shown(test=configs[0].eval.test)]} images")
@@ -157,6 +159,13 @@ def _write_report(workdir: Path) -> None:
     if not Workdir(workdir).report.exists():
         progress.say("writing the report")
         report.write_report(workdir)
+
+
+def _settled(config: Config, workdir: Path) -> Config:
+    """Returns `config` with the type that its run computes in: that which it began with, wherever it goes on."""
+    stored = Workdir(workdir).config
+    dtype = read_object(stored)["train"]["dtype"] if stored.exists() else tested.dtype(config)
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, dtype=dtype))
 
 
 def _start(
