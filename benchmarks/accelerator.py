@@ -19,6 +19,8 @@ Columns, those of the same name as in `run.py`, and:
   GB/s        by XLA's count of the bytes that the step accesses, and its share of a large copy; a loop has no count
   compile s   tracing and compiling, the compiler's part beside the others of the group, whose choice of algorithms it
               shares; `alone`: in a new process, with nothing beside it and nothing cached
+  operations  of the lowered programs together; `transposes`, of the compiled ones: transposes and copies, such as the
+              changes of layout around convolutions; in the CSV, with the number of `programs`
 """
 
 import argparse
@@ -46,7 +48,10 @@ BEGAN = time.monotonic()
 CONFIG = Path(__file__).parents[1] / "configs" / "cifar10_lt.py"
 QUICK_STEP, QUICK_STEPS = 2e-3, 50  # of steps under so many seconds, a turn has at least so many
 MEASURING = 2.5  # seconds that timing a compiled row takes, roughly
-FACTS = ("compile_seconds", "trace_seconds", "start_seconds", "temp_mb", "device_mb")  # as they are, in the table
+FACTS = (  # as they are, in the CSV
+    *("compile_seconds", "trace_seconds", "start_seconds", "temp_mb", "device_mb"),
+    *("programs", "operations", "transposes"),
+)
 HEADS = [
     *("row", "ms, half the range", "images/s", "/ plain", "needs", "TFLOP/s, of the product", "GB/s, of the copy"),
     *("compile s, of it tracing", "temporary MB", "note"),

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import importlib.util
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -72,6 +73,9 @@ def _compiled(lowered: dict[str, jax.stages.Lowered], traced: float) -> tuple[di
         "trace_seconds": traced,
         "compile_seconds": traced + time.perf_counter() - began,
         "temp_mb": max(m.temp_size_in_bytes for m in memory if m) / 1e6,
+        "programs": len(programs),
+        "operations": sum(len(re.findall(r" = .*stablehlo\.", one.as_text())) for one in lowered.values()),
+        "transposes": sum(len(re.findall(r" (?:transpose|copy)\(", one.as_text())) for one in programs.values()),
         **_device(),
     }
 
