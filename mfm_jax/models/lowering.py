@@ -1,12 +1,12 @@
-"""What a convolution and its weight gradient are off CPU: XLA's own, and for several kernels at once a form without groups.
+"""What a convolution and its weight gradient are off CPU: XLA's own, and for several seeds a form without groups.
 
-Seeds that are trained together have a kernel each. `vmap` makes of their convolutions one with `feature_group_count`, for
-which accelerators have no good kernel. The forms here compute the same from what accelerators do well:
+Seeds that are trained together have a kernel each. `vmap` makes of their convolutions one with `feature_group_count`,
+for which accelerators have no good kernel. The forms here compute the same from what accelerators do well:
 
   grouped    what `vmap` makes
   unrolled   a convolution for each seed, in one program
-  folded     the seeds of a group side by side in the channels of one convolution, whose kernel is block-diagonal: a group
-             of F seeds has F times the arithmetic, and a number that is not finite spreads to the others of the group
+  folded     the seeds of a group side by side in the channels of one convolution, whose kernel is block-diagonal: a
+             group of F seeds has F times the arithmetic, and a number that is not finite spreads to the group
   patches    a matrix product for each seed, of the pixels under the kernel at every output with the kernel
   taps       the same, as a sum over the kernel's positions, in float32 at least
 
@@ -111,14 +111,15 @@ def taps(operation: Operation, a: jax.Array, b: jax.Array, window: Window) -> ja
     wide = jnp.promote_types(a.dtype, jnp.float32)
     if operation is convolve:
         product = functools.partial(jnp.einsum, "sbhwc,scn->sbhwn", preferred_element_type=wide)
-        positions = itertools.product(*map(range, window.kernel))
-        return sum(product(x, b[:, i, j]) for x, (i, j) in zip(_taps(a, window), positions, strict=True)).astype(a.dtype)
+        kernels = jnp.moveaxis(b.reshape(len(b), -1, *b.shape[-2:]), 1, 0)
+        terms = (product(x, kernel) for x, kernel in zip(_taps(a, window), kernels, strict=True))
+        return functools.reduce(jnp.add, terms).astype(a.dtype)
     found = jnp.stack([jnp.einsum("sbhwc,sbhwn->scn", x, b) for x in _taps(a, window)], axis=1)
     return found.reshape(len(a), *window.kernel, a.shape[-1], b.shape[-1])
 
 
 def _taps(x: jax.Array, window: Window) -> Iterator[jax.Array]:
-    """Yields for each position in the kernel, row by row, the pixel `[S, B, H', W', C]` that it meets at each output."""
+    """Yields for each of the kernel's positions, row by row, the pixel that it meets, `[S, B, H', W', C]`."""
     around = [(*pad, each - 1) for pad, each in zip(window.padding, window.dilation, strict=True)]
     x = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), (0, 0, 0), *around, (0, 0, 0)])
     spans = [
