@@ -135,6 +135,7 @@ def plan(common: Spec) -> list[list[Row]]:
     torch = replace(plain, library="torch", name="PyTorch plain, channels_last")
     double = replace(exact, library="torch", name="PyTorch MFM, logits")
     single = replace(recipe, name="default recipe, one step a call", overrides=(("train.steps_per_call", 1),))
+    scanned = replace(recipe, name="default recipe, scanned blocks", overrides=(("model.scan_blocks", True),))
     large = replace(common, width=0, image_size=224, classes=1000, dtype="bfloat16", sites=("logits",))
     return [
         *([Row(spec, 3)] for spec in ceilings),  # before anything else works, and one at a time
@@ -154,6 +155,8 @@ def plan(common: Spec) -> list[list[Row]]:
         [
             Row(_half(torch), 15),
             Row(single, 40),
+            Row(scanned, 40),
+            Row(_half(scanned), 40),
             Row(replace(exact, name="MFM, four sites", sites=FEATURE_SITES), 40),
             *(Row(_half(_together(recipe, seeds)), 50) for seeds in (4, 16)),
             Row(replace(double, name=f"{double.name}, compiled", compiled=True), 100),

@@ -44,7 +44,8 @@ class Spec:
     batch: int = 100
     meta_batch: int = 100
     devices: int = 1
-    seeds: int = 1  # loop: runs in one program
+    seeds: int = 1  # plain, mfm, loop: runs in one program
+    form: str = ""  # of their convolutions, a key of `lowering.FORMS`; empty: what the library chooses
     config: str = ""  # recipe, loop: the config file
     overrides: tuple[tuple[str, Any], ...] = ()  # recipe, loop: fields set on top of the config file
 

@@ -1,12 +1,13 @@
 """The JAX contenders: each `Spec` as a compiled, donated step on batches that stay on the device."""
 
+import contextlib
 import dataclasses
 import functools
 import importlib.util
 import re
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,7 +26,7 @@ from mfm_jax.data import augment, longtail
 from mfm_jax.data import batches as batches_lib
 from mfm_jax.machine import parallel
 from mfm_jax.methods.learners import meta_weight_net
-from mfm_jax.models import native
+from mfm_jax.models import lowering, native
 from mfm_jax.training import experiment, inputs, loop
 from mfm_jax.types import Batch, BilevelState
 
@@ -37,7 +38,7 @@ def build(spec: Spec) -> Program:
     makers = {"matmul": _matmul, "copy": _copy, "input": _input, "loop": _loop}
     if spec.step in makers:
         return makers[spec.step](spec)
-    with TRACING:
+    with TRACING, _form(spec):
         if spec.step == "recipe":
             state, meta_step, plain_step, decided = _recipe(spec)
         else:
@@ -45,6 +46,9 @@ def build(spec: Spec) -> Program:
             decided = {}
         every = decided.get("every", spec.every)
         batches = [_batch(key, size, spec) for key, size in ((1, spec.batch), (2, spec.meta_batch))]
+        if spec.seeds > 1:
+            state, *batches = (loop.stack([one] * spec.seeds) for one in (state, *batches))
+            meta_step, plain_step = meta_step and jax.vmap(meta_step), jax.vmap(plain_step)
         if spec.devices > 1:
             mesh = _mesh(spec)
             batches = [jax.device_put(batch, NamedSharding(mesh, P(parallel.AXIS))) for batch in batches]
@@ -62,6 +66,18 @@ def build(spec: Spec) -> Program:
         (program,) = programs.values()
         facts["bytes"] = (program.cost_analysis() or {}).get("bytes accessed")
     return _program(state, programs.get("meta"), programs.get("plain"), batches, every, facts)
+
+
+@contextlib.contextmanager
+def _form(spec: Spec) -> Iterator[None]:
+    """Has the convolutions of several seeds lowered in the spec's form."""
+    rule = lowering.form_of
+    if spec.form:
+        lowering.form_of = lambda *_: spec.form
+    try:
+        yield
+    finally:
+        lowering.form_of = rule
 
 
 def _compiled(lowered: dict[str, jax.stages.Lowered], traced: float) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -92,8 +108,8 @@ def _program(state, meta, plain, batches: list[Batch], every: int, facts: dict[s
         jax.block_until_ready(state)
 
     def finish() -> dict[str, Any]:
-        if not np.isfinite(float(loss)):
-            raise FloatingPointError(f"the loss is {float(loss)} after {done} steps")
+        if not np.isfinite(loss).all():
+            raise FloatingPointError(f"the loss is {loss} after {done} steps")
         peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
         return {"device_mb": peak / 1e6} if peak else {}
 
@@ -255,7 +271,7 @@ def _loop(spec: Spec) -> Program:
     """
     config = _config(spec)
     each = loop.steps_per_call(config)
-    with TRACING:
+    with TRACING, _form(spec):
         built, state, resident = _start(spec, config)
         decided = _decided(config, built)
         kinds = ("plain", "meta") if built.meta_step is not None else ("plain",)

@@ -94,6 +94,7 @@ class Model:
     tune: Annotated[Literal["all", "head", "adapters"], "what is trained; adapters: of a ViT, and the head"] = "all"
     adapter_size: Annotated[int, Bounds(1), "tune adapters: hidden units of each"] = 64
     remat: Annotated[bool, "compute activations again in the backward pass: less memory, a third more time"] = False
+    scan_blocks: Annotated[bool, MAY_CHANGE, "train a stage's equal blocks as one scanned body: small programs"] = False
 
 
 @dataclass(frozen=True)

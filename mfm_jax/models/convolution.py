@@ -8,7 +8,7 @@ times the forward pass. A sum over the batch may be taken in slices that stay in
 
 The convolution and its weight gradient are bilinear, and the transposes of each are the two again. They are written as
 two JAX primitives with that closed algebra, so they can be differentiated any number of times, in either mode, and
-every derivative is sliced too. Slices are the lowering for CPU alone; other platforms get XLA's own convolution.
+every derivative is sliced too. Slices are the lowering for CPU alone; other platforms get what `lowering` chooses.
 
 Where `native` has kernels of the project's own for the processor, they are the lowering on CPU. The operands of both
 primitives may have leading axes, the same ones: `vmap` adds them, and each entry is a convolution of its own.
@@ -17,7 +17,7 @@ primitives may have leading axes, the same ones: `vmap` adds them, and each entr
 import functools
 import itertools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,20 +25,10 @@ from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-from mfm_jax.models import native
+from mfm_jax.models import lowering, native
+from mfm_jax.models.lowering import LAYOUT, Window
 
-_LAYOUT = ("NHWC", "HWIO", "NHWC")
 _SLICE_BYTES = 2**20  # of the input; about a core's second-level cache
-Pair = tuple[int, ...]  # of the two image axes
-
-
-class _Window(NamedTuple):
-    """Where the kernel is laid: `kernel [kh, kw]`, its stride, the input's padding and its dilation."""
-
-    kernel: Pair
-    stride: Pair
-    padding: tuple[tuple[int, int], ...]
-    dilation: Pair
 
 
 def convolution(
@@ -58,23 +48,23 @@ def convolution(
     Raises:
       NotImplementedError: groups, a dilated kernel or another layout.
     """
-    layout = lax.conv_dimension_numbers(x.shape, kernel.shape, dimension_numbers or _LAYOUT)
+    layout = lax.conv_dimension_numbers(x.shape, kernel.shape, dimension_numbers or LAYOUT)
     other = {name: value for name, value in options.items() if value not in (None, 1)}
     if (
         other
         or tuple(rhs_dilation or (1, 1)) != (1, 1)
-        or layout != lax.conv_dimension_numbers(x.shape, kernel.shape, _LAYOUT)
+        or layout != lax.conv_dimension_numbers(x.shape, kernel.shape, LAYOUT)
     ):
         raise NotImplementedError(f"convolution: only plain 2-D convolutions of NHWC images, not {other or layout}")
     size = kernel.shape[:2]
     dilation = tuple(lhs_dilation or (1, 1))
     if isinstance(padding, str):
         padding = lax.padtype_to_pads(x.shape[1:3], size, window_strides, padding)
-    window = _Window(size, tuple(window_strides), tuple((low, high) for low, high in padding), dilation)
+    window = Window(size, tuple(window_strides), tuple((low, high) for low, high in padding), dilation)
     return _bind(_convolve, x, kernel, window)
 
 
-def _bind(primitive: Primitive, a: jax.Array, b: jax.Array, window: _Window) -> jax.Array:
+def _bind(primitive: Primitive, a: jax.Array, b: jax.Array, window: Window) -> jax.Array:
     """Binds after marking both operands as varying over the same mesh axes, as `shard_map` asks of every operation."""
     axes = _varying(a) | _varying(b)
     a, b = (lax.pcast(v, tuple(rest), to="varying") if (rest := axes - _varying(v)) else v for v in (a, b))
@@ -87,37 +77,14 @@ def _varying(x: jax.Array) -> frozenset[str]:
     return kind.manual_axis_type.varying if hasattr(kind, "manual_axis_type") else kind.vma
 
 
-def _convolve_by_xla(x: jax.Array, kernel: jax.Array, *, window: _Window) -> jax.Array:
-    return lax.conv_general_dilated(
-        x, kernel, window.stride, window.padding, lhs_dilation=window.dilation, dimension_numbers=_LAYOUT
-    )
-
-
-def _weight_gradient_by_xla(x: jax.Array, dy: jax.Array, *, window: _Window) -> jax.Array:
-    """Returns the transpose in the kernel: `x` slid over `dy`, images in the place of channels."""
-    padding = []
-    for axis, (low, _) in enumerate(window.padding):
-        covered = (dy.shape[axis + 1] - 1) * window.stride[axis] + window.kernel[axis]
-        padding.append((low, covered - ((x.shape[axis + 1] - 1) * window.dilation[axis] + 1) - low))
-    return lax.conv_general_dilated(
-        x,
-        dy,
-        (1, 1),
-        padding,
-        lhs_dilation=window.dilation,
-        rhs_dilation=window.stride,
-        dimension_numbers=("CHWN", "IHWO", "HWNC"),
-    )
-
-
-def _weight_gradient_in_slices(x: jax.Array, dy: jax.Array, *, window: _Window) -> jax.Array:
+def _weight_gradient_in_slices(x: jax.Array, dy: jax.Array, *, window: Window) -> jax.Array:
     slices = min(x.shape[0], -(-x.size * x.dtype.itemsize // _SLICE_BYTES))
     edges = [round(i * x.shape[0] / slices) for i in range(slices + 1)]
-    parts = (_weight_gradient_by_xla(x[i:j], dy[i:j], window=window) for i, j in itertools.pairwise(edges))
+    parts = (lowering.weight_gradient(x[i:j], dy[i:j], window=window) for i, j in itertools.pairwise(edges))
     return functools.reduce(jnp.add, parts)
 
 
-def _input_gradient(dy: jax.Array, kernel: jax.Array, shape: tuple[int, ...], window: _Window) -> jax.Array:
+def _input_gradient(dy: jax.Array, kernel: jax.Array, shape: tuple[int, ...], window: Window) -> jax.Array:
     """Returns the convolution's transpose in x, as a convolution of the dilated `dy` with the flipped kernel."""
     padding = []
     for axis in range(2):
@@ -125,14 +92,14 @@ def _input_gradient(dy: jax.Array, kernel: jax.Array, shape: tuple[int, ...], wi
         dilated = (dy.shape[axis - 3] - 1) * window.stride[axis] + 1
         wanted = (shape[axis - 3] - 1) * window.dilation[axis] + 1
         padding.append((low, wanted + window.kernel[axis] - 1 - dilated - low))
-    flipped = _Window(window.kernel, window.dilation, tuple(padding), window.stride)
+    flipped = Window(window.kernel, window.dilation, tuple(padding), window.stride)
     return _bind(_convolve, dy, jnp.flip(kernel, (-4, -3)).swapaxes(-1, -2), flipped)
 
 
 def _mapped(operation: Any) -> Any:
     """Returns an operation on arrays of four axes, mapped over the leading axes of its operands."""
 
-    def over_leading(a: jax.Array, b: jax.Array, *, window: _Window) -> jax.Array:
+    def over_leading(a: jax.Array, b: jax.Array, *, window: Window) -> jax.Array:
         one = functools.partial(operation, window=window)
         for _ in range(a.ndim - 4):
             one = jax.vmap(one)
@@ -145,7 +112,7 @@ def _lowering_on_cpu(target: str, by_xla: Any) -> Any:
     """Returns the rule that lowers to the native kernels where it can, and otherwise to `by_xla`."""
     fallback = mlir.lower_fun(by_xla, multiple_results=False)
 
-    def rule(ctx: mlir.LoweringRuleContext, a: Any, b: Any, *, window: _Window) -> Any:
+    def rule(ctx: mlir.LoweringRuleContext, a: Any, b: Any, *, window: Window) -> Any:
         if not _is_native(ctx):
             return fallback(ctx, a, b, window=window)
         fields = native.attributes(window.stride, window.padding, window.dilation)
@@ -176,40 +143,39 @@ def _is_native(ctx: mlir.LoweringRuleContext) -> bool:
 
 def _primitive(name: str, default: Any, on_cpu: Any, left: Any, right: Any) -> Primitive:
     """Returns a bilinear primitive: `left` and `right` transpose it in its first and its second operand."""
-    default, on_cpu = _mapped(default), _mapped(on_cpu)
     primitive = Primitive(name)
     primitive.def_impl(jax.jit(primitive.bind, static_argnames="window"))
 
-    def abstract(a: Any, b: Any, *, window: _Window) -> Any:
+    def abstract(a: Any, b: Any, *, window: Window) -> Any:
         out = jax.eval_shape(
-            functools.partial(default, window=window),
+            functools.partial(_mapped(default), window=window),
             *(jax.ShapeDtypeStruct(v.shape, v.dtype) for v in (a, b)),
         )
         return a.update(shape=out.shape, dtype=out.dtype, weak_type=False)
 
-    def batched(args: Any, axes: Any, *, window: _Window) -> Any:
+    def batched(args: Any, axes: Any, *, window: Window) -> Any:
         size = next(v.shape[axis] for v, axis in zip(args, axes, strict=True) if axis is not None)
         a, b = (batching.bdim_at_front(v, axis, size) for v, axis in zip(args, axes, strict=True))
         return _bind(primitive, a, b, window), 0
 
     primitive.def_abstract_eval(abstract)
     batching.primitive_batchers[primitive] = batched
-    mlir.register_lowering(primitive, mlir.lower_fun(default, multiple_results=False))
-    mlir.register_lowering(primitive, _lowering_on_cpu(f"mfm_{name}", on_cpu), platform="cpu")
+    mlir.register_lowering(primitive, mlir.lower_fun(lowering.over_leading(default), multiple_results=False))
+    mlir.register_lowering(primitive, _lowering_on_cpu(f"mfm_{name}", _mapped(on_cpu)), platform="cpu")
     ad.defbilinear(primitive, left, right)
     return primitive
 
 
 _convolve: Primitive = _primitive(
     "convolution",
-    _convolve_by_xla,
-    _convolve_by_xla,
+    lowering.convolve,
+    lowering.convolve,
     lambda ct, x, kernel, *, window: _input_gradient(ct, kernel, x.aval.shape, window),
     lambda ct, x, kernel, *, window: _bind(_weight_gradient, x, ct, window),
 )
 _weight_gradient: Primitive = _primitive(
     "convolution_weight_gradient",
-    _weight_gradient_by_xla,
+    lowering.weight_gradient,
     _weight_gradient_in_slices,
     lambda ct, x, dy, *, window: _input_gradient(dy, ct, x.aval.shape, window),
     lambda ct, x, dy, *, window: _bind(_convolve, x, ct, window),

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from mfm_jax.models import stacked
 from mfm_jax.models.convolution import convolution
 from mfm_jax.models.normalization import BatchNorm
 from mfm_jax.types import Modulate, no_modulation
@@ -72,17 +73,19 @@ class Block(nn.Module):
 
 
 class Stage(nn.Module):
-    """`blocks` blocks, the first with the stride."""
+    """`blocks` blocks, the first with the stride; `alone` as in `stacked.through`."""
 
     blocks: int
+    alone: int
     block: functools.partial
     stride: int
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool, weight: jax.Array | None) -> jax.Array:
-        for i in range(self.blocks):
-            x = self.block(stride=self.stride if i == 0 else 1, name=f"block{i}")(x, train, weight)
-        return x
+        def block(i: int) -> nn.Module:
+            return self.block(stride=self.stride if i == 0 else 1, name=f"block{i}")
+
+        return stacked.through(block, self.blocks, self.alone, x, train, weight)
 
 
 class ResNet(nn.Module):
@@ -97,6 +100,7 @@ class ResNet(nn.Module):
       dtype: of the computation; parameters, batch-norm statistics and logits are float32 (or wider).
       axis_name: mesh axis over which batch norm averages its statistics; None keeps them local.
       remat: keep only the blocks' inputs for the backward pass and compute the rest again.
+      scan_blocks: one scanned body for a stage's equal blocks, whose variables are `stacked`.
 
     References:
       He et al., Deep residual learning for image recognition, CVPR 2016, table 1.
@@ -111,6 +115,7 @@ class ResNet(nn.Module):
     dtype: DTypeLike = jnp.float32
     axis_name: str | None = None
     remat: bool = False
+    scan_blocks: bool = False
 
     @nn.compact
     def __call__(
@@ -137,7 +142,8 @@ class ResNet(nn.Module):
                 norm=norm,
             )
             site = f"stage{i + 1}"
-            x = modulate(site, Stage(blocks, block, 2 if i else 1, name=site)(x, train, weight))
+            alone = int(i > 0 or self.bottleneck) if self.scan_blocks else blocks  # the first may project
+            x = modulate(site, Stage(blocks, alone, block, 2 if i else 1, name=site)(x, train, weight))
         x = modulate("pooled", x.mean(axis=(1, 2)))
         logits = nn.Dense(self.num_classes, kernel_init=_kaiming, dtype=self.dtype, name="head")(x)
         return modulate("logits", logits.astype(jnp.promote_types(logits.dtype, jnp.float32)))

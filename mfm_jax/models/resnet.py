@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from mfm_jax.models import stacked
 from mfm_jax.models.convolution import convolution
 from mfm_jax.models.normalization import BatchNorm
 from mfm_jax.types import Modulate, no_modulation
@@ -46,9 +47,10 @@ class BasicBlock(nn.Module):
 
 
 class Stage(nn.Module):
-    """`blocks` basic blocks, the first with the stride."""
+    """`blocks` basic blocks, the first with the stride; `alone` as in `stacked.through`."""
 
     blocks: int
+    alone: int
     channels: int
     stride: int
     dtype: DTypeLike
@@ -58,10 +60,12 @@ class Stage(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool, weight: jax.Array | None) -> jax.Array:
         kind = nn.remat(BasicBlock, static_argnums=2) if self.remat else BasicBlock
-        for i in range(self.blocks):
+
+        def block(i: int) -> nn.Module:
             stride = self.stride if i == 0 else 1
-            x = kind(self.channels, stride, self.dtype, self.norm, name=f"BasicBlock_{i}")(x, train, weight)
-        return x
+            return kind(self.channels, stride, self.dtype, self.norm, name=f"BasicBlock_{i}")
+
+        return stacked.through(block, self.blocks, self.alone, x, train, weight)
 
 
 class CifarResNet(nn.Module):
@@ -74,6 +78,7 @@ class CifarResNet(nn.Module):
       dtype: of the computation; parameters, batch-norm statistics and logits are float32 (or wider).
       axis_name: mesh axis over which batch norm averages its statistics; None keeps them local.
       remat: keep only the blocks' inputs for the backward pass and compute the rest again.
+      scan_blocks: one scanned body for a stage's equal blocks, whose variables are `stacked`.
 
     References:
       He et al., Deep residual learning for image recognition, CVPR 2016, section 4.2.
@@ -85,6 +90,7 @@ class CifarResNet(nn.Module):
     dtype: DTypeLike = jnp.float32
     axis_name: str | None = None
     remat: bool = False
+    scan_blocks: bool = False
 
     @nn.compact
     def __call__(
@@ -109,7 +115,9 @@ class CifarResNet(nn.Module):
         x = modulate("stem", nn.relu(x))
         for i in range(3):
             site = f"stage{i + 1}"
-            stage = Stage(self.blocks, self.width * 2**i, 2 if i else 1, self.dtype, norm, self.remat, name=site)
+            alone = min(i, 1) if self.scan_blocks else self.blocks
+            channels, stride = self.width * 2**i, 2 if i else 1
+            stage = Stage(self.blocks, alone, channels, stride, self.dtype, norm, self.remat, name=site)
             x = modulate(site, stage(x, train, weight))
         x = modulate("pooled", x.mean(axis=(1, 2)))
         logits = nn.Dense(self.num_classes, kernel_init=_kaiming, dtype=self.dtype, name="head")(x)

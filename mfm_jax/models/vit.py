@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from mfm_jax.errors import UserError
+from mfm_jax.models import stacked
 from mfm_jax.types import Modulate, no_modulation
 
 _normal = nn.initializers.truncated_normal(0.02)
@@ -84,6 +85,7 @@ class VisionTransformer(nn.Module):
       dtype: of the computation; parameters and logits are float32 (or wider).
       axis_name: for the same signature as the other models; nothing here couples examples.
       remat: keep only the blocks' inputs for the backward pass and compute the rest again.
+      scan_blocks: one scanned body for all blocks, whose variables are `stacked`; of their sites only the last is left.
 
     References:
       Dosovitskiy et al., An image is worth 16x16 words: transformers for image recognition at scale, ICLR 2021.
@@ -97,6 +99,7 @@ class VisionTransformer(nn.Module):
     dtype: DTypeLike = jnp.float32
     axis_name: str | None = None
     remat: bool = False
+    scan_blocks: bool = False
 
     @nn.compact
     def __call__(
@@ -120,9 +123,14 @@ class VisionTransformer(nn.Module):
             )
         x = modulate("stem", Embedding(self.width, self.patch, self.dtype, name="stem")(image.astype(self.dtype)))
         kind = nn.remat(Block) if self.remat else Block
-        for i in range(self.depth):
-            site = f"block{i + 1}"
-            x = modulate(site, kind(self.adapter_size, self.dtype, name=site)(x))
+
+        def block(i: int) -> nn.Module:
+            return kind(self.adapter_size, self.dtype, name=f"block{i + 1}")
+
+        for i in range(0 if self.scan_blocks else self.depth):
+            x = modulate(f"block{i + 1}", block(i)(x))
+        if self.scan_blocks:
+            x = modulate(f"block{self.depth}", stacked.through(block, self.depth, 0, x))
         x = nn.LayerNorm(use_fast_variance=False, dtype=self.dtype, name="norm")(x[:, 0])
         logits = nn.Dense(self.num_classes, kernel_init=_normal, dtype=self.dtype, name="head")(modulate("pooled", x))
         return modulate("logits", logits.astype(jnp.promote_types(logits.dtype, jnp.float32)))

@@ -26,7 +26,7 @@ from mfm_jax.evaluation.tested import Tested
 from mfm_jax.machine import parallel
 from mfm_jax.methods import heads, table
 from mfm_jax.methods.table import METHODS, Method
-from mfm_jax.models import own, pretrained
+from mfm_jax.models import own, pretrained, stacked
 from mfm_jax.models.own import Adapted
 from mfm_jax.training import preflight, recipe, weights
 from mfm_jax.training.recipe import Recipe
@@ -35,7 +35,7 @@ from mfm_jax.types import ApplyFn, Batch, BilevelState, Modulate, Modulator, PyT
 
 @dataclass(frozen=True)
 class Experiment:
-    """The pure functions of one run.
+    """The pure functions of one run; steps take and return states as `stacked.stack(state, blocks)` has them.
 
     init: `() -> BilevelState`, the state before the first step, all parameters drawn at random.
     init_pretrained: the same with the weights of `model.pretrained`, the head among them if `whole`, or of the run in
@@ -55,6 +55,7 @@ class Experiment:
     steps_per_epoch: batches in an epoch.
     total_steps: steps in the run.
     mesh: the devices that the steps are spread over; None for one.
+    blocks: the classifier's blocks that the steps scan over; none, and then states are as they are.
     """
 
     init: Callable[[], BilevelState]
@@ -74,6 +75,7 @@ class Experiment:
     steps_per_epoch: int
     total_steps: int
     mesh: Mesh | None
+    blocks: stacked.Runs
 
 
 def build(config: Config, data: LongTailData, mesh: Mesh | None = None) -> Experiment:
@@ -89,9 +91,11 @@ def build(config: Config, data: LongTailData, mesh: Mesh | None = None) -> Exper
     channels = _channels(config, plain.module, image, data.num_classes, mesh)
     learner = method.learner(config, counts, channels) if method.learner else None
     phi_tx = recipe.outer_optimizer(config, learner, rules.steps_per_epoch) if learner else rules.second_tx
-    forward = Pass(plain.apply, parts=config.train.accumulate)
+    scans = config.model.scan_blocks
+    module = plain.module.clone(scan_blocks=True) if scans else plain.module
+    forward = Pass(tested.applied(config, module), parts=config.train.accumulate)
     if mesh:
-        forward = dataclasses.replace(forward, apply=_on_mesh(config, plain.module, mesh), axis_name=parallel.AXIS)
+        forward = dataclasses.replace(forward, apply=_on_mesh(config, module, mesh), axis_name=parallel.AXIS)
 
     def fresh() -> PyTree:
         key = jax.random.split(jax.random.key(config.train.seed))[0]
@@ -126,8 +130,9 @@ def build(config: Config, data: LongTailData, mesh: Mesh | None = None) -> Exper
         retrain_step = retrain_step and parallel.shard_step(retrain_step, mesh, 1)
     extract = heads.features(plain.apply)
     init = jax.jit(lambda: start(fresh()))  # hundreds of small operations otherwise, each compiled by itself
+    blocks = stacked.runs(jax.eval_shape(fresh)["params"]) if scans else {}
     if learner and config.own("learner") is not None:
-        _trace(config, init, meta_step or plain_step, image.shape[1:])
+        _trace(config, lambda: stacked.stack(init(), blocks), meta_step or plain_step, image.shape[1:])
     return Experiment(
         init=init,
         init_pretrained=init_pretrained if config.model.pretrained or config.model.init_from else None,
@@ -146,6 +151,7 @@ def build(config: Config, data: LongTailData, mesh: Mesh | None = None) -> Exper
         steps_per_epoch=rules.steps_per_epoch,
         total_steps=rules.total_steps,
         mesh=mesh,
+        blocks=blocks,
     )
 
 

@@ -17,6 +17,7 @@ from mfm_jax.bilevel.passes import Pass
 from mfm_jax.config import Config, Train
 from mfm_jax.data import augment
 from mfm_jax.machine import parallel
+from mfm_jax.models import stacked
 from mfm_jax.training import anomalies, inputs
 from mfm_jax.training.experiment import Experiment
 from mfm_jax.training.inputs import Examples, Features, Input, ResidentSet
@@ -61,6 +62,7 @@ def make_call(experiment: Experiment, config: Config, seeds: int = 1) -> Callabl
         return each(loop, data) if seeds == 1 else jax.vmap(each, in_axes=(0, inputs.SEED_AXES))(loop, data)
 
     @functools.partial(jax.jit, static_argnums=3, donate_argnums=0, compiler_options=parallel.compiler_options())
+    @stacked.within(experiment.blocks, mapped=seeds > 1)
     def call(loop: LoopState, data: Input, count: jax.Array, kind: Kind) -> LoopState:
         if single:
             return step(loop, data, kind)

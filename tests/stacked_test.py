@@ -1,0 +1,101 @@
+"""Equal blocks as one scanned body: the same network, over variables that are stacked within the step alone."""
+
+import re
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from helpers import arrays, configured, tiny
+
+from mfm_jax import bilevel
+from mfm_jax import data as data_lib
+from mfm_jax.bilevel import losses, modulation, optim
+from mfm_jax.bilevel.passes import Pass
+from mfm_jax.models import stacked
+from mfm_jax.models.imagenet import ResNet
+from mfm_jax.models.resnet import CifarResNet
+from mfm_jax.models.vit import VisionTransformer
+from mfm_jax.training import experiment as experiment_lib
+from mfm_jax.training import train
+from mfm_jax.types import Batch
+
+WIDE = {"dtype": jnp.float64}
+NETWORKS = {
+    "cifar": (CifarResNet(3, 10, width=2, **WIDE), 8),
+    "imagenet": (ResNet((3, 2, 1, 1), 10, width=2, bottleneck=True, **WIDE), 32),
+    "vit": (VisionTransformer(10, width=8, depth=3, patch=4, **WIDE), 8),
+}
+
+
+def batch(size, seed):
+    rng = np.random.default_rng(seed)
+    return Batch(jnp.asarray(rng.normal(size=(6, size, size, 3))), jnp.arange(6) % 10)
+
+
+def meta_step(module, variables, runs, size):
+    """Returns the state after one meta-step of the default form, unrolled, and its metrics."""
+    tx = optim.classifier(configured("mfm").optim, 0.1)
+    learner = modulation.direct({"logits": 10})
+    step = bilevel.make_step(Pass.of(module), losses.cross_entropy, tx, learner, optax.sgd(0.1))
+    state = bilevel.init_state(jax.random.key(0), variables, tx, learner.init, optax.sgd(0.1))
+    state, metrics = jax.jit(step)(stacked.stack(state, runs), batch(size, 0), batch(size, 1))
+    return stacked.unstack(state, runs), metrics
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_meta_step_is_that_of_the_unrolled_network(name):
+    """Parameters, momentum, batch statistics, phi and metrics, in float64."""
+    module, size = NETWORKS[name]
+    with jax.enable_x64(True):
+        variables = jax.jit(module.init)(jax.random.key(1), batch(size, 0).image)
+        variables = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), variables)
+        runs = stacked.runs(variables["params"])
+        assert runs, "there are equal blocks"
+        found, metrics = meta_step(module.clone(scan_blocks=True), variables, runs, size)
+        expected, wanted = meta_step(module, variables, {}, size)
+        chex.assert_trees_all_close(arrays(found), arrays(expected), rtol=1e-10, atol=1e-12)
+        chex.assert_trees_all_close(metrics, wanted, rtol=1e-9)
+
+
+def test_what_is_stacked_and_back():
+    """By hand: neighbours of equal shapes, in whatever tree of that form, and nothing else."""
+    params = {
+        "stage1": {f"block{i}": {"w": jnp.full((2,), i)} for i in range(3)},
+        "stage2": {"block0": {"w": jnp.zeros(5)}, "block1": {"w": jnp.ones(3)}, "block2": {"w": jnp.full((3,), 2.0)}},
+        "head": {"w": jnp.zeros(2)},
+    }
+    runs = stacked.runs(params)
+    assert runs == {"stage1": ("block0", "block1", "block2"), "stage2": ("block1", "block2")}
+    state = (params, optax.TraceState(params), {"loss": jnp.zeros(())})
+    there = stacked.stack(state, runs)
+    np.testing.assert_array_equal(there[1].trace["stage1"]["block0"]["w"], [[0, 0], [1, 1], [2, 2]])
+    assert set(there[0]["stage2"]) == {"block0", "block1"}
+    chex.assert_trees_all_equal(stacked.unstack(there, runs), state)
+
+
+def operations(config):
+    """Returns how many operations the meta-step has that is lowered for a GPU."""
+    data = data_lib.build(config)
+    built = experiment_lib.build(config, data)
+    state = jax.eval_shape(lambda: stacked.stack(built.init(), built.blocks))
+    image = jax.ShapeDtypeStruct((4, *data.train_images.shape[1:]), jnp.float32)
+    given = Batch(image, jax.ShapeDtypeStruct((4,), jnp.int32))
+    text = jax.jit(built.meta_step).trace(state, given, given).lower(lowering_platforms=("cuda",)).as_text()
+    return len(re.findall(r" = .*stablehlo\.", text))
+
+
+def test_the_program_of_a_deep_network_is_small():
+    both = [operations(configured("mfm", model__name="resnet32", model__scan_blocks=scan)) for scan in (True, False)]
+    assert both[0] <= 0.45 * both[1]
+
+
+@pytest.mark.usefixtures("sketched")
+def test_a_run_goes_on_with_scanned_blocks(tmp_path):
+    """What is kept is the unrolled network's: the run is extended without."""
+    config = {"model__name": "resnet20", "model__width": 2, "data__val_images_per_class": 0, "meta__every": 2}
+    first = train.train_and_evaluate(tiny(**config, model__scan_blocks=True, train__epochs=1), tmp_path)
+    second = train.train_and_evaluate(tiny(**config, train__epochs=2, optim__restarts="1"), tmp_path)
+    assert second["last"]["step"] == 2 * first["last"]["step"] > 0
