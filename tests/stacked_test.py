@@ -89,7 +89,7 @@ def operations(config):
 
 def test_the_program_of_a_deep_network_is_small():
     both = [operations(configured("mfm", model__name="resnet32", model__scan_blocks=scan)) for scan in (True, False)]
-    assert both[0] <= 0.45 * both[1]
+    assert both[0] <= 0.48 * both[1]
 
 
 @pytest.mark.usefixtures("sketched")
