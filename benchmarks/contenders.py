@@ -45,7 +45,7 @@ class Spec:
     meta_batch: int = 100
     devices: int = 1
     seeds: int = 1  # plain, mfm, loop: runs in one program
-    form: str = ""  # of their convolutions, a key of `lowering.FORMS`; empty: what the library chooses
+    form: str = ""  # of their convolutions, a key of `forms.FORMS`; empty: what the library chooses
     config: str = ""  # recipe, loop: the config file
     overrides: tuple[tuple[str, Any], ...] = ()  # recipe, loop: fields set on top of the config file
 

@@ -1,4 +1,4 @@
-"""What several seeds in one program cost an accelerator, by the form of their convolutions (`models/lowering.py`).
+"""What several seeds in one program cost an accelerator, by the form of their convolutions (`forms.py`).
 
     python benchmarks/seeds.py --minutes=4 --out=measured
     python benchmarks/seeds.py --minutes=1 --out=measured --only='^step, float32'
@@ -97,6 +97,7 @@ class Row:
     def operands(self, options: argparse.Namespace) -> tuple[Callable[..., Any], Any, Any]:
         """Returns the layer's operation on all seeds and the shapes of its operands."""
         import jax
+        from forms import FORMS as FORMS_BY_NAME
 
         from mfm_jax.models import lowering
 
@@ -115,7 +116,7 @@ class Row:
             a, b = dy, array(3, 3, behind, before)
         elif self.operation == "weight gradient":
             operation, b = lowering.weight_gradient, dy
-        form = lowering.FORMS["unrolled" if self.form == ALONE else self.form]
+        form = FORMS_BY_NAME["unrolled" if self.form == ALONE else self.form]
         return lambda a, b: form(operation, a, b, window), a, b
 
     def _layer(self, options: argparse.Namespace) -> Callable[[int], float]:

@@ -1,22 +1,14 @@
-"""What a convolution and its weight gradient are off CPU: XLA's own, and for several seeds a form without groups.
+"""What a convolution and its weight gradient are off CPU: XLA's own, and for several seeds one with all of them.
 
 Seeds that are trained together have a kernel each. `vmap` makes of their convolutions one with `feature_group_count`,
-for which accelerators have no good kernel. The forms here compute the same from what accelerators do well:
-
-  grouped    what `vmap` makes
-  unrolled   a convolution for each seed, in one program
-  folded     the seeds of a group side by side in the channels of one convolution, whose kernel is block-diagonal: a
-             group of F seeds has F times the arithmetic, and a number that is not finite spreads to the group
-  patches    a matrix product for each seed, of the pixels under the kernel at every output with the kernel
-  taps       the same, as a sum over the kernel's positions, in float32 at least
-
-A form is a function of (operation, a `[S, ...]`, b `[S, ...]`, window), with `convolve` or `weight_gradient` for the
-operation. `form_of` chooses.
+for which accelerators have no good kernel. Here seeds lie side by side in the channels of one plain convolution, whose
+kernel is block-diagonal, as many as have 128 channels together: a group of F seeds has F times the arithmetic, for
+which a network of few channels leaves an accelerator time enough (docs/performance.md). A number that is not finite
+spreads to its group.
 """
 
 import functools
-import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -24,6 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 LAYOUT = ("NHWC", "HWIO", "NHWC")
+_CHANNELS = 128  # of a group of seeds
 Pair = tuple[int, ...]  # of the two image axes
 
 
@@ -37,7 +30,6 @@ class Window(NamedTuple):
 
 
 Operation = Callable[..., jax.Array]  # of (a, b, *, window)
-Form = Callable[[Operation, jax.Array, jax.Array, Window], jax.Array]
 
 
 def convolve(x: jax.Array, kernel: jax.Array, *, window: Window) -> jax.Array:
@@ -64,12 +56,13 @@ def weight_gradient(x: jax.Array, dy: jax.Array, *, window: Window) -> jax.Array
     )
 
 
-def grouped(operation: Operation, a: jax.Array, b: jax.Array, window: Window) -> jax.Array:
-    return jax.vmap(functools.partial(operation, window=window))(a, b)
+def over_seeds(
+    operation: Operation, a: jax.Array, b: jax.Array, window: Window, channels: int = _CHANNELS
+) -> jax.Array:
+    """Returns `operation`, `convolve` or `weight_gradient`, of each pair of `a [S, ...]` and `b [S, ...]`.
 
-
-def folded(operation: Operation, a: jax.Array, b: jax.Array, window: Window, channels: int) -> jax.Array:
-    """Folds as many seeds into one convolution as have `channels` input or output channels together, or one."""
+    As many seeds are one convolution as have `channels` input or output channels together, or one.
+    """
     wide = max(a.shape[-1], b.shape[-1])
     size = max(channels // wide, 1)
     one = functools.partial(_fold, operation, window=window)
@@ -99,54 +92,6 @@ def _apart(x: jax.Array, seeds: int) -> jax.Array:
     return jnp.moveaxis(x.reshape(*x.shape[:3], seeds, -1), 3, 0)
 
 
-def patches(operation: Operation, a: jax.Array, b: jax.Array, window: Window) -> jax.Array:
-    seen = jnp.concatenate(list(_taps(a, window)), axis=-1)  # [S, B, H', W', kh kw C]
-    if operation is convolve:
-        return jnp.einsum("sbhwk,skn->sbhwn", seen, b.reshape(len(b), -1, b.shape[-1]))
-    found = jnp.einsum("sbhwk,sbhwn->skn", seen, b)
-    return found.reshape(len(a), *window.kernel, a.shape[-1], b.shape[-1])
-
-
-def taps(operation: Operation, a: jax.Array, b: jax.Array, window: Window) -> jax.Array:
-    wide = jnp.promote_types(a.dtype, jnp.float32)
-    if operation is convolve:
-        product = functools.partial(jnp.einsum, "sbhwc,scn->sbhwn", preferred_element_type=wide)
-        kernels = jnp.moveaxis(b.reshape(len(b), -1, *b.shape[-2:]), 1, 0)
-        terms = (product(x, kernel) for x, kernel in zip(_taps(a, window), kernels, strict=True))
-        return functools.reduce(jnp.add, terms).astype(a.dtype)
-    found = jnp.stack([jnp.einsum("sbhwc,sbhwn->scn", x, b) for x in _taps(a, window)], axis=1)
-    return found.reshape(len(a), *window.kernel, a.shape[-1], b.shape[-1])
-
-
-def _taps(x: jax.Array, window: Window) -> Iterator[jax.Array]:
-    """Yields for each of the kernel's positions, row by row, the pixel that it meets, `[S, B, H', W', C]`."""
-    around = [(*pad, each - 1) for pad, each in zip(window.padding, window.dilation, strict=True)]
-    x = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), (0, 0, 0), *around, (0, 0, 0)])
-    spans = [
-        (size - kernel) // stride * stride + 1
-        for size, kernel, stride in zip(x.shape[2:4], window.kernel, window.stride, strict=True)
-    ]
-    rows, columns = window.stride
-    for i, j in itertools.product(*map(range, window.kernel)):
-        yield x[:, :, i : i + spans[0] : rows, j : j + spans[1] : columns]
-
-
-FORMS: dict[str, Form] = {
-    "grouped": grouped,
-    "unrolled": functools.partial(folded, channels=0),
-    "folded to 128": functools.partial(folded, channels=128),
-    "folded to 256": functools.partial(folded, channels=256),
-    "folded": functools.partial(folded, channels=2**20),
-    "patches": patches,
-    "taps": taps,
-}
-
-
-def form_of(operation: Operation, a: tuple[int, ...], b: tuple[int, ...], window: Window) -> str:
-    """Returns the form, a key of `FORMS`, of an operation on operands of these shapes, `[S, ...]` each."""
-    return "grouped"
-
-
 def over_leading(operation: Operation) -> Operation:
     """Returns an operation on arrays of four axes, mapped over the leading axes of its operands."""
 
@@ -155,7 +100,7 @@ def over_leading(operation: Operation) -> Operation:
         if not leading:
             return operation(a, b, window=window)
         a, b = (v.reshape(-1, *v.shape[-4:]) for v in (a, b))
-        out = FORMS[form_of(operation, a.shape, b.shape, window)](operation, a, b, window)
+        out = over_seeds(operation, a, b, window)
         return out.reshape(*leading, *out.shape[1:])
 
     return mapped
