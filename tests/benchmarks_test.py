@@ -53,6 +53,15 @@ def test_every_kind_of_step_can_be_built_and_run(contenders, steps):
         program.finish()
 
 
+def test_the_frozen_recipe_takes_plain_steps(contenders, steps):
+    small = {"model": "resnet8", "image_size": 8, "width": 2, "batch": 8, "meta_batch": 10}
+    config = str(Path(__file__).parents[1] / "configs" / "cifar10_lt.py")
+    program = steps.build(contenders.Spec("", step="recipe", config=config, overrides=contenders.FROZEN, **small))
+    assert program.facts["spec"]["every"] == 1
+    program.run(1)
+    program.finish()
+
+
 def test_the_loop_of_main_runs_its_meta_steps(contenders, steps):
     small = {"model": "resnet8", "image_size": 8, "width": 2, "batch": 8, "meta_batch": 10}
     config = str(Path(__file__).parents[1] / "configs" / "cifar10_lt.py")
