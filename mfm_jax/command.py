@@ -18,7 +18,7 @@ from ml_collections import config_flags
 
 from mfm_jax import shipped
 from mfm_jax.config import FIELDS, GROUPS, lookup
-from mfm_jax.errors import UserError
+from mfm_jax.errors import UserError, in_a_line
 from mfm_jax.machine import cache, cluster
 from mfm_jax.machine.interruption import EXIT_INTERRUPTED, NOTICE, Interrupted, terminable
 from mfm_jax.workdir import stored
@@ -32,6 +32,10 @@ _NOTICE = flags.DEFINE_string(
     f"File that appears when the machine is to be taken away: the run saves and exits with status {EXIT_INTERRUPTED}.",
 )
 _NO_CONFIG = "--config: missing; give a config, e.g. --config=digits_lt, or the --workdir of a run"
+_OUT_OF_MEMORY = (
+    "the device has too little memory: lower train.batch_size or meta.batch_size, raise train.accumulate, or set"
+    " model.remat; what was saved stays"
+)
 _BOOLEANS = ("true", "false", "t", "f", "1", "0")
 
 
@@ -78,7 +82,7 @@ def whole_number(text: str, least: int = 1) -> int:
 
 
 def guarded(main: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
-    """Returns the status of `main(argv)`; an expected end (`UserError`, interruption, lost process) prints one line."""
+    """Returns the status of `main(argv)`; an expected end (a mistake, a signal, a full device) prints one line."""
     try:
         return cluster.leave(_status(main, argv))
     except Exception:
@@ -105,6 +109,9 @@ def _status(main: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
             print(error if isinstance(error, Interrupted) else Interrupted(), file=sys.stderr)
         return EXIT_INTERRUPTED
     except Exception as error:
+        if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error):
+            print(f"error: {_OUT_OF_MEMORY} ({in_a_line(error)})", file=sys.stderr)
+            return 2
         if not cluster.reported_lost(error):
             raise
         return EXIT_INTERRUPTED

@@ -32,6 +32,7 @@ from mfm_jax import check, command
 from mfm_jax.data import walk
 from mfm_jax.errors import UserError
 from mfm_jax.machine import cluster
+from mfm_jax.machine.trace import Trace
 from mfm_jax.workdir.files import Workdir
 from mfm_jax.workdir.finished import SPLITS, shown
 
@@ -57,6 +58,7 @@ _EVAL_FOLDER = flags.DEFINE_string(
     "eval_folder", "", "With --mode=eval: a folder with a folder of pictures for each class, in the place of a split."
 )
 _OUT = flags.DEFINE_string("out", "", "With --mode=eval: the folder to write to, below WORKDIR/eval by default.")
+_PROFILE = flags.DEFINE_string("profile", "", "With --mode=train: the folder for a jax.profiler trace of ten steps.")
 _COORDINATOR = flags.DEFINE_string(
     "coordinator", "", "HOST:PORT of process 0, where this is one of several processes; auto: ask the scheduler."
 )
@@ -69,6 +71,8 @@ def main(argv: Sequence[str]) -> int:
     for flag in (_SPLIT, _EVAL_FOLDER, _OUT):
         if flag.present and _MODE.value != "eval":
             raise UserError(f"--{flag.name}={flag.value}: only with --mode=eval")
+    if _PROFILE.present and _MODE.value != "train":
+        raise UserError(f"--profile={_PROFILE.value}: only with --mode=train")
     if _SPLIT.present and _EVAL_FOLDER.value:
         raise UserError(f"--split={_SPLIT.value}: --eval_folder takes the place of a split; leave one of them out")
     if _MODE.value == "check":
@@ -88,10 +92,13 @@ def main(argv: Sequence[str]) -> int:
             )
     if _MODE.value == "eval":
         return _evaluate(config)
-    results = train.train_and_evaluate(config, command.workdir())
+    trace = Trace(Path(_PROFILE.value).expanduser() if _PROFILE.value else None)
+    results = train.train_and_evaluate(config, command.workdir(), trace=trace)
     if cluster.is_primary():
         print_results(results)
         print(f"report: {Workdir(command.workdir()).report}")
+        if _PROFILE.value:
+            print(f"profile: {_PROFILE.value if trace.written else 'none; fewer than 21 steps were left'}")
     return 0
 
 

@@ -207,7 +207,7 @@ def test_a_modulator_is_taken_over_by_none_but_mfm(run, tmp_path):
 def test_overrides_reach_the_run_and_its_status_is_returned(run, tmp_path, monkeypatch):
     seen = []
 
-    def pretend(given, workdir):
+    def pretend(given, workdir, trace=None):
         seen.append((config.resolve(given), Path(workdir)))
         split = {"test": dict.fromkeys(("balanced_accuracy", "accuracy", "many", "rarest_third", "macro_f1"), 0.5)}
         split["test"] |= {"medium": 0.25, "few": None}
@@ -237,7 +237,7 @@ def given(monkeypatch):
     """Returns what the command would have trained: a list of (config, workdir)."""
     seen = []
 
-    def pretend(config_dict, workdir):
+    def pretend(config_dict, workdir, trace=None):
         seen.append((config.resolve(config_dict), Path(workdir)))
         raise UserError("enough")
 
@@ -287,7 +287,7 @@ def test_an_evaluation_needs_the_run_folder_alone(run, trained_run, tmp_path):
 
 
 def test_an_interrupted_run_says_so_and_has_its_own_status(run, tmp_path, monkeypatch):
-    def interrupted(given, workdir):
+    def interrupted(given, workdir, trace=None):
         raise interruption.Interrupted("saved at step 12")
 
     monkeypatch.setattr(train, "train_and_evaluate", interrupted)
@@ -312,7 +312,7 @@ def test_a_signal_before_or_after_training_is_an_interruption_too(capsys):
 
 
 def test_another_mistake_is_a_developers_and_keeps_its_traceback(run, tmp_path, monkeypatch):
-    def broken(given, workdir):
+    def broken(given, workdir, trace=None):
         raise ZeroDivisionError
 
     monkeypatch.setattr(train, "train_and_evaluate", broken)
@@ -393,3 +393,15 @@ def test_a_folder_of_sixty_images_trains_without_an_edit(run, tmp_path):
     assert workdir.report.exists()
     workdir.results.unlink()
     assert cut in run(*arguments)[1]
+
+
+def test_a_full_device_is_told_in_one_line_that_names_what_to_lower(capsys):
+    def fail(argv):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes.\nmore")
+
+    assert command.guarded(fail, []) == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1
+    assert told.startswith("error: ")
+    for field in ("train.batch_size", "meta.batch_size", "train.accumulate", "model.remat", "allocate 9 bytes"):
+        assert field in told

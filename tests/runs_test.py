@@ -209,3 +209,29 @@ def test_sigterm_stops_and_saves_them_all(tmp_path):
         assert list((tmp_path / name / "checkpoints").iterdir())
         assert not (tmp_path / name / "results.json").exists()
     assert not list((tmp_path / "three").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, "false None"),
+        ({"XLA_PYTHON_CLIENT_PREALLOCATE": "true"}, "true None"),
+        ({"XLA_PYTHON_CLIENT_MEM_FRACTION": ".4"}, "None .4"),
+    ],
+)
+def test_a_process_shares_the_memory_of_its_device_unless_the_user_has_divided_it(
+    tmp_path, monkeypatch, given, expected
+):
+    names = ("XLA_PYTHON_CLIENT_PREALLOCATE", "XLA_PYTHON_CLIENT_MEM_FRACTION")
+    for name in names:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    python = tmp_path / "python"
+    python.write_text(f"#!{sys.executable}\nimport os\nprint(*map(os.environ.get, {names}))\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    job = runs._Job([run(tmp_path, "ce")])
+    runs._start(job, [])
+    job.process.wait()
+    assert job.log.read_text().strip() == expected

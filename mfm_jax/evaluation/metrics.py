@@ -17,9 +17,6 @@ the mean of an empty group) is None, never NaN and never 0: None survives JSON, 
 from typing import Any
 
 import numpy as np
-import scipy.optimize
-import scipy.special
-import sklearn.metrics
 
 from mfm_jax.data import longtail
 
@@ -64,6 +61,8 @@ def evaluate(probs: np.ndarray, labels: np.ndarray, train_counts: np.ndarray) ->
     Source: the shot groups are those of Liu et al., "Large-Scale Long-Tailed Recognition in an Open World"
     (CVPR 2019); ECE is Guo et al., "On Calibration of Modern Neural Networks" (ICML 2017).
     """
+    import sklearn.metrics  # here: two seconds that the first step of a run does not wait for
+
     probs, labels, train_counts = np.asarray(probs), np.asarray(labels), np.asarray(train_counts)
     _check(probs, labels, train_counts)
     predictions = probs.argmax(axis=1)
@@ -142,6 +141,8 @@ def with_temperature(probs: np.ndarray, temperature: float) -> np.ndarray:
 
     Probabilities are floored at the smallest normal float32, as in `evaluate`.
     """
+    import scipy.special
+
     logits = np.log(np.maximum(np.asarray(probs, np.float64), np.finfo(np.float32).tiny))
     return scipy.special.softmax(logits / temperature, axis=1)
 
@@ -157,6 +158,7 @@ def fit_temperature(probs: np.ndarray, labels: np.ndarray) -> float:
 
     Source: Guo et al., "On Calibration of Modern Neural Networks", ICML 2017, section 4.2.
     """
+    import scipy.optimize
 
     def loss(log_temperature: float) -> float:
         of_label = with_temperature(probs, np.exp(log_temperature))[np.arange(len(labels)), labels]
@@ -167,6 +169,8 @@ def fit_temperature(probs: np.ndarray, labels: np.ndarray) -> float:
 
 def _roc_auc(probs: np.ndarray, labels: np.ndarray, present: np.ndarray) -> float | None:
     """Returns the mean one-vs-rest ROC AUC over the classes for which it is defined."""
+    import sklearn.metrics
+
     if len(present) < 2:  # every image has the same label: there are no negatives for any class
         return None
     return float(np.mean([sklearn.metrics.roc_auc_score(labels == k, probs[:, k]) for k in present]))

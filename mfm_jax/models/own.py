@@ -7,19 +7,20 @@ class is called with `(num_classes, rngs=...)`. A module takes the images; `trai
 
 import inspect
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from flax.core import FrozenDict
-from flax.nnx import bridge
 
 from mfm_jax.bilevel.passes import rngs, switch_of
 from mfm_jax.config import Config
 from mfm_jax.errors import UserError, in_a_line
 from mfm_jax.types import Modulate, PyTree, no_modulation
+
+if TYPE_CHECKING:  # a third of a second that models of this package do not pay
+    from flax import nnx
 
 _BATCH = 2  # images that a module is traced with
 
@@ -44,9 +45,16 @@ class Adapted(nn.Module):
         return "axis_name" in type(self.inner).__dataclass_fields__
 
     @property
+    def is_nnx(self) -> bool:
+        """Whether the module is an NNX one."""
+        from flax.nnx import bridge
+
+        return isinstance(self.inner, bridge.ToLinen)
+
+    @property
     def kind(self) -> Any:
         """The user's class."""
-        return self.inner.nnx_class if isinstance(self.inner, bridge.ToLinen) else type(self.inner)
+        return self.inner.nnx_class if self.is_nnx else type(self.inner)
 
     @property
     def takes(self) -> Mapping[str, inspect.Parameter]:
@@ -70,7 +78,7 @@ class Adapted(nn.Module):
             raise UserError(f"{self.kind.__name__}: takes no `weight`, as a padded batch needs; divide batches evenly")
         if weight is not None:
             options["weight"] = weight
-        if isinstance(self.inner, bridge.ToLinen):
+        if self.is_nnx:
             options = {"nnx_method": _Switched(train), **options}
         logits = self.called(image, **options)
         return logits.astype(jnp.promote_types(logits.dtype, jnp.float32)) if hasattr(logits, "astype") else logits
@@ -85,7 +93,9 @@ class _Switched(NamedTuple):
 
     train: bool
 
-    def __call__(self, module: nnx.Module, image: PyTree, **options: Any) -> jax.Array:
+    def __call__(self, module: "nnx.Module", image: PyTree, **options: Any) -> jax.Array:
+        from flax import nnx
+
         (module.train if self.train else module.eval)()
         norms = [node for _, node in nnx.iter_modules(module) if isinstance(node, nnx.BatchNorm)]
         before = [(norm.mean.get_value(), norm.var.get_value()) for norm in norms]
@@ -108,7 +118,7 @@ class _Switched(NamedTuple):
         return logits
 
 
-def from_nnx(nnx_class: type[nnx.Module], *args: Any, **kwargs: Any) -> Adapted:
+def from_nnx(nnx_class: "type[nnx.Module]", *args: Any, **kwargs: Any) -> Adapted:
     """Returns an NNX module as a linen one, which the trainer, `Pass.of` and the steps take.
 
     Parameters are in `params`, the averages of batch norm in `batch_stats`. Random streams are the pass's own; dropout
@@ -118,6 +128,8 @@ def from_nnx(nnx_class: type[nnx.Module], *args: Any, **kwargs: Any) -> Adapted:
       nnx_class: the class, not an instance.
       args, kwargs: what it is made with, but for `rngs`.
     """
+    from flax.nnx import bridge
+
     takes_rngs = "rngs" in inspect.signature(nnx_class.__init__).parameters
     return Adapted(bridge.ToLinen(nnx_class, args, FrozenDict(kwargs), skip_rng=not takes_rngs, metadata_fn=None))
 
@@ -128,6 +140,8 @@ def create(own: Any, num_classes: int, config: Config) -> Adapted:
     Raises:
       UserError: it is no Flax module, making it fails, or it lacks the field that `train.dtype` or `model.remat` sets.
     """
+    from flax import nnx
+
     field = f"model.name = {config.model.name!r}"
     if inspect.isclass(own) and issubclass(own, nnx.Module):
         own = from_nnx(own, num_classes)
@@ -205,7 +219,7 @@ def seen(module: Adapted, image_shape: tuple[int, ...], num_classes: int, field:
     if unkept := sorted(variables.keys() - {"params", "batch_stats"}):
         raise UserError(f"{field}: has variables in {', '.join(unkept)}; only params and batch_stats are kept")
     averages = bool(variables.get("batch_stats"))
-    if averages and not switch_of(module.kind) and not isinstance(module.inner, bridge.ToLinen):
+    if averages and not switch_of(module.kind) and not module.is_nnx:
         raise UserError(f"{field}: has batch statistics and no argument `train` that says when they are taken; add it")
     if not variables.get("params"):
         raise UserError(f"{field}: has no parameters; give a module with something to train")

@@ -196,13 +196,14 @@ def _start(job: _Job, cores: Sequence[int]) -> None:
         disk.write_object(run.workdir.with_suffix(".json"), run.config.to_dict(), indent=None)
     folders = [str(run.workdir) for run in job.runs]
     arguments = [sys.executable, "-m", "mfm_jax.study.runs", ",".join(map(str, cores)), *folders]
-    environment = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", **os.environ}
+    # Several share a device's memory, unless the user has divided it.
+    shared = {} if "XLA_PYTHON_CLIENT_MEM_FRACTION" in os.environ else {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     job.cores, job.began, job.epochs_before = cores, time.monotonic(), job.workdir.progress()[0]
     job.epoch = job.epochs_before
     with job.log.open("w") as log:
         # A session of its own: Ctrl-C reaches it through this process alone, once.
         job.process = subprocess.Popen(
-            arguments, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            arguments, env=shared | os.environ, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
         )
 
 

@@ -8,7 +8,6 @@ from collections import Counter, deque
 from collections.abc import Hashable, Sequence
 
 import numpy as np
-from scipy.optimize import nnls
 
 _LOOKS, _LOOK_SECONDS = 100, 0.25  # the last ones count, of at least so long: a machine may have other work by then
 _ENDS = 5
@@ -77,6 +76,8 @@ class Pace:
 
     def _look(self, now: float) -> None:
         """Finds what a step of each kind takes, by least squares that keep the sum; one unseen is as the average."""
+        from scipy.optimize import nnls  # here: the first step of a run does not wait for it
+
         if self._done == self._from:
             return
         self._looks.append((self._before[self._done] - self._before[self._from], now - self._since))

@@ -28,6 +28,7 @@ from mfm_jax.errors import UserError
 from mfm_jax.evaluation import facts, tested
 from mfm_jax.machine import cluster, disk, parallel
 from mfm_jax.machine.interruption import EXIT_INTERRUPTED, Interrupted, listening
+from mfm_jax.machine.trace import Trace
 from mfm_jax.models import native
 from mfm_jax.pages import report
 from mfm_jax.training import epoch_log, inputs, progress
@@ -54,6 +55,7 @@ def train_and_evaluate(
     loss: Any = None,
     learner: Any = None,
     pages: bool = True,
+    trace: Trace | None = None,
 ) -> dict[str, Any]:
     """Trains as `config` says, in `workdir`, and returns the results.
 
@@ -68,6 +70,7 @@ def train_and_evaluate(
         `method.learner` (`config.own.Own`; docs/library.md). The last two are read by the methods `own_loss`, which may
         be `method.base`, and `own_learner`.
       pages: whether to write `report.html`, which `report.write_report` can still do later.
+      trace: what writes a profile of some steps.
 
     Returns:
       The content of `results.json` (`results.of_run`): `last` and `best` (on validation; None without one), each with
@@ -81,10 +84,12 @@ def train_and_evaluate(
       Interrupted: SIGTERM or Ctrl-C; everything is saved.
     """
     config = config_lib.resolve(config, Own(module, source, loss, learner))
-    return train_together([config], [Path(workdir)], pages=pages)[0]
+    return train_together([config], [Path(workdir)], pages=pages, trace=trace)[0]
 
 
-def train_together(configs: Sequence[Config], workdirs: Sequence[Path], *, pages: bool = True) -> list[dict[str, Any]]:
+def train_together(
+    configs: Sequence[Config], workdirs: Sequence[Path], *, pages: bool = True, trace: Trace | None = None
+) -> list[dict[str, Any]]:
     """Trains runs that differ in `train.seed` alone, in one program: the step is mapped over them with `vmap`.
 
     Each run has its own workdir, checkpoints and results, as if it had been trained by `train_and_evaluate`, and the
@@ -94,7 +99,7 @@ def train_together(configs: Sequence[Config], workdirs: Sequence[Path], *, pages
     Args:
       configs: one a run.
       workdirs: one a run.
-      pages: as in `train_and_evaluate`.
+      pages, trace: as in `train_and_evaluate`.
 
     Returns:
       The results of each run.
@@ -139,7 +144,7 @@ def train_together(configs: Sequence[Config], workdirs: Sequence[Path], *, pages
                 runs, key=lambda run: (run.step, run.config.train.dtype) if run.feed.is_shared else run.workdir
             )
             for _, group in groups:
-                train_runs(list(group))
+                train_runs(list(group), trace)
             progress.say(f"evaluating on {SPLITS[data.shown(test=configs[0].eval.test)]} images")
             for run in runs:
                 results = run.results()
@@ -187,7 +192,7 @@ def _start(
     return run
 
 
-def train_runs(runs: list[Run]) -> None:
+def train_runs(runs: list[Run], trace: Trace | None = None) -> None:
     """Trains runs that stand at the same step to their last step, in one program.
 
     Raises:
@@ -200,7 +205,7 @@ def train_runs(runs: list[Run]) -> None:
     for run in runs:
         run.began = time.perf_counter()  # others may have been trained since it was made
     with progress.TrainingBar(config.method.name, _pace(runs[0]), step, total, -(-(total - step) // per_epoch)) as bar:
-        with listening() as stopped:
+        with listening() as stopped, trace or Trace(None) as trace:
             while step < total:
                 epoch, first = step // per_epoch, step
                 end = min(total, (epoch + 1) * per_epoch)
@@ -214,6 +219,7 @@ def train_runs(runs: list[Run]) -> None:
                     with bar.compiling(kind):
                         loop = call(loop, next_input(), jax.device_put(np.int32(count)), kind)
                     step += count
+                    trace.at(step, loop)
                     if mark := bar.sent(step, loop_lib.glance(loop)):
                         _check(runs, mark)
                 _check(runs, loop_lib.glance(loop))

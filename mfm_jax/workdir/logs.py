@@ -6,20 +6,21 @@ and stops nothing: the rows are in memory and in the checkpoints, and the next w
 """
 
 import contextlib
+import functools
+import importlib
 import json
 import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.record_writer import RecordWriter
-from tensorboardX.summary import scalar
+from typing import TYPE_CHECKING, Any
 
 from mfm_jax.workdir.files import Workdir
 from mfm_jax.workdir.loggers import Guarded, Row, scalars
+
+if TYPE_CHECKING:
+    from tensorboardX.record_writer import RecordWriter
 
 
 class MetricLog:
@@ -103,6 +104,7 @@ class _Events:
     def write(self, rows: Sequence[Row]) -> None:
         try:
             writer = self._writer or self._open()
+            scalar = _tensorboard().summary.scalar
             for row in rows:
                 for name, value in scalars(row).items():
                     _put(writer, step=row["step"], summary=scalar(name, value))
@@ -111,14 +113,15 @@ class _Events:
             self.close()
             raise
 
-    def _open(self) -> RecordWriter:
+    def _open(self) -> "RecordWriter":
         self._folder.mkdir(exist_ok=True)
         self._files += 1
         name = f"events.out.tfevents.{time.time():.0f}.{os.getpid()}.{self._files}"
-        self._writer = RecordWriter(str(self._folder / name))
+        self._writer = _tensorboard().record_writer.RecordWriter(str(self._folder / name))
         _put(self._writer, file_version="brain.Event:2")
         if self._purge is not None:
-            _put(self._writer, step=self._purge, session_log=SessionLog(status=SessionLog.START))
+            start = _tensorboard().proto.event_pb2.SessionLog
+            _put(self._writer, step=self._purge, session_log=start(status=start.START))
         return self._writer
 
     def close(self) -> None:
@@ -128,5 +131,18 @@ class _Events:
         self._writer = None
 
 
-def _put(writer: RecordWriter, **fields: Any) -> None:
-    writer.write(Event(wall_time=time.time(), **fields).SerializeToString())
+def _put(writer: "RecordWriter", **fields: Any) -> None:
+    event = _tensorboard().proto.event_pb2.Event
+    writer.write(event(wall_time=time.time(), **fields).SerializeToString())
+
+
+@functools.cache
+def _tensorboard() -> Any:
+    """Returns `tensorboardX`, imported as if PyTorch were not there: seconds for tensors that it is never given."""
+    is_there = "torch" in sys.modules
+    sys.modules.setdefault("torch", None)  # type: ignore[arg-type]  (an import of it fails)
+    try:
+        return importlib.import_module("tensorboardX")
+    finally:
+        if not is_there:
+            del sys.modules["torch"]
