@@ -6,8 +6,6 @@ and stops nothing: the rows are in memory and in the checkpoints, and the next w
 """
 
 import contextlib
-import functools
-import importlib
 import json
 import os
 import sys
@@ -102,9 +100,10 @@ class _Events:
         self._writer: RecordWriter | None = None
 
     def write(self, rows: Sequence[Row]) -> None:
+        from tensorboardX.summary import scalar  # here: a second or two that a run's first step does not wait for
+
         try:
             writer = self._writer or self._open()
-            scalar = _tensorboard().summary.scalar
             for row in rows:
                 for name, value in scalars(row).items():
                     _put(writer, step=row["step"], summary=scalar(name, value))
@@ -114,14 +113,16 @@ class _Events:
             raise
 
     def _open(self) -> "RecordWriter":
+        from tensorboardX.proto.event_pb2 import SessionLog
+        from tensorboardX.record_writer import RecordWriter
+
         self._folder.mkdir(exist_ok=True)
         self._files += 1
         name = f"events.out.tfevents.{time.time():.0f}.{os.getpid()}.{self._files}"
-        self._writer = _tensorboard().record_writer.RecordWriter(str(self._folder / name))
+        self._writer = RecordWriter(str(self._folder / name))
         _put(self._writer, file_version="brain.Event:2")
         if self._purge is not None:
-            start = _tensorboard().proto.event_pb2.SessionLog
-            _put(self._writer, step=self._purge, session_log=start(status=start.START))
+            _put(self._writer, step=self._purge, session_log=SessionLog(status=SessionLog.START))
         return self._writer
 
     def close(self) -> None:
@@ -132,17 +133,6 @@ class _Events:
 
 
 def _put(writer: "RecordWriter", **fields: Any) -> None:
-    event = _tensorboard().proto.event_pb2.Event
-    writer.write(event(wall_time=time.time(), **fields).SerializeToString())
+    from tensorboardX.proto.event_pb2 import Event
 
-
-@functools.cache
-def _tensorboard() -> Any:
-    """Returns `tensorboardX`, imported as if PyTorch were not there: seconds for tensors that it is never given."""
-    is_there = "torch" in sys.modules
-    sys.modules.setdefault("torch", None)  # type: ignore[arg-type]  (an import of it fails)
-    try:
-        return importlib.import_module("tensorboardX")
-    finally:
-        if not is_there:
-            del sys.modules["torch"]
+    writer.write(Event(wall_time=time.time(), **fields).SerializeToString())
