@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import nbformat
+import pytest
 from nbclient import NotebookClient
 from PIL import Image
 
@@ -20,16 +21,51 @@ TINY = {
 }
 
 
+def outputs(folder):
+    """Returns what the notebook shows when all of its cells are run in `folder`."""
+    notebook = nbformat.read(ROOT / "launch/colab_tpu.ipynb", as_version=4)
+    for cell in notebook.cells:
+        cell.pop("outputs", None)
+        cell |= {"outputs": []} if cell.cell_type == "code" else {}
+    NotebookClient(notebook, timeout=500, resources={"metadata": {"path": str(folder)}}).execute()
+    return [output for cell in notebook.cells for output in cell.get("outputs", [])]
+
+
+def test_the_notebook_is_kept_with_its_outputs():
+    cells = nbformat.read(ROOT / "launch/colab_tpu.ipynb", as_version=4).cells
+    text = json.dumps([cell["outputs"] for cell in cells if cell.cell_type == "code"])
+    assert text.count("<svg") == 2
+    assert "image/png" in text
+    assert not re.search(r"/(home|root|work|tmp|var)/", text), "no path of a machine"
+    assert len(text) < 300_000
+
+
+@pytest.mark.slow
+def test_the_notebook_trains_on_pictures(tmp_path, monkeypatch):
+    """A folder with a folder for each class, as on a Drive; a test split is held out."""
+    for name, color in (("ant", "red"), ("bee", "green"), ("cat", "blue")):
+        (tmp_path / "pictures" / name).mkdir(parents=True)
+        for i in range(20):
+            picture = Image.blend(
+                Image.effect_noise((12, 12), 90 + i).convert("RGB"), Image.new("RGB", (12, 12), color), 0.5
+            )
+            picture.save(tmp_path / "pictures" / name / f"{i}.png")
+    tiny = {"data.image_size": 8, "model.name": "resnet8", "model.width": 2, "train.epochs": 1}
+    settings = {"config": "configs/folder_lt.py", "overrides": tiny, "pictures": str(tmp_path / "pictures")}
+    settings["folder"] = str(tmp_path / "runs")
+    monkeypatch.setenv("MFM_NOTEBOOK", json.dumps(settings))
+    monkeypatch.setenv("XLA_FLAGS", re.sub(r"device_count=\d+", "device_count=1", os.environ["XLA_FLAGS"]))
+    printed = "".join(output.get("text", "") for output in outputs(ROOT))
+    assert re.search(r"^mfm +\d", printed, re.MULTILINE)
+
+
 def test_the_notebook_trains_compares_predicts_and_goes_on(tmp_path, monkeypatch):
     Image.effect_noise((50, 40), 80).save(tmp_path / "picture.png")
     settings = {"overrides": TINY, "folder": str(tmp_path / "runs"), "picture": str(tmp_path / "picture.png")}
     monkeypatch.setenv("MFM_NOTEBOOK", json.dumps(settings))
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("XLA_FLAGS", re.sub(r"device_count=\d+", "device_count=1", os.environ["XLA_FLAGS"]))
-    notebook = nbformat.read(ROOT / "launch/colab_tpu.ipynb", as_version=4)
-    assert not any(cell.get("outputs") for cell in notebook.cells), "it is kept without outputs"
-    NotebookClient(notebook, timeout=500, resources={"metadata": {"path": str(ROOT)}}).execute()
-    shown = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    shown = outputs(ROOT / "launch")
     printed = "".join(output["text"] for output in shown if output.output_type == "stream")
     drawn = [output.data.get("text/html", "").count("<svg") for output in shown if "data" in output]
     assert sum(drawn) == 2, "the curves of MFM and of CE"
