@@ -53,9 +53,11 @@ def source_of_arrays(
     """Returns the source of images and labels in memory; its version is the hash of what is in them.
 
     Args:
-      train, test: uint8 images `[N, H, W]`, or `[N, H, W, C]` with 1 or 3 channels; integer labels `[N]`, from 0.
-      val, meta: the same of a validation and a meta set that the data brings (`data.protocol = natural`); the others
-        protocols draw them from `train`.
+      train: uint8 images `[N, H, W]`, or `[N, H, W, C]` with 1 or 3 channels; integer labels `[N]`, from 0.
+      test: the same.
+      val: the same of a validation set that the data brings (`data.protocol = natural`); other protocols draw it from
+        `train`.
+      meta: likewise of a meta set.
       class_names: K names; the numbers of the classes by default.
       name: of the set.
 

@@ -126,7 +126,8 @@ def from_nnx(nnx_class: "type[nnx.Module]", *args: Any, **kwargs: Any) -> Adapte
 
     Args:
       nnx_class: the class, not an instance.
-      args, kwargs: what it is made with, but for `rngs`.
+      *args: what it is made with.
+      **kwargs: likewise, but for `rngs`.
     """
     from flax.nnx import bridge
 

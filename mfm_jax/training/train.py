@@ -66,9 +66,10 @@ def train_and_evaluate(
     Args:
       config: from a config file, or a dict of the same form.
       workdir: the run's folder; made if absent.
-      module, source, loss, learner: the user's own, in the places of `model.name`, `data.source`, `method.loss` and
-        `method.learner` (`config.own.Own`; docs/library.md). The last two are read by the methods `own_loss`, which may
-        be `method.base`, and `own_learner`.
+      module: the user's own, in the place of `model.name` (`config.own.Own`; docs/library.md).
+      source: likewise, of `data.source`.
+      loss: of `method.loss`; the method `own_loss` reads it, which may be `method.base`.
+      learner: of `method.learner`; the method `own_learner` reads it.
       pages: whether to write `report.html`, which `report.write_report` can still do later.
       trace: what writes a profile of some steps.
 
@@ -99,7 +100,8 @@ def train_together(
     Args:
       configs: one a run.
       workdirs: one a run.
-      pages, trace: as in `train_and_evaluate`.
+      pages: as in `train_and_evaluate`.
+      trace: likewise.
 
     Returns:
       The results of each run.
