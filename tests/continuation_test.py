@@ -26,6 +26,7 @@ from mfm_jax.workdir.files import Workdir, read_object
 MAY_CHANGE = {
     *("data.source", "data.root", "data.train_list", "data.val_list", "data.meta_list", "data.test_list"),
     *("data.on_bad_image", "data.workers", "data.manifest", "train.loggers", "eval.batch_size", "checkpoint.keep"),
+    "model.scan_blocks",
 }
 BEGUN = Config().to_dict()
 

@@ -14,7 +14,7 @@ import numpy as np
 from mfm_jax.config import Config
 from mfm_jax.data import LongTailData
 from mfm_jax.errors import UserError
-from mfm_jax.evaluation import facts, gallery
+from mfm_jax.evaluation import facts, gallery, tested
 from mfm_jax.evaluation import results as results_lib
 from mfm_jax.evaluation.classifier import Classifier
 from mfm_jax.evaluation.results import Answers, Asked
@@ -52,7 +52,7 @@ class Run:
         self.has_validation = len(data.val_labels) > 0
         self.checkpoints = Checkpointer(workdir, config.checkpoint, has_validation=self.has_validation)
         self.feed = feed_lib.make(data, experiment, config, on_device)
-        self.convolutions = native.lowering(config.train.dtype) if config.parallel.fsdp == 1 else "xla"
+        self.convolutions = native.lowering(tested.dtype(config)) if config.parallel.fsdp == 1 else "xla"
         self.step, self.loop, record = self._restored()
         self.versions = versions.versions()  # before the first step: whatever fails here loses no training
         self.log = self._log(record["rows"])
