@@ -206,7 +206,9 @@ def test_twin_has_the_same_logits(twin, train):
     np.testing.assert_allclose(found.numpy(), np.asarray(logits), rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("sites", [("pooled",), FEATURE_SITES], ids=["pooled", "four"])
+@pytest.mark.parametrize(
+    "sites", [pytest.param(("pooled",), marks=pytest.mark.slow), FEATURE_SITES], ids=["pooled", "four"]
+)
 def test_twin_takes_the_same_step(twin, sites):
     """Losses, meta-gradient, parameters, momenta and running averages after one step of both, in float64."""
     batch, meta_batch = _batch(0), _batch(1)

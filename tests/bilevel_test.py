@@ -1,6 +1,5 @@
 """The steps: identities, the batch-norm policy, the plain meta and test passes, and four devices against one."""
 
-import functools
 import os
 import re
 
@@ -11,38 +10,20 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import Small
 
 from mfm_jax import bilevel, models
 from mfm_jax.bilevel import MetaRule, hypergrad, losses, modulation
 from mfm_jax.bilevel.passes import Pass
 from mfm_jax.errors import UserError
 from mfm_jax.machine import parallel
-from mfm_jax.models.convolution import convolution
 from mfm_jax.types import Batch, Modulator, no_modulation
 
 CLASSES, BATCH, WIDTH = 4, 16, 4
 COUNTS = jnp.array([500, 120, 40, 7])
 
 
-class Small(nn.Module):
-    """Two convolutions with batch norm, and a head: what a residual network has, and compiled several times faster."""
-
-    num_classes: int = CLASSES
-    width: int = WIDTH
-    dtype: jnp.dtype = jnp.float32
-    axis_name: str | None = None
-
-    @nn.compact
-    def __call__(self, image, *, train=False, modulate=no_modulation, weight=None):
-        conv = functools.partial(nn.Conv, kernel_size=(3, 3), dtype=self.dtype, conv_general_dilated=convolution)
-        norm = functools.partial(models.BatchNorm, not train, axis_name=self.axis_name, dtype=self.dtype)
-        x = modulate("stem", nn.relu(norm()(conv(self.width, name="stem")(image), weight)))
-        x = modulate("stage1", nn.relu(norm()(conv(2 * self.width, strides=2, name="stage1")(x), weight)))
-        x = modulate("pooled", x.mean((1, 2)))
-        return modulate("logits", nn.Dense(self.num_classes, dtype=self.dtype, name="head")(x))
-
-
-MODULE = Small()
+MODULE = Small(CLASSES, WIDTH)
 FORWARD = Pass.of(MODULE)
 
 
@@ -90,7 +71,7 @@ RESNET = models.create("resnet8", CLASSES, 16)
 
 @pytest.mark.parametrize(
     ("form", "module"),
-    [("frequency", Small(width=16))]
+    [("frequency", Small(CLASSES, 16))]
     + [
         pytest.param(form, RESNET, marks=pytest.mark.slow)
         for form in ("direct", "direct_per_class", "frequency", "network")

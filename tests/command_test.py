@@ -100,7 +100,7 @@ def test_a_mistake_is_one_line_and_leaves_at_most_an_empty_folder(argument, run,
 
 @pytest.mark.parametrize(
     "argument",
-    ["--config.optim.lr=0.1", "--config.meta.images_per_class=200"],
+    ["--config.optim.lr=0.1", pytest.param("--config.meta.images_per_class=200", marks=pytest.mark.slow)],
 )
 def test_the_program_prints_that_line_and_nothing_else(argument, tmp_path):
     check_refusal(program(DIGITS, f"--workdir={tmp_path / 'run'}", argument), MISTAKES[argument])

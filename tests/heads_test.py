@@ -5,12 +5,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import Small
 
-from mfm_jax import models
 from mfm_jax.bilevel import losses
 from mfm_jax.methods import heads, smote
 
-MODULE = models.create("resnet8", 3, 4)
+MODULE = Small(3, 4)
 IMAGE = jax.random.normal(jax.random.key(0), (5, 8, 8, 3))
 COUNTS = jnp.array([500, 60, 7])
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import importlib
 import json
 import runpy
@@ -26,6 +27,7 @@ from mfm_jax import models
 from mfm_jax.bilevel import modulation
 from mfm_jax.data.listing import Listing
 from mfm_jax.evaluation import gallery, metrics
+from mfm_jax.models.convolution import convolution
 from mfm_jax.pages import style
 from mfm_jax.types import no_modulation
 
@@ -39,15 +41,34 @@ class Tiny(nn.Module):
     num_classes: int
     dtype: jnp.dtype
     axis_name: str | None = None
+    units: int = 8
 
     @nn.compact
     def __call__(self, image, *, train: bool = False, modulate=no_modulation, weight=None):
         x = image.reshape(len(image), -1).astype(self.dtype)
-        x = nn.Dense(8, dtype=self.dtype, name="stage3")(x)
+        x = nn.Dense(self.units, dtype=self.dtype, name="stage3")(x)
         x = models.BatchNorm(not train, axis_name=self.axis_name, dtype=self.dtype)(x, weight)
         x = modulate("pooled", modulate("stage3", nn.relu(x)))
         logits = nn.Dense(self.num_classes, dtype=self.dtype, name="head")(x)
         return modulate("logits", logits.astype(jnp.promote_types(logits.dtype, jnp.float32)))
+
+
+class Small(nn.Module):
+    """Two convolutions with batch norm, and a head: what a residual network has, and compiled several times faster."""
+
+    num_classes: int
+    width: int
+    dtype: jnp.dtype = jnp.float32
+    axis_name: str | None = None
+
+    @nn.compact
+    def __call__(self, image, *, train=False, modulate=no_modulation, weight=None):
+        conv = functools.partial(nn.Conv, kernel_size=(3, 3), dtype=self.dtype, conv_general_dilated=convolution)
+        norm = functools.partial(models.BatchNorm, not train, axis_name=self.axis_name, dtype=self.dtype)
+        x = modulate("stem", nn.relu(norm()(conv(self.width, name="stem")(image), weight)))
+        x = modulate("stage1", nn.relu(norm()(conv(2 * self.width, strides=2, name="stage1")(x), weight)))
+        x = modulate("pooled", x.mean((1, 2)))
+        return modulate("logits", nn.Dense(self.num_classes, dtype=self.dtype, name="head")(x))
 
 
 def sketch(draw, inches, *what):

@@ -114,7 +114,10 @@ def both(*case):
 
 
 def cases():
-    """Every form, site and optimizer; the quick tier takes each value at least once, the slow tier all together."""
+    """Every form, site and optimizer; the slow tier takes all together.
+
+    The quick tier has each site and optimizer, and each form here or in the central difference.
+    """
     for form, optimizer, sites in itertools.product((*FORMS, *LEARNERS), OPTIMIZERS, [*((s,) for s in SITES), SITES]):
         if form == "direct_per_class" and "logits" in sites:
             continue  # refused by the config: the row would give the label away
@@ -122,7 +125,6 @@ def cases():
             continue
         quick = (
             (form in ("network_attached", *LEARNERS) and optimizer == "adamw" and sites == SITES)
-            or (form in ("network", "network_count", "direct_per_class") and (optimizer, *sites) == ("adamw", "pooled"))
             or (form == "direct" and (optimizer, *sites) == ("nesterov_decay", "logits"))
             or (form == "frequency" and (optimizer, *sites) in (("sgd", "logits"), ("clipped", "logits")))
         )
@@ -138,9 +140,10 @@ def test_mixed_mode_equals_reverse_over_reverse(form, optimizer, sites):
         assert relative(mixed.grad, oracle.grad) < 1e-10
         chex.assert_trees_all_close(mixed.updated, oracle.updated, rtol=1e-12)
         chex.assert_trees_all_close(mixed.inner_grad, oracle.inner_grad, rtol=1e-10, atol=1e-14)
-    mixed, oracle = both(form, sites, optimizer, "float32")
-    chex.assert_tree_all_finite(mixed.grad)
-    assert relative(mixed.grad, oracle.grad) < 1e-4
+    if sites == SITES:  # with the other sites, too
+        mixed, oracle = both(form, sites, optimizer, "float32")
+        chex.assert_tree_all_finite(mixed.grad)
+        assert relative(mixed.grad, oracle.grad) < 1e-4
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import Small
 
-from mfm_jax import bilevel, models
+from mfm_jax import bilevel
 from mfm_jax import config as config_lib
 from mfm_jax.bilevel import MetaRule, hypergrad, losses, modulation, outer
 from mfm_jax.bilevel.outer import MetaLearner
@@ -18,7 +19,7 @@ from mfm_jax.types import Batch
 
 CLASSES, BATCH, WIDTH = 4, 12, 4
 LABELS = jnp.arange(BATCH, dtype=jnp.int32) % CLASSES
-MODULE = models.create("resnet8", CLASSES, WIDTH)
+MODULE = Small(CLASSES, WIDTH)
 FORWARD = Pass.of(MODULE)
 
 
@@ -58,7 +59,7 @@ def test_l2ac_is_the_network_form_of_mfm_with_the_shift_alone():
 
 @pytest.mark.parametrize("name", ["l2ac", "metasaug"])
 def test_starts_as_the_plain_classifier(name):
-    learner = learners.l2ac(CLASSES) if name == "l2ac" else learners.metasaug(CLASSES, 4 * WIDTH, strength=0.0)
+    learner = learners.l2ac(CLASSES) if name == "l2ac" else learners.metasaug(CLASSES, 2 * WIDTH, strength=0.0)
     params = MODULE.init(jax.random.key(1), batch(0).image)["params"]
     logits = jax.random.normal(jax.random.key(0), (BATCH, CLASSES))
     film = learner.modulate(learner.init(jax.random.key(0)), params, LABELS)

@@ -9,10 +9,11 @@ import chex
 import jax
 import numpy as np
 import pytest
-from helpers import arrays, configured, quick_runs
+from helpers import Tiny, arrays, configured, quick_runs
 
 from mfm_jax import config as config_lib
 from mfm_jax import data as data_lib
+from mfm_jax import models
 from mfm_jax.config import Config
 from mfm_jax.errors import UserError
 from mfm_jax.inference import evaluate as evaluation
@@ -22,7 +23,7 @@ from mfm_jax.types import BilevelState
 from mfm_jax.workdir.checkpoint import Checkpointer
 from mfm_jax.workdir.files import Workdir, read_object
 
-pytestmark = pytest.mark.usefixtures("sketched")
+pytestmark = pytest.mark.usefixtures("quick_runs")
 
 
 def small(**overrides) -> Config:
@@ -33,7 +34,7 @@ def small(**overrides) -> Config:
 def run(tmp_path_factory) -> Path:
     """A run of MFM on the ten digits, of two steps, whose phi is no longer the identity."""
     folder = tmp_path_factory.mktemp("runs") / "mfm"
-    with quick_runs(network=None):
+    with quick_runs():
         train.train_and_evaluate(small(), folder)
     return folder
 
@@ -135,13 +136,19 @@ def test_training_goes_on_from_it_and_keeps_what_is_frozen(run, three, tmp_path)
             {"model__name": "resnet20"},
             "its classifier is a resnet8, here model.name = 'resnet20'; set that to 'resnet8'",
         ),
-        ({"model__width": 4}, "its stage1.BasicBlock_0.BatchNorm_0.mean is [2], here it is [4]; match model.width"),
         ({"model__name": "vit_b16"}, "its classifier is a resnet8, here model.name = 'vit_b16'"),
     ],
 )
 def test_another_model_is_refused(run, overrides, told):
     with pytest.raises(UserError, match=re.escape(f"model.init_from = {str(run)!r}: {told}")):
         start(small(**{"model__init_from": str(run), "data__image_size": 16 if "vit" in told else 0} | overrides))
+
+
+def test_another_width_is_refused(run, monkeypatch):
+    monkeypatch.setattr(models, "create", lambda name, classes, width, dtype, **_: Tiny(classes, dtype, units=4))
+    told = "its BatchNorm_0.mean is [8], here it is [4]; match model.width"
+    with pytest.raises(UserError, match=re.escape(f"model.init_from = {str(run)!r}: {told}")):
+        start(small(model__init_from=str(run)))
 
 
 def test_what_is_no_run_is_refused_with_the_way_out(run, tmp_path):
