@@ -36,7 +36,7 @@ from mfm_jax.machine import disk
 from mfm_jax.machine.interruption import EXIT_INTERRUPTED, Interrupted
 from mfm_jax.study import runs, tune
 from mfm_jax.workdir.files import Workdir, read_object
-from mfm_jax.workdir.finished import shown
+from mfm_jax.workdir.finished import cost, shown
 
 _MINUTES = flags.DEFINE_float(
     "minutes", 0.0, "When to have ended, from the end of the imports; 0: when all is done.", lower_bound=0
@@ -159,7 +159,7 @@ def row_of(one: Planned, error: str = "") -> dict[str, Any]:
         row |= {name: round(100 * found[name], 2) for name in names}
     if trained := [line for line in rows if line["kind"] == "train"]:
         row |= {"train_loss": round(trained[-1]["loss"], 4), "train_accuracy": round(100 * trained[-1]["accuracy"], 2)}
-    return row | _cost(files.read_processes())
+    return row | _cost(folder)
 
 
 def _rows(path: Path) -> Iterator[dict[str, Any]]:
@@ -169,17 +169,17 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
             yield json.loads(line)
 
 
-def _cost(processes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Returns what a run's processes took: times added up, the last step time, the highest memory of a device."""
-    if not processes:
+def _cost(workdir: Path) -> dict[str, Any]:
+    """Returns the time that a run took (`finished.Cost`), and the highest memory of a device."""
+    took = cost(workdir)
+    if took is None:
         return {}
-    steps = [line["step_seconds"] for line in processes if line["step_seconds"]]
-    memory = [line["bytes"] for line in processes if line["of"] == "accelerator"]
+    memory = [line["bytes"] for line in Workdir(workdir).read_processes() if line["of"] == "accelerator"]
     return {
-        "step_ms": round(1e3 * steps[-1], 2) if steps else None,
-        "compile_seconds": round(sum(line["compile_seconds"] for line in processes), 1),
+        "step_ms": took.step and round(1e3 * took.step, 2),
+        "compile_seconds": round(took.compiling, 1),
         "device_memory_mb": round(max(memory) / 1e6) if memory else None,
-        "seconds": round(sum(line["seconds"] for line in processes)),
+        "seconds": round(took.total),
     }
 
 

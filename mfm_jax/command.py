@@ -20,6 +20,7 @@ from mfm_jax import shipped
 from mfm_jax.config import FIELDS, GROUPS, lookup
 from mfm_jax.errors import UserError, in_a_line
 from mfm_jax.machine import cache, cluster
+from mfm_jax.machine.disk import expanded
 from mfm_jax.machine.interruption import EXIT_INTERRUPTED, NOTICE, Interrupted, terminable
 from mfm_jax.workdir import stored
 from mfm_jax.workdir.files import Workdir
@@ -46,7 +47,7 @@ def config() -> ml_collections.ConfigDict:
 
 def workdir() -> Path:
     """Returns `--workdir`; a leading `~`, which a shell does not expand after `=`, is the home folder."""
-    return Path(os.path.expanduser(_WORKDIR.value or ""))
+    return expanded(_WORKDIR.value or "")
 
 
 def to_train() -> str:
@@ -152,7 +153,7 @@ def _completed(argv: Sequence[str]) -> Sequence[str]:
         parser.add_argument(f"--{name}", f"-{name}", nargs="?", const="")
     known, rest = parser.parse_known_args(argv[1:])
     config = None if known.config is None else shipped.path_of(known.config)
-    workdir = Path(os.path.expanduser(known.workdir or ""))
+    workdir = expanded(known.workdir or "")
     if config is None and known.workdir and Workdir(workdir).config.exists():
         Workdir(workdir).read_config()
         config = f"{stored.__file__}:{workdir}"

@@ -137,10 +137,10 @@ class MFMClassifier(ClassifierMixin, BaseEstimator):
         config_lib.resolve(config)  # a wrong value is told before images are read
         if y is None and isinstance(X, str | os.PathLike):
             arrays = None
-            self._prepare_folder(Path(X).expanduser(), config)
+            self._prepare_folder(disk.expanded(X), config)
         else:
             arrays = self._prepare_arrays(X, y, config)
-        place = trained.temporary() if self.workdir is None else Path(self.workdir).expanduser()
+        place = trained.temporary() if self.workdir is None else disk.expanded(self.workdir)
         run = TrainedRun(place, owns=self.workdir is None)
         if arrays:
             config["data"] |= {"source": "npz", "root": str(Workdir(run.folder).images)}
@@ -163,7 +163,7 @@ class MFMClassifier(ClassifierMixin, BaseEstimator):
         """Returns the probabilities of `classes_`, `[n, K]`, computed in float32; rows sum to one."""
         check_is_fitted(self)
         if isinstance(X, str | os.PathLike):
-            rows = self._of_folder(Path(X).expanduser())
+            rows = self._of_folder(disk.expanded(X))
         else:
             parts = eval_batches(self._pixels(self._examples(X)[0]), _BATCH)
             rows = np.concatenate([self.run_.classifier.probabilities(batch)[mask] for batch, mask in parts])
@@ -192,7 +192,7 @@ class MFMClassifier(ClassifierMixin, BaseEstimator):
           UserError: the folder is not empty.
         """
         check_is_fitted(self)
-        place = Path(folder).expanduser()
+        place = disk.expanded(folder)
         if place.exists() and (not place.is_dir() or any(place.iterdir())):
             raise UserError(f"folder = {os.fspath(folder)!r}: is there already; choose an empty or a new one")
         self.run_.copy_to(place)
@@ -204,7 +204,7 @@ class MFMClassifier(ClassifierMixin, BaseEstimator):
         Raises:
           UserError: there is none, or it is damaged.
         """
-        run = TrainedRun(Path(folder).expanduser(), owns=False)
+        run = TrainedRun(disk.expanded(folder), owns=False)
         content = read_object(Workdir(run.folder).estimator, "params", "fitted")
         pairs = {name: _tuple(content["params"][name]) for name in ("image_shape", "value_range")}
         loaded = cls(**(content["params"] | pairs))

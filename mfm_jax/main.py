@@ -20,7 +20,6 @@ if __name__ == "__main__":  # before the other imports start threads; being impo
     allocator.keep_freed_memory()
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import ml_collections
@@ -32,6 +31,7 @@ from mfm_jax import check, command
 from mfm_jax.data import walk
 from mfm_jax.errors import UserError
 from mfm_jax.machine import cluster
+from mfm_jax.machine.disk import expanded
 from mfm_jax.machine.trace import Trace
 from mfm_jax.workdir.files import Workdir
 from mfm_jax.workdir.finished import SPLITS, shown
@@ -92,7 +92,7 @@ def main(argv: Sequence[str]) -> int:
             )
     if _MODE.value == "eval":
         return _evaluate(config)
-    trace = Trace(Path(_PROFILE.value).expanduser() if _PROFILE.value else None)
+    trace = Trace(expanded(_PROFILE.value) if _PROFILE.value else None)
     results = train.train_and_evaluate(config, command.workdir(), trace=trace)
     if cluster.is_primary():
         print_results(results)
@@ -105,7 +105,7 @@ def main(argv: Sequence[str]) -> int:
 def _evaluate(config: ml_collections.ConfigDict) -> int:
     from mfm_jax.inference import evaluate as evaluation
 
-    folder, out = (Path(flag.value) if flag.value else None for flag in (_EVAL_FOLDER, _OUT))
+    folder, out = (expanded(flag.value) if flag.value else None for flag in (_EVAL_FOLDER, _OUT))
     results, page = evaluation.evaluate_run(config, command.workdir(), _SPLIT.value, folder, out)
     print_results(results)
     for path, problem in results["unread"].items():

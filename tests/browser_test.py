@@ -19,6 +19,7 @@ from mfm_jax.pages import report
 
 BROWSER, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 pytestmark = [
+    pytest.mark.usefixtures("drawn"),
     pytest.mark.slow,
     pytest.mark.skipif(not (BROWSER and DRIVER), reason="needs Debian's chromium and chromium-driver"),
 ]

@@ -16,7 +16,7 @@ import mfm_jax
 from mfm_jax.machine.versions import provenance
 
 ROOT = Path(__file__).parents[1]
-FLAGS = ("epochs=1", "batch_size=64", "model.name=resnet8", "model.width=2", "data.workers=0")
+FLAGS = ("epochs=1", "batch_size=64", "model.name=own_parts:Tiny", "data.workers=0")
 
 
 def test_without_an_installation_a_run_ends_and_unknown_versions_are_written_so(tmp_path):
@@ -32,7 +32,7 @@ def test_without_an_installation_a_run_ends_and_unknown_versions_are_written_so(
     config = f"--config={ROOT / 'configs/digits_lt.py'}"
     # -S: the interpreter's own packages stay out, and with them the installation that the tests run from.
     command = [sys.executable, "-S", "-m", "mfm_jax.main", config, f"--workdir={tmp_path / 'run'}", *flags]
-    environment = os.environ | {"PYTHONPATH": f"{copy}{os.pathsep}{packages}"}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (copy, packages, Path(__file__).parent)))}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     results = json.loads((tmp_path / "run/results.json").read_text())

@@ -274,7 +274,7 @@ def test_a_shipped_config_has_a_name_wherever_one_is(named, run, given, tmp_path
         assert given[1][0].train.epochs == 61
 
 
-@pytest.mark.usefixtures("sketched")
+@pytest.mark.usefixtures("one_device")
 def test_an_evaluation_needs_the_run_folder_alone(run, trained_run, tmp_path):
     arguments = (f"--workdir={trained_run.workdir}", "--mode=eval", f"--out={tmp_path}")
     status, out, err = run(*arguments, "--split=val", "--config.eval.batch_size=7")
@@ -372,7 +372,7 @@ def test_a_folder_of_sixty_images_trains_without_an_edit(run, tmp_path):
             Image.new("L", (12, 10), grey + i).save(tmp_path / "set" / name / f"{i}.png")
     folder = f"--config={REPOSITORY}/configs/folder_lt.py"
     quick = [
-        f"--config.{one}" for one in ("train.epochs=1", "model.name=resnet8", "model.width=2", "data.image_size=16")
+        f"--config.{one}" for one in ("train.epochs=1", "model.name=resnet8", "data.image_size=16", "data.workers=0")
     ]
     arguments = (folder, f"--workdir={tmp_path / 'run'}", f"--config.data.root={tmp_path / 'set'}", *quick)
     status, out, err = run(*arguments, "--mode", "check")

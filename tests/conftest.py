@@ -21,6 +21,7 @@ os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS])
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax  # the flags above must be set first
+import markupsafe
 import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -58,21 +59,38 @@ def one_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jax, "device_count", lambda: 1)
 
 
-@pytest.fixture
-def quick_runs() -> Iterator[None]:
-    """Has a run train a network of two layers on one of the fake devices, and sketch the figures of its report."""
-    from helpers import quick_runs
+@pytest.fixture(autouse=True, scope="session")
+def sketched() -> Iterator[Callable[..., Any]]:
+    """Leaves the SVG out of reports, which takes longer than a run of a few steps; gives what would draw it."""
+    from mfm_jax.pages import style
 
-    with quick_runs():
+    def sketch(draw: Callable[..., str], inches: tuple[float, float], *what: Any) -> style.Picture:
+        from matplotlib.figure import Figure
+
+        return style.Picture(markupsafe.Markup(), draw(Figure(figsize=inches), *what), inches[0])
+
+    render = style.render
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(style, "render", sketch)
+        yield render
+
+
+@pytest.fixture(scope="module")
+def drawn(sketched: Callable[..., Any]) -> Iterator[None]:
+    """Has reports draw their figures, from here to the end of the module."""
+    from mfm_jax.pages import style
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(style, "render", sketched)
         yield
 
 
 @pytest.fixture
-def sketched() -> Iterator[None]:
-    """As `quick_runs`, with the network of the config."""
+def quick_runs() -> Iterator[None]:
+    """Has a run train a network of two layers on one of the fake devices."""
     from helpers import quick_runs
 
-    with quick_runs(network=None):
+    with quick_runs():
         yield
 
 

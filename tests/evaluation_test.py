@@ -18,7 +18,7 @@ from mfm_jax.inference import evaluate as evaluation
 from mfm_jax.workdir import integrity
 from mfm_jax.workdir.files import Workdir
 
-pytestmark = pytest.mark.usefixtures("sketched")
+pytestmark = pytest.mark.usefixtures("one_device")
 
 
 def same(found: dict, recorded: dict) -> None:

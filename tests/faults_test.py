@@ -275,7 +275,7 @@ def test_a_notice_of_preemption_stops_the_run_and_one_left_from_before_does_not(
     assert results["last"]["step"] == 14
 
 
-def test_a_run_writes_in_its_workdir_alone_and_no_secrets(stepping, tmp_path, monkeypatch):
+def test_a_run_writes_in_its_workdir_alone_and_no_secrets(stepping, drawn, tmp_path, monkeypatch):
     import matplotlib.font_manager  # noqa: F401 (which keeps a list of fonts in the home folder, made once)
 
     secret = "a-token-of-the-user"

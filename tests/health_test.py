@@ -19,7 +19,7 @@ from mfm_jax.workdir import finished
 
 GUESS = health.Guess(equal=2.3, by_count=3.2, accuracy=0.4)
 CONFIG = config_lib.Config()
-pytestmark = pytest.mark.usefixtures("sketched")
+pytestmark = pytest.mark.usefixtures("one_device")
 
 
 def rows(*epochs, steps=200, **same):

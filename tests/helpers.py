@@ -17,10 +17,9 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import markupsafe
 import numpy as np
 import pytest
-from matplotlib.figure import Figure
+from own_parts import Tiny
 
 from mfm_jax import config as config_lib
 from mfm_jax import models
@@ -28,29 +27,10 @@ from mfm_jax.bilevel import modulation
 from mfm_jax.data.listing import Listing
 from mfm_jax.evaluation import gallery, metrics
 from mfm_jax.models.convolution import convolution
-from mfm_jax.pages import style
 from mfm_jax.types import no_modulation
 
 STRANGE_NAMES = ["<b>bold</b>", 'quo"te & co', "$\\notmath$", "猫"]
 REPOSITORY = Path(__file__).parents[1]
-
-
-class Tiny(nn.Module):
-    """A layer, batch norm and a head, with the sites that every method may ask for."""
-
-    num_classes: int
-    dtype: jnp.dtype
-    axis_name: str | None = None
-    units: int = 8
-
-    @nn.compact
-    def __call__(self, image, *, train: bool = False, modulate=no_modulation, weight=None):
-        x = image.reshape(len(image), -1).astype(self.dtype)
-        x = nn.Dense(self.units, dtype=self.dtype, name="stage3")(x)
-        x = models.BatchNorm(not train, axis_name=self.axis_name, dtype=self.dtype)(x, weight)
-        x = modulate("pooled", modulate("stage3", nn.relu(x)))
-        logits = nn.Dense(self.num_classes, dtype=self.dtype, name="head")(x)
-        return modulate("logits", logits.astype(jnp.promote_types(logits.dtype, jnp.float32)))
 
 
 class Small(nn.Module):
@@ -71,19 +51,12 @@ class Small(nn.Module):
         return modulate("logits", nn.Dense(self.num_classes, dtype=self.dtype, name="head")(x))
 
 
-def sketch(draw, inches, *what):
-    """Draws a figure, as `style.render`, and leaves out the SVG, which takes longer than a run of a few steps."""
-    return style.Picture(markupsafe.Markup(), draw(Figure(figsize=inches), *what), inches[0])
-
-
 @contextlib.contextmanager
-def quick_runs(network: Any = Tiny) -> Iterator[None]:
-    """Has runs train `network` (None: what their config names) on one of the fake devices, and sketch their figures."""
+def quick_runs() -> Iterator[None]:
+    """Has runs train a network of two layers on one of the fake devices."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jax, "device_count", lambda: 1)
-        patch.setattr(style, "render", sketch)
-        if network:
-            patch.setattr(models, "create", lambda name, classes, width, dtype, **_: network(classes, dtype))
+        patch.setattr(models, "create", lambda name, classes, width, dtype, **_: Tiny(classes, dtype))
         yield
 
 

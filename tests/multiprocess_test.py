@@ -37,13 +37,14 @@ TINY = (
     "--config.train.epochs=1",
     "--config.checkpoint.every_epochs=1",
 )
+QUICK = (*TINY, "--config.model.width=0", "--config.model.name=own_parts:Tiny")
 
 
 def environment(devices: int) -> dict[str, str]:
     """Returns the environment of a process with so many devices and the `python` of these tests."""
     flags = re.sub(r"device_count=\d+", f"device_count={devices}", os.environ["XLA_FLAGS"])
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    return os.environ | {"XLA_FLAGS": flags, "PATH": path, "PYTHONPATH": str(ROOT)}
+    return os.environ | {"XLA_FLAGS": flags, "PATH": path, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
 
 
 def local(count: int, workdir: Path, *flags: str, devices: int = 1) -> subprocess.Popen:
@@ -75,13 +76,13 @@ def processes_of(job: subprocess.Popen) -> list[int]:
     return [int(number) for number in found.stdout.split()]
 
 
-def tiny() -> config_lib.Config:
-    """Returns the config that `TINY` describes."""
+def quick() -> config_lib.Config:
+    """Returns the config that `QUICK` describes."""
     config = shipped("digits_lt")
-    for flag in TINY[1:]:
+    for flag in QUICK[1:]:
         path, value = flag.removeprefix("--config.").split("=")
         group, name = path.split(".")
-        config[group][name] = type(config[group][name])(float(value))
+        config[group][name] = value if name == "name" else type(config[group][name])(float(value))
     return config_lib.resolve(config)
 
 
@@ -107,10 +108,10 @@ def assert_close(found, expected, rtol: float) -> None:
 
 def test_two_processes_train_and_evaluate_like_one(tmp_path):
     """Two processes with four devices each, and one with eight: the programs are the same, and so are the numbers."""
-    printed = finish(local(2, tmp_path / "two", *TINY, devices=4))
+    printed = finish(local(2, tmp_path / "two", *QUICK, devices=4))
     assert printed.count("digits 1, protocol meta_held_out") == 1, "process 0 alone prints"
     assert jax.device_count() == 8
-    one = train.train_and_evaluate(tiny(), tmp_path / "one")
+    one = train.train_and_evaluate(quick(), tmp_path / "one")
     two = json.loads((tmp_path / "two/results.json").read_text())
     assert two["versions"]["devices"] == one["versions"]["devices"]
     assert_close(rows_of(tmp_path / "two"), rows_of(tmp_path / "one"), rtol=1e-4)

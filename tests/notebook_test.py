@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 TINY = {
     "data.imbalance_factor": 10.0,
     "data.val_images_per_class": 5,
-    "model.width": 4,
+    "model.name": "own_parts:Tiny",
     "train.epochs": 2,
     "train.batch_size": 64,
     "meta.batch_size": 20,
@@ -63,7 +63,7 @@ def test_the_notebook_trains_compares_predicts_and_goes_on(tmp_path, monkeypatch
     Image.effect_noise((50, 40), 80).save(tmp_path / "picture.png")
     settings = {"overrides": TINY, "folder": str(tmp_path / "runs"), "picture": str(tmp_path / "picture.png")}
     monkeypatch.setenv("MFM_NOTEBOOK", json.dumps(settings))
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{ROOT / 'tests'}")
     monkeypatch.setenv("XLA_FLAGS", re.sub(r"device_count=\d+", "device_count=1", os.environ["XLA_FLAGS"]))
     shown = outputs(ROOT / "launch")
     printed = "".join(output["text"] for output in shown if output.output_type == "stream")

@@ -7,6 +7,7 @@ import numpy as np
 from flax import nnx
 
 import mfm_jax as mfm
+from mfm_jax.models import BatchNorm
 
 CLASSES, SIDE = 4, 6
 NOT_A_PART = 3
@@ -50,6 +51,24 @@ class Bare(nn.Module):
     @nn.compact
     def __call__(self, x):
         return nn.Dense(self.num_classes)(x.reshape(x.shape[0], -1))
+
+
+class Tiny(nn.Module):
+    """A layer, batch norm and a head, with the sites that every method may ask for."""
+
+    num_classes: int
+    dtype: jnp.dtype = jnp.float32
+    axis_name: str | None = None
+    units: int = 8
+
+    @nn.compact
+    def __call__(self, image, *, train: bool = False, modulate=mfm.no_modulation, weight=None):
+        x = image.reshape(len(image), -1).astype(self.dtype)
+        x = nn.Dense(self.units, dtype=self.dtype, name="stage3")(x)
+        x = BatchNorm(not train, axis_name=self.axis_name, dtype=self.dtype)(x, weight)
+        x = modulate("pooled", modulate("stage3", nn.relu(x)))
+        logits = nn.Dense(self.num_classes, dtype=self.dtype, name="head")(x)
+        return modulate("logits", logits.astype(jnp.promote_types(logits.dtype, jnp.float32)))
 
 
 def arrays(each: int, seed: int):

@@ -26,7 +26,7 @@ from mfm_jax.methods.table import BUILT_IN
 from mfm_jax.training import train
 
 REPOSITORY = Path(__file__).parents[1]
-pytestmark = pytest.mark.usefixtures("sketched")
+pytestmark = pytest.mark.usefixtures("one_device")
 
 
 @pytest.fixture(scope="module")

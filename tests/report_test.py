@@ -17,6 +17,8 @@ from mfm_jax.pages import report
 from mfm_jax.pages.style import INK
 from mfm_jax.workdir import finished
 
+pytestmark = pytest.mark.usefixtures("drawn")
+
 
 class Page(html.parser.HTMLParser):
     """What the tests ask of a page: its tags with attributes, tables as rows, text by section."""

@@ -23,7 +23,9 @@ from mfm_jax.workdir.files import Workdir
 
 
 def run(tmp_path, name: str, **overrides) -> runs.Run:
-    config = tiny(data__val_images_per_class=0, augment__pad=0, method__name="ce", model__width=2)
+    config = tiny(
+        data__val_images_per_class=0, augment__pad=0, method__name="ce", model__name="own_parts:Tiny", model__width=0
+    )
     return runs.Run(name, config_lib.resolve(overridden(config, **overrides)), tmp_path / name)
 
 
@@ -59,6 +61,7 @@ def test_cores_are_shared_out():
 @pytest.fixture
 def _one_device(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", re.sub(r"device_count=\d+", "device_count=1", os.environ["XLA_FLAGS"]))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([os.path.dirname(__file__), os.environ.get("PYTHONPATH", "")]))
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", jax.config.values["jax_compilation_cache_dir"])
     monkeypatch.setattr(jax, "device_count", lambda: 1)
 
@@ -67,7 +70,7 @@ def _one_device(monkeypatch):
 def test_side_by_side_gives_the_same_results_and_outlives_a_failure(tmp_path, capsys, monkeypatch):
     """Two seeds that are one program, and a run that fails; what has finished is not started again."""
     group, told = [run(tmp_path, f"seed{seed}", train__seed=seed) for seed in (0, 1)], {}
-    planned = [group, [run(tmp_path, "bad", modulation__sites="stage9")]]
+    planned = [group, [run(tmp_path, "bad", model__name="resnet8", modulation__sites="stage9")]]
     *good, bad = runs.train_all(planned, jobs=2, ended=lambda group, found: told.update({group[0].label: found}))
     assert told == {"seed0": good, "bad": [bad]}
     (line,) = Workdir(group[0].workdir).read_processes()
@@ -197,7 +200,7 @@ except interruption.Interrupted as interrupted:
 @pytest.mark.slow
 @pytest.mark.usefixtures("_one_device")
 def test_sigterm_stops_and_saves_them_all(tmp_path):
-    given = json.dumps(run(tmp_path, "x", train__epochs=500).config.to_dict())
+    given = json.dumps(run(tmp_path, "x", model__name="resnet8", model__width=2, train__epochs=500).config.to_dict())
     parent = subprocess.Popen([sys.executable, "-c", PARENT, given, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     while not all((tmp_path / name / "metrics.jsonl").exists() for name in ("one", "two")):
         time.sleep(0.2)

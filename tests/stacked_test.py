@@ -92,7 +92,7 @@ def test_the_program_of_a_deep_network_is_small():
     assert both[0] <= 0.48 * both[1]
 
 
-@pytest.mark.usefixtures("sketched")
+@pytest.mark.usefixtures("one_device")
 def test_a_run_goes_on_with_scanned_blocks(tmp_path):
     """What is kept is the unrolled network's: the run is extended without."""
     config = {"model__name": "resnet20", "model__width": 2, "data__val_images_per_class": 0, "meta__every": 2}

@@ -130,8 +130,7 @@ class Pass:
         if batch.weight is not None and state.batch_stats:
             options["weight"] = batch.weight
         key = jax.random.fold_in(state.key, state.step)
-        if self.axis_name:
-            key = jax.random.fold_in(key, jax.lax.axis_index(self.axis_name))
+        key = jax.random.fold_in(key, jax.lax.axis_index(self.axis_name)) if self.axis_name else key
         logits, written = self.apply(variables, batch.image, mutable=["batch_stats"], rngs=rngs(key), **options)
         return logits, written.get("batch_stats", {})
 

@@ -7,12 +7,10 @@ records keep their names, so that the split can be told to be the one that was p
 """
 
 import hashlib
-import os
 import zipfile
 import zlib
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +21,7 @@ from mfm_jax.data.kept import cached
 from mfm_jax.data.manifest import parse_manifest
 from mfm_jax.data.sources import Labels, Pixels, Source, in_two_pools, resize
 from mfm_jax.errors import UserError
+from mfm_jax.machine.disk import expanded
 
 _FOR_TRAINING = ("train", "val", "meta")
 _NEEDED = ("train_images", "train_labels")
@@ -105,7 +104,7 @@ class _Arrays:
     def __init__(self, root: str) -> None:
         if not root:
             raise UserError("data.root: missing; data.source = 'npz' needs the file")
-        self.path = Path(os.path.expanduser(root))
+        self.path = expanded(root)
         try:
             self._stamp = stamps.of(self.path)
             with self.path.open("rb") as file:

@@ -25,6 +25,7 @@ from mfm_jax.data.list_text import is_unicode
 from mfm_jax.data.lists import SPLITS, Row
 from mfm_jax.data.walk import Problem, class_name, look_alikes, not_a_picture, scan, walk
 from mfm_jax.errors import UserError, some_of
+from mfm_jax.machine.disk import expanded
 
 _SPLIT_WORDS = {
     **dict.fromkeys(("train", "training"), "train"),
@@ -91,8 +92,8 @@ def load(config: Data) -> Listing:
         return folder(config.root, config.group)
     if not config.train_list:
         raise UserError("data.train_list: missing; data.source = 'list' needs a file of `path label` lines")
-    named = {split: list_files.expanded(getattr(config, f"{split}_list")) for split in SPLITS}
-    beside = {split: list_files.expanded(config.root) / file for split, file in named.items() if file.name}
+    named = {split: expanded(getattr(config, f"{split}_list")) for split in SPLITS}
+    beside = {split: expanded(config.root) / file for split, file in named.items() if file.name}
     files = {split: path if path.is_file() else named[split] for split, path in beside.items()}
     return lists(config.root, files, config.group)
 
@@ -161,7 +162,7 @@ def lists(root: str | Path, files: Mapping[str, str | Path], group: str = "") ->
 
 
 def _existing(root: str | Path) -> Path:
-    path = list_files.expanded(root)
+    path = expanded(root)
     if not path.is_dir():
         raise UserError(f"data.root = {str(root)!r}: {'not a folder' if path.exists() else 'no such folder'}")
     return path

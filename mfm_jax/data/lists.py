@@ -16,6 +16,7 @@ from mfm_jax.data import labels, list_text
 from mfm_jax.data.spelling import Disk
 from mfm_jax.data.walk import Problem, class_name
 from mfm_jax.errors import UserError, some_of
+from mfm_jax.machine.disk import expanded
 
 SPLITS = ("train", "val", "meta", "test")
 
@@ -61,11 +62,6 @@ def read(root: Path, files: Mapping[str, Path], problems: list[Problem]) -> tupl
 def first_reason(problems: list[Problem]) -> str:
     """Returns how many problems there are, and the first, as the end of an error's line."""
     return f"; not usable: {len(problems)}, the first {': '.join(problems[0])}" if problems else ""
-
-
-def expanded(name: str | Path) -> Path:
-    """Returns a path, `~` resolved where there is such a user."""
-    return Path(os.path.expanduser(name))  # the method of `Path` raises where there is none
 
 
 def _rows(split: str, file: Path, problems: list[Problem]) -> list[Row]:

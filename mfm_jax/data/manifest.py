@@ -115,7 +115,7 @@ def read_manifest(path: str | os.PathLike[str]) -> dict[str, Any]:
       UserError: the file is missing, is not a manifest, or was changed after it was written.
     """
     try:
-        text = Path(os.path.expanduser(path)).read_text()
+        text = disk.expanded(path).read_text()
     except OSError as error:
         raise UserError(f"manifest {path}: cannot be read ({error.strerror})") from error
     except ValueError as error:

@@ -18,6 +18,7 @@ from mfm_jax.data import stamps
 from mfm_jax.data.kept import cached
 from mfm_jax.data.sources import PROGRESS_FROM, Labels, Pixels, Source, in_two_pools, resize
 from mfm_jax.errors import UserError, install
+from mfm_jax.machine.disk import expanded
 
 _DECODE_BATCH = 256
 
@@ -55,7 +56,8 @@ def _prepared_builder(config: Data) -> Any:
     """Returns the TFDS builder of `config.name`, its data prepared (downloaded if that is possible)."""
     import tensorflow_datasets as tfds  # here: half a second that other sources do not pay
 
-    root = os.path.expanduser(config.root or os.environ.get("TFDS_DATA_DIR", "")) or None
+    given = config.root or os.environ.get("TFDS_DATA_DIR")
+    root = str(expanded(given)) if given else None
     where = root or "~/tensorflow_datasets"
     try:
         builder = tfds.builder(config.name, data_dir=root)

@@ -5,7 +5,6 @@ training writes at its start, have what only the data could say. `load_pretraine
 data in their place. In training, the same type stands for the state so far.
 """
 
-import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,7 +26,7 @@ from mfm_jax.models import own
 from mfm_jax.models.own import Adapted
 from mfm_jax.training import experiment as experiment_lib
 from mfm_jax.types import BilevelState, PyTree
-from mfm_jax.workdir.checkpoint import Checkpointer, hushed
+from mfm_jax.workdir.checkpoint import Checkpointer, hushed, reading
 from mfm_jax.workdir.files import Workdir, read_object
 
 WHICH = ("last", "best")
@@ -95,10 +94,7 @@ def load(workdir: str | Path, which: str = "last", *, module: Any = None) -> Cla
     if module is not None and not names_own(config.model.name):
         raise UserError(f"module: the run in {workdir} has model.name = {config.model.name!r}; leave module out")
     config = config.with_own(Own(module=module))
-    with hushed(), contextlib.closing(_reader(workdir, config)) as checkpoints:
-        step = checkpoints.latest_step()
-        if step is None:
-            raise UserError(f"{workdir}: the run there has no checkpoint yet")
+    with hushed(), reading(Workdir(workdir), config.checkpoint) as (checkpoints, step):
         state, record = checkpoints.restore_tested(step)
         if which == "best":
             step = _best(checkpoints, record, workdir)
@@ -153,10 +149,6 @@ def _check_same(module: Adapted, config: Config, facts: Facts, state: BilevelSta
         then, now = (str(list(shape[name])) if name in shape else "absent" for shape in shapes)
         if then != now:
             raise UserError(f"{field}: its {name} is {now}, and was {then} in the run; give the module of the run")
-
-
-def _reader(workdir: Path, config: Config) -> Checkpointer:
-    return Checkpointer(workdir, config.checkpoint, has_validation=True, read_only=True)
 
 
 def load_pretrained(config: Config, data: LongTailData) -> Classifier:

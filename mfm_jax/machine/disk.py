@@ -3,9 +3,15 @@
 import csv
 import io
 import json
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
+
+
+def expanded(name: str | os.PathLike[str]) -> Path:
+    """Returns a path, `~` resolved where there is such a user."""
+    return Path(os.path.expanduser(name))  # the method of `Path` raises where there is none
 
 
 def write(path: Path, content: str | bytes) -> None:

@@ -43,8 +43,8 @@ class BatchNorm(nn.Module):
             if weight is not None:
                 powers = [weight.astype(wide.dtype).reshape(-1, *(1,) * (x.ndim - 1)) * power for power in powers]
             mean, square = (power.mean(axes) for power in powers)
-            if self.axis_name and not self.is_initializing():
-                mean, square = lax.pmean(jnp.stack([mean, square]), self.axis_name)  # one collective, not two
+            if axis := not self.is_initializing() and self.axis_name:
+                mean, square = lax.pmean(jnp.stack([mean, square]), axis)  # one collective, not two
             var = jnp.maximum(0.0, square - mean**2)
             if not self.is_initializing():
                 running_mean.value = self.momentum * running_mean.value + (1 - self.momentum) * mean

@@ -41,7 +41,7 @@ class Adapted(nn.Module):
 
     @property
     def averages_over_devices(self) -> bool:
-        """Whether the module has a field `axis_name`."""
+        """Whether its batch norm can be told to."""
         return "axis_name" in type(self.inner).__dataclass_fields__
 
     @property

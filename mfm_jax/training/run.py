@@ -1,7 +1,6 @@
 """One run's host side: it restores, logs, validates, saves and evaluates; `train` says when."""
 
 import functools
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from mfm_jax.evaluation import results as results_lib
 from mfm_jax.evaluation.classifier import Classifier
 from mfm_jax.evaluation.results import Answers, Asked
 from mfm_jax.machine import cluster, parallel, versions
+from mfm_jax.machine.disk import expanded
 from mfm_jax.models import native
 from mfm_jax.training import feed as feed_lib
 from mfm_jax.training import inputs, progress
@@ -79,7 +79,7 @@ class Run:
             return latest, loop, record
         if experiment.modulator and config.modulation.init_from:
             state = loop.bilevel
-            loaded = restore_phi(Path(os.path.expanduser(config.modulation.init_from)), state.phi, experiment.phi_kind)
+            loaded = restore_phi(expanded(config.modulation.init_from), state.phi, experiment.phi_kind)
             loop = loop.replace(bilevel=state.replace(phi=loaded))
         return 0, loop, {"rows": [], "seconds": 0.0}
 

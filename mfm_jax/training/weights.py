@@ -1,10 +1,7 @@
 """The classifier of another run, for a run to start from (`model.init_from`)."""
 
-import contextlib
-import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -13,9 +10,10 @@ from mfm_jax.config import Config
 from mfm_jax.errors import UserError
 from mfm_jax.evaluation import facts
 from mfm_jax.machine import cluster
+from mfm_jax.machine.disk import expanded
 from mfm_jax.methods import table
-from mfm_jax.types import BilevelState, PyTree
-from mfm_jax.workdir.checkpoint import Checkpointer
+from mfm_jax.types import PyTree
+from mfm_jax.workdir.checkpoint import reading
 from mfm_jax.workdir.files import Workdir
 
 
@@ -35,14 +33,13 @@ def of_run(config: Config, class_names: Sequence[str], params: PyTree, batch_sta
       UserError: there is no such run, it has no sound checkpoint, or its classifier is another model or of another
         size.
     """
-    field, run = (
-        f"model.init_from = {config.model.init_from!r}",
-        Workdir(Path(os.path.expanduser(config.model.init_from))),
-    )
+    field, run = f"model.init_from = {config.model.init_from!r}", Workdir(expanded(config.model.init_from))
     if run.path.is_file():
         raise UserError(f"{field}: a file, not a run folder; weights in a file are for model.pretrained")
     try:
-        its_config, its_names, state = run.read_config(), facts.read(run).class_names, _last(run)
+        its_config, its_names = run.read_config(), facts.read(run).class_names
+        with reading(run, its_config.checkpoint) as (checkpoints, step):
+            state = checkpoints.restore_tested(step)[0]
     except UserError as error:
         raise UserError(f"{field}: {error}") from error
     if its_config.model.name != config.model.name:
@@ -68,18 +65,6 @@ def of_run(config: Config, class_names: Sequence[str], params: PyTree, batch_sta
         print(f"starts from the classifier of {run.path}, step {int(state.step)}{said}", file=sys.stderr)
     found = unflatten_dict(theirs, sep=".")
     return found["params"], found.get("batch_stats", {})
-
-
-def _last(run: Workdir) -> BilevelState:
-    """Returns what the last checkpoint of a run has of its classifier."""
-    if not run.checkpoints.is_dir():
-        raise UserError("the run there has no checkpoint yet")
-    reader = Checkpointer(run.path, run.read_config().checkpoint, has_validation=True, read_only=True)
-    with contextlib.closing(reader) as checkpoints:
-        step = checkpoints.latest_step()
-        if step is None:
-            raise UserError("the run there has no checkpoint yet")
-        return checkpoints.restore_tested(step)[0]
 
 
 def _why_fresh(config: Config, its_config: Config, names: Sequence[str], its_names: Sequence[str]) -> str:

@@ -255,3 +255,20 @@ def _metric(metrics: dict[str, float]) -> float:
 def _shapes(tree: PyTree) -> dict[str, Sequence[int] | Any]:
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf.shape for path, leaf in leaves}
+
+
+@contextlib.contextmanager
+def reading(run: Workdir, config: Checkpoint) -> Iterator[tuple[Checkpointer, int]]:
+    """Gives the checkpoints of a run, for a reader beside it, and the step of the last.
+
+    Raises:
+      UserError: there is none yet.
+    """
+    with contextlib.ExitStack() as stack:
+        step = None
+        if run.checkpoints.is_dir():
+            checkpoints = Checkpointer(run.path, config, has_validation=True, read_only=True)
+            step = stack.enter_context(contextlib.closing(checkpoints)).latest_step()
+        if step is None:
+            raise UserError(f"{run.path}: the run there has no checkpoint yet")
+        yield checkpoints, step
