@@ -80,7 +80,8 @@ def cut(copy):
 def other(field: Field) -> object:
     """Returns a value of a field that is not its default."""
     if field.choices:
-        return next(choice for choice in field.choices if choice != field.default)
+        # `auto` leaves what the run began with, and so is no other value.
+        return next(choice for choice in field.choices if choice not in (field.default, "auto"))
     return {bool: not field.default, str: f"{field.default}x"}.get(field.kind, field.kind(field.default or 1) * 2)
 
 
