@@ -68,6 +68,19 @@ def quick_runs() -> Iterator[None]:
 
 
 @pytest.fixture
+def wide(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The two-layer network in float64."""
+    import jax.numpy as jnp
+    from helpers import Tiny
+
+    from mfm_jax import models
+
+    monkeypatch.setattr(models, "create", lambda name, classes, width, dtype, **_: Tiny(classes, jnp.float64))
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture
 def sketched() -> Iterator[None]:
     """As `quick_runs`, with the network of the config."""
     from helpers import quick_runs
