@@ -24,7 +24,6 @@ Columns, those of the same name as in `run.py`, and:
 """
 
 import argparse
-import csv
 import dataclasses
 import math
 import os
@@ -43,6 +42,8 @@ from typing import Any
 
 from contenders import FEATURE_SITES, PUBLISHED_FORWARD, Spec, step_flops
 from run import ENVIRONMENT, Worker
+
+from mfm_jax.machine import disk
 
 BEGAN = time.monotonic()
 CONFIG = Path(__file__).parents[1] / "configs" / "cifar10_lt.py"
@@ -196,14 +197,8 @@ class Table:
         """Writes the CSV and the Markdown, each so that it is there whole or not at all."""
         values = [self.values(row) for row in self.rows]
         self.out.mkdir(parents=True, exist_ok=True)
-        temporary = self.out / ".accelerator.tmp"
-        with temporary.open("w", newline="") as file:
-            writer = csv.DictWriter(file, values[0])
-            writer.writeheader()
-            writer.writerows(values)
-        temporary.replace(self.out / "accelerator.csv")
-        temporary.write_text(self.markdown(values))
-        temporary.replace(self.out / "accelerator.md")
+        disk.write_rows(self.out / "accelerator.csv", [values[0], *(row.values() for row in values)])
+        disk.write(self.out / "accelerator.md", self.markdown(values))
 
     def values(self, row: Row) -> dict[str, Any]:
         """Returns the row's cells by column; None where there is nothing to say."""
@@ -250,8 +245,8 @@ class Table:
         versions = dict.fromkeys(row.facts["version"] for row in self.rows if "version" in row.facts)
         devices = dict.fromkeys(row.facts["device"] for row in self.rows if "device" in row.facts)
         lines = [f"# {', '.join(devices) or 'no device'}", "", ", ".join([self.title, *versions]), ""]
-        lines += [_line(HEADS), "|---" * len(HEADS) + "|"]
-        return "\n".join(lines + [_line(_cells(row)) for row in values]) + "\n"
+        lines += [line(HEADS), "|---" * len(HEADS) + "|"]
+        return "\n".join(lines + [line(_cells(row)) for row in values]) + "\n"
 
 
 def _plain_of(spec: Spec) -> Spec:
@@ -262,7 +257,8 @@ def _over(value: float | None, by: float | None) -> float | None:
     return None if value is None or not by else value / by
 
 
-def _line(cells: list[str]) -> str:
+def line(cells: list[str]) -> str:
+    """Returns a row of a Markdown table."""
     return f"| {' | '.join(cells)} |"
 
 

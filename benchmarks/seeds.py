@@ -19,7 +19,6 @@ and by the time of the same step or layer of one seed alone.
 """
 
 import argparse
-import csv
 import os
 import re
 import statistics
@@ -32,8 +31,11 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from accelerator import line
 from contenders import Spec
 from run import ENVIRONMENT
+
+from mfm_jax.machine import disk
 
 BEGAN = time.monotonic()
 LAYERS = {  # channels before and behind, side before it, stride; of ResNet-32 on images of 32 pixels
@@ -205,22 +207,11 @@ def write(rows: list[Row], out: Path, title: str) -> None:
         found["half_range"] = (max(row.seconds) - min(row.seconds)) / 2 / median if median else None
         found["over_alone"] = median / row.seeds / statistics.median(own.seconds) if median and own else None
         values.append(found)
-    temporary = out / ".seeds.tmp"
-    with temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, values[0])
-        writer.writeheader()
-        writer.writerows(values)
-    temporary.replace(out / "seeds.csv")
+    disk.write_rows(out / "seeds.csv", [values[0], *(of.values() for of in values)])
     heads = ["row", "ms", "a seed / alone", "compile s", "temporary MB", "G operations", "MB accessed", "note"]
-    lines = [f"# {title}", "", _line(heads), "|---" * len(heads) + "|"]
-    temporary.write_text(
-        "\n".join(lines + [_line(_cells(row, of)) for row, of in zip(rows, values, strict=True)]) + "\n"
-    )
-    temporary.replace(out / "seeds.md")
-
-
-def _line(cells: list[str]) -> str:
-    return f"| {' | '.join(cells)} |"
+    lines = [f"# {title}", "", line(heads), "|---" * len(heads) + "|"]
+    lines += [line(_cells(row, of)) for row, of in zip(rows, values, strict=True)]
+    disk.write(out / "seeds.md", "\n".join(lines) + "\n")
 
 
 def _cells(row: Row, of: dict[str, Any]) -> list[str]:

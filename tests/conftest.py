@@ -86,6 +86,19 @@ def drawn(sketched: Callable[..., Any]) -> Iterator[None]:
 
 
 @pytest.fixture
+def wide(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The two-layer network in float64."""
+    import jax.numpy as jnp
+    from helpers import Tiny
+
+    from mfm_jax import models
+
+    monkeypatch.setattr(models, "create", lambda name, classes, width, dtype, **_: Tiny(classes, jnp.float64))
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture
 def quick_runs() -> Iterator[None]:
     """Has a run train a network of two layers on one of the fake devices."""
     from helpers import quick_runs

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import overridden
+from helpers import overridden, stopped_at
 from PIL import Image
 
 from mfm_jax import config as config_lib
@@ -422,22 +422,7 @@ def test_a_streamed_run_that_was_stopped_ends_as_if_nothing_had_happened(root, t
     """SIGTERM in the middle of the second epoch."""
     options = {"data__resident_mb": 0, "augment__crop": "resized", "augment__color_jitter": 0.4}
     options |= {"meta__start_epoch": 1, "meta__every": 2}
-    call, programs = loop_lib.make_call, []
-
-    def make_call(*built):
-        compiled, done = call(*built), []
-        programs.append(compiled)
-
-        def stepping(*arguments):
-            done.append(None)
-            if len(done) == 7:
-                os.kill(os.getpid(), signal.SIGTERM)
-            return compiled(*arguments)
-
-        return stepping
-
-    with monkeypatch.context() as patch, pytest.raises(interruption.Interrupted, match="saved at step 7"):
-        patch.setattr(loop_lib, "make_call", make_call)
+    with stopped_at(7) as programs, pytest.raises(interruption.Interrupted, match="saved at step 7"):
         train.train_and_evaluate(config(root, **options), tmp_path / "stopped")
     assert programs[0]._cache_size() == 2  # the plain step before, between and after meta-steps is one
     stopped, whole = (

@@ -4,8 +4,11 @@ import contextlib
 import dataclasses
 import functools
 import importlib
+import itertools
 import json
+import os
 import runpy
+import signal
 import struct
 import sys
 import zlib
@@ -117,6 +120,34 @@ def png(rows: list[bytes], width: int, depth: int, color: int, **chunks: bytes) 
 def shipped(name: str):
     """Returns the content of `configs/NAME.py`."""
     return runpy.run_path(str(REPOSITORY / "configs" / f"{name}.py"))["get_config"]()
+
+
+@contextlib.contextmanager
+def stopped_at(number: int) -> Iterator[list[Any]]:
+    """Has SIGTERM precede the call of that number, from 1, of each run's compiled steps; yields what is compiled."""
+    from mfm_jax.training import loop as loop_lib
+
+    make_call, made = loop_lib.make_call, []
+
+    def make(*built: Any) -> Any:
+        compiled, numbers = make_call(*built), itertools.count(1)
+        made.append(compiled)
+
+        def call(*arguments: Any) -> Any:
+            if next(numbers) == number:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return compiled(*arguments)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop_lib, "make_call", make)
+        yield made
+
+
+def to_double(tree: Any) -> Any:
+    """Returns `tree` with its floating-point arrays in float64."""
+    return jax.tree.map(lambda x: x.astype(jnp.float64) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
 
 
 def arrays(tree: Any) -> Any:

@@ -1,18 +1,15 @@
 """The compiled call: one program for each kind of step, whatever the pattern, and the steps of single calls."""
 
 import functools
-import os
-import signal
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import Tiny, arrays, configured, tiny
+from helpers import arrays, configured, stopped_at, tiny, to_double
 
 from mfm_jax import data as data_lib
-from mfm_jax import models
 from mfm_jax.machine import interruption
 from mfm_jax.training import experiment as experiment_lib
 from mfm_jax.training import feed as feed_lib
@@ -20,20 +17,8 @@ from mfm_jax.training import inputs, train
 from mfm_jax.training import loop as loop_lib
 
 
-@pytest.fixture
-def wide(monkeypatch):
-    """The two-layer network in float64."""
-    monkeypatch.setattr(models, "create", lambda name, classes, width, dtype, **_: Tiny(classes, jnp.float64))
-    with jax.enable_x64(True):
-        yield
-
-
 def slow(*values):
     return pytest.param(*values, marks=pytest.mark.slow)
-
-
-def to_double(tree):
-    return jax.tree.map(lambda x: x.astype(jnp.float64) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
 
 
 def trained(config, stops=()):
@@ -42,7 +27,7 @@ def trained(config, stops=()):
     experiment = experiment_lib.build(config, data)
     feed = feed_lib.make(data, experiment, config, inputs.to_device(data))
     call, loop = loop_lib.make_call(experiment, config), to_double(loop_lib.initial(experiment))
-    loop = jax.device_put(loop.replace(sums=jax.tree.map(lambda x: x.astype(jnp.float32), loop.sums)))
+    loop = loop.replace(sums=jax.tree.map(lambda x: x.astype(jnp.float32), loop.sums))
     step, kinds, per_epoch, total = 0, set(), experiment.steps_per_epoch, experiment.total_steps
     loop = jax.device_put(loop, inputs.everywhere(None))
     while step < total:
@@ -107,23 +92,10 @@ def test_a_call_holds_one_step_of_its_kind():
         assert several.count("stablehlo.convolution") == one.count("stablehlo.convolution") > 0
 
 
-def test_a_run_of_several_steps_a_call_goes_on_in_the_middle_of_a_block(tmp_path, monkeypatch, quick_runs):
+def test_a_run_of_several_steps_a_call_goes_on_in_the_middle_of_a_block(tmp_path, quick_runs):
     """SIGTERM between two calls: the same programs, and the same bits."""
-    config, make_call = tiny(train__steps_per_call=4, meta__every=3, train__epochs=3), loop_lib.make_call
-
-    def stopping(*built):
-        compiled, done = make_call(*built), []
-
-        def call(*arguments):
-            done.append(None)
-            if len(done) == 3:
-                os.kill(os.getpid(), signal.SIGTERM)
-            return compiled(*arguments)
-
-        return call
-
-    with monkeypatch.context() as patch, pytest.raises(interruption.Interrupted, match="saved at step 4"):
-        patch.setattr(loop_lib, "make_call", stopping)
+    config = tiny(train__steps_per_call=4, meta__every=3, train__epochs=3)
+    with stopped_at(3), pytest.raises(interruption.Interrupted, match="saved at step 4"):
         train.train_and_evaluate(config, tmp_path / "stopped")
     stopped, whole = (train.train_and_evaluate(config, tmp_path / name) for name in ("stopped", "whole"))
     assert stopped["last"] == whole["last"]

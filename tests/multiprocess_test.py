@@ -1,7 +1,5 @@
 """Several processes that train as one, as a user starts them, connected by `jax.distributed` on this machine."""
 
-import functools
-import itertools
 import json
 import os
 import re
@@ -16,13 +14,12 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from helpers import shipped
+from helpers import shipped, stopped_at
 from PIL import Image
 
 from mfm_jax import config as config_lib
 from mfm_jax.errors import UserError
 from mfm_jax.machine import cluster, interruption
-from mfm_jax.training import loop as loop_lib
 from mfm_jax.training import train
 
 ROOT = Path(__file__).parents[1]
@@ -150,27 +147,14 @@ def test_sigterm_at_one_stops_both_and_other_devices_go_on(tmp_path, monkeypatch
     assert printed.count("saved at step") == 1, "process 0 alone tells"
     step = int(printed.partition("saved at step ")[2].partition(";")[0])
     config = json.loads((tmp_path / "config.json").read_text())
-    monkeypatch.setattr(loop_lib, "make_call", functools.partial(terminated_at_the_third, loop_lib.make_call))
     before = "2 device(s) in 2 process(es)"
     for devices in (1, 8):
         monkeypatch.setattr(jax, "device_count", lambda devices=devices: devices)
-        with pytest.raises(interruption.Interrupted, match=f"saved at step {step + 3};"):
+        with stopped_at(3), pytest.raises(interruption.Interrupted, match=f"saved at step {step + 3};"):
             train.train_and_evaluate(config, tmp_path)
         now = f"{devices} device(s) in 1 process(es)"
         assert f"goes on from step {step} on {now}, before: {before}; batches and their" in capsys.readouterr().out
         step, before = step + 3, now
-
-
-def terminated_at_the_third(make_call, *arguments):
-    """A `make_call` whose third call of the step is preceded by SIGTERM."""
-    call, calls = make_call(*arguments), itertools.count(1)
-
-    def counted(*arguments):
-        if next(calls) == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return call(*arguments)
-
-    return counted
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import Tiny, arrays, configured
+from helpers import Tiny, arrays, configured, to_double
 
 from mfm_jax import config as config_lib
 from mfm_jax import data as data_lib
@@ -51,14 +51,6 @@ def _listener():
 
 
 @pytest.fixture
-def wide(monkeypatch):
-    """The two-layer network in float64."""
-    monkeypatch.setattr(models, "create", lambda name, classes, width, dtype, **_: Tiny(classes, jnp.float64))
-    with jax.enable_x64(True):
-        yield
-
-
-@pytest.fixture
 def tiny(monkeypatch):
     monkeypatch.setattr(models, "create", lambda name, classes, width, dtype, **_: Tiny(classes, dtype))
 
@@ -73,10 +65,6 @@ def several_epochs(name: str, batch: int, **overrides):
         settings |= {"modulation__sites": "stage3,pooled", "modulation__form": "network", "augment__mixup": 0.5}
         settings |= {"method__base": "class_balanced", "method__label_smoothing": 0.1}
     return configured(name, **settings | overrides)
-
-
-def to_double(tree):
-    return jax.tree.map(lambda x: x.astype(jnp.float64) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
 
 
 @functools.cache

@@ -6,7 +6,6 @@ Runs of residual networks: `trained_run`, `multiprocess_test` and the slow tier.
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -17,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import Tiny, tiny
+from helpers import Tiny, stopped_at, tiny
 
 from mfm_jax import compare
 from mfm_jax import config as config_lib
@@ -91,24 +90,10 @@ def test_workdir_of_another_config_is_refused(finished):
 
 
 @pytest.mark.parametrize("stop_at", [1, 6, slow(9), 12])  # 6 and 12 are the last steps of the epochs
-def test_interrupted_and_resumed_is_bit_identical(finished, tmp_path, monkeypatch, stop_at):
+def test_interrupted_and_resumed_is_bit_identical(finished, tmp_path, stop_at):
     """SIGTERM after any step: the run saves, and the same command ends as if nothing had happened."""
     workdir, _ = finished
-    call = loop_lib.make_call
-
-    def make_call(*built):
-        compiled, done = call(*built), []
-
-        def stepping(*arguments):
-            done.append(None)
-            if len(done) == stop_at:
-                os.kill(os.getpid(), signal.SIGTERM)
-            return compiled(*arguments)
-
-        return stepping
-
-    with monkeypatch.context() as patch, pytest.raises(interruption.Interrupted, match=f"saved at step {stop_at}"):
-        patch.setattr(loop_lib, "make_call", make_call)
+    with stopped_at(stop_at), pytest.raises(interruption.Interrupted, match=f"saved at step {stop_at}"):
         train.train_and_evaluate(tiny(), tmp_path)
     train.train_and_evaluate(tiny(), tmp_path)
     chex.assert_trees_all_equal(final_state(tmp_path, tiny()), final_state(workdir, tiny()))

@@ -128,14 +128,7 @@ def _kept(primitive: Any, *_: Any, **__: Any) -> bool:
 
     A loop stacks whatever is kept in memory, and without a choice that is some sixteen activations a block.
     """
-    return primitive.name in (
-        "convolution",
-        "conv_general_dilated",
-        "dot_general",
-        "reduce_sum",
-        "psum",
-        "psum_invariant",
-    )
+    return primitive.name in _KEPT
 
 
 def _number(name: str) -> str:
