@@ -19,7 +19,7 @@ import numpy as np
 
 from mfm_jax import command
 from mfm_jax import data as data_lib
-from mfm_jax.data import LongTailData, batches
+from mfm_jax.data import batches
 from mfm_jax.data.sources import Images
 from mfm_jax.errors import UserError
 from mfm_jax.evaluation import classifier, suspects
@@ -34,19 +34,13 @@ BATCH = 64  # images at a time
 
 
 def audit(workdir: Path, folds: int = 3, jobs: int = 1) -> tuple[list[Suspect], Path]:
-    """Looks at the training images of a run; trains what it takes.
+    """Returns the suspects among the training images of a run, and the page on them; trains what it takes.
 
     Columns of `suspects.csv`, a row for each suspect: the `picture`, by path or as the number of its record; its
     `label`; the `likely_label`, to which the network that had not seen it gives most, with its `probability`; `score`
     (of `Suspect`); `kind`; and `other`, the picture that a near duplicate repeats, with `other_label`.
 
-    Args:
-      workdir: of the run.
-      folds: how many runs, 2 or more, each of which holds out another part.
-      jobs: runs side by side.
-
-    Returns:
-      (the suspects, the page).
+    `folds` runs, 2 or more, each hold out another part; `jobs` of them are trained side by side.
 
     Raises:
       UserError: no run there, cleanlab is not installed, other data than the run's, or a fold that failed.
@@ -75,7 +69,8 @@ def audit(workdir: Path, folds: int = 3, jobs: int = 1) -> tuple[list[Suspect], 
         probabilities[held] = _answers(images[held], classifier.load(one.workdir).probabilities)
     wrong = suspects.wrong_labels(probabilities[answered], labels[answered])
     found = [one._replace(image=int(answered[one.image])) for one in wrong] + suspects.by_features(features, labels)
-    named = [_record(data, int(i)) for i in where]
+    ids, files = data.manifest["splits"]["train"]["ids"], data.manifest.get("files")
+    named = [files[ids[i]] if files else str(ids[i]) for i in where.tolist()]  # a path, or the number of a record
     rows = [_row(one, named, labels, probabilities, data.class_names) for one in found]
     disk.write_rows(run.audit / "suspects.csv", [HEADER, *(row.values() for row in rows)])
     out = run.audit / "suspects.html"
@@ -92,12 +87,6 @@ def _answers(images: Images, of: Callable[[np.ndarray], np.ndarray]) -> np.ndarr
 
 def _digests(images: np.ndarray) -> np.ndarray:
     return np.array([hashlib.sha256(image.tobytes()).hexdigest() for image in images])
-
-
-def _record(data: LongTailData, i: int) -> str:
-    """Returns the path of a training image, or else the number of its record."""
-    number, files = data.manifest["splits"]["train"]["ids"][i], data.manifest.get("files")
-    return files[number] if files else str(number)
 
 
 def _row(

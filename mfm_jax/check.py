@@ -19,7 +19,7 @@ from mfm_jax.data import assembly, checking, depth, files, listing, longtail, si
 from mfm_jax.data.checking import Duplicate
 from mfm_jax.data.files import Sound
 from mfm_jax.data.listing import SPLITS, Listing
-from mfm_jax.data.pictures import Facts
+from mfm_jax.data.manifest import redrawn
 from mfm_jax.data.walk import Problem
 from mfm_jax.errors import UserError
 from mfm_jax.machine import disk
@@ -72,10 +72,10 @@ def _print_plan(console: Console, config: Config, sound: Sound, command: str, sk
     except UserError as error:
         console.print(f"training would end with: {error}", soft_wrap=True, markup=False)
         return False
-    table, redrawn = Table("split", "images", "classes"), manifest.get("meta_redrawn", manifest["protocol"] == "full")
+    table = Table("split", "images", "classes")
     for split in ("train", "val", "meta", "test"):
         counts = np.array(manifest["splits"][split]["class_counts"])
-        of_train = " (of train, redrawn every epoch)" if split == "meta" and redrawn else ""
+        of_train = " (of train, redrawn every epoch)" if split == "meta" and redrawn(manifest) else ""
         table.add_row(split + of_train, f"{counts.sum():,}", f"{np.count_nonzero(counts):,}")
     console.print(table)
     used = sizes.cut(config, manifest)
@@ -91,7 +91,8 @@ def _print_plan(console: Console, config: Config, sound: Sound, command: str, sk
 
 def _print_pictures(console: Console, sound: Sound) -> None:
     usable, facts = sound.listing, sound.facts
-    console.print(f"{len(facts):,} pictures in {len(usable.class_names):,} classes, {_color(facts)}")
+    color = f"{(grey := sum(fact.grey for fact in facts)):,} grey and {len(facts) - grey:,} in colour"
+    console.print(f"{len(facts):,} pictures in {len(usable.class_names):,} classes, {color}")
     if facts:
         for name, sides in (("width", [f.width for f in facts]), ("height", [f.height for f in facts])):
             console.print(f"{name}: {min(sides)} to {max(sides)} pixels, median {np.median(sides):g}")
@@ -115,11 +116,6 @@ def _print_depth(console: Console, data: Data, sound: Sound) -> None:
         return
     splits, _ = files.with_test(data, usable, files.with_copies(usable.groups, facts))
     console.print(depth.told(facts, depth.white(data.white, facts, splits == "train")), soft_wrap=True)
-
-
-def _color(facts: Sequence[Facts]) -> str:
-    grey = sum(fact.grey for fact in facts)
-    return f"{grey:,} grey and {len(facts) - grey:,} in colour"
 
 
 def _class_table(names: Sequence[str], counts: dict[str, longtail.Ints]) -> Table:

@@ -143,11 +143,7 @@ def _parse(argv: Sequence[str]) -> Sequence[str]:
 
 
 def _completed(argv: Sequence[str]) -> Sequence[str]:
-    """Returns `argv` with `--config` first and as a path; where it is not given, that of the run in `--workdir`.
-
-    Raises:
-      UserError: the config of the run is damaged.
-    """
+    """Returns `argv` with `--config` first and as a path; where it is not given, that of the run in `--workdir`."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name in ("config", "workdir"):
         parser.add_argument(f"--{name}", f"-{name}", nargs="?", const="")
@@ -172,11 +168,7 @@ def _way_out(word: str) -> str:
 
 
 def _load(argv: Sequence[str]) -> Sequence[str]:
-    """Parses the flags, which runs the config file.
-
-    Raises:
-      UserError: the config file is not Python, has no `get_config` or fails, or an override does not fit it.
-    """
+    """Parses the flags, which runs the config file: a program, which can raise anything."""
     try:
         return flags.FLAGS(argv)
     except flags.UnrecognizedFlagError as error:
@@ -187,18 +179,14 @@ def _load(argv: Sequence[str]) -> Sequence[str]:
         raise
     except flags.Error:
         raise
-    except Exception as error:  # a config file is a program, which can raise anything
+    except Exception as error:
         lines = [f"line {f.lineno}: " for f in traceback.extract_tb(error.__traceback__) if f.name == "get_config"]
         what = f"{''.join(lines[-1:])}{type(error).__name__}: {error}"
         raise UserError(f"--config: the config file or an override cannot be used: {what}") from error
 
 
 def _check_overrides(arguments: Sequence[str]) -> None:
-    """Checks every `--config.group.field=value` for an unknown field or a value of another type.
-
-    Raises:
-      UserError: one line that names the field, the value and what is allowed.
-    """
+    """Refuses a `--config.group.field=value` of an unknown field, or with a value of another type."""
     for argument in arguments:
         match = re.fullmatch(r"--?(?:no)?config\.([^=]+)(?:=(.*))?", argument, re.DOTALL)
         if not match:

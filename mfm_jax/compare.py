@@ -155,16 +155,12 @@ def run_fields(config: Any, method: str, seed: int) -> dict[str, dict[str, Any]]
     fields["method"]["name"], fields["train"]["seed"] = method, seed
     for group, values in METHODS[method].overrides.items():
         fields[group].update(values)
-    for part in _not_read(method, fields["method"].get("base", "")):
-        fields["method"].pop(part, None)
+    reads = {method, fields["method"].get("base", "") if METHODS[method].learner else ""}
+    for part in ("loss", "learner"):  # of the user's own
+        if f"own_{part}" not in reads:
+            fields["method"].pop(part, None)
     fields["data"]["train_on_meta"] = fields["data"].get("train_on_meta", False) and METHODS[method].learner is None
     return config_lib.resolve(fields).to_dict()
-
-
-def _not_read(method: str, base: str) -> list[str]:
-    """Returns the parts of the user's own that a method beside others does not read, as fields of `method`."""
-    reads = {method, base if METHODS[method].learner else ""}
-    return [part for part in ("loss", "learner") if f"own_{part}" not in reads]
 
 
 def peak_memory(folder: Path, seeds: Sequence[int]) -> float | None:
@@ -184,10 +180,8 @@ def table(
     `memory_ratio` are multiples of the first method's median training time and peak memory. `against` names
     another baseline than the first method; without results of it there are neither differences nor ratios.
 
-    Args:
-      results: by method, the content of `results.json` of each seed.
-      against: the baseline.
-      memory: by method, peak memory in bytes; None where it was not measured.
+    `results` has by method the content of `results.json` of each seed, `memory` peak memory in bytes, None where it was
+    not measured.
     """
     rows = []
     against = against or next(iter(results))

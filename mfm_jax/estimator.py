@@ -26,7 +26,7 @@ from mfm_jax.config import parameters
 from mfm_jax.config.parameters import Fields
 from mfm_jax.data import given, numbers, walk
 from mfm_jax.data.batches import eval_batches
-from mfm_jax.data.manifest import read_manifest
+from mfm_jax.data.manifest import read_manifest, redrawn
 from mfm_jax.data.sources import Pixels, resize
 from mfm_jax.errors import UserError
 from mfm_jax.evaluation import facts as facts_lib
@@ -302,7 +302,7 @@ class MFMClassifier(ClassifierMixin, BaseEstimator):
         files = Workdir(run.folder)
         manifest = read_manifest(files.manifest)
         parts = {name: manifest["splits"][name]["class_counts"] for name in ("train", "meta", "val")}
-        self.split_ = parts | {"meta_redrawn": manifest.get("meta_redrawn", manifest["protocol"] == "full")}
+        self.split_ = parts | {"meta_redrawn": redrawn(manifest)}
         self.results_ = read_object(files.results)
         self.run_ = run
 

@@ -13,7 +13,7 @@ import dataclasses
 import inspect
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,6 @@ from mfm_jax.evaluation.classifier import Classifier
 from mfm_jax.fields import names_own
 from mfm_jax.machine import disk, versions
 from mfm_jax.pages import card, style
-from mfm_jax.workdir import finished
 from mfm_jax.workdir.files import Workdir
 
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -64,10 +63,7 @@ def export(
     """
     workdir, out = Path(workdir), Path(out)
     Workdir(out).check_no_run()
-    trained, run = classifier.load(workdir, which, module=module), finished.read(workdir)
-    found = run.results[which]
-    if trained.step != found["step"]:
-        raise UserError(f"{Workdir(workdir).results}: of step {found['step']}, the checkpoint of step {trained.step}")
+    trained, run, found = hub.loaded(workdir, which, module)
     programs = {"classifier.bin": _serialized(trained)}
     if onnx:
         programs["classifier.onnx"] = _onnx(trained)
@@ -119,7 +115,7 @@ def _images(trained: Classifier) -> jax.ShapeDtypeStruct:
 def _serialized(trained: Classifier) -> bytes:
     content = exported(trained).serialize()
     call = jax.jit(jax.export.deserialize(content).call)
-    _check("classifier.bin", trained, lambda images: np.asarray(call(images)))
+    hub.check("classifier.bin", trained, lambda images: np.asarray(call(images)))
     return bytes(content)
 
 
@@ -132,16 +128,8 @@ def _onnx(trained: Classifier) -> bytes:
     content = jax2onnx.to_onnx(trained.forward, [_images(trained)]).SerializeToString()
     session = onnxruntime.InferenceSession(content)
     name = session.get_inputs()[0].name
-    _check("classifier.onnx", trained, lambda images: session.run(None, {name: images})[0])
+    hub.check("classifier.onnx", trained, lambda images: session.run(None, {name: images})[0])
     return content
-
-
-def _check(name: str, trained: Classifier, program: Callable[[np.ndarray], np.ndarray]) -> None:
-    """Refuses a file that does not give the checkpoint's probabilities, on seven noisy images."""
-    images = np.random.default_rng(0).integers(0, 256, (7, *trained.image_shape), np.uint8)
-    gap = float(np.abs(program(images) - trained.probabilities(images)).max())
-    if not gap <= classifier.TOLERANCE:
-        raise RuntimeError(f"{name}: its probabilities differ from the checkpoint's by {gap:.1e}")
 
 
 def main(argv: Sequence[str]) -> int:

@@ -5,7 +5,9 @@ read (`README.md`), and the card's figures. `mfm_jax.load(FOLDER)` is the classi
 """
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -21,6 +23,16 @@ from mfm_jax.workdir.finished import Finished
 
 CARD = "README.md"
 NO_LICENSE = "unknown"  # as hubs spell it
+
+
+def loaded(workdir: Path, which: str, module: Any = None) -> tuple[Classifier, Finished, dict[str, Any]]:
+    """Returns the classifier of a finished run, the run, and its results of that checkpoint, of its step."""
+    trained, run = classifier.load(workdir, which, module=module), finished.read(workdir)
+    found = run.results.get(which)
+    if found is None or trained.step != found["step"]:
+        at = found and found["step"]
+        raise UserError(f"{Workdir(workdir).results}: of step {at}, the checkpoint of step {trained.step}")
+    return trained, run, found
 
 
 def lay_out(workdir: Path, out: Path, which: str = "last", *, license_id: str = NO_LICENSE, made_by: str = "") -> None:
@@ -39,11 +51,7 @@ def lay_out(workdir: Path, out: Path, which: str = "last", *, license_id: str = 
     """
     if not hub_folder.is_one(out):
         Workdir(out).check_no_run("--hub")
-    trained, run = classifier.load(workdir, which), finished.read(workdir)
-    found = run.results.get(which)
-    if found is None or trained.step != found["step"]:
-        at = found and found["step"]
-        raise UserError(f"{Workdir(workdir).results}: of step {at}, the checkpoint of step {trained.step}")
+    trained, run, found = loaded(workdir, which)
     config, calibration = hub_folder.published(trained.config), found.get("calibration")
     out.mkdir(parents=True, exist_ok=True)
     stored = Stored(config, trained.facts, which, trained.step, trained.variables, trained.sets)
@@ -54,7 +62,7 @@ def lay_out(workdir: Path, out: Path, which: str = "last", *, license_id: str = 
         "versions": versions.versions(),
     }
     hub_folder.write(out, stored, more)
-    _check(trained, classifier.load(out))
+    check(hub_folder.WEIGHTS, trained, classifier.load(out).probabilities)
     run = dataclasses.replace(run, config=config.to_dict())
     captions = _draw(run, which, out / "figures")
     sizes = {path.name: path.stat().st_size for path in (out / hub_folder.WEIGHTS, Workdir(out).config)}
@@ -77,9 +85,9 @@ def _draw(run: Finished, which: str, folder: Path) -> dict[str, str]:
     return {name: caption for name, (_, caption) in drawn.items()}
 
 
-def _check(trained: Classifier, read: Classifier) -> None:
-    """Refuses a folder that does not give the checkpoint's probabilities, on seven noisy images."""
+def check(name: str, trained: Classifier, program: Callable[[np.ndarray], np.ndarray]) -> None:
+    """Refuses a file that does not give the checkpoint's probabilities, on seven noisy images."""
     images = np.random.default_rng(0).integers(0, 256, (7, *trained.image_shape), np.uint8)
-    gap = float(np.abs(read.probabilities(images) - trained.probabilities(images)).max())
+    gap = float(np.abs(program(images) - trained.probabilities(images)).max())
     if not gap <= classifier.TOLERANCE:
-        raise RuntimeError(f"{hub_folder.WEIGHTS}: its probabilities differ from the checkpoint's by {gap:.1e}")
+        raise RuntimeError(f"{name}: its probabilities differ from the checkpoint's by {gap:.1e}")

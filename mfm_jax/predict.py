@@ -162,15 +162,8 @@ def main(argv: Sequence[str]) -> int:
     options = _parser().parse_args(argv[1:])
     trained = load(options.checkpoint, options.which)
     try:
-        counts = write_csv(
-            trained,
-            options.places,
-            options.out,
-            top=options.top,
-            all_classes=options.probabilities,
-            batch_size=options.batch_size,
-            workers=options.workers,
-        )
+        given = {name: getattr(options, name) for name in ("top", "all_classes", "batch_size", "workers")}
+        counts = write_csv(trained, options.places, options.out, **given)
     except (Interrupted, KeyboardInterrupt):
         print(f"interrupted; the rows so far are in {options.out}.part", file=sys.stderr)
         return EXIT_INTERRUPTED
@@ -188,7 +181,8 @@ def _parser() -> command.Parser:
     parser.add_argument("--out", type=Path, default=Path("predictions.csv"), help="the CSV file (%(default)s)")
     parser.add_argument("--which", choices=WHICH, default="last", help="checkpoint (%(default)s)")
     parser.add_argument("--top", type=number, default=5, help="classes to name for each picture (%(default)s)")
-    parser.add_argument("--probabilities", action="store_true", help="also write the probability of every class")
+    every = "also write the probability of every class"
+    parser.add_argument("--probabilities", dest="all_classes", action="store_true", help=every)
     parser.add_argument("--batch_size", type=number, default=64, help="pictures at a time (%(default)s)")
     any_number = functools.partial(number, least=0)
     parser.add_argument("--workers", type=any_number, default=2, help="processes that decode; 0: none (%(default)s)")

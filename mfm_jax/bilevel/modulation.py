@@ -186,30 +186,45 @@ def network(
         layers, parts = {}, 1 if shift_only else 2
         for site_key, (site, size) in zip(jax.random.split(key, len(channels)), channels.items(), strict=True):
             inputs = size + (z is not None)
-            layers[site] = {
-                "w1": jax.nn.initializers.he_normal()(site_key, (inputs, hidden), jnp.float32),
-                "b1": jnp.zeros((hidden,), jnp.float32),
-                "w2": jnp.zeros((hidden, parts * size), jnp.float32),
-                "b2": jnp.zeros((parts * size,), jnp.float32),
-            }
+            layers[site] = mlp_init(site_key, inputs, hidden, parts * size)
         return layers
 
     def parameters(phi: PyTree, site: str, features: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
         layer = phi[site]
         inputs = jax.lax.stop_gradient(features) if detach_inputs else features
         inputs = inputs.astype(layer["w1"].dtype).mean(axis=tuple(range(1, inputs.ndim - 1)))
-        # The epsilon keeps the gradient finite where a sample's features are all zero.
-        inputs = inputs * jax.lax.rsqrt(jnp.sum(inputs**2, axis=-1, keepdims=True) + 1e-12)
+        inputs = unit(inputs)
         if z is not None:
             inputs = jnp.concatenate([inputs, z.astype(inputs.dtype)[labels][:, None]], axis=-1)
-        hidden_units = jax.nn.relu(inputs @ layer["w1"] + layer["b1"][None, :])
-        out = hidden_units @ layer["w2"] + layer["b2"][None, :]
+        out = mlp(layer, inputs)
         if shift_only:
             return jnp.zeros_like(out), out
         gamma, beta = jnp.split(out, 2, axis=-1)
         return jnp.tanh(gamma), beta
 
     return Modulator(init, parameters, tuple(channels))
+
+
+def unit(rows: jax.Array) -> jax.Array:
+    """Returns each row `[..., C]` divided by its norm, with a finite gradient where it is zero."""
+    return rows * jax.lax.rsqrt(jnp.sum(rows**2, axis=-1, keepdims=True) + 1e-12)
+
+
+def mlp_init(key: jax.Array, inputs: int, hidden: int, outputs: int) -> PyTree:
+    """Returns the parameters of `mlp`, the last layer zero."""
+    return {
+        "w1": jax.nn.initializers.he_normal()(key, (inputs, hidden), jnp.float32),
+        "b1": jnp.zeros((hidden,), jnp.float32),
+        "w2": jnp.zeros((hidden, outputs), jnp.float32),
+        "b2": jnp.zeros((outputs,), jnp.float32),
+    }
+
+
+def mlp(layers: PyTree, inputs: jax.Array) -> jax.Array:
+    """Returns `W2 relu(W1 x + b1) + b2` of each row."""
+    hidden = jax.nn.relu(inputs @ layers["w1"] + layers["b1"][None, :])
+    outputs: jax.Array = hidden @ layers["w2"] + layers["b2"][None, :]
+    return outputs
 
 
 def site_channels(apply: Callable[[Modulate], PyTree], sites: Sequence[str] | None = None) -> dict[str, int]:

@@ -219,11 +219,9 @@ def make_retrain_step(
     """Returns the step `(state, batch) -> (state, metrics)` of a second stage, which updates `phi` alone.
 
     The classifier is frozen and passes are as at test time, by running averages: what is trained is fitted to the
-    features that the test will see, and no backward pass goes below it.
+    features that the test will see, and no backward pass goes below it. `forward` and `loss` are as in `make_step`.
 
     Args:
-      forward: as in `make_step`.
-      loss: as in `make_step`.
       tx: the optax chain of what is trained; its state is `phi_opt_state`.
       attach: `(params, phi) -> params` of the classifier with what is trained in its place.
     """

@@ -43,16 +43,13 @@ def changes(began: Mapping[str, Any], config: Config) -> list[Change]:
 
 def refused(changed: Sequence[Change]) -> list[Change]:
     """Returns the changes with which a run would be another."""
-    return [change for change in changed if not (_named(change) or _may_change(change))]
+    return [change for change in changed if not _allowed(change)]
 
 
-def _may_change(change: Change) -> bool:
-    return change.path in FIELDS and FIELDS[change.path].may_change
-
-
-def _named(change: Change) -> bool:
-    """Whether an object that was given from Python has got an import path since, of which nothing else can tell."""
-    return change.path in FIELDS and FIELDS[change.path].own and change.before == GIVEN and names_own(change.now)
+def _allowed(change: Change) -> bool:
+    """Whether the field is marked so, or names an object from Python that has got an import path since."""
+    field, is_named = FIELDS.get(change.path), change.before == GIVEN and names_own(change.now)
+    return field is not None and (field.may_change or (field.own and is_named))
 
 
 def problem(changed: Sequence[Change], config: Config) -> str:

@@ -42,12 +42,9 @@ def path_of(part: Any) -> str:
 
 
 def find(part: str, value: str, given: Any) -> Any:
-    """Returns the user's own `part`; None where the field has the name of a built-in one.
+    """Returns the user's own `part`, a key of `FIELD`; None where the field has the name of a built-in one.
 
-    Args:
-      part: a key of `FIELD`.
-      value: of that field.
-      given: the object from Python, None without one.
+    `value` is the field's; `given` is the object from Python, None without one.
 
     Raises:
       UserError: there is nothing at the import path, or an object that only Python can give is not given.

@@ -42,10 +42,8 @@ def of_images(named: Mapping[str, Any], further: Mapping[str, Any], *, kept: boo
 
     They are those of `configs/folder_lt.py`, but that no validation and no test images are set aside.
 
-    Args:
-      named: by path, the fields of `NAMED`.
-      further: by `group__field`, others.
-      kept: whether the run may be gone on with: it is saved every few epochs then, and else at its end.
+    `named` has the fields of `NAMED` by path, `further` others by `group__field`. A run that is `kept` may be gone on
+    with: it is saved every few epochs then, and else at its end.
     """
     fields = Config().to_dict()
     fields["data"] |= {"source": "npz", "protocol": "natural", "imbalance_factor": 1.0}

@@ -12,11 +12,7 @@ from typing import Any
 import ml_collections
 
 from mfm_jax.config import consistency
-from mfm_jax.config.groups import (
-    FIELDS,
-    GROUPS,
-    Config,
-)
+from mfm_jax.config.groups import FIELDS, GROUPS, Config
 from mfm_jax.config.own import FIELD, Own
 from mfm_jax.errors import UserError
 

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from mfm_jax.config import Config
 from mfm_jax.data import arrays, digits, files, longtail, own, tfds
 from mfm_jax.data.longtail import Labelled, Split
-from mfm_jax.data.manifest import Records, check_leakage, make_manifest, read_manifest
+from mfm_jax.data.manifest import Records, check_leakage, make_manifest, read_manifest, redrawn
 from mfm_jax.data.sources import Images, Labels, Source, streamed_if_large
 from mfm_jax.data.streaming import Streamed
 from mfm_jax.errors import UserError
@@ -188,26 +188,24 @@ def _read_split(config: Config, source: Source, manifest: dict[str, Any]) -> Spl
     _check_agrees(config, source, manifest)
     check_leakage(manifest)
     where = {}
+    field = f"data.manifest = {config.data.manifest!r}"
     for name in ("train", "meta", "val"):
         records = manifest["splits"][name]
         ids = np.array(records["ids"], np.int64)
         if records["pool"] != source.train_pool or not np.isin(ids, source.train_ids).all():
-            raise UserError(
-                f"data.manifest = {config.data.manifest!r}: {name} names records of pool"
-                f" '{records['pool']}' that {source.name} does not have; use a manifest of this set"
-            )
+            pool = f"pool '{records['pool']}' that {source.name} does not have"
+            raise UserError(f"{field}: {name} names records of {pool}; use a manifest of this set")
         position = np.searchsorted(source.train_ids, ids)
         counts = np.bincount(source.train_labels[position], minlength=len(source.class_names))
         if counts.tolist() != records["class_counts"]:
             raise UserError(
-                f"data.manifest = {config.data.manifest!r}: the records of {name} have other classes in this"
-                f" copy of {source.name}; it was prepared in another order than the manifest's"
+                f"{field}: the records of {name} have other classes in this copy of {source.name}; it was prepared in"
+                " another order than the manifest's"
             )
         where[name] = np.sort(position)
-    redrawn = manifest.get("meta_redrawn", manifest["protocol"] == "full")
-    if manifest["train_on_meta"] and not redrawn:
+    if manifest["train_on_meta"] and not redrawn(manifest):
         where["train"] = np.setdiff1d(where["train"], where["meta"])
-    return Split(train=where["train"], meta=where["meta"], val=where["val"], redrawn=redrawn)
+    return Split(train=where["train"], meta=where["meta"], val=where["val"], redrawn=redrawn(manifest))
 
 
 def _check_agrees(config: Config, source: Source, manifest: dict[str, Any]) -> None:
@@ -218,34 +216,28 @@ def _check_agrees(config: Config, source: Source, manifest: dict[str, Any]) -> N
         "version": source.version,
         "class_names": list(source.class_names),
     }
+    field = f"data.manifest = {config.data.manifest!r}"
     for key, value in of_source.items():
-        if manifest[key] != value:
-            raise UserError(
-                f"data.manifest = {config.data.manifest!r}: made for {key} {manifest[key]!r}, the data has"
-                f" {value!r}; use a manifest of this set"
-            )
+        if (began := manifest[key]) != value:
+            raise UserError(f"{field}: made for {key} {began!r}, the data has {value!r}; use a manifest of this set")
     test = manifest["splits"]["test"]
     if (test["pool"], test["ids"]) != (source.test_pool, source.test_ids.tolist()):
-        raise UserError(f"data.manifest = {config.data.manifest!r}: its test split differs from {source.name}'s")
+        raise UserError(f"{field}: its test split differs from {source.name}'s")
     for key, value in _settings(config).items():
         if manifest.get(key, 0) != value:
-            field = "meta.images_per_class" if key == "meta_images_per_class" else f"data.{key}"
+            path = "meta.images_per_class" if key == "meta_images_per_class" else f"data.{key}"
             where = config.data.manifest or f"in {config.data.root}"
             otherwise = ", or leave data.manifest empty" if config.data.manifest else ""
             raise UserError(
-                f"{field} = {value!r}: the manifest {where} was made with {manifest.get(key, 0)!r};"
+                f"{path} = {value!r}: the manifest {where} was made with {manifest.get(key, 0)!r};"
                 f" set the field to that{otherwise}"
             )
 
 
 def _manifest(config: Config, source: Source, split: Split, in_training: longtail.Ints) -> dict[str, Any]:
-    overlaps = {}
+    why = "data.train_on_meta: the meta images are trained on as well" if config.data.train_on_meta else ""
     if split.redrawn:
-        overlaps["meta", "train"] = (
-            f"protocol {config.data.protocol}: redrawn from train every epoch; the ids are epoch 0's"
-        )
-    elif config.data.train_on_meta:
-        overlaps["meta", "train"] = "data.train_on_meta: the meta images are trained on as well"
+        why = f"protocol {config.data.protocol}: redrawn from train every epoch; the ids are epoch 0's"
     parts = {"train": in_training, "meta": split.meta, "val": split.val}
     records = {
         name: Records(source.train_pool, source.train_ids[position], source.train_labels[position])
@@ -262,7 +254,7 @@ def _manifest(config: Config, source: Source, split: Split, in_training: longtai
             **source.facts,
         },
         splits={**records, "test": Records(source.test_pool, source.test_ids, source.test_labels)},
-        overlaps=overlaps,
+        overlaps={("meta", "train"): why} if why else {},
     )
 
 

@@ -15,14 +15,7 @@ def crop_flip(key: jax.Array, image: jax.Array, pad: int, flip: bool) -> jax.Arr
 
     The same as reflect-pad, random crop and random left-right flip, written as one gather of rows and columns.
 
-    Args:
-      key: this example's PRNG key.
-      image: `[H, W, C]`, any dtype.
-      pad: pixels, less than H and W; 0 shifts nothing.
-      flip: mirror with probability 1/2.
-
-    Returns:
-      `[H, W, C]`, the dtype of `image`.
+    The image is `[H, W, C]` of any dtype, which it keeps; `pad` is less than H and W, and 0 shifts nothing.
     """
     height, width, _ = image.shape
     shift_key, flip_key = jax.random.split(key)
@@ -45,13 +38,7 @@ def color_jitter(key: jax.Array, image: jax.Array, strength: float) -> jax.Array
     Brightness multiplies the pixels, contrast their distance from the mean luminance, saturation each pixel's distance
     from its own luminance (Rec. 601: 0.299 R + 0.587 G + 0.114 B), one after the other, cut off at 0 and 255.
 
-    Args:
-      key: this example's PRNG key.
-      image: `[H, W, C]`, 0..255, C = 1 or 3.
-      strength: 0 to 1.
-
-    Returns:
-      `[H, W, C]` float32, 0..255.
+    The image is `[H, W, C]`, 0..255, C 1 or 3; the result is float32. `strength` is 0 to 1.
     """
     brightness, contrast, saturation = jax.random.uniform(key, (3,), jnp.float32, 1 - strength, 1 + strength)
     image = jnp.clip(image.astype(jnp.float32) * brightness, 0, 255)
@@ -91,14 +78,8 @@ def mixup(key: jax.Array, images: jax.Array, labels: jax.Array, alpha: float) ->
     The share is drawn for each pair from Beta(alpha, alpha) and, as a pair has no order, taken as the larger part: the
     first label is the one that the image has more of.
 
-    Args:
-      key: the batch's PRNG key.
-      images: `[B, ...]`, floating point.
-      labels: `[B]` int32.
-      alpha: above 0; the larger, the more evenly images are mixed.
-
-    Returns:
-      (mixed images `[B, ...]`, labels of the partners `[B]`, shares `[B]` float32).
+    `images` are floating point `[B, ...]`, `labels` int32 `[B]`; a larger `alpha`, above 0, mixes more evenly. Returns
+    (mixed images, labels of the partners `[B]`, shares `[B]` float32).
 
     References:
       Zhang et al., mixup: beyond empirical risk minimization, ICLR 2018, eq. 2.

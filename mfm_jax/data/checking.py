@@ -60,13 +60,8 @@ class Checked:
     duplicates: tuple[Duplicate, ...]  # each picture at most once as `second`
 
 
-def check(listing: Listing, workers: int = 2, progress: bool = True) -> Checked:
-    """Looks at every picture of a listing.
-
-    Args:
-      listing: the pictures.
-      workers: processes that decode; 0 for none but this one.
-      progress: whether many pictures have a bar on stderr.
+def check(listing: Listing, workers: int = 2) -> Checked:
+    """Looks at every picture of a listing, in `workers` processes, or in this one for 0.
 
     Raises:
       UserError: a process was killed, by the system for want of memory or by a decoder's fault.
@@ -81,7 +76,7 @@ def check(listing: Listing, workers: int = 2, progress: bool = True) -> Checked:
     facts = [fact if was == now != stamps.NOTHING else None for now, (was, fact) in zip(stamped, before, strict=True)]
     todo = [i for i, fact in enumerate(facts) if fact is None]
     problems = []
-    with _kept(cache) as keep, _bar(len(todo), progress) as advance:
+    with _kept(cache) as keep, _bar(len(todo)) as advance:
         looked = _looked_at([(Path(paths[i]), before[i][1]) for i in todo], workers)
         for i, found in zip(todo, looked, strict=True):
             if not isinstance(found, Facts):
@@ -116,10 +111,9 @@ def _looked_at(items: Sequence[tuple[Path, Facts | None]], workers: int) -> Iter
 
 
 @contextlib.contextmanager
-def _bar(total: int, progress: bool) -> Iterator[Callable[[], None]]:
-    quiet = not progress or total < _PROGRESS_FROM
+def _bar(total: int) -> Iterator[Callable[[], None]]:
     columns = (*Progress.get_default_columns(), TextColumn("{task.completed:,} of {task.total:,}"))
-    with Progress(*columns, console=Console(stderr=True), transient=True, disable=quiet) as bar:
+    with Progress(*columns, console=Console(stderr=True), transient=True, disable=total < _PROGRESS_FROM) as bar:
         task = bar.add_task("checking pictures", total=total)
         yield lambda: bar.advance(task)
 

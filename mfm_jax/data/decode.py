@@ -30,10 +30,7 @@ class Decoded(NamedTuple):
 def decoded(paths: Iterable[Path], size: int, channels: int, fit: str, white: int, workers: int) -> Iterator[Decoded]:
     """Yields every file of `paths`, in order, decoded as `pictures.read` does.
 
-    Args:
-      paths: the files.
-      size, channels, fit, white: as of `pictures.read`.
-      workers: processes that decode; 0 decodes in this one.
+    `size`, `channels`, `fit` and `white` are as there; `workers` processes decode, or this one alone.
 
     Raises:
       UserError: a process was ended from outside.

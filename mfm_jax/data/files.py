@@ -45,8 +45,7 @@ def load(config: Data, *, whole: bool) -> Source:
 def source(config: Data, sound: "Sound", *, whole: bool) -> Source:
     """Returns `load` of pictures that have been checked; with `whole`, none is opened."""
     found, facts, left_out, duplicates = sound
-    _check_groups(config, found)
-    _check_classes(config, found)
+    _check(config, found)
     groups = with_copies(found.groups, facts)
     splits, rule = with_test(config, found, groups)
     white = depth.white(config.white, facts, splits == "train")
@@ -123,18 +122,16 @@ class Sound(NamedTuple):
 
 
 def _sound(config: Data, found: Listing) -> Sound:
-    """Returns the pictures that can be used.
-
-    Raises:
-      UserError: something would be left out, and `data.on_bad_image` does not allow it; lists the first.
-    """
+    """Returns the pictures that can be used; refuses what `data.on_bad_image` does not allow to be left out."""
     checked = checking.check(found, config.workers)
     bad = [path for path, fact in zip(found.paths, checked.facts, strict=True) if fact is None]
     sound = found.without(bad)
     lines, shown = _lines(checked.problems)
     count = f"{len(lines)} problem{'s' * (len(lines) > 1)}"
     if lines and config.on_bad_image == "error":
-        way_out = ", or go on without it with data.on_bad_image = 'skip'" if _trains_all(sound) else ""
+        trained = np.unique(sound.labels[sound.splits == "train"])
+        trains_all = len(trained) == len(sound.class_names)
+        way_out = ", or go on without it with data.on_bad_image = 'skip'" if trains_all else ""
         raise UserError(f"data.root = {config.root!r}: {count}; repair or remove what is named{way_out}\n  {shown}")
     for line in sound.lacking():
         print(f"warning: {line}", file=sys.stderr)
@@ -157,11 +154,6 @@ def _lines(problems: Sequence[Problem]) -> tuple[list[str], str]:
     lines = [f"{problem.path}: {problem.reason}" for problem in problems]
     more = [f"and {len(lines) - _SHOWN} more; --mode=check lists all"] if len(lines) > _SHOWN else []
     return lines, "\n  ".join([*lines[:_SHOWN], *more])
-
-
-def _trains_all(found: Listing) -> bool:
-    """Whether every class has a training picture."""
-    return set(found.labels[found.splits == "train"].tolist()) == set(range(len(found.class_names)))
 
 
 def with_copies(groups: Sequence[str], facts: Sequence[Facts]) -> list[str]:
@@ -218,16 +210,8 @@ def _version(found: Listing, facts: Sequence[Facts]) -> str:
     return hashlib.sha256(content.encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
 
-def _check_classes(config: Data, found: Listing) -> None:
-    """Refuses data of which a class has lost all its pictures."""
-    counts = np.bincount(found.labels, minlength=len(found.class_names))
-    if not counts.all():
-        name = found.class_names[int(np.argmin(counts))]
-        raise UserError(f"data.root = {config.root!r}: no picture of class {name!r} can be used; see --mode=check")
-
-
-def _check_groups(config: Data, found: Listing) -> None:
-    """Refuses data whose own splits divide a group."""
+def _check(config: Data, found: Listing) -> None:
+    """Refuses data whose own splits divide a group, or of which a class has lost all its pictures."""
     first: dict[str, str] = {}
     for split, group in zip(found.splits.tolist(), found.groups, strict=True):
         if group and first.setdefault(group, split) != split:
@@ -235,3 +219,7 @@ def _check_groups(config: Data, found: Listing) -> None:
                 f"data.group = {config.group!r}: group {group!r} is in the splits {first[group]} and {split} of the"
                 " data; move its pictures into one, or leave data.group empty"
             )
+    counts = np.bincount(found.labels, minlength=len(found.class_names))
+    if not counts.all():
+        name = found.class_names[int(np.argmin(counts))]
+        raise UserError(f"data.root = {config.root!r}: no picture of class {name!r} can be used; see --mode=check")

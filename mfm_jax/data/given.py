@@ -5,7 +5,7 @@ with the keys `image` and `label`, or a batch of either form, whose labels are `
 or `[H, W]`, a Pillow image, or a PyTorch tensor, which is `[C, H, W]` or `[H, W]` as torchvision has it.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -50,7 +50,7 @@ def examples(given: Any, image_size: int = 0) -> Examples:
     labels: list[Any] = []
     for item in _items(given):
         image, label = _image_and_label(item)
-        batch = image if (label.ndim == 1 if label is not None else _ndim(image) == 4) else [image]
+        batch = image if (label.ndim == 1 if label is not None else getattr(image, "ndim", 2) == 4) else [image]
         images += [_channels_last(one) for one in batch]
         labels += [None] * len(batch) if label is None else label.reshape(-1).tolist()
     if not images:
@@ -74,12 +74,7 @@ def _items(given: Any) -> Iterable[Any]:
         return given.as_numpy_iterator()
     if hasattr(given, "__iter__"):
         return given
-    return _by_position(given)  # a PyTorch Dataset
-
-
-def _by_position(given: Any) -> Iterator[Any]:
-    for i in range(len(given)):
-        yield given[i]
+    return (given[i] for i in range(len(given)))  # a PyTorch Dataset
 
 
 def _image_and_label(item: Any) -> tuple[Any, npt.NDArray[Any] | None]:
@@ -96,10 +91,6 @@ def _image_and_label(item: Any) -> tuple[Any, npt.NDArray[Any] | None]:
     if isinstance(image, str | bytes):
         raise UserError(f"an image is {type(image).__name__}; needs an array, a Pillow image or a tensor")
     return image, None if label is None else np.asarray(label)
-
-
-def _ndim(image: Any) -> int:
-    return int(getattr(image, "ndim", 2))
 
 
 def _is_tensor(image: Any) -> bool:

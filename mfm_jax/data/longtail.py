@@ -1,19 +1,17 @@
 """How a balanced dataset becomes a long-tailed one, and which images its splits hold; `manifest` writes that down.
 
-A long-tailed benchmark is not a dataset but a recipe: keep all images of class 0, fewer of each later class,
-and 1/imbalance_factor of them in the last. Two recipes share the name "CIFAR-10-LT, factor 100" and their
-numbers are not comparable. In `meta_held_out` (Meta-Weight-Net, MetaSAug) the small balanced meta set leaves
-the data before it is imbalanced, so the training set never holds a meta image and the largest class has 4990
-images; in `full` (LDAM, CMW-Net) all 5000 are imbalanced, and the meta set is redrawn from the training set
-every epoch.
+A long-tailed benchmark is not a dataset but a recipe: keep all images of class 0, fewer of each later class, and
+1/imbalance_factor of them in the last. Two recipes share the name "CIFAR-10-LT, factor 100" and their numbers are
+not comparable. In `meta_held_out` (Meta-Weight-Net, MetaSAug) the small balanced meta set leaves the data before it
+is imbalanced, so the training set never holds a meta image and the largest class has 4990 images; in `full` (LDAM,
+CMW-Net) all 5000 are imbalanced, and the meta set is redrawn from the training set every epoch.
 
 Data that is long-tailed by nature keeps its images (`natural`): parts that it does not bring are held out of every
 class in proportion, whole groups at a time where records belong together. So is the meta set, or it is redrawn from
 the training set as under `full`.
 
 Picks come from one permutation a class, seeded by (seed, class): validation images are its first entries,
-then meta, then training. Training sets of one seed are therefore nested: factor 100 keeps a subset of factor
-50.
+then meta, then training. Training sets of one seed are therefore nested: factor 100 keeps a subset of factor 50.
 
 NumPy only: nothing here needs JAX or the images.
 """

@@ -103,6 +103,11 @@ def factor_in_words(manifest: Mapping[str, Any]) -> str:
     return f"{round(max(counts) / min(counts), 1):g} (natural)"
 
 
+def redrawn(manifest: Mapping[str, Any]) -> bool:
+    """Whether the meta set is redrawn from the training set every epoch."""
+    return bool(manifest.get("meta_redrawn", manifest["protocol"] == "full"))
+
+
 def write_manifest(manifest: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
     """Writes `manifest` as JSON; a reader finds the old file or the whole new one, never a part."""
     disk.write_object(Path(path), manifest, indent=None)

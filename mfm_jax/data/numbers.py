@@ -16,10 +16,8 @@ _PART = 256  # images that are scaled at a time
 def laid_out(numbers: npt.NDArray[Any], image_shape: tuple[int, ...] | str | None) -> npt.NDArray[Any]:
     """Returns numbers `[n, ...]` as images `[n, H, W, C]`, C 1 or 3.
 
-    Args:
-      numbers: `[n, H, W, C]`, `[n, H, W]`, or flat, `[n, F]`.
-      image_shape: (H, W, C) or (H, W), of which flat ones have as many; `ROW` makes each a picture one pixel high; None
-        takes the shape they have, which must not be flat.
+    Flat ones, `[n, F]`, have the `image_shape` (H, W, C) or (H, W), of as many numbers; `ROW` makes each a picture one
+    pixel high; None takes the shape they have, which must not be flat.
 
     Raises:
       UserError: they have another shape.
@@ -59,10 +57,8 @@ def ends(value_range: tuple[float, float] | None, images: npt.NDArray[Any], *, c
 def to_pixels(images: npt.NDArray[Any], low: npt.ArrayLike, high: npt.ArrayLike, *, clip: bool = False) -> Pixels:
     """Returns numbers `[n, H, W, C]` as uint8, `low` as 0 and `high` as 255, rounded; where both are equal, 0.
 
-    Args:
-      images: finite numbers.
-      low, high: of all values, or arrays that broadcast to an image.
-      clip: what lies outside counts as the nearer end; else it is refused.
+    `low` and `high` are of all values, or arrays that broadcast to an image. What lies outside counts as the nearer end
+    with `clip`, and is refused without.
 
     Raises:
       UserError: a value outside, and not `clip`.

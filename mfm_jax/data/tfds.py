@@ -17,7 +17,7 @@ from mfm_jax.config import Data
 from mfm_jax.data import stamps
 from mfm_jax.data.kept import cached
 from mfm_jax.data.sources import PROGRESS_FROM, Labels, Pixels, Source, in_two_pools, resize
-from mfm_jax.errors import UserError, install
+from mfm_jax.errors import UserError, in_a_line, install
 from mfm_jax.machine.disk import expanded
 
 _DECODE_BATCH = 256
@@ -64,7 +64,7 @@ def _prepared_builder(config: Data) -> Any:
     except Exception as error:  # TFDS raises many types here; its first line says what it misses
         raise UserError(
             f"data.name = {config.name!r}: neither a TFDS set nor one prepared in {where}"
-            f" ({_first_line(error)}); check the name, or set TFDS_DATA_DIR or --config.data.root"
+            f" ({in_a_line(error)}); check the name, or set TFDS_DATA_DIR or --config.data.root"
         ) from error
     _check_features(config.name, builder.info.features)  # before a download that would be in vain
     if builder.is_prepared():
@@ -83,14 +83,9 @@ def _prepared_builder(config: Data) -> Any:
         builder.download_and_prepare()
     except Exception as error:  # network, disk, checksum, manual download: each its own type
         raise UserError(
-            f"data.name = {config.name!r}: could not be prepared in {where} ({_first_line(error)}); {ways_out}"
+            f"data.name = {config.name!r}: could not be prepared in {where} ({in_a_line(error)}); {ways_out}"
         ) from error
     return builder
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
 
 
 def _check_features(name: str, features: Any) -> None:
@@ -108,12 +103,8 @@ def _check_features(name: str, features: Any) -> None:
 
 def _decoded(builder: Any, split: str, config: Data) -> tuple[Pixels, Labels]:
     """Returns images and labels of `split`, from the cache where it holds them."""
-    fields = (
-        builder.info.full_name.replace("/", "-"),
-        split,
-        f"{config.image_size}px" if config.image_size else "as_stored",
-        _fingerprint(Path(builder.data_path)),
-    )
+    name = builder.info.full_name.replace("/", "-")
+    size = f"{config.image_size}px" if config.image_size else "as_stored"
 
     def decode() -> tuple[Pixels, Labels]:
         try:
@@ -126,7 +117,7 @@ def _decoded(builder: Any, split: str, config: Data) -> tuple[Pixels, Labels]:
             ) from error
         return _decode(records, config, split)
 
-    return cached("-".join(fields), decode)
+    return cached(f"{name}-{split}-{size}-{_fingerprint(Path(builder.data_path))}", decode)
 
 
 def _fingerprint(folder: Path) -> str:
@@ -144,8 +135,7 @@ def _decode(records: Sequence[Any], config: Data, split: str) -> tuple[Pixels, L
     total = len(records)
     labels = np.empty(total, np.int32)
     images: Pixels | None = None
-    quiet = total < PROGRESS_FROM
-    with Progress(console=Console(stderr=True), transient=True, disable=quiet) as progress:
+    with Progress(console=Console(stderr=True), transient=True, disable=total < PROGRESS_FROM) as progress:
         task = progress.add_task(f"decoding {config.name} {split} (once)", total=total)
         for start in range(0, total, _DECODE_BATCH):
             batch = records.__getitems__(list(range(start, min(start + _DECODE_BATCH, total))))  # type: ignore[attr-defined]

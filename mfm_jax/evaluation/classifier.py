@@ -117,12 +117,7 @@ def _of_variables(
 
 
 def _of_hub(folder: Path, which: str) -> Classifier:
-    """Returns the classifier in a folder that was laid out for a hub; `which` may not ask for a checkpoint in vain.
-
-    Raises:
-      UserError: a file is damaged, or the weights are not of the config beside them.
-      NoBest: the folder has the last checkpoint alone.
-    """
+    """Returns the classifier in a folder that was laid out for a hub, which has one checkpoint."""
     stored = hub_folder.read(folder)
     if which == "best" and stored.which != which:
         raise NoBest(f"{folder}: has the {stored.which} checkpoint alone; leave which = 'best' out")

@@ -63,11 +63,8 @@ def fit(probs: np.ndarray, labels: np.ndarray, train_counts: np.ndarray, coverag
     between two of them it is interpolated. So a new image of the pool's classes is covered with probability
     `coverage`, exactly where the rank is whole, and to less than 1 / (n + 1) elsewhere.
 
-    Args:
-      probs: float [N, K].
-      labels: int [N], in 0..K-1.
-      train_counts: int [K], by which classes are neighbours.
-      coverage: 0.5 or more, below 1.
+    `probs` are float [N, K], `labels` int [N]; by `train_counts`, int [K], classes are neighbours.
+    `coverage` is 0.5 or more, below 1.
     """
     probs, labels = np.asarray(probs, np.float64), np.asarray(labels)
     images = np.bincount(labels, minlength=probs.shape[1])
@@ -89,10 +86,7 @@ def pools(images: np.ndarray, train_counts: np.ndarray, least: int) -> np.ndarra
     Classes go from most to fewest training images. A pool ends with its shot group (`longtail.shot_groups`) where it
     can; what is left of a group joins the group's last pool, or else the next group.
 
-    Args:
-      images: int [K], held-out images of each class.
-      train_counts: int [K].
-      least: images of a pool.
+    `images`, int [K], are the held-out images of each class.
     """
     groups = longtail.shot_groups(train_counts)
     pool = np.zeros(len(images), np.int64)

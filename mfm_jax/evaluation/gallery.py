@@ -37,10 +37,7 @@ def choose(probabilities: np.ndarray, labels: np.ndarray, train_counts: np.ndarr
     First come those of `rare` classes, right answers, then wrong ones, each from the most confident on, at most two of
     a class; then the most confident mistake in each of the worst classes and of each of the most confused pairs.
 
-    Args:
-      probabilities: [N, K].
-      labels: int [N].
-      train_counts: int [K].
+    `probabilities` are [N, K], `labels` int [N], `train_counts` int [K].
     """
     members = rare(train_counts)
     answers, order = probabilities.argmax(1), np.argsort(-probabilities.max(1), kind="stable")

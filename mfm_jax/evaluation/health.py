@@ -58,10 +58,8 @@ class Guess:
 def notices(rows: Sequence[Mapping[str, Any]], config: Config, guess: Guess) -> list[Notice]:
     """Returns the warnings that the newest epoch gives for the first time.
 
-    Args:
-      rows: of `metrics.jsonl`, in order, with those of kind `warning` and the newest epoch's `train` and `modulation`.
-      config: the run's.
-      guess: of the run's classes and meta loss.
+    `rows` are those of `metrics.jsonl`, in order, with those of kind `warning` and the newest epoch's `train` and
+    `modulation`; `guess` is of the run's classes and meta loss.
     """
     given = {row["code"] for row in rows if row["kind"] == KIND}
     train = [row for row in rows if row["kind"] == "train"]

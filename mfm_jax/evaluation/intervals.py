@@ -32,9 +32,7 @@ def wilson(accuracy: float, images: float) -> Interval:
 def of_mean(right: np.ndarray, images: np.ndarray) -> Interval | None:
     """Returns the 95 % interval of the mean accuracy over classes; None where none of them was tested.
 
-    Args:
-      right: int [K], images of each class that were classified rightly.
-      images: int [K], those that were tested.
+    Of the `images` of each class, int [K], that were tested, `right` were classified rightly.
     """
     right, images = right[images > 0], images[images > 0]
     if not len(images):

@@ -20,9 +20,7 @@ class Pair(NamedTuple):
 def confused(labels: np.ndarray, answers: np.ndarray, images: np.ndarray | int = 1) -> list[Pair]:
     """Returns the pairs of classes that were confused, those with the most images first.
 
-    Args:
-      labels, answers: int [N].
-      images: int [N], for how many images each entry stands.
+    `labels` and `answers` are int [N]; each entry stands for so many `images`.
     """
     wrong = labels != answers
     pairs, entry = np.unique(np.stack([labels, answers])[:, wrong], axis=1, return_inverse=True)
@@ -34,9 +32,7 @@ def confused(labels: np.ndarray, answers: np.ndarray, images: np.ndarray | int =
 def worst(right: np.ndarray, images: np.ndarray) -> list[int]:
     """Returns the tested classes, first the one whose interval ends lowest: not one with few images by chance.
 
-    Args:
-      right: int [K], images of each class that were classified rightly.
-      images: int [K], those that were tested.
+    Of the `images` of each class, int [K], that were tested, `right` were classified rightly.
     """
     tested = np.flatnonzero(images)
     upper = [intervals.wilson(right[k] / images[k], images[k])[1] for k in tested]

@@ -43,9 +43,7 @@ def wrong_labels(probabilities: np.ndarray, labels: np.ndarray) -> list[Suspect]
     how many with label i are j; that many are flagged, by the largest p(j | x) - p(i | x) (prune by noise rate), unless
     the classifier names their label.
 
-    Args:
-      probabilities: float [N, K], by classifiers that were not trained on the image.
-      labels: int [N].
+    `probabilities` are float [N, K], by classifiers that were not trained on the image; `labels` are int [N].
 
     Raises:
       UserError: cleanlab is not installed.
@@ -73,9 +71,7 @@ def by_features(features: np.ndarray, labels: np.ndarray) -> list[Suspect]:
     filled place of a rare class is none. A near duplicate is closer to an earlier image than 0.13 times the median
     distance between nearest neighbours (the rule of cleanlab's Datalab); the score is that ratio, 0 of a copy.
 
-    Args:
-      features: float [N, C], N at least 3.
-      labels: int [N].
+    `features` are float [N, C], N at least 3, `labels` int [N].
     """
     from sklearn.neighbors import LocalOutlierFactor
 

@@ -37,10 +37,8 @@ _LOST = ("Gloo", "NCCL", "UNAVAILABLE", "DEADLINE_EXCEEDED", "heartbeat", "coord
 def join(coordinator: str, processes: int | None, process: int | None) -> None:
     """Joins the job, before anything else of JAX is used; without a coordinator this process stays alone.
 
-    Args:
-      coordinator: `HOST:PORT` of process 0, or `auto`: JAX finds the job by itself (Slurm, TPU pod, Kubernetes, MPI).
-      processes: their number; not with `auto`.
-      process: the index of this one; not with `auto`.
+    `coordinator` is `HOST:PORT` of process 0, with the number of `processes` and the index of this one, or `auto`: JAX
+    finds the job by itself (Slurm, TPU pod, Kubernetes, MPI).
 
     Raises:
       UserError: arguments that do not fit together, no job, or one that cannot be reached.

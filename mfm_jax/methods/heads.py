@@ -96,11 +96,8 @@ def cosine_kernel(params: PyTree, scale: float) -> jax.Array:
 def on_features(apply_fn: ApplyFn, image_shape: tuple[int, ...]) -> ApplyFn:
     """Returns `apply_fn` of `pooled` features `[B, C]` in the place of images: the head alone.
 
-    The network below runs on blank images and nothing reads what it computes, so that XLA leaves it out.
-
-    Args:
-      apply_fn: the classifier.
-      image_shape: `(H, W, C)` of the images that it takes.
+    The network below runs on blank images, of `image_shape` (H, W, C), and nothing reads what it computes, so that XLA
+    leaves it out.
     """
 
     def apply(variables: PyTree, features: jax.Array, *, modulate: Modulate = no_modulation, **options: Any) -> PyTree:

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from mfm_jax.bilevel.modulation import mlp, mlp_init, unit
 from mfm_jax.bilevel.outer import MetaLearner
 from mfm_jax.types import Modulate, PyTree
 
@@ -29,11 +30,11 @@ def meta_weight_net(hidden: int = 100) -> MetaLearner:
     """
 
     def init(key: jax.Array) -> PyTree:
-        return _mlp_init(key, 1, hidden, 1)
+        return mlp_init(key, 1, hidden, 1)
 
     def weigh(phi: PyTree, losses: jax.Array, mean: Callable[[jax.Array], jax.Array]) -> jax.Array:
         inputs = jax.lax.stop_gradient(losses)[:, None].astype(phi["w1"].dtype)
-        weights = jax.nn.sigmoid(_mlp(phi, inputs))[:, 0]
+        weights = jax.nn.sigmoid(mlp(phi, inputs))[:, 0]
         return (weights / (mean(weights) + 1e-12)).astype(losses.dtype) * losses
 
     return MetaLearner("meta_weight_net", init, weigh=weigh)
@@ -93,10 +94,10 @@ def l2ac(num_classes: int, hidden: int = 100) -> MetaLearner:
     """
 
     def init(key: jax.Array) -> PyTree:
-        return _mlp_init(key, num_classes, hidden, num_classes)
+        return mlp_init(key, num_classes, hidden, num_classes)
 
     def modulate(phi: PyTree, params: PyTree, labels: jax.Array) -> Modulate:
-        return _at_logits(lambda logits: _mlp(phi, _unit(jax.lax.stop_gradient(logits)).astype(phi["w1"].dtype)))
+        return _at_logits(lambda logits: mlp(phi, unit(jax.lax.stop_gradient(logits)).astype(phi["w1"].dtype)))
 
     return MetaLearner("l2ac", init, modulate)
 
@@ -150,23 +151,3 @@ def _at_logits(shift: Callable[[jax.Array], jax.Array]) -> Modulate:
         return features + shift(features).astype(features.dtype) if site == "logits" else features
 
     return modulate
-
-
-def _unit(rows: jax.Array) -> jax.Array:
-    """Returns each row divided by its norm, with a finite gradient where it is zero."""
-    return rows * jax.lax.rsqrt(jnp.sum(rows**2, axis=-1, keepdims=True) + 1e-12)
-
-
-def _mlp_init(key: jax.Array, inputs: int, hidden: int, outputs: int) -> PyTree:
-    return {
-        "w1": jax.nn.initializers.he_normal()(key, (inputs, hidden), jnp.float32),
-        "b1": jnp.zeros((hidden,), jnp.float32),
-        "w2": jnp.zeros((hidden, outputs), jnp.float32),
-        "b2": jnp.zeros((outputs,), jnp.float32),
-    }
-
-
-def _mlp(phi: PyTree, inputs: jax.Array) -> jax.Array:
-    hidden = jax.nn.relu(inputs @ phi["w1"] + phi["b1"][None, :])
-    outputs: jax.Array = hidden @ phi["w2"] + phi["b2"][None, :]
-    return outputs

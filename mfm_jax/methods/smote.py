@@ -9,14 +9,8 @@ def oversample(features: np.ndarray, labels: np.ndarray, neighbors: int, seed: i
     A synthetic example lies at random between one of its class and one of that one's nearest neighbours in the class.
     A class of n images has n - 1 neighbours at most; the single image of a class is repeated.
 
-    Args:
-      features: float32 [N, C].
-      labels: int32 [N].
-      neighbors: nearest neighbours to choose from.
-      seed: of the interpolation.
-
-    Returns:
-      (float32 [K n_max, C], int32 [K n_max]), the given ones first.
+    `features` are float32 [N, C], `labels` int32 [N]; the given ones come first, K n_max in all. `seed` is of the
+    interpolation.
 
     References:
       Chawla et al., SMOTE: synthetic minority over-sampling technique, JAIR 2002. In the feature space of a trained

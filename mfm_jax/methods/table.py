@@ -91,20 +91,8 @@ def objective(config: Config) -> Method:
     return METHODS[config.method.base] if method.learner else method
 
 
-def _focal(config: Config, counts: jax.Array) -> LossFn:
-    return losses.focal(config.method.focal_gamma)
-
-
 def _ldam(config: Config, counts: jax.Array) -> LossFn:
     return losses.ldam(counts, config.method.ldam_margin, config.method.ldam_scale)
-
-
-def _logit_adjusted(config: Config, counts: jax.Array) -> LossFn:
-    return losses.logit_adjusted(counts, config.method.tau)
-
-
-def _dice(config: Config, counts: jax.Array) -> LossFn:
-    return losses.dice(config.method.dice_alpha)
 
 
 def _class_weights(config: Config, counts: jax.Array) -> jax.Array:
@@ -121,26 +109,6 @@ def _prior_entropy_weights(config: Config, counts: jax.Array) -> jax.Array:
     log_prior = losses.log_prior(counts)
     entropy = -jnp.sum(jnp.exp(log_prior) * log_prior)
     return jnp.full_like(log_prior, jnp.log(len(log_prior)) / entropy)
-
-
-def _without_prior(config: Config, counts: jax.Array, params: PyTree) -> PyTree:
-    return heads.without_prior(params, counts, config.method.tau)
-
-
-def _tau_normalized(config: Config, counts: jax.Array, params: PyTree) -> PyTree:
-    return heads.tau_normalized(params, config.method.tau)
-
-
-def _meta_weight_net(config: Config, counts: jax.Array, channels: Mapping[str, int]) -> MetaLearner:
-    return learners.meta_weight_net(config.method.hidden)
-
-
-def _l2rw(config: Config, counts: jax.Array, channels: Mapping[str, int]) -> MetaLearner:
-    return learners.l2rw()
-
-
-def _l2ac(config: Config, counts: jax.Array, channels: Mapping[str, int]) -> MetaLearner:
-    return learners.l2ac(len(counts), config.method.hidden)
 
 
 def _metasaug(config: Config, counts: jax.Array, channels: Mapping[str, int]) -> MetaLearner:
@@ -166,20 +134,11 @@ def modulator(config: Config, counts: jax.Array, channels: Mapping[str, int]) ->
     )
 
 
-def _mfm(config: Config, counts: jax.Array, channels: Mapping[str, int]) -> MetaLearner:
-    return outer.of(modulator(config, counts, channels))
-
-
-def _unit_scale(key: jax.Array, params: PyTree) -> PyTree:
-    return {"scale": jnp.ones_like(params["head"]["bias"])}
-
-
-def _scaled(params: PyTree, trained: PyTree) -> PyTree:
-    return heads.scaled(params, trained["scale"])
-
-
 _CRT = Retraining(heads.fresh, heads.replaced)
-_LWS = Retraining(_unit_scale, _scaled)
+_LWS = Retraining(
+    lambda key, params: {"scale": jnp.ones_like(params["head"]["bias"])},
+    lambda params, trained: heads.scaled(params, trained["scale"]),
+)
 
 _BETAS = {"method.effective_beta": Choice((0.9, 0.99, 0.999, 0.9999))}
 _MARGIN = {"method.ldam_margin": Span(0.1, 0.8)}
@@ -190,12 +149,16 @@ _META = {"meta.learning_rate": Span(1e-3, 1.0, log=True)}
 METHODS = {
     # Losses.
     "ce": Method(),
-    "focal": Method(_focal, search={"method.focal_gamma": Span(0.5, 5.0)}),
+    "focal": Method(
+        lambda config, _: losses.focal(config.method.focal_gamma), search={"method.focal_gamma": Span(0.5, 5.0)}
+    ),
     "class_balanced": Method(weights=_class_weights, search=_BETAS),
     "ldam": Method(_ldam, cosine_head=True, search=_MARGIN),
     "ldam_drw": Method(_ldam, cosine_head=True, weights=_class_weights, deferred=True, search={**_MARGIN, **_STAGE}),
-    "logit_adjusted": Method(_logit_adjusted, search=_TAU),
-    "dice": Method(_dice, search={"method.dice_alpha": Span(0.01, 1.0, log=True)}),
+    "logit_adjusted": Method(lambda config, counts: losses.logit_adjusted(counts, config.method.tau), search=_TAU),
+    "dice": Method(
+        lambda config, _: losses.dice(config.method.dice_alpha), search={"method.dice_alpha": Span(0.01, 1.0, log=True)}
+    ),
     "own_loss": Method(own.loss),
     "sampling_free": Method(weights=_prior_entropy_weights, prior_bias=True),
     # Sampling.
@@ -211,19 +174,30 @@ METHODS = {
         retraining=_CRT._replace(synthetic=True), search={**_STAGE, "method.smote_neighbors": Choice((1, 3, 5, 10))}
     ),
     # After training.
-    "posthoc_la": Method(posthoc=_without_prior, search=_TAU),
-    "tau_norm": Method(posthoc=_tau_normalized, search={"method.tau": Span(0.0, 1.5)}),
+    "posthoc_la": Method(
+        posthoc=lambda config, counts, params: heads.without_prior(params, counts, config.method.tau), search=_TAU
+    ),
+    "tau_norm": Method(
+        posthoc=lambda config, _, params: heads.tau_normalized(params, config.method.tau),
+        search={"method.tau": Span(0.0, 1.5)},
+    ),
     # Governed by the meta set, on the loss `method.base`.
-    "meta_weight_net": Method(learner=_meta_weight_net, search=_META),
+    "meta_weight_net": Method(learner=lambda config, *_: learners.meta_weight_net(config.method.hidden), search=_META),
     # Its weights are made for one batch and used on it.
-    "l2rw": Method(learner=_l2rw, overrides={"meta": {"lagged": False, "every": 1}}),
-    "l2ac": Method(learner=_l2ac, needs=("logits",), search=_META),
+    "l2rw": Method(learner=lambda *_: learners.l2rw(), overrides={"meta": {"lagged": False, "every": 1}}),
+    "l2ac": Method(
+        learner=lambda config, counts, _: learners.l2ac(len(counts), config.method.hidden),
+        needs=("logits",),
+        search=_META,
+    ),
     "metasaug": Method(
         learner=_metasaug,
         needs=("pooled", "logits", "head"),
         search={**_META, "method.isda_strength": Span(0.1, 2.0, log=True)},
     ),
-    "mfm": Method(learner=_mfm, modulates=True, sampler=sampling.square_root, search=_META),
+    "mfm": Method(
+        learner=lambda *given: outer.of(modulator(*given)), modulates=True, sampler=sampling.square_root, search=_META
+    ),
     "own_learner": Method(learner=own.learner, search=_META),
 }
 

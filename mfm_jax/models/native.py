@@ -128,11 +128,7 @@ def _is_whole(path: Path) -> bool:
 
 
 def _output(command: list[str]) -> str:
-    """Returns what `command` prints.
-
-    Raises:
-      Unavailable: it fails.
-    """
+    """Returns what `command` prints; raises `Unavailable` where it fails."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_COMPILE_SECONDS, check=True)
     except subprocess.CalledProcessError as error:
@@ -152,11 +148,7 @@ def attributes(
 
 
 def _check() -> None:
-    """Compares the kernels with XLA over a stride, a dilation, and widths that fill a vector and that do not.
-
-    Raises:
-      Unavailable: they differ.
-    """
+    """Compares the kernels with XLA over a stride, a dilation, and widths that fill a vector or not; may raise."""
     rng = np.random.default_rng(0)
     one_device = jax.default_device(jax.local_devices(backend="cpu")[0])
     with jax.enable_x64(True), jax.transfer_guard("allow"), one_device:

@@ -181,11 +181,7 @@ def _with_head(
 ) -> tuple[dict[str, np.ndarray], str]:
     """Returns the tensors with a head in the layout of a linear one, and ""; or without, and why there is none.
 
-    Args:
-      tensors: of the file.
-      head: the beginning of its names.
-      shape: `(C, K)` of the head here.
-      normalized: whether that is a normalised one.
+    Names of the head begin with `head`; here it has the `shape` `(C, K)`, and is a normalised one or linear.
     """
     weight, bias = tensors.get(f"{head}weight"), tensors.get(f"{head}bias")
     others = {name: tensor for name, tensor in tensors.items() if not name.startswith(head)}

@@ -32,20 +32,12 @@ def in_words(found: Sequence[Suspect]) -> str:
 
 
 def write(
-    path: Path,
-    name: str,
-    found: Sequence[tuple[Suspect, Mapping[str, str]]],
-    images: Images,
-    looked: Looked,
+    path: Path, name: str, found: Sequence[tuple[Suspect, Mapping[str, str]]], images: Images, looked: Looked
 ) -> None:
-    """Writes the page.
+    """Writes the page to `path`, on the data `name`.
 
-    Args:
-      path: of the page.
-      name: of the data.
-      found: the suspects, each with its row of `suspects.csv` by the names of the columns.
-      images: uint8 [N, H, W, C], what the suspects are positions in.
-      looked: how.
+    `found` has the suspects, each with its row of `suspects.csv` by the names of the columns; they are positions in
+    `images`, uint8 [N, H, W, C].
     """
     sections = []
     for kind, plural in _KINDS.items():

@@ -25,12 +25,8 @@ LOW_ACCURACY = 0.5  # classes below it are named among the limits
 def write_card(workdir: Path, path: Path, which: str, command: str, files: dict[str, int]) -> None:
     """Writes the card of a run's classifier to `path`.
 
-    Args:
-      workdir: of the finished run.
-      path: of the Markdown file.
-      which: "last" or "best", the checkpoint that the card describes.
-      command: the command that made `path`.
-      files: the files that it describes, with their bytes.
+    `which` is "last" or "best", the checkpoint that it describes; `command` made `path`; `files` has the bytes of the
+    files that it describes.
 
     Raises:
       UserError: the run has not finished, or one of its files is damaged.
@@ -44,8 +40,7 @@ def write_card(workdir: Path, path: Path, which: str, command: str, files: dict[
 def text(run: Finished, which: str, command: str, files: dict[str, int], figures: dict[str, str] | None = None) -> str:
     """Returns the card of a run that has results of the checkpoint `which`; the rest is as for `write_card`.
 
-    Args:
-      figures: for a hub, the captions of the pictures that lie beside it as `figures/NAME.png`.
+    `figures` are for a hub: the captions of the pictures that lie beside it as `figures/NAME.png`.
     """
     content = _content(run, which) | {"which": which, "command": command, "files": files, "low": LOW_ACCURACY}
     return style.template("card.md.jinja", cell=cell).render(content | {"figures": figures or {}})

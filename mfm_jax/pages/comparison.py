@@ -32,15 +32,9 @@ def write_page(
 ) -> tuple[Path, list[str]]:
     """Writes `workdir/compare.html`; returns its path, and what it says in words.
 
-    Args:
-      workdir: of the comparison.
-      rows: of `compare.table`; accuracies as fractions.
-      results: by method, the content of `results.json` of each seed.
-      failed: by method, why it has no results.
-      tuned: by method, the values that tuning chose, by `group.field`.
-      folders: by method, the run folder of each seed, below `workdir`; all runs share one split.
-      baseline: the method that the others are compared with.
-      provenance: of the comparison (`versions.provenance`).
+    By method `results` has the content of `results.json` of each seed, `failed` why there is none, `tuned` the values
+    that tuning chose, by `group.field`, and `folders` the run folder of each seed, below `workdir`; all runs share one
+    split. `rows` are those of `compare.table`, `provenance` is of the comparison (`versions.provenance`).
 
     Raises:
       UserError: a file of a run is missing or damaged.
@@ -51,6 +45,7 @@ def write_page(
     manifest = manifests[order[0]]
     classes = Classes(list(manifest["class_names"]), np.asarray(manifest["splits"]["train"]["class_counts"]))
     configs = {name: read_object(Workdir(folders[name][0]).config) for name in order}
+    changes = {name: config_lib.differences(configs[order[0]], configs[name]) for name in order[1:]}
     first, sentences = results[order[0]][0], _sentences(rows, baseline, methods, manifests)
     selected = any(
         run["best"] and run["best"]["step"] != run["last"]["step"] for runs in results.values() for run in runs
@@ -76,7 +71,7 @@ def write_page(
         "provenance": provenance,
         "versions": first.get("versions") or {},
         "config": json.dumps(configs[order[0]], indent=2, ensure_ascii=False),
-        "changes": {name: _changes(configs[order[0]], config) for name, config in configs.items() if name != order[0]},
+        "changes": {name: [str(one) for one in of if one.path != "method.name"] for name, of in changes.items()},
         "pictures": _pictures(classes, methods, baseline),
     }
     path = workdir / "compare.html"
@@ -125,12 +120,9 @@ def _sentences(
         if name in learning and baseline not in learning:
             text += f"; {_meta_images(manifests[name], manifests[baseline], baseline)}"
         unsure = half is None or abs(difference) <= half
-        told.append(f"{text}. {_doubt(half) if unsure else ''}".strip())
+        doubt = "One seed shows no interval." if half is None else "The interval holds zero: no difference is shown."
+        told.append(f"{text}. {doubt if unsure else ''}".strip())
     return told
-
-
-def _doubt(half: float | None) -> str:
-    return "One seed shows no interval." if half is None else "The interval holds zero: no difference is shown."
 
 
 def _meta_images(own: Mapping[str, Any], other: Mapping[str, Any], baseline: str) -> str:
@@ -177,11 +169,6 @@ def _runs(results: Sequence[Mapping[str, Any]], folders: Sequence[Path], workdir
         }
         for run, folder in zip(results, folders, strict=True)
     ]
-
-
-def _changes(baseline: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
-    """Returns in which fields a method's config differs from the baseline's, but for its name."""
-    return [str(one) for one in config_lib.differences(baseline, config) if one.path != "method.name"]
 
 
 def interval(row: Mapping[str, Any]) -> str:

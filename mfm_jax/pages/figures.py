@@ -239,10 +239,7 @@ def _blend(rarity: float) -> tuple[float, ...]:
 def draw_meta_gradient(figure: "Figure", train: Rows, chance: float | None, warned: Sequence[int]) -> str:
     """Draws the meta loss over steps, the meta-gradient's norm, and its agreement with its own past.
 
-    Args:
-      train: rows of that kind.
-      chance: the meta loss of equal probabilities.
-      warned: the steps at which the run was warned of something.
+    `chance` is the meta loss of equal probabilities; at the steps `warned` the run was warned of something.
     """
     loss, norm, agreement = figure.subplots(1, 3)
     _curve(loss, train, "meta_loss", "meta loss", ORANGE)

@@ -25,10 +25,7 @@ _METRICS = (
 def text(run: Finished, which: str, license_id: str) -> str:
     """Returns the front matter of the card of a run's checkpoint, values as fractions, and the empty line after it.
 
-    Args:
-      run: the finished run.
-      which: "last" or "best", the checkpoint.
-      license_id: a license as hubs spell it, e.g. `apache-2.0`.
+    `which` is the checkpoint, "last" or "best"; `license_id` is spelt as hubs do, e.g. `apache-2.0`.
     """
     method, model, data = run.results["method"], run.config["model"]["name"], str(run.manifest["dataset"])
     head: dict[str, Any] = {

@@ -1,9 +1,8 @@
 """One HTML page that shows a finished run, built from nothing but the files the run left in its workdir.
 
-A long-tailed result is a trade between classes, so a page that prints one accuracy explains nothing. This one
-puts side by side what a reader needs to judge a run: how many images each class had and how well it came out,
-what the last epoch gave and what selection on validation would have given, where the confusions go, whether
-the confidences can be trusted, how training went, and what the modulation learned. Its form is that of `style`.
+A long-tailed result is a trade between classes, which one accuracy does not show. The page puts side by side how many
+images each class had and how well it came out, the last epoch and the best on validation, the confusions, how far
+confidences can be trusted, how training went, and what the modulation learned. Its form is that of `style`.
 """
 
 import json

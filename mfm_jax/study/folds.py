@@ -13,15 +13,15 @@ import numpy as np
 
 from mfm_jax.config import Config
 from mfm_jax.data import LongTailData, longtail
-from mfm_jax.data.manifest import manifest_hash, write_manifest
+from mfm_jax.data.manifest import manifest_hash, redrawn, write_manifest
 from mfm_jax.errors import UserError
 from mfm_jax.study import runs
 
 
 def dealt(data: LongTailData) -> np.ndarray:
-    """Returns the positions of the training images that can be dealt to folds: but those of a held-out meta set."""
+    """Returns the positions of the training images that folds may hold out: all but a held-out meta set."""
     splits = data.manifest["splits"]
-    meta = [] if _redrawn(data.manifest) else splits["meta"]["ids"]
+    meta = [] if redrawn(data.manifest) else splits["meta"]["ids"]
     return np.flatnonzero(~np.isin(splits["train"]["ids"], meta))
 
 
@@ -47,7 +47,7 @@ def deal(labels: np.ndarray, copies: Sequence[object], folds: int, seed: int) ->
 
 
 def train(planned: Sequence[runs.Run], jobs: int) -> None:
-    """Trains the folds that `plan` returned, `jobs` at a time; finished ones not again, and interrupted ones go on.
+    """Trains the folds that `plan` returned, `jobs` at a time; finished ones stay, interrupted ones go on.
 
     Raises:
       UserError: a fold failed.
@@ -59,17 +59,13 @@ def train(planned: Sequence[runs.Run], jobs: int) -> None:
 
 
 def plan(config: Config, data: LongTailData, fold: np.ndarray, folder: Path) -> list[runs.Run]:
-    """Writes the manifests of the folds of a run of `config` to `folder`; returns what to train there.
+    """Writes a manifest for each fold to `folder`, made if absent; returns the runs to train there.
 
-    Args:
-      config: of the run.
-      data: of the run.
-      fold: of each image in `dealt`, as `deal` returns.
-      folder: of the folds; made if absent.
+    `config` and `data` are the run's, `fold` is what `deal` returned for the images in `dealt`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     planned, folds = [], int(fold.max()) + 1
-    # What a config has to say for there to be a validation split; how large it is, the manifest says.
+    # The config must ask for a validation split; the manifest says how large it is.
     settings: dict[str, Any] = {"train_on_meta": False}
     settings |= {"val_fraction": 1 / folds} if config.data.protocol == "natural" else {"val_images_per_class": 1}
     for number in range(folds):
@@ -84,16 +80,12 @@ def plan(config: Config, data: LongTailData, fold: np.ndarray, folder: Path) -> 
     return planned
 
 
-def _redrawn(manifest: Mapping[str, Any]) -> bool:
-    return manifest.get("meta_redrawn", manifest["protocol"] == "full")
-
-
 def _manifest(data: LongTailData, held: np.ndarray, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the manifest of a fold, of the run's with other training and validation images."""
+    """Returns the manifest of a fold: the run's, with other training and validation images."""
     manifest, where = data.manifest, dealt(data)
     ids, labels = np.array(manifest["splits"]["train"]["ids"])[where], data.train_labels[where]
     parts = {"train": (ids[~held], labels[~held]), "val": (ids[held], labels[held])}
-    if _redrawn(manifest):
+    if redrawn(manifest):
         per_class, seed = manifest["meta_images_per_class"], manifest["seed"]
         drawn = np.sort(longtail.redraw_meta(labels[~held], data.num_classes, per_class, seed, 0).ravel())
         parts["meta"] = ids[~held][drawn], labels[~held][drawn]
@@ -105,6 +97,6 @@ def _manifest(data: LongTailData, held: np.ndarray, settings: Mapping[str, Any])
         }
         for name, (members, of_part) in parts.items()
     }
-    overlaps = manifest["overlaps"] if _redrawn(manifest) else []
+    overlaps = manifest["overlaps"] if redrawn(manifest) else []
     found = {**manifest, **settings, "splits": manifest["splits"] | changed, "overlaps": overlaps}
     return {**found, "hash": manifest_hash(found)}

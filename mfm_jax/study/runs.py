@@ -1,14 +1,14 @@
 """Trains runs in processes of their own, several side by side, and lets none stop the others.
 
-Each process has its share of this machine's cores to itself and its own log file, and on an accelerator takes memory as
-it needs it; this one only watches. A run that fails is an outcome with its reason. SIGTERM or Ctrl-C stops them all,
-each saved, and the same command goes on; so does the end of one that was interrupted, by a notice of pre-emption say,
-and the time that is given. Each process leaves a line in its run's `processes.jsonl`: what it took.
+Each process has cores of this machine to itself and its own log file, and on an accelerator takes memory as it needs
+it; this one only watches. A run that fails becomes an outcome with its reason. All stop on SIGTERM, on Ctrl-C, when the
+time is over, and when one was interrupted, by a notice of pre-emption say: each saves, and the same command goes on.
+Each process adds a line on its time and memory to `processes.jsonl` of its run.
 
     python -m mfm_jax.study.runs CORES WORKDIR...
 
-is one such process: cores as `0,1`; the config of the run in `DIR/seed0` is `DIR/seed0.json`. Several runs are trained
-in one program.
+is one such process, on cores such as `0,1`. It reads the config of the run in `DIR/seed0` from `DIR/seed0.json`, and
+trains several runs in one program.
 """
 
 if __name__ == "__main__":  # before the other imports start threads; being imported changes no process
@@ -127,7 +127,7 @@ def train_all(
         (`train.train_together`). Every run has a workdir of its own.
       jobs: processes at a time.
       seconds: after so many all are stopped, as by SIGTERM.
-      patience: a process that has not saved so many seconds later is killed; its last checkpoint is there.
+      patience: a process that has not saved so many seconds later is killed; its last checkpoint stays.
       ended: called with the runs of each process that has ended by itself, and their outcomes.
 
     Raises:
@@ -221,7 +221,7 @@ def _finished(job: _Job, status: int) -> list[Outcome]:
 
 @contextlib.contextmanager
 def _stopping(jobs: list[_Job]) -> Iterator[Any]:
-    """Passes SIGTERM, Ctrl-C and the terminal's end on to the processes; yields whether one came, and what acts so."""
+    """Passes SIGTERM, Ctrl-C and the terminal's end on to the processes; yields whether one came, and the handler."""
     received: list[int] = []
 
     def note(number: int = signal.SIGTERM, frame: Any = None) -> None:
@@ -252,7 +252,7 @@ def _told(job: _Job) -> str:
 
 
 def _table(jobs: Sequence[_Job], began: float) -> Table:
-    """Returns what runs now, and below it when all will be done."""
+    """Returns a row for each process that runs now, and a caption on when all will be done."""
     score = ["balanced on validation"] * any(job.runs[0].config.data.validates for job in jobs if job.running)
     table = Table("run", "epoch", *score, "minutes", "left", caption_justify="left")
     for job in jobs:
@@ -292,7 +292,7 @@ def _measure() -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _accounted(workdirs: Sequence[Path]) -> Iterator[None]:
-    """Adds a line on this process to `Workdir.processes` of each run, where the body ends or is interrupted.
+    """Adds a line on this process to `Workdir.processes` of each run, when the body ends or is interrupted.
 
     `seconds`: of the process, from here; `compile_seconds`: XLA's; `step_seconds`: of a step, the median over the
     epochs but the first, in which programs are compiled (None without others); `bytes`: peak memory, and `of` what;

@@ -26,14 +26,10 @@ COMMON: Mapping[str, Span | Choice] = {"optim.learning_rate": Span(0.01, 0.3, lo
 
 
 def tune(method: str, fields: Fields, trials: int, folder: Path, jobs: int = 1) -> dict[str, Any]:
-    """Returns the best values found, by `group.field`; also written to `folder/best.json`.
+    """Returns the best values by `group.field`, and writes them to `folder/best.json`.
 
-    Args:
-      method: a name of `METHODS`.
-      fields: the config's fields, of that method.
-      trials: how many runs.
-      folder: the trials go to `folder/trialN`.
-      jobs: trials side by side; a batch of so many is proposed at a time.
+    `fields` are those of the config, of that method, a name of `METHODS`. The runs are in `folder/trialN`, `jobs` side
+    by side: as many are proposed at a time.
 
     Raises:
       UserError: there is no validation split, or every trial failed.

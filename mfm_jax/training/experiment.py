@@ -15,7 +15,7 @@ import optax
 from jax.sharding import Mesh
 
 from mfm_jax import bilevel
-from mfm_jax.bilevel import modulation, passes
+from mfm_jax.bilevel import modulation, optim, passes
 from mfm_jax.bilevel.outer import MetaLearner
 from mfm_jax.bilevel.passes import Pass
 from mfm_jax.config import Config
@@ -90,7 +90,8 @@ def build(config: Config, data: LongTailData, mesh: Mesh | None = None) -> Exper
     image = jnp.zeros((1, *data.train_images.shape[1:]), jnp.float32)
     channels = _channels(config, plain.module, image, data.num_classes, mesh)
     learner = method.learner(config, counts, channels) if method.learner else None
-    phi_tx = recipe.outer_optimizer(config, learner, rules.steps_per_epoch) if learner else rules.second_tx
+    schedule = optim.meta_schedule(config.meta, config.optim, config.train.epochs, rules.steps_per_epoch)
+    phi_tx = learner.optimizer(schedule) if learner else rules.second_tx
     scans = config.model.scan_blocks
     module = plain.module.clone(scan_blocks=True) if scans else plain.module
     forward = Pass(tested.applied(config, module), parts=config.train.accumulate)
@@ -182,11 +183,7 @@ def _on_mesh(config: Config, module: nn.Module, mesh: Mesh) -> ApplyFn:
 
 
 def _trace(config: Config, init: Callable, step: Callable, image_shape: tuple[int, ...]) -> None:
-    """Traces a step of a meta learner of the user's own, whose functions can fail in any way.
-
-    Raises:
-      UserError: it fails.
-    """
+    """Traces a step of a meta learner of the user's own, whose functions can fail in any way."""
 
     def batch(size: int) -> Batch:
         return Batch(jnp.zeros((size, *image_shape), jnp.float32), jnp.zeros(size, jnp.int32))

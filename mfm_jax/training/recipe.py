@@ -9,7 +9,6 @@ import optax
 
 from mfm_jax import models
 from mfm_jax.bilevel import ClassWeights, MetaRule, losses, optim
-from mfm_jax.bilevel.outer import MetaLearner
 from mfm_jax.config import Config
 from mfm_jax.data import LongTailData, batches
 from mfm_jax.methods import sampling, table
@@ -65,11 +64,6 @@ def of(config: Config, data: LongTailData) -> Recipe:
     )
 
 
-def outer_optimizer(config: Config, learner: MetaLearner, steps_per_epoch: int) -> optax.GradientTransformation:
-    """Returns the optax chain of a meta learner's phi."""
-    return learner.optimizer(optim.meta_schedule(config.meta, config.optim, config.train.epochs, steps_per_epoch))
-
-
 def meta_rule(config: Config) -> MetaRule:
     """Returns how a meta-step is taken."""
     return MetaRule(
@@ -93,11 +87,8 @@ def _schedules(config: Config, method: Method, per_epoch: int) -> tuple[optax.Sc
         whole = optim.schedule(settings, config.train.epochs, per_epoch)
         return whole, whole, whole
     part = config.second_stage
-    again = dataclasses.replace(
-        settings,
-        warmup_epochs=0,
-        learning_rate=settings.learning_rate * (0.1 if method.fine_tune else 1),
-    )
+    rate = settings.learning_rate * (0.1 if method.fine_tune else 1)
+    again = dataclasses.replace(settings, warmup_epochs=0, learning_rate=rate)
     first = optim.schedule(settings, part, per_epoch)
     second = optim.schedule(again, config.train.epochs - part, per_epoch)
     joined = optax.join_schedules([first, second], [part * per_epoch])

@@ -95,21 +95,8 @@ def train_together(
 
     Each run has its own workdir, checkpoints and results, as if it had been trained by `train_and_evaluate`, and the
     same numbers up to the rounding of batched operations. Small networks leave an accelerator idle; several at once
-    fill it.
-
-    Args:
-      configs: one a run.
-      workdirs: one a run.
-      pages: as in `train_and_evaluate`.
-      trace: likewise.
-
-    Returns:
-      The results of each run.
-
-    Raises:
-      UserError: as `train_and_evaluate`, or runs that differ in more than the seed.
-      NonFiniteError: a loss or gradient of one of the runs became non-finite.
-      Interrupted: SIGTERM or Ctrl-C; all runs are saved.
+    fill it. Arguments, one config and one folder a run, and errors are those of `train_and_evaluate`; runs that differ
+    in more than the seed are refused, too.
     """
     config_lib.find_own(configs[0])
     for config, workdir in zip(configs, workdirs, strict=True):

@@ -24,10 +24,7 @@ def of_run(config: Config, class_names: Sequence[str], params: PyTree, batch_sta
     starts fresh where the classes are others, or where one is linear and the other normalised; which, is told on the
     standard error. Adapters that the run has not stay as they are.
 
-    Args:
-      config: of the new run.
-      class_names: of its data.
-      params, batch_stats: of its classifier, for their shapes and for what starts fresh.
+    `params` and `batch_stats` are those of the new run's classifier, for their shapes and for what starts fresh.
 
     Raises:
       UserError: there is no such run, it has no sound checkpoint, or its classifier is another model or of another

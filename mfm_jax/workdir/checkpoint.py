@@ -156,11 +156,7 @@ class Checkpointer:
             self._tell_failure(error)
 
     def _tell_failure(self, error: Exception) -> None:
-        """Says that the save failed and why, and forgets it.
-
-        Raises:
-          UserError: there are several processes; the job ends, and the same command goes on from the last checkpoint.
-        """
+        """Says that the save failed and why, and forgets it; in a job of several processes it raises."""
         if jax.process_count() > 1:  # they would disagree on which checkpoints there are
             raise UserError(f"the checkpoint of step {self._saving} could not be saved: {_reason(error)}") from error
         last = self._reopened().latest_step()
@@ -220,11 +216,7 @@ def restore_phi(workdir: Path, like: PyTree, kind: str) -> PyTree:
 
 
 def _set_aside_damaged(folder: Path) -> None:
-    """Moves damaged checkpoints to a folder beside the one of checkpoints, and names them.
-
-    Raises:
-      UserError: all are damaged; they stay where they are.
-    """
+    """Moves damaged checkpoints to a folder beside theirs, and names them; where all are, it raises and moves none."""
     steps = [path for path in folder.glob("*") if path.name.isdecimal()]
     damaged = {path: reason for path in steps if (reason := integrity.damage(path))}
     named = "; ".join(f"{path.name}: {reason}" for path, reason in damaged.items())

@@ -47,13 +47,7 @@ class Guarded:
     """A logger that never raises. What fails is told once; rows that it has not got are handed over at the end."""
 
     def __init__(self, name: str, make: Callable[[], Logger], began_with: int):
-        """Makes the logger.
-
-        Args:
-          name: what the user calls it.
-          make: opens it.
-          began_with: the rows that a resumed one has got.
-        """
+        """Calls `make`, which opens it; a resumed one, that the user calls `name`, has got the rows it `began_with`."""
         self.name, self._failed, self._sent = name, False, 0
         self._logger: Logger | None = None
         self._tried(lambda: self._open(make, began_with))
@@ -129,10 +123,7 @@ def check(config: Config) -> None:
 def opened(config: Config, workdir: Path, began_with: int) -> list[Guarded]:
     """Returns the loggers of `train.loggers` but for TensorBoard, which is no service; keeps their ids in the folder.
 
-    Args:
-      config: of the run.
-      workdir: its folder.
-      began_with: the metric rows that its checkpoint has.
+    `began_with` is the number of metric rows that its checkpoint has.
     """
     place = Workdir(workdir).loggers
     kept = read_object(place) if place.exists() else {}
