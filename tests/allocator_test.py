@@ -8,19 +8,19 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers import slow
 
 from mfm_jax.machine import allocator
 
-# Steps with 64 MB of temporary memory, after a command's imports; prints the pages that the system cleared for ten.
+# Steps with 36 MB of temporary memory, after a command's imports; prints the pages that the system cleared for ten.
 STEPS = """
 import contextlib, resource, runpy, sys
 sys.argv[1:], command = ["--help"], sys.argv[1]
 with contextlib.suppress(SystemExit):
     runpy.run_module(command, run_name="__main__")
 import jax, jax.numpy as jnp
-from mfm_jax.training import train
-step = jax.jit(lambda x: jnp.tanh(x @ x.T) @ x / 4000)
-x = jnp.ones((4000, 8))
+step = jax.jit(lambda x: jnp.tanh(x @ x.T) @ x / 3000)
+x = jnp.ones((3000, 8))
 for _ in range(10):
     x = jax.block_until_ready(step(x))
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -39,7 +39,7 @@ def huge_pages() -> bool:
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="acts on glibc's malloc alone")
 @pytest.mark.skipif(huge_pages(), reason="the system clears huge pages")
-@pytest.mark.parametrize("command", ["main", pytest.param("predict", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("command", ["main", slow("predict")])
 def test_a_commands_steps_need_no_pages_of_the_system(command):
     environment = {name: value for name, value in os.environ.items() if name not in VARIABLES}
     pages = []
@@ -48,7 +48,7 @@ def test_a_commands_steps_need_no_pages_of_the_system(command):
         done = subprocess.run(run, env=environment | tuned, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         pages.append(int(done.stdout.splitlines()[-1]))
-    a_block = 4000 * 4000 * 4 // os.sysconf("SC_PAGE_SIZE")
+    a_block = 3000 * 3000 * 4 // os.sysconf("SC_PAGE_SIZE")
     assert pages[1] > 5 * a_block  # of ten steps
     assert pages[0] < pages[1] / 2  # on a busy machine further blocks may come into use late
 

@@ -4,7 +4,6 @@ import csv
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import jax
 import jax.extend
@@ -12,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import benchmark
+from helpers import REPOSITORY, benchmark, slow
 
 from mfm_jax import bilevel, config, models
 from mfm_jax.bilevel import losses, modulation, optim
@@ -55,7 +54,7 @@ def test_every_kind_of_step_can_be_built_and_run(contenders, steps):
 
 def test_the_frozen_recipe_takes_plain_steps(contenders, steps):
     small = {"model": "resnet8", "image_size": 8, "width": 2, "batch": 8, "meta_batch": 10}
-    config = str(Path(__file__).parents[1] / "configs" / "cifar10_lt.py")
+    config = str(REPOSITORY / "configs" / "cifar10_lt.py")
     program = steps.build(contenders.Spec("", step="recipe", config=config, overrides=contenders.FROZEN, **small))
     assert program.facts["spec"]["every"] == 1
     program.run(1)
@@ -64,7 +63,7 @@ def test_the_frozen_recipe_takes_plain_steps(contenders, steps):
 
 def test_the_loop_of_main_runs_its_meta_steps(contenders, steps):
     small = {"model": "resnet8", "image_size": 8, "width": 2, "batch": 8, "meta_batch": 10}
-    config = str(Path(__file__).parents[1] / "configs" / "cifar10_lt.py")
+    config = str(REPOSITORY / "configs" / "cifar10_lt.py")
     overrides = (("train.steps_per_call", 3), ("meta.every", 2))
     spec = contenders.Spec("", step="loop", config=config, seeds=2, overrides=overrides, **small)
     program = steps.build(spec)
@@ -81,7 +80,7 @@ def test_published_networks_are_counted_at_their_own_size(contenders):
 
 
 def test_the_page_has_what_the_accelerator_took():
-    docs = Path(__file__).parents[1] / "docs"
+    docs = REPOSITORY / "docs"
     with (docs / "results" / "accelerator.csv").open(newline="") as file:
         took = [
             (1e3 * float(row["seconds"]), 100 * float(row["half_range"]))
@@ -97,7 +96,7 @@ def test_the_page_has_what_the_accelerator_took():
 
 def test_a_lent_accelerator_leaves_a_table(tmp_path):
     """One command on the CPU at small shapes: what was measured is positive, what does not fit is named."""
-    script = Path(__file__).parents[1] / "benchmarks" / "accelerator.py"
+    script = REPOSITORY / "benchmarks" / "accelerator.py"
     options = "--minutes=1.6 --model=resnet8 --batch_size=8 --image_size=8 --turn_seconds=0.01 --rounds=3"
     only = "--only=^copy$|^plain$|^PyTorch MFM, logits, compiled"
     ran = subprocess.run(
@@ -206,9 +205,7 @@ def test_twin_has_the_same_logits(twin, train):
     np.testing.assert_allclose(found.numpy(), np.asarray(logits), rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    "sites", [pytest.param(("pooled",), marks=pytest.mark.slow), FEATURE_SITES], ids=["pooled", "four"]
-)
+@pytest.mark.parametrize("sites", [slow(("pooled",)), FEATURE_SITES], ids=["pooled", "four"])
 def test_twin_takes_the_same_step(twin, sites):
     """Losses, meta-gradient, parameters, momenta and running averages after one step of both, in float64."""
     batch, meta_batch = _batch(0), _batch(1)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import Small
+from helpers import Small, slow, to_double
 
 from mfm_jax import bilevel, models
 from mfm_jax.bilevel import MetaRule, hypergrad, losses, modulation
@@ -25,10 +25,6 @@ COUNTS = jnp.array([500, 120, 40, 7])
 
 MODULE = Small(CLASSES, WIDTH)
 FORWARD = Pass.of(MODULE)
-
-
-def slow(value):
-    return pytest.param(value, marks=pytest.mark.slow)
 
 
 def batch(seed: int) -> Batch:
@@ -71,10 +67,9 @@ RESNET = models.create("resnet8", CLASSES, 16)
 
 @pytest.mark.parametrize(
     ("form", "module"),
-    [("frequency", Small(CLASSES, 16))]
-    + [
-        pytest.param(form, RESNET, marks=pytest.mark.slow)
-        for form in ("direct", "direct_per_class", "frequency", "network")
+    [
+        ("frequency", Small(CLASSES, 16)),
+        *(slow(form, RESNET) for form in ("direct", "direct_per_class", "frequency", "network")),
     ],
 )
 def test_identity_modulation_is_the_plain_step_bit_for_bit(form, module):
@@ -157,10 +152,8 @@ def test_probabilities_are_plain():
 def test_step_that_is_not_lagged_is_the_definition():
     """phi' by the oracle and the modulator's optax; w' = U(w, grad L_train(w, phi'))."""
     with jax.enable_x64(True):
-        state, tx, modulator, phi_tx = jax.tree.map(
-            lambda x: x.astype(jnp.float64) if isinstance(x, jax.Array) and x.dtype == jnp.float32 else x,
-            setup("direct", ("pooled",), noise=0.3),
-        )
+        state, tx, modulator, phi_tx = setup("direct", ("pooled",), noise=0.3)
+        state = to_double(state)
         module = MODULE.clone(dtype=jnp.float64)
         data, meta = (Batch(b.image.astype(jnp.float64), b.label) for b in (batch(0), batch(1)))
         rule = MetaRule(lagged=False, bn="running")

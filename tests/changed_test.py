@@ -33,9 +33,8 @@ def filled(root: Path, first: int) -> Path:
 
 
 @pytest.fixture
-def root(tmp_path, monkeypatch) -> Path:
+def root(tmp_path, own_cache) -> Path:
     """A folder of pictures, and a cache of the test's own."""
-    monkeypatch.setenv("MFM_JAX_CACHE", str(tmp_path / "cache"))
     return filled(tmp_path / "set", 10)
 
 
@@ -170,9 +169,7 @@ def test_records_of_tfds_that_are_replaced_have_another_name_in_the_cache(tmp_pa
     assert tfds._fingerprint(tmp_path) != before
 
 
-def test_a_file_of_arrays_that_is_replaced_while_it_is_read_is_not_kept(tmp_path, monkeypatch):
-    monkeypatch.setenv("MFM_JAX_CACHE", str(tmp_path / "cache"))
-
+def test_a_file_of_arrays_that_is_replaced_while_it_is_read_is_not_kept(tmp_path, monkeypatch, own_cache):
     def save(value: int) -> None:
         labels = np.arange(8) % 2
         pixels = np.full((8, 4, 4), value, np.uint8)
@@ -183,6 +180,5 @@ def test_a_file_of_arrays_that_is_replaced_while_it_is_read_is_not_kept(tmp_path
     monkeypatch.setattr("mfm_jax.data.arrays.cached", lambda name, build: (save(2), cached(name, build))[1])
     with pytest.raises(UserError, match=r"a\.npz': was written to while it was read; start again"):
         build(tmp_path / "a.npz", data__source="npz", data__image_size=2)
-    monkeypatch.undo()
-    monkeypatch.setenv("MFM_JAX_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("mfm_jax.data.arrays.cached", cached)
     assert (build(tmp_path / "a.npz", data__source="npz", data__image_size=2).test_images == 2).all()

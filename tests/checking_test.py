@@ -23,9 +23,8 @@ def noise(path: Path, seed: int, size: tuple[int, int] = (90, 80)) -> Image.Imag
 
 
 @pytest.fixture
-def root(tmp_path, monkeypatch) -> Path:
+def root(tmp_path, own_cache) -> Path:
     """20 pictures in 2 classes, and a cache of the test's own."""
-    monkeypatch.setenv("MFM_JAX_CACHE", str(tmp_path / "cache"))
     for i in range(20):
         noise(tmp_path / f"set/{'ab'[i % 2]}/{i:02}.png", i)
     return tmp_path / "set"
@@ -320,8 +319,7 @@ def test_even_pictures_do_not_look_alike(root):
     assert told(root) == []
 
 
-def test_of_two_splits_the_one_nearer_to_training_comes_first(tmp_path, monkeypatch):
-    monkeypatch.setenv("MFM_JAX_CACHE", str(tmp_path / "cache"))
+def test_of_two_splits_the_one_nearer_to_training_comes_first(tmp_path, own_cache):
     root = tmp_path / "set"
     for split, name, seed in (("train", "a/z", 1), ("train", "b/x", 2), ("test", "a/a", 1), ("val", "a/b", 1)):
         noise(root / split / f"{name}.png", seed)

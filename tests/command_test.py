@@ -14,6 +14,7 @@ import jax
 import pytest
 from absl import logging
 from absl.testing import flagsaver
+from helpers import REPOSITORY, slow
 from PIL import Image
 
 from mfm_jax import command, config, main
@@ -22,7 +23,6 @@ from mfm_jax.machine import interruption
 from mfm_jax.training import train
 from mfm_jax.workdir.files import Workdir
 
-REPOSITORY = Path(__file__).parents[1]
 # ml_collections reads a config file in a way that Python 3.12 no longer has; a user's filters hide the warning.
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 DIGITS = f"--config={REPOSITORY}/configs/digits_lt.py"
@@ -98,10 +98,7 @@ def test_a_mistake_is_one_line_and_leaves_at_most_an_empty_folder(argument, run,
     assert list(tmp_path.rglob("*")) in ([], [workdir])
 
 
-@pytest.mark.parametrize(
-    "argument",
-    ["--config.optim.lr=0.1", pytest.param("--config.meta.images_per_class=200", marks=pytest.mark.slow)],
-)
+@pytest.mark.parametrize("argument", ["--config.optim.lr=0.1", slow("--config.meta.images_per_class=200")])
 def test_the_program_prints_that_line_and_nothing_else(argument, tmp_path):
     check_refusal(program(DIGITS, f"--workdir={tmp_path / 'run'}", argument), MISTAKES[argument])
     assert list(tmp_path.rglob("*")) in ([], [tmp_path / "run"])
@@ -371,9 +368,8 @@ def test_a_folder_of_sixty_images_trains_without_an_edit(run, tmp_path):
         for i in range(20):
             Image.new("L", (12, 10), grey + i).save(tmp_path / "set" / name / f"{i}.png")
     folder = f"--config={REPOSITORY}/configs/folder_lt.py"
-    quick = [
-        f"--config.{one}" for one in ("train.epochs=1", "model.name=resnet8", "data.image_size=16", "data.workers=0")
-    ]
+    fields = ("train.epochs=1", "model.name=own_parts:Tiny", "data.image_size=16", "data.workers=0")
+    quick = [f"--config.{one}" for one in fields]
     arguments = (folder, f"--workdir={tmp_path / 'run'}", f"--config.data.root={tmp_path / 'set'}", *quick)
     status, out, err = run(*arguments, "--mode", "check")
     assert (status, err) == (0, "")

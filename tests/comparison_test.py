@@ -11,6 +11,8 @@ from mfm_jax import compare
 from mfm_jax.evaluation import metrics
 from mfm_jax.pages import comparison, comparison_figures, style
 
+pytestmark = pytest.mark.usefixtures("drawn")
+
 COUNTS = np.array([500, 60, 7])
 MANIFEST = {
     "dataset": "made <up>",

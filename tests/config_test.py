@@ -4,11 +4,10 @@ import dataclasses
 import json
 import math
 import runpy
-from pathlib import Path
 
 import ml_collections
 import pytest
-from helpers import OWN
+from helpers import OWN, REPOSITORY
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -17,7 +16,7 @@ from mfm_jax.config import FIELDS, Config
 from mfm_jax.errors import UserError
 from mfm_jax.fields import Bounds
 
-FILES = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
+FILES = sorted((REPOSITORY / "configs").glob("*.py"))
 
 
 def override(path: str, value) -> dict:

@@ -32,17 +32,25 @@ gc.set_threshold(50_000, 20, 50)  # what is traced makes objects by the million,
 def cache_folder(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> None:
     """Keeps the user's own cache out of the tests, and compiles a program that several of them run only once.
 
-    So do the processes that they start, whose settings these variables are.
-    The native kernels are kept from one run of the tests to the next: they have the names of what they are made of.
+    So do the processes that they start, whose settings these variables are. What is compiled is kept from one run of
+    the tests to the next, under the names of what it is made of; `pytest --cache-clear` removes it.
     """
     folder = tmp_path_factory.mktemp("cache")
     if cache := getattr(pytestconfig, "cache", None):  # absent with `-p no:cacheprovider`
-        (folder / "native").symlink_to(cache.mkdir("native"))
+        for name in ("native", "xla"):
+            (folder / name).symlink_to(cache.mkdir(name))
     os.environ["MFM_JAX_CACHE"] = str(folder)
     jax.config.update("jax_compilation_cache_dir", str(folder / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.02)
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder / "xla")
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.02"
+
+
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache folder of the test's own."""
+    monkeypatch.setenv("MFM_JAX_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
 
 
 @pytest.fixture
@@ -57,6 +65,15 @@ def pets(tmp_path: Path) -> Path:
 def one_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """Has a run use one of the fake devices."""
     monkeypatch.setattr(jax, "device_count", lambda: 1)
+
+
+@pytest.fixture
+def processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gives the processes that a test starts one device, this package, and what lies beside the tests."""
+    from helpers import environment
+
+    for name, value in environment().items():
+        monkeypatch.setenv(name, value)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -30,10 +30,8 @@ BEGUN = Config().to_dict()
 
 def tiny(**overrides) -> Config:
     """Returns a config of two epochs of three steps."""
-    seldom = {
-        "eval__every_epochs": 3,
-        "checkpoint__every_epochs": 3,
-    }  # the end of a part validates and saves all the same
+    # The end of a part validates and saves all the same.
+    seldom = {"eval__every_epochs": 3, "checkpoint__every_epochs": 3}
     fields = {"data__val_images_per_class": 3, "data__imbalance_factor": 20.0}
     return configured("mfm", **seldom | fields | overrides)
 
@@ -299,16 +297,10 @@ def test_a_run_is_extended_twice_and_among_others(copy):
     [
         ({"optim__restarts": "two"}, "optim.restarts = 'two': expected epochs, comma-separated, e.g. '60,90'"),
         ({"optim__restarts": "1,"}, "optim.restarts = '1,': expected epochs, comma-separated, e.g. '60,90'"),
-        (
-            {"optim__restarts": "2"},
-            "optim.restarts = '2': expected rising numbers above optim.warmup",
-        ),
+        ({"optim__restarts": "2"}, "optim.restarts = '2': expected rising numbers above optim.warmup"),
         ({"optim__restarts": "1,1", "train__epochs": 3}, "optim.restarts = '1,1': expected rising numbers"),
         ({"optim__restarts": "1", "optim__warmup_epochs": 1}, "optim.restarts = '1': expected rising numbers above"),
-        (
-            {"optim__restarts": "1", "method__name": "lws"},
-            "optim.restarts = '1': lws has one plan for all of",
-        ),
+        ({"optim__restarts": "1", "method__name": "lws"}, "optim.restarts = '1': lws has one plan for all of"),
     ],
 )
 def test_restarts_that_make_no_plan_are_refused(overrides, message):

@@ -5,7 +5,6 @@ may lose or gain a picture without a problem that names it.
 """
 
 import contextlib
-import io
 import os
 import re
 import socket
@@ -17,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import file_of
 from PIL import Image
 
 from mfm_jax.data import checking, listing, pictures
@@ -36,16 +36,11 @@ class Told:
 
 
 def encoded(kind: str = "PNG", color: tuple[int, ...] = (200, 100, 50), side: int = 8, mode: str = "RGB", **options):
-    buffer = io.BytesIO()
-    Image.new(mode, (side, side), color if len(color) > 1 else color[0]).save(buffer, kind, **options)
-    return buffer.getvalue()
+    return file_of(Image.new(mode, (side, side), color if len(color) > 1 else color[0]), kind, **options)
 
 
-def noise(kind: str, side: int = 64, **options) -> bytes:
-    buffer = io.BytesIO()
-    values = np.random.default_rng(0).integers(0, 256, (side, side, 3), np.uint8)
-    Image.fromarray(values).save(buffer, kind, **options)
-    return buffer.getvalue()
+def noise(kind: str) -> bytes:
+    return file_of(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8), kind)
 
 
 @pytest.fixture
@@ -103,18 +98,10 @@ def zeroed(content: bytes) -> bytes:
     return content[: middle - 500] + bytes(1000) + content[middle + 500 :]
 
 
-def saved(values: np.ndarray, kind: str, **options) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(values).save(buffer, kind, **options)
-    return buffer.getvalue()
-
-
 def palette() -> bytes:
     picture = Image.new("P", (8, 8), 1)
     picture.putpalette([1, 2, 3, 4, 5, 6])
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG", transparency=1)
-    return buffer.getvalue()
+    return file_of(picture, transparency=1)
 
 
 def corrupt_exif() -> bytes:
@@ -152,8 +139,8 @@ BAD = {
     "a png with zeros in the middle": (zeroed(noise("PNG")), DAMAGED),
     "a png without its first byte": (encoded()[1:], "not an image"),
     "a png as text, its line ends changed": (encoded().replace(b"\r\n", b"\n"), "not an image"),
-    "32-bit whole numbers": (saved(np.full((8, 8), 9, np.int32), "TIFF"), "32-bit pixels; save it with 8 or 16"),
-    "floating-point numbers": (saved(np.full((8, 8), 0.5, np.float32), "TIFF"), "floating-point pixels"),
+    "32-bit whole numbers": (file_of(np.full((8, 8), 9, np.int32), "TIFF"), "32-bit pixels; save it with 8 or 16"),
+    "floating-point numbers": (file_of(np.full((8, 8), 0.5, np.float32), "TIFF"), "floating-point pixels"),
 }
 FINE = {
     "a jpg under a wrong name": (encoded("JPEG", (128, 128, 128)), (128, 128, 128)),
@@ -166,9 +153,9 @@ FINE = {
     "an animated png": (encoded(save_all=True, append_images=[SECOND]), (200, 100, 50)),
     "a tiff of two pages": (encoded("TIFF", save_all=True, append_images=[SECOND]), (200, 100, 50)),
     "one pixel": (encoded(side=1), (200, 100, 50)),
-    "a very tall picture": (saved(np.full((5000, 1), 7, np.uint8), "PNG"), (7,)),
-    "a very wide picture": (saved(np.full((1, 5000), 7, np.uint8), "PNG"), (7,)),
-    "16-bit grey": (saved(np.full((8, 8), 257 * 7, np.uint16), "PNG"), (7,)),
+    "a very tall picture": (file_of(np.full((5000, 1), 7, np.uint8)), (7,)),
+    "a very wide picture": (file_of(np.full((1, 5000), 7, np.uint8)), (7,)),
+    "16-bit grey": (file_of(np.full((8, 8), 257 * 7, np.uint16)), (7,)),
     "a palette with transparency": (palette(), (255, 255, 255)),
     "transparent color": (encoded(color=(9, 9, 9, 0), mode="RGBA"), (255, 255, 255)),
     "transparent grey": (encoded(color=(9, 0), mode="LA"), (255,)),

@@ -125,9 +125,8 @@ def test_levels_that_are_left(bits, white, tmp_path):
 
 
 @pytest.fixture
-def root(tmp_path, monkeypatch) -> Path:
+def root(tmp_path, own_cache) -> Path:
     """30 pictures of 12 bits in two classes: even, from 0 to 4060 in steps of 140; and a cache of the test's own."""
-    monkeypatch.setenv("MFM_JAX_CACHE", str(tmp_path / "cache"))
     for i in range(30):
         save(tmp_path / f"set/{'ab'[i % 2]}/{i:02}.png", 140 * i)
     return tmp_path / "set"

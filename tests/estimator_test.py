@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from helpers import Tiny, shipped
+from helpers import environment, shipped
 from PIL import Image
 from sklearn.base import clone
 from sklearn.datasets import load_digits
@@ -19,14 +19,13 @@ from sklearn.utils import estimator_checks
 
 import mfm_jax as mfm
 from mfm_jax import config as config_lib
-from mfm_jax import models
 from mfm_jax.config import parameters
 from mfm_jax.data import given, numbers
 from mfm_jax.errors import UserError
 from mfm_jax.inference import evaluate
 from mfm_jax.workdir.files import Workdir
 
-TINY = {"model": "resnet8", "epochs": 1, "model__width": 4, "train__max_steps": 2, "augment__flip": False}
+TINY = {"model": "own_parts:Tiny", "epochs": 1, "train__max_steps": 2, "augment__flip": False}
 SHORT = TINY | {"method": "ce", "train__max_steps": 1}
 EXPECTED_FAILED_CHECKS = {
     "check_do_not_raise_errors_in_init_or_set_params": "a parameter that does not exist is refused when it is given, as"
@@ -52,11 +51,6 @@ def alone():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jax, "device_count", lambda: 1)
         yield
-
-
-@pytest.fixture
-def small_network(monkeypatch):
-    monkeypatch.setattr(models, "create", lambda name, classes, width, dtype, **_: Tiny(classes, dtype))
 
 
 @pytest.fixture(scope="module")
@@ -274,7 +268,7 @@ class TestFit:
             clone(fitted).set_params(epochs=2, optim__learning_rate=0.2).fit(IMAGES, LABELS)
         assert capfd.readouterr() == ("", "")
 
-    def test_only_the_verbose_one_prints(self, capfd, small_network):
+    def test_only_the_verbose_one_prints(self, capfd):
         made = mfm.MFMClassifier(random_state=None, validation_fraction=0.2, **SHORT).fit(PIXELS, np.arange(34) % 2)
         assert capfd.readouterr() == ("", "")
         assert (made.split_["val"], made.results_["split"]) == ([3, 3], "val")
@@ -283,7 +277,7 @@ class TestFit:
         assert "2 training images" not in (out := capfd.readouterr().out)
         assert "34 training images (17..17 a class), 10 meta a class, 0 validation, 0 test; 8x8x1" in out
 
-    def test_a_folder_of_class_folders(self, tmp_path, small_network):
+    def test_a_folder_of_class_folders(self, tmp_path):
         for i, (pixels, label) in enumerate(zip(PIXELS, LABELS, strict=True)):
             (tmp_path / "set" / label).mkdir(parents=True, exist_ok=True)
             Image.fromarray(pixels).save(tmp_path / "set" / label / f"{i:02}.png")
@@ -304,7 +298,8 @@ class TestKeeping:
             "import pickle, numpy as np; made = pickle.load(open('estimator.pkl', 'rb'));"
             "np.save('rows.npy', made.predict_proba(np.load('images.npy'))); print(made.run_.folder)"
         )
-        done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+        run = [sys.executable, "-c", code]
+        done = subprocess.run(run, cwd=tmp_path, env=environment(), capture_output=True, text=True, check=True)
         assert done.stderr == ""
         assert not Path(done.stdout.strip()).exists()  # it went with the process
         np.testing.assert_allclose(np.load(tmp_path / "rows.npy"), fitted.predict_proba(IMAGES), atol=1e-6)
@@ -329,7 +324,7 @@ class TestKeeping:
         assert results["split"] == "train"
         assert results["last"]["train"]["accuracy"] == fitted.results_["last"]["train"]["accuracy"]
 
-    def test_a_temporary_run_goes_with_its_estimator(self, small_network):
+    def test_a_temporary_run_goes_with_its_estimator(self):
         made = mfm.MFMClassifier(**SHORT).fit(PIXELS, np.arange(34) % 2)
         copy = pickle.loads(pickle.dumps(made))
         folders = [one.run_.folder for one in (made, copy)]
@@ -339,7 +334,6 @@ class TestKeeping:
         assert not any(folder.exists() for folder in folders)
 
 
-@pytest.mark.usefixtures("small_network")
 class TestScikitLearn:
     """Labels are balanced, and split so that every fit has the shapes of the one before."""
 
@@ -389,7 +383,8 @@ class TestScikitLearn:
     @pytest.mark.filterwarnings("default")  # scikit-learn's checks bring warnings about
     def test_every_check(self):
         """About fifty trainings, of a network that compiles quickly."""
-        made = mfm.MFMClassifier(method="ce", epochs=10, image_shape="row", value_range=None, augment__flip=False)
+        fields = {"model": "own_parts:Tiny", "epochs": 10, "image_shape": "row", "value_range": None}
+        made = mfm.MFMClassifier(method="ce", augment__flip=False, **fields)
         found = estimator_checks.check_estimator(
             made, expected_failed_checks=EXPECTED_FAILED_CHECKS, on_fail=None, on_skip=None
         )

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import tiny
+from helpers import REPOSITORY, environment, logged, tiny
 from tensorboardX.proto import event_pb2
 
 from mfm_jax import config as config_lib
@@ -200,7 +200,7 @@ def test_rows_that_cannot_be_written_are_written_later(tmp_path, capsys):
     assert len(content) <= 200
     log.write("train", 9, 0, {"loss": 9.0})
     log.close()
-    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    rows = logged(tmp_path)
     assert rows == log.rows
     assert [row["loss"] for row in rows] == list(range(10))
     assert scalars_by_step(tmp_path / "tensorboard") == {step: float(step) for step in range(10)}
@@ -302,7 +302,7 @@ def test_a_step_that_is_not_finite_is_left_out(stepping, quick_runs, tmp_path, c
     stepping(poison(2, 9))
     results = train.train_and_evaluate(narrow(), tmp_path)
     assert np.isfinite(results["last"]["test"]["nll"])
-    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    rows = logged(tmp_path)
     skipped = [(row["step"], row["epoch"], row["because"]) for row in rows if row["kind"] == "skipped"]
     assert skipped == [(2, 0, "loss became non-finite"), (9, 1, "loss became non-finite")]
     epochs = [row for row in rows if row["kind"] == "train"]
@@ -373,10 +373,9 @@ def test_a_spike_is_noted_and_skipped():
 @pytest.mark.slow
 def test_kills_damages_and_a_full_disk(tmp_path):
     """The campaign of `benchmarks/kill_campaign.py`, with fewer kills."""
-    script = Path(__file__).parents[1] / "benchmarks" / "kill_campaign.py"
-    environment = os.environ | {"XLA_FLAGS": re.sub(r"device_count=\d+", "device_count=1", os.environ["XLA_FLAGS"])}
+    script = REPOSITORY / "benchmarks" / "kill_campaign.py"
     arguments = [f"--workdir={tmp_path / 'campaign'}", f"--out={tmp_path / 'found.json'}", "--kills=10"]
-    subprocess.run([sys.executable, str(script), *arguments], env=environment, check=True)
+    subprocess.run([sys.executable, str(script), *arguments], env=environment(), check=True)
     found = json.loads((tmp_path / "found.json").read_text())
     assert sum(found["kills"]["sent"].values()) == 10
     assert found["kills"]["identical"] == found["kills"]["runs"]

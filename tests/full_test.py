@@ -3,23 +3,18 @@
 import importlib
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
 import tarfile
-from pathlib import Path
 
-import jax
 import pytest
-from helpers import benchmark
+from helpers import REPOSITORY, benchmark, environment
 
 from mfm_jax import config as config_lib
 from mfm_jax import data
 from mfm_jax.errors import UserError
 from mfm_jax.workdir.files import Workdir, read_object
-
-REPOSITORY = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -98,11 +93,6 @@ def test_it_stops_at_its_time_and_goes_on_elsewhere_with_the_same_bits(full, tmp
     for place in ("one", "two"):
         (tmp_path / place).mkdir()
         importlib.import_module("subset").pack(data.build(config_lib.resolve(config)), tmp_path / place / "digits.npz")
-    environment = os.environ | {
-        "XLA_FLAGS": re.sub(r"device_count=\d+", "device_count=1", os.environ["XLA_FLAGS"]),
-        "JAX_COMPILATION_CACHE_DIR": jax.config.values["jax_compilation_cache_dir"],
-        "PYTHONPATH": str(REPOSITORY),
-    }
 
     def train_queue(place: str, runs: str, *more: str) -> int:
         arguments = [
@@ -113,7 +103,7 @@ def test_it_stops_at_its_time_and_goes_on_elsewhere_with_the_same_bits(full, tmp
             *("--config.train.epochs=60", *more),
         ]
         command = [sys.executable, "benchmarks/full.py", *arguments]
-        return subprocess.run(command, cwd=REPOSITORY, env=environment, timeout=1200).returncode
+        return subprocess.run(command, cwd=REPOSITORY, env=environment(), timeout=1200).returncode
 
     names = ("mfm", "ce")
     cut = []

@@ -1,7 +1,6 @@
 """A run that has come to nothing says so, once; rows on both sides of each bound, and collapses that are planted."""
 
 import itertools
-import json
 import math
 import shutil
 from collections import Counter
@@ -9,7 +8,7 @@ from collections import Counter
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import overridden, shipped
+from helpers import logged, overridden, shipped, slow
 
 from mfm_jax import config as config_lib
 from mfm_jax.bilevel import losses
@@ -160,10 +159,6 @@ def planted(**overrides):
     return overridden(config, **overrides)
 
 
-def lines(workdir):
-    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-
-
 @pytest.mark.parametrize(
     ("code", "overrides"),
     [
@@ -175,7 +170,7 @@ def lines(workdir):
 @pytest.mark.usefixtures("quick_runs")
 def test_a_planted_collapse_is_told_once_and_shown(tmp_path, capfd, code, overrides):
     train.train_and_evaluate(planted(**overrides), tmp_path)
-    warnings = [row for row in lines(tmp_path) if row["kind"] == "warning"]
+    warnings = [row for row in logged(tmp_path) if row["kind"] == "warning"]
     assert Counter(row["code"] for row in warnings)[code] == 1
     sentences = [row["sentence"] for row in warnings]
     told = " ".join(capfd.readouterr().err.split())
@@ -191,7 +186,7 @@ def test_pictures_that_spoil_from_the_second_epoch_on_are_told(tmp_path, steppin
     """A million times as bright: the running averages are still those of the pictures before."""
     stepping(lambda step, data: data.replace(std=(1e-6 if step >= 9 else 1.0) * data.std))
     train.train_and_evaluate(planted(train__max_steps=18), tmp_path)
-    warnings = {row["code"]: row["sentence"] for row in lines(tmp_path) if row["kind"] == "warning"}
+    warnings = {row["code"]: row["sentence"] for row in logged(tmp_path) if row["kind"] == "warning"}
     assert warnings.keys() == {"meta_loss", "meta_gradient"}
     assert "times that of epoch 0" in warnings["meta_gradient"]
 
@@ -200,14 +195,14 @@ def test_pictures_that_spoil_from_the_second_epoch_on_are_told(tmp_path, steppin
 def test_a_run_that_goes_on_is_told_nothing_again(tmp_path, capfd):
     config = planted(optim__learning_rate=5.0, train__epochs=2)
     train.train_and_evaluate(config, tmp_path)
-    before = lines(tmp_path)
+    before = logged(tmp_path)
     assert capfd.readouterr().err.count("warning: meta_loss = ") == 1
     assert [row["code"] for row in before if row["kind"] == "warning"] == ["meta_loss"]
     assert finished.warnings(tmp_path)[0] in (tmp_path / "report.html").read_text()
     shutil.rmtree(tmp_path / "checkpoints/18")  # as a kill in the second epoch leaves it
     (tmp_path / "results.json").unlink()
     train.train_and_evaluate(config, tmp_path)
-    assert lines(tmp_path) == before
+    assert logged(tmp_path) == before
     assert "warning: meta_loss" not in capfd.readouterr().err
 
 
@@ -215,15 +210,12 @@ def test_a_run_that_goes_on_is_told_nothing_again(tmp_path, capfd):
     "overrides",
     [
         {"train__max_steps": 36},
-        pytest.param({}, marks=pytest.mark.slow),
-        *(
-            pytest.param({"method__name": name}, marks=pytest.mark.slow)
-            for name in ("meta_weight_net", "l2ac", "metasaug")
-        ),
+        slow({}),
+        *(slow({"method__name": name}) for name in ("meta_weight_net", "l2ac", "metasaug")),
     ],
     ids=lambda overrides: "+".join(map(str, itertools.chain(*overrides.items()))) or "whole",
 )
 def test_the_quickstart_is_told_nothing(tmp_path, overrides):
     train.train_and_evaluate(planted(**overrides), tmp_path)
-    assert {row["kind"] for row in lines(tmp_path)} <= {"train", "modulation", "val"}
+    assert {row["kind"] for row in logged(tmp_path)} <= {"train", "modulation", "val"}
     assert 'id="warnings"' not in (tmp_path / "report.html").read_text()

@@ -4,9 +4,11 @@ import contextlib
 import dataclasses
 import functools
 import importlib
+import io
 import itertools
 import json
 import os
+import re
 import runpy
 import signal
 import struct
@@ -23,14 +25,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from own_parts import Tiny
+from PIL import Image
 
 from mfm_jax import config as config_lib
 from mfm_jax import models
 from mfm_jax.bilevel import modulation
+from mfm_jax.config import Checkpoint
 from mfm_jax.data.listing import Listing
 from mfm_jax.evaluation import gallery, metrics
 from mfm_jax.models.convolution import convolution
-from mfm_jax.types import no_modulation
+from mfm_jax.types import BilevelState, no_modulation
 
 STRANGE_NAMES = ["<b>bold</b>", 'quo"te & co', "$\\notmath$", "猫"]
 REPOSITORY = Path(__file__).parents[1]
@@ -117,6 +121,13 @@ def png(rows: list[bytes], width: int, depth: int, color: int, **chunks: bytes) 
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + further + chunk(b"IDAT", body) + chunk(b"IEND", b"")
 
 
+def file_of(picture: Image.Image | np.ndarray, kind: str = "PNG", **options: Any) -> bytes:
+    """Returns the content of a picture's file."""
+    buffer = io.BytesIO()
+    (picture if isinstance(picture, Image.Image) else Image.fromarray(picture)).save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
 def shipped(name: str):
     """Returns the content of `configs/NAME.py`."""
     return runpy.run_path(str(REPOSITORY / "configs" / f"{name}.py"))["get_config"]()
@@ -148,6 +159,33 @@ def stopped_at(number: int) -> Iterator[list[Any]]:
 def to_double(tree: Any) -> Any:
     """Returns `tree` with its floating-point arrays in float64."""
     return jax.tree.map(lambda x: x.astype(jnp.float64) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
+
+
+def slow(*values: Any) -> Any:
+    """Returns a case of a matrix that the slow tier alone has."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+def logged(workdir: Path) -> list[dict[str, Any]]:
+    """Returns the metric rows in a run's folder."""
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def stored(workdir: Path) -> BilevelState:
+    """Returns what the last checkpoint of a run has of its classifier, as numbers."""
+    from mfm_jax.workdir import checkpoint
+    from mfm_jax.workdir.files import Workdir
+
+    with checkpoint.reading(Workdir(workdir), Checkpoint()) as (checkpoints, step):
+        return arrays(checkpoints.restore_tested(step)[0])
+
+
+def environment(devices: int = 1) -> dict[str, str]:
+    """Returns that of a process with so many devices, the `python` of these tests, this package and what lies here."""
+    flags = re.sub(r"device_count=\d+", f"device_count={devices}", os.environ["XLA_FLAGS"])
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    modules = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests"), os.environ.get("PYTHONPATH", "")])
+    return os.environ | {"XLA_FLAGS": flags, "PATH": path, "PYTHONPATH": modules}
 
 
 def arrays(tree: Any) -> Any:
@@ -210,19 +248,10 @@ def write_run(
             scores = {"balanced_accuracy": value, "accuracy": value, "nll": loss + 0.5}
             rows.append({"kind": "val", "step": step, "epoch": step // 400, **scores})
     for step in range(400, 4001, 400) if modulated else ():
-        direct = {
-            "gamma": (step * 1e-4 * rng.normal(size=channels)).tolist(),
-            "beta": [step * 1e-4] * channels,
-        }
+        direct = {"gamma": (step * 1e-4 * rng.normal(size=channels)).tolist(), "beta": [step * 1e-4] * channels}
         logits = {"gamma": [0.0] * classes, "beta": (step * 1e-4 * np.linspace(0, -1, classes)).tolist()}
-        rows.append(
-            {
-                "kind": "modulation",
-                "step": step,
-                "epoch": step // 400,
-                "sites": {"pooled": direct, "logits": logits},
-            }
-        )
+        sites = {"pooled": direct, "logits": logits}
+        rows.append({"kind": "modulation", "step": step, "epoch": step // 400, "sites": sites})
 
     warnings = {"a": "<a>; look at x", "b": "<b>; look at x"} if trained and modulated else {}
     told = [{"code": code, "sentence": sentence} for code, sentence in warnings.items()]
@@ -251,12 +280,8 @@ def write_run(
         },
         "hash": "sha256:0123abcd",
     }
-    config = {
-        "method": "mfm",
-        "data": {"name": "cifar10"},
-        "meta": {"loss": "ce"},
-        "note": "</pre><script>alert(1)</script>",
-    }
+    config = {"method": "mfm", "data": {"name": "cifar10"}, "meta": {"loss": "ce"}}
+    config["note"] = "</pre><script>alert(1)</script>"
     for name, value in (("config", config), ("manifest", manifest), ("results", results)):
         (workdir / f"{name}.json").write_text(json.dumps(value), encoding="utf-8")
     lines = "".join(json.dumps(row) + "\n" for row in rows)

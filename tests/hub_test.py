@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import yaml
-from helpers import tiny
+from helpers import slow, tiny
 from PIL import Image
 
 import mfm_jax as mfm
@@ -55,7 +55,7 @@ def test_the_second_stage_s_head_gives_the_same_bits(trained_run, folder):
     assert {str(tensor.dtype) for tensor in weights.values()} == {"float32"}
 
 
-@pytest.mark.parametrize("method", ["ldam", "tau_norm", pytest.param("posthoc_la", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("method", ["ldam", "tau_norm", slow("posthoc_la")])
 def test_a_posthoc_step_is_in_the_weights_and_is_not_done_twice(method, trained_run, folder, tmp_path):
     """The same run's files, as of a method that changes the head after training, or whose head is a cosine."""
     run = tmp_path / method
@@ -77,10 +77,8 @@ def test_a_network_with_adapters_and_without_batch_statistics_is_read_again(fold
     config = config_lib.resolve(tiny(model__name="vit_b16", model__width=16, model__tune="adapters"))
     facts = dataclasses.replace(mfm.load(folder).facts, image_shape=(16, 16, 1))
     module = classifier.tested.of(config, np.asarray(facts.train_class_counts)).module
-    shapes, rng = (
-        jax.eval_shape(module.init, jax.random.key(0), np.zeros((1, 16, 16, 1), np.float32)),
-        np.random.default_rng(0),
-    )
+    image, rng = np.zeros((1, 16, 16, 1), np.float32), np.random.default_rng(0)
+    shapes = jax.eval_shape(module.init, jax.random.key(0), image)
     variables = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), shapes)
     hub_folder.write(tmp_path, Stored(config, facts, "last", 7, variables, None), {})
     found = mfm.load(tmp_path).variables
@@ -114,11 +112,7 @@ def test_the_front_matter_has_the_results(trained_run, folder):
     (result,) = model["results"]
     assert model["name"] == "resnet8-crt"
     assert result["task"]["type"] == "image-classification"
-    assert (result["dataset"]["name"], result["dataset"]["type"], result["dataset"]["split"]) == (
-        "digits",
-        "digits",
-        "test",
-    )
+    assert [result["dataset"][name] for name in ("name", "type", "split")] == ["digits", "digits", "test"]
     assert result["dataset"]["args"] == {"protocol": "meta_held_out", "imbalance_factor": 10.0}
     values = {metric["name"]: metric["value"] for metric in result["metrics"]}
     assert values["Balanced accuracy"] == pytest.approx(last["balanced_accuracy"], abs=1e-6)
@@ -191,7 +185,7 @@ def test_weights_that_differ_are_told(folder):
     loaded = mfm.load(folder)
     other = loaded._replace(probabilities=lambda images: loaded.probabilities(images)[:, ::-1])
     with pytest.raises(RuntimeError, match=r"model.safetensors: its probabilities differ from the checkpoint's by"):
-        hub._check(loaded, other)
+        hub.check("model.safetensors", loaded, other.probabilities)
 
 
 def test_prediction_sets_survive(folder):

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import Small
+from helpers import Small, slow
 
 from mfm_jax import bilevel
 from mfm_jax import config as config_lib
@@ -70,12 +70,8 @@ def test_starts_as_the_plain_classifier(name):
 def test_meta_weight_net_by_hand():
     """Two hidden units, relu(2 l) and relu(1 - l), out of which comes h1 / 2 - h2: l = 2 gives 2, l = 0 gives -1."""
     learner = learners.meta_weight_net(2)
-    phi = {
-        "w1": jnp.array([[2.0, -1.0]]),
-        "b1": jnp.array([0.0, 1.0]),
-        "w2": jnp.array([[0.5], [-1.0]]),
-        "b2": jnp.zeros(1),
-    }
+    phi = {"w1": jnp.array([[2.0, -1.0]]), "b1": jnp.array([0.0, 1.0])}
+    phi |= {"w2": jnp.array([[0.5], [-1.0]]), "b2": jnp.zeros(1)}
     values = jnp.array([2.0, 0.0])
     weights = 1 / (1 + np.exp([-2.0, 1.0]))
     weights = (weights / weights.mean()).astype(np.float32)
@@ -124,9 +120,7 @@ def test_positive_part_by_hand():
     chex.assert_trees_all_equal(tx.update(-jnp.abs(gradient) * 0, tx.init({}), gradient)[0], jnp.zeros(4))
 
 
-@pytest.mark.parametrize(
-    "route", [hypergrad.mixed_mode, pytest.param(hypergrad.reverse_over_reverse, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("route", [hypergrad.mixed_mode, slow(hypergrad.reverse_over_reverse)])
 def test_l2rw_is_the_gradients_inner_product(route):
     """With plain SGD, weight i is in proportion to max(0, <grad l_i(w), grad L_meta(w)>), and the step takes them."""
     learner, rate = learners.l2rw(), 0.1
@@ -191,14 +185,8 @@ def test_class_weights_follow_the_step():
     tx = optax.sgd(0.1)
     state = state_of(None, tx, None)
     weights = jnp.array([4.0, 0.0, 0.0, 0.0])
-    step = jax.jit(
-        bilevel.make_plain_step(
-            FORWARD,
-            losses.cross_entropy,
-            tx,
-            class_weights=lambda step: jnp.where(step >= 3, weights, jnp.ones(CLASSES)),
-        )
-    )
+    weights_at = lambda step: jnp.where(step >= 3, weights, jnp.ones(CLASSES))  # noqa: E731
+    step = jax.jit(bilevel.make_plain_step(FORWARD, losses.cross_entropy, tx, class_weights=weights_at))
     variables = {"params": state.params, "batch_stats": state.batch_stats}
     logits, _ = MODULE.apply(variables, batch(0).image, train=True, mutable=["batch_stats"])
     values = losses.cross_entropy(logits, LABELS)

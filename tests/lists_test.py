@@ -149,69 +149,54 @@ def test_the_root_may_be_reached_by_another_name(pets, tmp_path):
 NO_FILE = "data.train_list = 'train.txt': "
 NO_CSV = "data.train_list = 'train.csv': "
 COLUMNS = "; a CSV file needs the columns path and label"
+ENCODING = " is not written in UTF-8; save the list as UTF-8"
 
 
 @pytest.mark.parametrize(
-    ("text", "name", "reason"),
+    ("text", "reason"),
     [
-        ("", "train.txt", NO_FILE + "holds no line of the form `path label`"),
-        ("# nothing\n\n", "train.txt", NO_FILE + "holds no line of the form `path label`"),
-        ("", "train.csv", NO_CSV + "holds no line of the form `path label`"),
-        ("path,label\n", "train.csv", NO_CSV + "holds no line of the form `path label`"),
+        ("", NO_FILE + "holds no line of the form `path label`"),
+        ("# nothing\n\n", NO_FILE + "holds no line of the form `path label`"),
+        ("", NO_CSV + "holds no line of the form `path label`"),
+        ("path,label\n", NO_CSV + "holds no line of the form `path label`"),
         (
             "cat/a.jpg\ndog/a.jpg",
-            "train.txt",
             NO_FILE + "holds no line of the form `path label`; not usable: 2, the first train.txt:1: not understood: no"
             " label",
         ),
-        ("file,label\ncat/a.jpg,0", "train.csv", NO_CSV + "its first line is 'file,label'" + COLUMNS),
-        ("\n# x\ncat/a.jpg,0", "train.csv", NO_CSV + "its first line is 'cat/a.jpg,0'" + COLUMNS),
-        ("sep=;\ncat/a.jpg;0", "train.txt", NO_FILE + "its first line is 'cat/a.jpg;0'" + COLUMNS),
-        ("sep=;\npath,label\n", "train.txt", NO_FILE + "its first line is 'path,label'" + COLUMNS),
-        ("path,label,Path\n", "train.csv", NO_CSV + "line 1: two columns are called path; rename one of them"),
-        ("\nlabel;label;path\n", "train.csv", NO_CSV + "line 2: two columns are called label; rename one of them"),
-        ("group,path,label,GROUP\n", "train.csv", NO_CSV + "line 1: two columns are called group; rename one of them"),
+        ("file,label\ncat/a.jpg,0", NO_CSV + "its first line is 'file,label'" + COLUMNS),
+        ("\n# x\ncat/a.jpg,0", NO_CSV + "its first line is 'cat/a.jpg,0'" + COLUMNS),
+        ("sep=;\ncat/a.jpg;0", NO_FILE + "its first line is 'cat/a.jpg;0'" + COLUMNS),
+        ("sep=;\npath,label\n", NO_FILE + "its first line is 'path,label'" + COLUMNS),
+        ("path,label,Path\n", NO_CSV + "line 1: two columns are called path; rename one of them"),
+        ("\nlabel;label;path\n", NO_CSV + "line 2: two columns are called label; rename one of them"),
+        ("group,path,label,GROUP\n", NO_CSV + "line 1: two columns are called group; rename one of them"),
         (
             "kat/a.jpg 0\nhond/a.jpg 1",
-            "train.txt",
             "data.root = 'pets': none of the 2 listed pictures is there; not usable: 2, the first train.txt:1: no such"
             " file: kat/a.jpg",
         ),
-        ("cat/a.jpg 0\ncat/b.jpg 0", "train.txt", NO_FILE + "names fewer than two classes"),
+        ("cat/a.jpg 0\ncat/b.jpg 0", NO_FILE + "names fewer than two classes"),
         (
             "cat/a.jpg 0\nhond/a.jpg 1",
-            "train.txt",
             NO_FILE + "names fewer than two classes; not usable: 1, the first train.txt:2: no such file: hond/a.jpg",
         ),
-        (
-            "path,label\n" + "x" * 200_000 + ",0",
-            "train.csv",
-            NO_CSV + "line 2: field larger than field limit (131072)",
-        ),
-        (
-            "cat/a.jpg cat\ndog/a.jpg gr\xfcn".encode("latin-1"),
-            "train.txt",
-            NO_FILE + "line 2: 'gr\xfcn' is not written in UTF-8; save the list as UTF-8",
-        ),
-        (
-            "path,label,group\n\ncat/a.jpg,cat,\xe9t\xe9\n".encode("latin-1"),
-            "train.csv",
-            NO_CSV + "line 3: '\xe9t\xe9' is not written in UTF-8; save the list as UTF-8",
-        ),
+        ("path,label\n" + "x" * 200_000 + ",0", NO_CSV + "line 2: field larger than field limit (131072)"),
+        ("cat/a.jpg cat\ndog/a.jpg gr\xfcn".encode("latin-1"), NO_FILE + "line 2: 'gr\xfcn'" + ENCODING),
+        ("path,label,group\n\ncat/a.jpg,cat,\xe9t\xe9\n".encode("latin-1"), NO_CSV + "line 3: '\xe9t\xe9'" + ENCODING),
         (
             "cat/a.jpg 0\ndog/a.jpg 1\n".encode("utf-16-le"),
-            "train.txt",
             NO_FILE + "line 1: a null character, as in UTF-16 without a byte order mark or in what is no text; save the"
             " list as UTF-8",
         ),
-        ((BOM + "cat/a.jpg 0").encode("utf-16-be") + b"\x00", "train.txt", NO_FILE + "begins as UTF-16, but goes on"),
-        ((BOM + "cat/a.jpg 0\n").encode("utf-32"), "train.txt", NO_FILE + "line 1: a null character"),
-        (b"cat/a.jpg 0\n\0\0\0\0\0\0\0\ndog/a.jpg 1", "train.txt", NO_FILE + "line 2: a null character"),
-        (b"PK\x03\x04\x14\0\x06\0", "train.csv", NO_CSV + "line 1: a null character"),
+        ((BOM + "cat/a.jpg 0").encode("utf-16-be") + b"\x00", NO_FILE + "begins as UTF-16, but goes on"),
+        ((BOM + "cat/a.jpg 0\n").encode("utf-32"), NO_FILE + "line 1: a null character"),
+        (b"cat/a.jpg 0\n\0\0\0\0\0\0\0\ndog/a.jpg 1", NO_FILE + "line 2: a null character"),
+        (b"PK\x03\x04\x14\0\x06\0", NO_CSV + "line 1: a null character"),
     ],
 )
-def test_what_a_list_does_not_tell_is_refused(pets, text, name, reason):
-    said = refusal(pets, text, name)
+def test_what_a_list_does_not_tell_is_refused(pets, text, reason):
+    said = refusal(pets, text, "train.csv" if reason.startswith(NO_CSV) else "train.txt")
     assert said == reason if not reason.endswith(("goes on", "character")) else said.startswith(reason)
 
 

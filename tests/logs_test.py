@@ -1,17 +1,13 @@
 """Metric rows on disk, in TensorBoard, and after a resume."""
 
-import json
 import struct
 from pathlib import Path
 
 import pytest
+from helpers import logged
 from tensorboardX.proto import event_pb2
 
 from mfm_jax.workdir.logs import MetricLog
-
-
-def lines(workdir: Path) -> list[dict]:
-    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
 def events(workdir: Path) -> list[event_pb2.Event]:
@@ -45,7 +41,7 @@ def test_rows_are_kept_and_written_as_they_come(log, tmp_path):
         {"kind": "modulation", "step": 5, "epoch": 0, "sites": {"logits": {"gamma": [0.1]}}},
     ]
     assert log.rows == expected
-    assert lines(tmp_path) == expected  # before the log is closed: a killed run leaves what it has seen
+    assert logged(tmp_path) == expected  # before the log is closed: a killed run leaves what it has seen
 
 
 def test_equal_runs_write_equal_files(tmp_path):
@@ -55,7 +51,7 @@ def test_equal_runs_write_equal_files(tmp_path):
         log.write("train", 1, 0, {"loss": 0.1 + 0.2})
         log.close()
     assert (tmp_path / "a/metrics.jsonl").read_bytes() == (tmp_path / "b/metrics.jsonl").read_bytes()
-    assert lines(tmp_path / "a")[0]["loss"] == 0.1 + 0.2  # to the last bit
+    assert logged(tmp_path / "a")[0]["loss"] == 0.1 + 0.2  # to the last bit
 
 
 def test_scalars_go_to_tensorboard_by_kind_and_name(tmp_path):
@@ -73,10 +69,10 @@ def test_a_resumed_log_starts_from_the_rows_of_its_checkpoint(tmp_path):
     first.write("train", 10, 1, {"loss": 2.0})  # lost: after the last checkpoint
     first.close()
     resumed = MetricLog(tmp_path, checkpointed)
-    assert lines(tmp_path) == checkpointed
+    assert logged(tmp_path) == checkpointed
     resumed.write("train", 10, 1, {"loss": 2.5})
     resumed.close()
-    assert [row["loss"] for row in lines(tmp_path)] == [row["loss"] for row in resumed.rows] == [3.0, 2.5]
+    assert [row["loss"] for row in logged(tmp_path)] == [row["loss"] for row in resumed.rows] == [3.0, 2.5]
     assert len(checkpointed) == 1  # the checkpoint's list is not the log's own
 
 

@@ -22,13 +22,8 @@ def balanced_labels(num_classes: int, total: int) -> np.ndarray:
 
 
 def split_of(labels: np.ndarray, num_classes: int, **changes) -> longtail.Split:
-    fields = {
-        "protocol": "meta_held_out",
-        "imbalance_factor": 10.0,
-        "meta_images_per_class": 2,
-        "val_images_per_class": 1,
-        "seed": 0,
-    }
+    fields = {"protocol": "meta_held_out", "imbalance_factor": 10.0, "meta_images_per_class": 2}
+    fields |= {"val_images_per_class": 1, "seed": 0}
     return longtail.make_split(labels, num_classes, **{**fields, **changes})
 
 
@@ -39,14 +34,8 @@ def digest(indices: np.ndarray) -> str:
 @pytest.mark.parametrize("case", GOLDEN["counts"], ids=lambda c: f"{c['set']}-{c['protocol']}-{c['factor']}")
 def test_class_counts_are_the_published_table(case):
     num_classes, total = SETS[case["set"]]
-    split = split_of(
-        balanced_labels(num_classes, total),
-        num_classes,
-        protocol=case["protocol"],
-        imbalance_factor=float(case["factor"]),
-        meta_images_per_class=10,
-        val_images_per_class=0,
-    )
+    asked = {"protocol": case["protocol"], "imbalance_factor": float(case["factor"]), "meta_images_per_class": 10}
+    split = split_of(balanced_labels(num_classes, total), num_classes, val_images_per_class=0, **asked)
     counts = np.bincount(split.train % num_classes, minlength=num_classes)
     assert counts.tolist() == case["counts"]
     assert (counts.sum(), counts[0], counts[-1]) == (case["total"], case["largest"], case["smallest"])
@@ -73,15 +62,8 @@ def test_class_counts_are_exact_despite_rounding(n_max, num_classes, factor):
 
 @pytest.mark.parametrize("protocol", ["meta_held_out", "full"])
 def test_split_indices_are_golden(protocol):
-    split = split_of(
-        balanced_labels(10, 50_000),
-        10,
-        protocol=protocol,
-        imbalance_factor=100.0,
-        meta_images_per_class=10,
-        val_images_per_class=20,
-        seed=7,
-    )
+    asked = {"imbalance_factor": 100.0, "meta_images_per_class": 10, "val_images_per_class": 20, "seed": 7}
+    split = split_of(balanced_labels(10, 50_000), 10, protocol=protocol, **asked)
     assert {name: digest(getattr(split, name)) for name in ("train", "meta", "val")} == GOLDEN["splits"][protocol]
 
 
@@ -97,15 +79,8 @@ def test_split_indices_are_golden(protocol):
 def test_split_properties(sizes, val, meta, factor, seed, protocol):
     """Unequal classes: disjoint, balanced where it must be, and an exact profile."""
     labels = np.random.default_rng(seed).permutation(np.repeat(np.arange(len(sizes)), sizes))
-    split = split_of(
-        labels,
-        len(sizes),
-        protocol=protocol,
-        imbalance_factor=factor,
-        meta_images_per_class=meta,
-        val_images_per_class=val,
-        seed=seed,
-    )
+    asked = {"imbalance_factor": factor, "meta_images_per_class": meta, "val_images_per_class": val, "seed": seed}
+    split = split_of(labels, len(sizes), protocol=protocol, **asked)
     for part in (split.train, split.meta, split.val):
         assert part.dtype == np.int64
         assert (np.diff(part) > 0).all()

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import arrays, configured, stopped_at, tiny, to_double
+from helpers import arrays, configured, slow, stopped_at, tiny, to_double
 
 from mfm_jax import data as data_lib
 from mfm_jax.machine import interruption
@@ -15,10 +15,6 @@ from mfm_jax.training import experiment as experiment_lib
 from mfm_jax.training import feed as feed_lib
 from mfm_jax.training import inputs, train
 from mfm_jax.training import loop as loop_lib
-
-
-def slow(*values):
-    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 def trained(config, stops=()):

@@ -49,15 +49,6 @@ def test_manifest_hash_is_over_everything_else():
         assert manifest_hash(changed) != manifest["hash"], key
 
 
-def test_a_failed_write_leaves_the_old_manifest(tmp_path):
-    path = tmp_path / "manifest.json"
-    write_manifest(manifest_of(), path)
-    with pytest.raises(TypeError):
-        write_manifest({"hash": {1, 2}}, path)
-    assert read_manifest(path) == manifest_of()
-    assert len(list(tmp_path.iterdir())) == 1
-
-
 def test_tampering_and_damage_are_found(tmp_path):
     path = tmp_path / "manifest.json"
     with pytest.raises(UserError, match=r"manifest .*manifest\.json: cannot be read"):

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import OWN, Tiny, arrays, configured
+from helpers import OWN, Tiny, arrays, configured, slow
 
 from mfm_jax import config as config_lib
 from mfm_jax import data as data_lib
@@ -40,13 +40,13 @@ pytestmark = pytest.mark.usefixtures("quick_runs")
 create = models.create
 ALL = list(METHODS)
 STAGED = get_args(Staged)
-# One of each kind for the quick tier (a loss, each second stage and meta learner), the others in the slow. A sampler
-# shows in whole runs; its steps are those of plain training.
+# One of each kind for the quick tier, the others in the slow. A sampler and what is done after training show in whole
+# runs; their steps are those of plain training.
 STEPS = ("mfm", "ce", "ldam_drw", "crt", "smote", "meta_weight_net", "l2rw", "metasaug")
 ON_DEVICES = ("crt", "smote", "meta_weight_net", "metasaug")  # `parallel_test` has mfm with class weights, and l2rw
 BY_STEP, BY_DEVICES, BY_KIND = (
-    [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in ALL]
-    for quick in (STEPS, ON_DEVICES, (*STEPS, "progressive", "two_phase"))
+    [name if name in quick else slow(name) for name in ALL]
+    for quick in (STEPS, ON_DEVICES, (*STEPS, "progressive", "two_phase", "posthoc_la"))
 )
 
 
@@ -93,7 +93,7 @@ def finite(tree) -> bool:
     return all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(arrays(tree)))
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", BY_KIND)
 def test_trains_with_a_class_of_one_image_and_stays_finite(name, finished):
     assert finished.data.counts.min() == 1
     assert finite(finished.loop)
@@ -103,7 +103,7 @@ def test_trains_with_a_class_of_one_image_and_stays_finite(name, finished):
     assert np.isfinite(result["nll"])
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", BY_KIND)
 def test_each_kind_of_step_compiles_once_and_nothing_leaves_the_device(name, finished):
     """The run itself was under the guard (`Watched`)."""
     method = METHODS[name]
@@ -132,7 +132,7 @@ def test_another_seed_is_another_run(name, finished):
     assert max(jax.tree.leaves(gap)) > 0
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", BY_KIND)
 def test_is_the_plain_classifier_at_test_time(name, finished):
     """No modulation, and nothing of what the meta set taught; a second stage is in the parameters themselves."""
     experiment, state = finished.experiment, finished.loop.bilevel

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import slow
 
 from mfm_jax import config, models
 from mfm_jax.bilevel import modulation
@@ -45,6 +46,18 @@ def shapes_of(module: nn.Module, size: int = 32):
     return jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, size, size, 3)))
 
 
+def recording(of):
+    """Returns what `of` gives at each site, in their order, and the `Modulate` that notes it."""
+    seen = {}
+
+    def record(site, features):
+        assert site not in seen, "each is called once"
+        seen[site] = of(features)
+        return features
+
+    return seen, record
+
+
 def parameter_count(blocks: int, num_classes: int, width: int) -> int:
     """Counts by formula: 3x3 convolutions without bias, two numbers a channel for each norm, a dense head."""
     total = 9 * 3 * width + 2 * width
@@ -76,24 +89,14 @@ def test_the_name_tells_the_layers():
 
 
 def test_sites_come_in_order_with_their_shapes(variables):
-    seen = []
-
-    def record(site, features):
-        seen.append((site, features.shape))
-        return features
-
+    seen, record = recording(jnp.shape)
     jax.eval_shape(lambda: net().apply(variables, IMAGES, modulate=record))
     shapes = [(4, 8, 8, 8), (4, 8, 8, 8), (4, 4, 4, 16), (4, 2, 2, 32), (4, 32), (4, 3)]
-    assert seen == list(zip(SITES, shapes, strict=True))
+    assert list(seen.items()) == list(zip(SITES, shapes, strict=True))
 
 
 def test_sites_follow_the_relu(variables):
-    smallest = {}
-
-    def record(site, features):
-        smallest[site] = features.min()
-        return features
-
+    smallest, record = recording(jnp.min)
     found = jax.jit(lambda v: (net().apply(v, IMAGES, modulate=record), dict(smallest))[1])(variables)
     assert {site: float(found[site]) for site in SITES[:4]} == dict.fromkeys(SITES[:4], 0.0)
     assert found["pooled"] >= 0 > found["logits"]
@@ -142,12 +145,7 @@ def test_modulation_at_the_logits_is_the_last_thing_done(variables, plain_logits
 
 
 def test_bfloat16_computes_low_and_keeps_parameters_statistics_and_logits_high(variables):
-    seen = {}
-
-    def record(site, features):
-        seen[site] = features.dtype
-        return features
-
+    seen, record = recording(lambda features: features.dtype)
     module = net(jnp.bfloat16)
     found = shapes_of(module, 8)
     chex.assert_type(jax.tree.leaves(found), jnp.float32)
@@ -272,15 +270,10 @@ def test_models_for_large_images_have_the_published_number_of_parameters(name, p
 
 @pytest.mark.parametrize("kind", SMALL)
 def test_sites_for_large_images_come_in_order_with_their_shapes(kind):
-    seen = []
-
-    def record(site, features):
-        seen.append((site, features.shape))
-        return features
-
+    seen, record = recording(jnp.shape)
     jax.eval_shape(lambda: SMALL[kind].init(jax.random.key(0), LARGE_IMAGES, modulate=record))
     middle = ("block1",) if kind == "vit" else ("stage1", "stage2")
-    assert seen == list(zip(("stem", *middle, "pooled", "logits"), SHAPES[kind], strict=True))
+    assert list(seen.items()) == list(zip(("stem", *middle, "pooled", "logits"), SHAPES[kind], strict=True))
 
 
 @pytest.mark.parametrize("name", config.FIELDS["model.name"].choices)
@@ -296,12 +289,7 @@ def test_every_model_can_be_made_and_has_its_virtual_groups(name):
 def test_bfloat16_on_large_images(kind):
     module = SMALL[kind]
     variables = jax.jit(module.init)(jax.random.key(0), LARGE_IMAGES)
-    seen = {}
-
-    def record(site, features):
-        seen[site] = features.dtype
-        return features
-
+    seen, record = recording(lambda features: features.dtype)
     low = jax.jit(lambda v: module.clone(dtype=jnp.bfloat16).apply(v, LARGE_IMAGES, modulate=record))(variables)
     assert low.dtype == seen.pop("logits") == jnp.float32
     assert set(seen.values()) == {jnp.dtype(jnp.bfloat16)}
@@ -310,9 +298,7 @@ def test_bfloat16_on_large_images(kind):
     assert (low != high).any()
 
 
-@pytest.mark.parametrize(
-    "kind", ["resnet", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("cifar", "resnext", "vit"))]
-)
+@pytest.mark.parametrize("kind", ["resnet", slow("cifar"), slow("resnext"), slow("vit")])
 def test_computing_activations_again_changes_no_gradient(kind):
     module = net() if kind == "cifar" else SMALL[kind]
     images = LARGE_IMAGES[:, :16, :16]

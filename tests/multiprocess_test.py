@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from helpers import shipped, stopped_at
+from helpers import REPOSITORY, environment, logged, shipped, stopped_at
 from PIL import Image
 
 from mfm_jax import config as config_lib
@@ -22,7 +22,6 @@ from mfm_jax.errors import UserError
 from mfm_jax.machine import cluster, interruption
 from mfm_jax.training import train
 
-ROOT = Path(__file__).parents[1]
 # ResNet-8 of width 4 on digits, one epoch of 6 steps.
 TINY = (
     "--config=configs/digits_lt.py",
@@ -37,18 +36,11 @@ TINY = (
 QUICK = (*TINY, "--config.model.width=0", "--config.model.name=own_parts:Tiny")
 
 
-def environment(devices: int) -> dict[str, str]:
-    """Returns the environment of a process with so many devices and the `python` of these tests."""
-    flags = re.sub(r"device_count=\d+", f"device_count={devices}", os.environ["XLA_FLAGS"])
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    return os.environ | {"XLA_FLAGS": flags, "PATH": path, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
-
-
 def local(count: int, workdir: Path, *flags: str, devices: int = 1) -> subprocess.Popen:
     """Starts `launch/local.sh`."""
-    command = [ROOT / "launch/local.sh", str(count), *flags, f"--workdir={workdir}"]
+    command = [REPOSITORY / "launch/local.sh", str(count), *flags, f"--workdir={workdir}"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen(command, env=environment(devices), cwd=ROOT, **pipes)
+    return subprocess.Popen(command, env=environment(devices), cwd=REPOSITORY, **pipes)
 
 
 def finish(job: subprocess.Popen) -> str:
@@ -83,10 +75,6 @@ def quick() -> config_lib.Config:
     return config_lib.resolve(config)
 
 
-def rows_of(workdir: Path) -> list[dict]:
-    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-
-
 def assert_close(found, expected, rtol: float) -> None:
     """Compares nested results: numbers to `rtol`, all else exactly."""
     assert type(found) is type(expected)
@@ -111,7 +99,7 @@ def test_two_processes_train_and_evaluate_like_one(tmp_path):
     one = train.train_and_evaluate(quick(), tmp_path / "one")
     two = json.loads((tmp_path / "two/results.json").read_text())
     assert two["versions"]["devices"] == one["versions"]["devices"]
-    assert_close(rows_of(tmp_path / "two"), rows_of(tmp_path / "one"), rtol=1e-4)
+    assert_close(logged(tmp_path / "two"), logged(tmp_path / "one"), rtol=1e-4)
     for which in ("last", "best"):
         assert_close(two[which], json.loads(json.dumps(one[which])), rtol=1e-4)
     assert (tmp_path / "two/report.html").stat().st_size > 0
@@ -133,7 +121,7 @@ def test_streamed_pictures_reach_the_devices_that_have_their_labels(tmp_path, fs
     ]
     finish(local(2, tmp_path / "two", *flags))
     finish(local(1, tmp_path / "one", *flags, devices=2))
-    assert_close(rows_of(tmp_path / "two"), rows_of(tmp_path / "one"), rtol=1e-4)
+    assert_close(logged(tmp_path / "two"), logged(tmp_path / "one"), rtol=1e-4)
 
 
 @pytest.mark.slow
@@ -231,5 +219,5 @@ def test_flags_that_do_not_fit_are_refused(arguments, message):
 def test_auto_without_a_scheduler_is_refused():
     """In a process of its own: JAX is used already in this one."""
     command = [sys.executable, "-c", "from mfm_jax.machine import cluster; cluster.join('auto', None, None)"]
-    done = subprocess.run(command, env=environment(1), cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(command, env=environment(1), cwd=REPOSITORY, capture_output=True, text=True)
     assert "UserError: --coordinator=auto: no Slurm, TPU pod, Kubernetes or MPI job found" in done.stderr

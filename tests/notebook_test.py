@@ -1,16 +1,14 @@
 """The notebook runs from top to bottom on a CPU, with a tiny config; what is Colab's own is left out there."""
 
 import json
-import os
 import re
-from pathlib import Path
 
 import nbformat
 import pytest
+from helpers import REPOSITORY
 from nbclient import NotebookClient
 from PIL import Image
 
-ROOT = Path(__file__).parents[1]
 TINY = {
     "data.imbalance_factor": 10.0,
     "data.val_images_per_class": 5,
@@ -23,7 +21,7 @@ TINY = {
 
 def outputs(folder):
     """Returns what the notebook shows when all of its cells are run in `folder`."""
-    notebook = nbformat.read(ROOT / "launch/colab_tpu.ipynb", as_version=4)
+    notebook = nbformat.read(REPOSITORY / "launch/colab_tpu.ipynb", as_version=4)
     for cell in notebook.cells:
         cell.pop("outputs", None)
         cell |= {"outputs": []} if cell.cell_type == "code" else {}
@@ -32,7 +30,7 @@ def outputs(folder):
 
 
 def test_the_notebook_is_kept_with_its_outputs():
-    cells = nbformat.read(ROOT / "launch/colab_tpu.ipynb", as_version=4).cells
+    cells = nbformat.read(REPOSITORY / "launch/colab_tpu.ipynb", as_version=4).cells
     text = json.dumps([cell["outputs"] for cell in cells if cell.cell_type == "code"])
     assert text.count("<svg") == 2
     assert "image/png" in text
@@ -41,7 +39,7 @@ def test_the_notebook_is_kept_with_its_outputs():
 
 
 @pytest.mark.slow
-def test_the_notebook_trains_on_pictures(tmp_path, monkeypatch):
+def test_the_notebook_trains_on_pictures(tmp_path, monkeypatch, processes):
     """A folder with a folder for each class, as on a Drive; a test split is held out."""
     for name, color in (("ant", "red"), ("bee", "green"), ("cat", "blue")):
         (tmp_path / "pictures" / name).mkdir(parents=True)
@@ -54,18 +52,15 @@ def test_the_notebook_trains_on_pictures(tmp_path, monkeypatch):
     settings = {"config": "configs/folder_lt.py", "overrides": tiny, "pictures": str(tmp_path / "pictures")}
     settings["folder"] = str(tmp_path / "runs")
     monkeypatch.setenv("MFM_NOTEBOOK", json.dumps(settings))
-    monkeypatch.setenv("XLA_FLAGS", re.sub(r"device_count=\d+", "device_count=1", os.environ["XLA_FLAGS"]))
-    printed = "".join(output.get("text", "") for output in outputs(ROOT))
+    printed = "".join(output.get("text", "") for output in outputs(REPOSITORY))
     assert re.search(r"^mfm +\d", printed, re.MULTILINE)
 
 
-def test_the_notebook_trains_compares_predicts_and_goes_on(tmp_path, monkeypatch):
+def test_the_notebook_trains_compares_predicts_and_goes_on(tmp_path, monkeypatch, processes):
     Image.effect_noise((50, 40), 80).save(tmp_path / "picture.png")
     settings = {"overrides": TINY, "folder": str(tmp_path / "runs"), "picture": str(tmp_path / "picture.png")}
     monkeypatch.setenv("MFM_NOTEBOOK", json.dumps(settings))
-    monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{ROOT / 'tests'}")
-    monkeypatch.setenv("XLA_FLAGS", re.sub(r"device_count=\d+", "device_count=1", os.environ["XLA_FLAGS"]))
-    shown = outputs(ROOT / "launch")
+    shown = outputs(REPOSITORY / "launch")
     printed = "".join(output["text"] for output in shown if output.output_type == "stream")
     drawn = [output.data.get("text/html", "").count("<svg") for output in shown if "data" in output]
     assert sum(drawn) == 2, "the curves of MFM and of CE"

@@ -87,12 +87,7 @@ def test_a_run_that_goes_on_counts_what_it_does_itself():
     assert pace.left(102.0) == pytest.approx(8)
 
 
-@given(
-    st.floats(0.25, 10),
-    st.floats(1, 6),
-    st.integers(1, 9),
-    st.lists(st.integers(1, 40), min_size=1, max_size=300),
-)
+@given(st.floats(0.25, 10), st.floats(1, 6), st.integers(1, 9), st.lists(st.integers(1, 40), min_size=1, max_size=300))
 def test_looks_of_any_size_find_what_is_left(plain, factor, every, looks):
     """However the steps are seen, one by one or forty at a time: what is left is within 20 %."""
     kinds = (np.arange(sum(looks) + 80) % every == 0).astype(int)

@@ -1,10 +1,8 @@
 """A run on several devices is the run on one, padded batches included; what the devices say to each other."""
 
 import functools
-import importlib
 import json
 import re
-import sys
 from pathlib import Path
 
 import chex
@@ -14,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import Tiny, arrays, configured, to_double
+from helpers import Tiny, arrays, benchmark, configured, slow, to_double
 
 from mfm_jax import config as config_lib
 from mfm_jax import data as data_lib
@@ -294,27 +292,13 @@ def test_devices_that_do_not_divide_are_refused():
 
 @functools.cache
 def scaling():
-    folder = str(Path(__file__).parents[1] / "benchmarks")
-    sys.path.insert(0, folder)
-    try:
-        return importlib.import_module("scaling")
-    finally:
-        sys.path.remove(folder)
+    with benchmark("scaling") as module:
+        return module
 
 
-def check_collectives(name):
-    assert scaling().collectives_of(name) == json.loads(GOLDEN.read_text())[name]
-
-
-@pytest.mark.parametrize("name", ["mfm"])
+@pytest.mark.parametrize("name", ["mfm", *(slow(name) for name in BUILT_IN if name != "mfm")])
 def test_collectives(name):
-    check_collectives(name)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in list(BUILT_IN) if name != "mfm"])
-def test_collectives_of_every_method(name):
-    check_collectives(name)
+    assert scaling().collectives_of(name) == json.loads(GOLDEN.read_text())[name]
 
 
 def test_the_golden_counts_are_those_of_the_derivation():

@@ -1,7 +1,6 @@
 """Picture files decode to the values that a hand computes, whatever they were stored as."""
 
 import hashlib
-import io
 import os
 import struct
 import tempfile
@@ -10,7 +9,7 @@ from pathlib import Path
 import chex
 import numpy as np
 import pytest
-from helpers import png
+from helpers import file_of, png
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -322,12 +321,7 @@ def encoded() -> dict[str, bytes]:
         "tiff_lzw": (color, "TIFF", {"compression": "tiff_lzw"}),
         "tiff_16": (Image.fromarray(np.arange(960, dtype=np.uint16).reshape(24, 40)), "TIFF", {}),
     }
-    result = {}
-    for name, (picture, kind, options) in kinds.items():
-        buffer = io.BytesIO()
-        picture.save(buffer, kind, **options)
-        result[name] = buffer.getvalue()
-    return result
+    return {name: file_of(picture, kind, **options) for name, (picture, kind, options) in kinds.items()}
 
 
 ENCODED = encoded()

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from absl import logging
-from helpers import changed
+from helpers import REPOSITORY, changed
 from PIL import Image
 
 from mfm_jax import command, predict
@@ -25,7 +25,6 @@ from mfm_jax.evaluation import metrics
 from mfm_jax.methods.table import BUILT_IN
 from mfm_jax.training import train
 
-REPOSITORY = Path(__file__).parents[1]
 pytestmark = pytest.mark.usefixtures("one_device")
 
 
@@ -193,10 +192,7 @@ def test_a_row_is_as_computed_by_hand():
     item = decode.Decoded(Path("x.png"), np.zeros((1, 1, 1), np.uint8))
     form = predict.Form(["a", "b", "c"], 2, None, False)
     assert form.row(item, np.float32([0.125, 0.625, 0.25])) == [Path("x.png"), "b", "0.625", "", "c", "0.25"]
-    assert form.header() == [
-        *("path", "class", "probability", "problem"),
-        *("class_2", "probability_2"),
-    ]
+    assert form.header() == [*("path", "class", "probability", "problem"), *("class_2", "probability_2")]
 
 
 def test_what_is_decoded_waits_in_a_short_queue(folder):

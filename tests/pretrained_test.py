@@ -41,12 +41,8 @@ def state_dict(layers: dict) -> dict[str, np.ndarray]:
     """Returns random tensors by name, from `{layer: shape, or shapes by name}`."""
     flat = {}
     for layer, shapes in layers.items():
-        named = (
-            {f"{layer}.{name}": shape for name, shape in shapes.items()}
-            if isinstance(shapes, dict)
-            else {layer: shapes}
-        )
-        flat |= named
+        named = shapes if isinstance(shapes, dict) else {"": shapes}
+        flat |= {f"{layer}.{name}".rstrip("."): shape for name, shape in named.items()}
     return {name: RNG.uniform(0.1, 1.0, shape).astype(np.float32) for name, shape in flat.items()}
 
 
@@ -371,12 +367,8 @@ def test_logits_are_those_of_pytorch(kind, wrapper, tmp_path):
 
 # --- by timm's names, from the hub's cache ----------------------------------------------------------
 
-TIMM_NAMES = {
-    "resnet18": "resnet18",
-    "resnet50": "resnet50",
-    "resnext50": "resnext50_32x4d",
-    "vit_b16": "vit_base_patch16_224",
-}
+TIMM_NAMES = {name: name for name in ("resnet18", "resnet50")}
+TIMM_NAMES |= {"resnext50": "resnext50_32x4d", "vit_b16": "vit_base_patch16_224"}
 
 
 def cached(name: str, cache, commit: str = "0a1b", main: bool = True):

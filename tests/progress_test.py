@@ -11,7 +11,7 @@ import time
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import REPOSITORY
+from helpers import REPOSITORY, environment
 
 from mfm_jax.machine.interruption import EXIT_INTERRUPTED
 from mfm_jax.training import epoch_log, progress
@@ -87,12 +87,11 @@ def test_ctrl_c_is_answered_where_python_does_not_come_to_a_handler():
 
 
 def start(workdir, **options) -> subprocess.Popen:
-    fields = ("model.width=2", "train.epochs=2", "data.val_images_per_class=5")
+    fields = ("model.width=0", "model.name=own_parts:Tiny", "train.epochs=2", "data.val_images_per_class=5")
     config = f"--config={REPOSITORY}/configs/digits_lt.py"
     arguments = [sys.executable, "-m", "mfm_jax.main", config, f"--workdir={workdir}"]
-    environment = os.environ | {"XLA_FLAGS": os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1")}
     arguments += [f"--config.{field}" for field in fields]
-    return subprocess.Popen(arguments, env=environment | {"COLUMNS": "120", "TERM": "xterm"}, **options)
+    return subprocess.Popen(arguments, env=environment() | {"COLUMNS": "120", "TERM": "xterm"}, **options)
 
 
 def read_all(descriptor: int) -> str:

@@ -128,12 +128,7 @@ def test_every_figure_is_there_with_its_alternative_text(full):
 def test_summary_prints_the_numbers_of_the_results(full):
     page, results = full
     head, *rows = page.tables[0]
-    sources = [
-        results["last"]["test"],
-        results["best"]["test"],
-        results["last"]["val"],
-        results["best"]["val"],
-    ]
+    sources = [results["last"]["test"], results["best"]["test"], results["last"]["val"], results["best"]["val"]]
     assert [cell.rsplit("epoch", 1)[1].strip() for cell in head[1:]] == ["10", "8", "10", "8"]
     assert len(rows) == len(report.SUMMARY_ROWS) + 1
     for (label, key), row in zip(report.SUMMARY_ROWS, rows, strict=False):
@@ -287,11 +282,7 @@ def test_missing_or_garbled_file_is_named(tmp_path, name, content):
         ("results.json", lambda value: value["last"]["test"]["confusion"].pop(), "not of the 3 classes"),
         ("results.json", lambda value: value["best"]["test"]["confusion"][1].pop(), "not of the 3 classes"),
         ("manifest.json", lambda value: value["splits"]["train"].pop("class_counts"), "class_counts"),
-        (
-            "manifest.json",
-            lambda value: value["splits"]["train"]["class_counts"].append("many"),
-            "class_counts",
-        ),
+        ("manifest.json", lambda value: value["splits"]["train"]["class_counts"].append("many"), "class_counts"),
         ("manifest.json", lambda value: value["class_names"].pop(), "2 class names"),
     ],
 )
@@ -304,13 +295,13 @@ def test_wrong_field_is_named(tmp_path, name, change, message):
         report.write_report(tmp_path)
 
 
-def test_modulation_that_changes_length_is_refused(tmp_path):
-    write_run(tmp_path, classes=3)
-    sites = {"pooled": {"gamma": [0.0], "beta": [0.0]}}
-    row = {"kind": "modulation", "step": 9000, "epoch": 1, "sites": sites}
+@pytest.mark.parametrize(("site", "size", "modulated"), [("pooled", 1, True), ("logits", 2, False)])
+def test_modulation_of_another_length_or_of_other_classes_is_refused(tmp_path, site, size, modulated):
+    write_run(tmp_path, classes=3, modulated=modulated)
+    sites = {site: {"gamma": [0.0] * size, "beta": [0.0] * size}}
     with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write(json.dumps(row) + "\n")
-    with pytest.raises(UserError, match="gamma at site 'pooled'"):
+        file.write(json.dumps({"kind": "modulation", "step": 9000, "epoch": 1, "sites": sites}) + "\n")
+    with pytest.raises(UserError, match=f"gamma at site '{site}'"):
         report.write_report(tmp_path)
 
 
@@ -327,15 +318,6 @@ def test_the_modulation_is_told_in_words(full):
     assert "At logits, beta ended between -0.40 and 0.00: " in told
     assert "2 warnings, at the top." in told
     assert "logits: gamma" in told  # of pooled it is not zero
-
-
-def test_modulation_of_other_classes_is_refused(tmp_path):
-    write_run(tmp_path, classes=3, modulated=False)
-    row = {"kind": "modulation", "step": 9, "sites": {"logits": {"gamma": [0.0, 0.0], "beta": [0.0, 0.0]}}}
-    with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write(json.dumps(row) + "\n")
-    with pytest.raises(UserError, match="gamma at site 'logits'"):
-        report.write_report(tmp_path)
 
 
 def test_modulation_at_logits_names_classes(full):

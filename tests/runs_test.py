@@ -3,13 +3,11 @@
 import dataclasses
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
 import time
 
-import jax
 import numpy as np
 import pytest
 from helpers import overridden, tiny
@@ -58,15 +56,7 @@ def test_cores_are_shared_out():
     assert [len(share) for share in more] == [1] * (len(cores) + 1)
 
 
-@pytest.fixture
-def _one_device(monkeypatch):
-    monkeypatch.setenv("XLA_FLAGS", re.sub(r"device_count=\d+", "device_count=1", os.environ["XLA_FLAGS"]))
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([os.path.dirname(__file__), os.environ.get("PYTHONPATH", "")]))
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", jax.config.values["jax_compilation_cache_dir"])
-    monkeypatch.setattr(jax, "device_count", lambda: 1)
-
-
-@pytest.mark.usefixtures("_one_device")
+@pytest.mark.usefixtures("one_device", "processes")
 def test_side_by_side_gives_the_same_results_and_outlives_a_failure(tmp_path, capsys, monkeypatch):
     """Two seeds that are one program, and a run that fails; what has finished is not started again."""
     group, told = [run(tmp_path, f"seed{seed}", train__seed=seed) for seed in (0, 1)], {}
@@ -198,7 +188,7 @@ except interruption.Interrupted as interrupted:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("_one_device")
+@pytest.mark.usefixtures("one_device", "processes")
 def test_sigterm_stops_and_saves_them_all(tmp_path):
     given = json.dumps(run(tmp_path, "x", model__name="resnet8", model__width=2, train__epochs=500).config.to_dict())
     parent = subprocess.Popen([sys.executable, "-c", PARENT, given, str(tmp_path)], stdout=subprocess.PIPE, text=True)

@@ -24,9 +24,9 @@ from mfm_jax.types import Batch
 
 WIDE = {"dtype": jnp.float64}
 NETWORKS = {
-    "cifar": (CifarResNet(3, 10, width=2, **WIDE), 8),
-    "imagenet": (ResNet((3, 2, 1, 1), 10, width=2, bottleneck=True, **WIDE), 32),
-    "vit": (VisionTransformer(10, width=8, depth=3, patch=4, **WIDE), 8),
+    "cifar": (CifarResNet(2, 10, width=2, **WIDE), 8),
+    "imagenet": (ResNet((3, 2), 10, width=2, bottleneck=True, **WIDE), 32),
+    "vit": (VisionTransformer(10, width=8, depth=2, patch=4, **WIDE), 8),
 }
 
 

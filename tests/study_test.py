@@ -4,7 +4,6 @@ import csv
 import importlib
 import shlex
 import sys
-from pathlib import Path
 
 import pytest
 from helpers import benchmark
@@ -12,8 +11,6 @@ from helpers import benchmark
 from mfm_jax import config as config_lib
 from mfm_jax.methods.table import BUILT_IN
 from mfm_jax.training import train
-
-REPOSITORY = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")

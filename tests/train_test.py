@@ -1,10 +1,9 @@
 """Runs as a user starts them: results, resume bit for bit, refusals, transfer. On the digits, by two layers.
 
-Runs of residual networks: `trained_run`, `multiprocess_test` and the slow tier.
+Runs of residual networks: `trained_run` and the slow tier.
 """
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -16,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import Tiny, stopped_at, tiny
+from helpers import Tiny, environment, logged, slow, stopped_at, tiny
 
 from mfm_jax import compare
 from mfm_jax import config as config_lib
@@ -33,10 +32,6 @@ from mfm_jax.training.run import Run
 from mfm_jax.workdir.checkpoint import Checkpointer, restore_phi
 
 pytestmark = pytest.mark.usefixtures("quick_runs")
-
-
-def slow(value):
-    return pytest.param(value, marks=pytest.mark.slow)
 
 
 def final_state(workdir: Path, config) -> loop_lib.LoopState:
@@ -67,7 +62,7 @@ def test_a_run_leaves_what_it_promises(finished):
         assert (workdir / name).stat().st_size > 0
     assert list((workdir / "tensorboard").iterdir())
     assert json.loads((workdir / "results.json").read_text()) == json.loads(json.dumps(results))
-    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    rows = logged(workdir)
     assert [row["kind"] for row in rows] == ["train", "modulation", "val"] * 2
     assert 0.1 < results["last"]["test"]["balanced_accuracy"] <= 1
     best = max((row for row in rows if row["kind"] == "val"), key=lambda row: row["balanced_accuracy"])
@@ -102,7 +97,6 @@ def test_interrupted_and_resumed_is_bit_identical(finished, tmp_path, stop_at):
 
 COMMAND = """
 import json, sys
-sys.path.insert(0, sys.argv[3])
 from helpers import quick_runs
 from mfm_jax.training import train
 with quick_runs():
@@ -117,7 +111,7 @@ def test_seeds_trained_together_are_the_runs_they_would_be_alone(finished, tmp_p
     folders = [tmp_path / "seed0", tmp_path / "seed1"]
     results = train.train_together(configs, folders)
     assert [result["seed"] for result in results] == [0, 1]
-    rows = [[json.loads(line) for line in (f / "metrics.jsonl").read_text().splitlines()] for f in (workdir, *folders)]
+    rows = [logged(folder) for folder in (workdir, *folders)]
     for name in ("loss", "meta_loss", "grad_norm", "hypergrad_norm"):
         np.testing.assert_allclose(rows[1][0][name], rows[0][0][name], rtol=1e-4)
     assert rows[1][0]["loss"] != rows[2][0]["loss"]
@@ -131,17 +125,16 @@ def test_runs_that_differ_in_more_than_the_seed_are_not_trained_together(tmp_pat
         train.train_together(configs, [tmp_path / "a", tmp_path / "b"])
 
 
-@pytest.mark.parametrize("kills", [1, pytest.param(5, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [1, slow(5)])
 def test_killed_and_resumed_is_bit_identical(tmp_path, kills):
     """SIGKILL of a process at a random moment, several times over; what is left is this process's."""
     config = tiny(train__epochs=12 if kills > 1 else 6)
-    arguments = [sys.executable, "-c", COMMAND, config.to_json(), str(tmp_path / "cut"), str(Path(__file__).parent)]
-    environment = os.environ | {"XLA_FLAGS": re.sub(r"device_count=\d+", "device_count=1", os.environ["XLA_FLAGS"])}
+    arguments = [sys.executable, "-c", COMMAND, config.to_json(), str(tmp_path / "cut")]
     train.train_and_evaluate(config, tmp_path / "whole")
     random = np.random.default_rng(kills)
     for _ in range(kills):
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        process = subprocess.Popen(arguments, env=environment, **quiet)
+        process = subprocess.Popen(arguments, env=environment(), **quiet)
         rows = tmp_path / "cut" / "metrics.jsonl"
         before = rows.stat().st_size if rows.exists() else 0
         while process.poll() is None and not (rows.exists() and rows.stat().st_size > before):

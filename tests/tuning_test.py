@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import slow
 
 from mfm_jax import bilevel, models
 from mfm_jax.bilevel import hypergrad, losses, modulation, optim, outer
@@ -155,15 +156,13 @@ def both_routes(module, apply, variables, tx, modulator):
     chex.assert_trees_all_close(found, oracle, atol=1e-4 * size)
 
 
-@pytest.mark.parametrize(
-    "form", ["frequency", *(pytest.param(form, marks=pytest.mark.slow) for form in ("direct", "network"))]
-)
+@pytest.mark.parametrize("form", ["frequency", slow("direct"), slow("network")])
 def test_meta_gradient_through_frozen_tokens_and_trained_adapters(form):
     apply = models.frozen(NETS["adapters"].apply, "adapters")
     both_routes(NETS["adapters"], apply, variables_of("adapters"), chain("adapters"), FORMS[form](TOKENS))
 
 
-@pytest.mark.parametrize("tune", [pytest.param("all", marks=pytest.mark.slow), "head"])
+@pytest.mark.parametrize("tune", [slow("all"), "head"])
 def test_meta_gradient_through_max_pooling_and_projections(tune):
     module = NETS["head"]
     apply = module.apply if tune == "all" else models.frozen(module.apply, tune)
