@@ -3,15 +3,15 @@ r"""The table of regret: how far every method is from the best of each setting, 
     TFDS_DATA_DIR=... python benchmarks/regret.py --workdir=runs/regret --plankton=FOLDER \
         --csv=docs/results/regret.csv --picture=docs/results/regret.svg
 
-Trains one run after another, writes the rows after each, stops at SIGTERM or Ctrl-C with all saved (status 75), and
-goes on where it was with the same command. Tiers (`--tiers`), in their order; docs/results/regret.md is the protocol:
+Trains one row after another, writes what is there after each, stops at SIGTERM or Ctrl-C with all saved (status 75),
+and goes on where it was with the same command; docs/results/regret.md is the protocol. Tiers (`--tiers`), in order:
 
-  balanced  cross-entropy on balanced data: which classes are hard, on validation
-  first     the six most telling settings (`regret_settings`), every method, 2 seeds
-  rest      the other settings
-  more      5 seeds of the three methods with the smallest mean regret on validation
+  first  the six most telling settings (`regret_settings`), every method, 2 seeds
+  rest   the other settings
+  more   5 seeds of the three methods with the smallest mean regret on validation
 
-In each setting the tuned reference is chosen first, on validation (`TRIALS`); no trial reads the test split.
+In each setting the tuned reference is chosen first, on validation (`TRIALS`), and the classes that are hard are those
+of a run on balanced data, on validation; neither reads the test split.
 """
 
 import argparse
@@ -43,7 +43,7 @@ from mfm_jax.training import train
 from mfm_jax.workdir.files import Workdir, read_object
 from mfm_jax.workdir.finished import shown
 
-TIERS = ("balanced", "first", "rest", "more")
+TIERS = ("first", "rest", "more")
 FIRST = tuple(SETTINGS)[:6]
 SEEDS, MORE_SEEDS, BEST = 2, 5, 3
 COLUMNS = (
@@ -107,20 +107,31 @@ class Study:
     def run(self, name: str, setting: Setting, method: str, values: Values, seed: int = 0, kind: str = "") -> Run:
         """Returns the run of a method with `values`; two settings that differ in nothing for it have it in common."""
         data = self._root / "data" / f"{setting.images or name}.npz"
-        pack(setting, data, self._plankton)
+        if not data.exists():
+            pack(setting, data, self._plankton, self._recalls() if setting.by_recall else ())
         values = sampled(method, setting, values)
         given = tune.with_values(compare.run_fields(fields(setting, data), method, seed), values)
         place = name if setting.values or not setting.images else setting.images
         label = "-".join([method, *(str(value) for path, value in values.items() if path.startswith("method."))])
         return Run(config_lib.resolve(given), self._root / place / kind / label / f"seed{seed}")
 
-    def train(self, run: Run) -> None:
-        """Trains a run that is not finished; one that fails is noted, with the reason."""
-        print(f"{time.strftime('%H:%M:%S')} {run.workdir}", flush=True)
+    def balanced(self) -> Run:
+        """Returns the run that tells which classes are hard; it does not read the test split."""
+        return self.run("cifar10_balanced", BALANCED, "ce", {"eval.test": False})
+
+    def _recalls(self) -> list[float]:
+        found = self.balanced().results
+        if not found:
+            raise UserError(f"{self.balanced().workdir}: failed, and two settings follow its recalls on validation")
+        return shown(found)["per_class_accuracy"]
+
+    def train(self, runs: Sequence[Run]) -> None:
+        """Trains runs that differ in the seed alone, in one program; what fails is noted, with the reason."""
+        print(f"{time.strftime('%H:%M:%S')}", *(run.workdir for run in runs), flush=True)
         try:
-            train.train_together([run.config], [run.workdir], pages=False)
+            train.train_together([run.config for run in runs], [run.workdir for run in runs], pages=False)
         except UserError as error:
-            self.failed[run.workdir] = str(error)
+            self.failed[runs[0].workdir] = str(error)
             print(f"failed: {error}", flush=True)
         jax.clear_caches()  # the next run's programs are others
 
@@ -174,25 +185,24 @@ def sampled(method: str, setting: Setting, values: Values) -> dict[str, Any]:
     return {**values, "method.sampling": sampling, **later}
 
 
-def queue(study_: Study, options: argparse.Namespace) -> Iterator[Run]:
-    """Yields the runs in the order of worth; what follows may depend on what was trained before."""
-    if "balanced" in options.tiers:
-        yield study_.run("cifar10_balanced", BALANCED, "ce", {"eval.test": False})
+def queue(study_: Study, options: argparse.Namespace) -> Iterator[list[Run]]:
+    """Yields what is trained together, in the order of worth; what follows may depend on what was trained before."""
+    seeds = range(min(SEEDS, options.seeds))
     for tier, names in (("first", FIRST), ("rest", tuple(SETTINGS)[len(FIRST) :])):
         for name in (name for name in names if tier in options.tiers and name in options.settings):
+            if SETTINGS[name].by_recall:
+                yield [study_.balanced()]
             if TRANSFERRED in options.methods:
-                yield from study_.trials(TUNED_ON).values()
+                yield from ([run] for run in study_.trials(TUNED_ON).values())
             if TUNED in options.methods:
-                yield from study_.trials(name).values()
-            for seed in range(min(SEEDS, options.seeds)):
-                for method in options.methods:
-                    yield from study_.runs(name, method, [seed])
+                yield from ([run] for run in study_.trials(name).values())
+            for method in options.methods:
+                yield study_.runs(name, method, seeds)
     if "more" in options.tiers:
         methods = [method for method in best_on_validation(study_.rows()) if method in options.methods]
-        for seed in range(SEEDS, min(MORE_SEEDS, options.seeds)):
-            for name in options.settings:
-                for method in methods:
-                    yield from study_.runs(name, method, [seed])
+        for name in options.settings:
+            for method in methods:
+                yield study_.runs(name, method, range(SEEDS, min(MORE_SEEDS, options.seeds)))
 
 
 def best_on_validation(rows: Sequence[Row]) -> list[str]:
@@ -300,9 +310,9 @@ def main(argv: Sequence[str]) -> int:
     root = options.workdir
     root.mkdir(parents=True, exist_ok=True)
     study_ = Study(root, options.plankton)
-    for run in queue(study_, options):
-        if not run.results:
-            study_.train(run)
+    for runs in queue(study_, options):
+        if not all(run.results for run in runs):
+            study_.train(runs)
             record(study_, root, options)
     print(record(study_, root, options), *(f"failed: {path}: {why}" for path, why in study_.failed.items()), sep="\n")
     return 1 if study_.failed else 0

@@ -9,7 +9,7 @@ import runpy
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -20,11 +20,9 @@ from mfm_jax.study import tune
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 Values = Mapping[str, Any]
-Counts = Callable[[Sequence[int]], np.ndarray]  # the images that there are of each class -> those to keep
+Counts = Callable[[Sequence[int]], np.ndarray]  # the images that there are of each class -> those to keep of each
 _NOTHING: Values = MappingProxyType({})
 _LARGEST = 1_000  # CIFAR-10 images of the largest class
-# The classes of CIFAR-10 by their recall on validation, best first (docs/results/regret.md says of which run).
-EASY_FIRST = (1, 9, 8, 7, 0, 6, 5, 4, 2, 3)
 
 
 class Setting(NamedTuple):
@@ -36,6 +34,7 @@ class Setting(NamedTuple):
     values: what else is set, by `group.field`.
     sampling: `method.sampling` of the methods that do not sample in stages; "" leaves each its own.
     images: the setting whose images it has; "" for its own.
+    order: which class has the first of the counts, which the next: "" as numbered; or by recall on `BALANCED`.
     """
 
     source: str
@@ -44,17 +43,17 @@ class Setting(NamedTuple):
     values: Values = _NOTHING
     sampling: str = ""
     images: str = ""
+    order: Literal["", "reversed", "hard_tail", "easy_tail"] = ""
+
+    @property
+    def by_recall(self) -> bool:
+        """Whether the order follows the recalls of a run on `BALANCED`."""
+        return self.order.endswith("_tail")
 
 
-def exponential(factor: float, order: Sequence[int] = tuple(range(10)), largest: int = _LARGEST) -> Counts:
-    """Returns the profile of `longtail.class_counts`, the classes from most to fewest images in `order`."""
-
-    def counts(there: Sequence[int]) -> np.ndarray:
-        found = np.empty(len(order), np.int64)
-        found[list(order)] = longtail.class_counts(min(largest, *there), len(order), factor)
-        return found
-
-    return counts
+def exponential(factor: float, largest: int = _LARGEST) -> Counts:
+    """Returns the profile of `longtail.class_counts`."""
+    return lambda there: longtail.class_counts(min(largest, *there), len(there), factor)
 
 
 def step(factor: float) -> Counts:
@@ -75,14 +74,14 @@ def thinned(part: int, least: int) -> Counts:
 SETTINGS = {
     "cifar10_100": Setting("cifar10", exponential(100), 30),
     "cifar10_10": Setting("cifar10", exponential(10), 18),
-    "cifar10_hard_tail": Setting("cifar10", exponential(100, EASY_FIRST), 30),
+    "cifar10_hard_tail": Setting("cifar10", exponential(100), 30, order="hard_tail"),
     "cifar10_step": Setting("cifar10", step(100), 15),
     "digits_50": Setting("digits", exponential(50), 60),
     "plankton": Setting("plankton", thinned(4, 6), 14),
     "cifar10_200": Setting("cifar10", exponential(200), 34),
-    "cifar10_easy_tail": Setting("cifar10", exponential(100, EASY_FIRST[::-1]), 30),
+    "cifar10_easy_tail": Setting("cifar10", exponential(100), 30, order="easy_tail"),
     "cifar10_50": Setting("cifar10", exponential(50), 28),
-    "cifar10_reversed": Setting("cifar10", exponential(100, range(10)[::-1]), 30),
+    "cifar10_reversed": Setting("cifar10", exponential(100), 30, order="reversed"),
     "digits_10": Setting("digits", exponential(10), 40),
     "cifar10_square_root": Setting("cifar10", exponential(100), 30, sampling="square_root", images="cifar10_100"),
     "cifar10_natural": Setting("cifar10", exponential(100), 30, sampling="natural", images="cifar10_100"),
@@ -107,15 +106,22 @@ def fields(setting: Setting, root: Path) -> tune.Fields:
     return tune.with_values(_shipped(setting.source), values)
 
 
-def pack(setting: Setting, path: Path, plankton: str = "") -> None:
-    """Writes the images of a setting, where they are not there; `plankton` is the folder of its pictures."""
-    if path.exists():
-        return
+def pack(setting: Setting, path: Path, plankton: str = "", recalls: Sequence[float] = ()) -> None:
+    """Writes the images of a setting.
+
+    Args:
+      setting: the setting.
+      path: the file.
+      plankton: the folder of its pictures.
+      recalls: of the classes on `BALANCED`, where the order follows them.
+    """
     given = {"data.root": plankton} if setting.source == "plankton" else {}
     whole = tune.with_values(_shipped(setting.source), {**_WHOLE[setting.source], **given})
     found = data_lib.build(config_lib.resolve(whole))
     labels = found.train_labels
-    kept = setting.counts(np.bincount(labels, minlength=found.num_classes).tolist())
+    order = ordered(setting, found.num_classes, recalls)
+    kept = np.empty(found.num_classes, np.int64)
+    kept[order] = setting.counts(np.bincount(labels, minlength=found.num_classes)[order].tolist())
     chosen = np.concatenate(
         [np.random.default_rng([0, c]).permutation(np.flatnonzero(labels == c))[:n] for c, n in enumerate(kept)]
     )
@@ -132,6 +138,12 @@ def pack(setting: Setting, path: Path, plankton: str = "") -> None:
     temporary = path.with_suffix(".tmp.npz")
     np.savez(temporary, class_names=np.array(found.class_names), **arrays)
     os.replace(temporary, path)
+
+
+def ordered(setting: Setting, classes: int, recalls: Sequence[float] = ()) -> list[int]:
+    """Returns the classes in the order of the setting; in `hard_tail` those with the best recall come first."""
+    order = np.argsort(-np.array(recalls), kind="stable").tolist() if setting.by_recall else list(range(classes))
+    return order[::-1] if setting.order in ("reversed", "easy_tail") else order
 
 
 def _shipped(source: str) -> tune.Fields:
