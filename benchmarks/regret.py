@@ -8,6 +8,7 @@ and goes on where it was with the same command; docs/results/regret.md is the pr
 
   first  the six most telling settings (`regret_settings`), every method, 2 seeds
   rest   the other settings
+  kept   MFM that learns nothing: in each setting with the mean curve of the settings that have other images
   more   5 seeds of the three methods with the smallest mean regret on validation
 
 In each setting the tuned reference is chosen first, on validation (`TRIALS`), and the classes that are hard are those
@@ -28,6 +29,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import regret_curve
 import regret_measure as measure
 import regret_picture
 import study
@@ -43,7 +45,7 @@ from mfm_jax.training import train
 from mfm_jax.workdir.files import Workdir, read_object
 from mfm_jax.workdir.finished import shown
 
-TIERS = ("first", "rest", "more")
+TIERS = ("first", "rest", "kept", "more")
 FIRST = tuple(SETTINGS)[:6]
 SEEDS, MORE_SEEDS, BEST = 2, 5, 3
 COLUMNS = (
@@ -52,9 +54,11 @@ COLUMNS = (
 )
 TUNED, TRANSFERRED = "logit_adjusted_tuned", "logit_adjusted_transferred"
 TUNED_ON = "cifar10_100"  # the setting whose tau is taken to the others
+FROZEN = "mfm_frozen"
 # The recipes: what is set for a method, as the study chose it on CIFAR-10 at factor 100 (docs/results/study.md).
 RECIPES: dict[str, tuple[str, Values]] = {
     "mfm": ("mfm", {}),
+    FROZEN: (FROZEN, {}),
     "logit_adjusted": ("logit_adjusted", {}),
     TRANSFERRED: ("logit_adjusted", {}),
     TUNED: ("logit_adjusted", {}),
@@ -69,7 +73,7 @@ TRIALS = (
     *(("square_root_later", tau) for tau in (0.5, 0.75, 1.0, 1.5)),
     *(("natural", tau) for tau in (1.0, 1.5, 2.0)),
 )
-_OWN_SAMPLING = {"mfm": "square_root", "crt": "balanced_later"}  # of the others: natural
+_OWN_SAMPLING = {"mfm": "square_root", "mfm_frozen": "square_root", "crt": "balanced_later"}  # of the others: natural
 
 
 class Run(NamedTuple):
@@ -158,13 +162,38 @@ class Study:
             if pair is None:
                 return []
             values = adjusted(*pair)
+        if method == FROZEN:
+            curve = self.curve(SETTINGS[name].images or name)
+            if curve is None:
+                return []
+            values = {"modulation.init_from": str(curve)}
         return [self.run(name, SETTINGS[name], of, values, seed) for seed in seeds]
+
+    def curve(self, without: str) -> Path | None:
+        """Returns the file of the curve learned without the images of a setting; None while a run of MFM is to be done.
+
+        The mean over the settings of the mean of the first seeds of the mean over the epochs. Settings that have a
+        sampling are no part of it: they have another curve.
+        """
+        path = self._root / "curves" / f"{without or 'all'}.json"
+        names = [name for name, one in SETTINGS.items() if not one.sampling and without not in (name, one.images)]
+        if not path.exists():
+            runs = {name: self.runs(name, "mfm", range(SEEDS)) for name in names if self._packed(name)}
+            if len(runs) < len(names) or not all(run.results for of in runs.values() for run in of):
+                return None
+            paths = [[regret_curve.path_of(run.workdir) for run in of] for of in runs.values()]
+            means = [regret_curve.mean([regret_curve.mean(curves) for curves in of]) for of in paths]
+            regret_curve.write(path, regret_curve.mean(means), f"the mean over {', '.join(names)}")
+        return path
+
+    def _packed(self, name: str) -> bool:
+        return (self._root / "data" / f"{SETTINGS[name].images or name}.npz").exists()
 
     def rows(self) -> list[Row]:
         """Returns the rows of which a seed is done."""
         found = []
-        for name, setting in SETTINGS.items():
-            if (self._root / "data" / f"{setting.images or name}.npz").exists():
+        for name in SETTINGS:
+            if self._packed(name):
                 for method in RECIPES:
                     results = [one for run in self.runs(name, method, range(MORE_SEEDS)) if (one := run.results)]
                     found += [Row(name, method, results)] if results else []
@@ -189,20 +218,24 @@ def queue(study_: Study, options: argparse.Namespace) -> Iterator[list[Run]]:
     """Yields what is trained together, in the order of worth; what follows may depend on what was trained before."""
     seeds = range(min(SEEDS, options.seeds))
     for tier, names in (("first", FIRST), ("rest", tuple(SETTINGS)[len(FIRST) :])):
-        for name in (name for name in names if tier in options.tiers and name in options.settings):
-            if SETTINGS[name].by_recall:
-                yield [study_.balanced()]
-            if TRANSFERRED in options.methods:
-                yield from ([run] for run in study_.trials(TUNED_ON).values())
-            if TUNED in options.methods:
-                yield from ([run] for run in study_.trials(name).values())
-            for method in options.methods:
-                yield study_.runs(name, method, seeds)
+        for name in names:
+            if tier in options.tiers and name in options.settings:
+                yield from _of_setting(study_, name, options.methods, seeds)
+    if "kept" in options.tiers and FROZEN in options.methods:
+        yield from (study_.runs(name, FROZEN, seeds) for name in options.settings)
     if "more" in options.tiers:
         methods = [method for method in best_on_validation(study_.rows()) if method in options.methods]
-        for name in options.settings:
-            for method in methods:
-                yield study_.runs(name, method, range(SEEDS, min(MORE_SEEDS, options.seeds)))
+        more = range(SEEDS, min(MORE_SEEDS, options.seeds))
+        yield from (study_.runs(name, method, more) for name in options.settings for method in methods)
+
+
+def _of_setting(study_: Study, name: str, methods: Sequence[str], seeds: Sequence[int]) -> Iterator[list[Run]]:
+    if SETTINGS[name].by_recall:
+        yield [study_.balanced()]
+    for wanted, where in ((TRANSFERRED, TUNED_ON), (TUNED, name)):
+        if wanted in methods:
+            yield from ([run] for run in study_.trials(where).values())
+    yield from (study_.runs(name, method, seeds) for method in methods if method != FROZEN)
 
 
 def best_on_validation(rows: Sequence[Row]) -> list[str]:

@@ -224,6 +224,7 @@ METHODS = {
         search={**_META, "method.isda_strength": Span(0.1, 2.0, log=True)},
     ),
     "mfm": Method(learner=_mfm, modulates=True, sampler=sampling.square_root, search=_META),
+    "mfm_frozen": Method(learner=_mfm, modulates=True, sampler=sampling.square_root),
     "own_learner": Method(learner=own.learner, search=_META),
 }
 

@@ -1,7 +1,6 @@
 """One run's host side: it restores, logs, validates, saves and evaluates; `train` says when."""
 
 import functools
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -29,8 +28,8 @@ from mfm_jax.training.experiment import Experiment
 from mfm_jax.training.inputs import ResidentSet, StepBatches
 from mfm_jax.training.loop import LoopState
 from mfm_jax.types import BilevelState
-from mfm_jax.workdir import loggers
-from mfm_jax.workdir.checkpoint import Checkpointer, restore_phi
+from mfm_jax.workdir import loggers, modulators
+from mfm_jax.workdir.checkpoint import Checkpointer
 from mfm_jax.workdir.files import Workdir
 from mfm_jax.workdir.loggers import Row
 from mfm_jax.workdir.logs import MetricLog
@@ -77,9 +76,9 @@ class Run:
             progress.say_change(latest, "on", versions.devices(), record["devices"], same)
             progress.say_change(latest, "with convolutions by", self.convolutions, record.get("convolutions", "xla"))
             return latest, loop, record
-        if experiment.modulator and config.modulation.init_from:
+        if experiment.modulator and config.modulator_from:
             state = loop.bilevel
-            loaded = restore_phi(Path(os.path.expanduser(config.modulation.init_from)), state.phi, experiment.phi_kind)
+            loaded = modulators.phi(config.modulator_from, state.phi, experiment.phi_kind)
             loop = loop.replace(bilevel=state.replace(phi=loaded))
         return 0, loop, {"rows": [], "seconds": 0.0}
 
