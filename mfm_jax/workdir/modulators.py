@@ -39,8 +39,9 @@ def phi(source: str, like: PyTree, kind: str) -> PyTree:
         if not path.is_dir():
             raise UserError(f"{field}: no such folder; give a run's workdir, a JSON file, or {', '.join(shipped())}")
         return restore_phi(path, like, kind)
+    numbers = read_object(path, "phi")["phi"]
     try:
-        given = jax.tree.map(np.float32, read_object(path, "phi")["phi"], is_leaf=_no_object)
+        given = jax.tree.map(np.float32, numbers, is_leaf=_no_object)
     except (TypeError, ValueError):
         raise UserError(f"{field}: its phi has something else than numbers") from None
     check_shapes(field, given, like)
