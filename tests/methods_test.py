@@ -46,7 +46,7 @@ STEPS = ("mfm", "ce", "ldam_drw", "crt", "smote", "meta_weight_net", "l2rw", "me
 ON_DEVICES = ("crt", "smote", "meta_weight_net", "metasaug")  # `parallel_test` has mfm with class weights, and l2rw
 BY_STEP, BY_DEVICES, BY_KIND = (
     [name if name in quick else slow(name) for name in ALL]
-    for quick in (STEPS, ON_DEVICES, (*STEPS, "progressive", "two_phase", "posthoc_la"))
+    for quick in (STEPS, ON_DEVICES, (*STEPS, "progressive", "two_phase", "posthoc_la", "mfm_frozen"))
 )
 
 
@@ -108,7 +108,8 @@ def test_each_kind_of_step_compiles_once_and_nothing_leaves_the_device(name, fin
     """The run itself was under the guard (`Watched`)."""
     method = METHODS[name]
     second = {"retrain"} if method.retraining else {"plain"}
-    want = {"meta", "plain"} if method.learner else {"plain"} | second
+    learns = method.learner and not configured(name).frozen
+    want = {"meta", "plain"} if learns else {"plain"} | second
     assert set(finished.call.kinds) == want
     assert finished.call.compiled._cache_size() == len(want)
 

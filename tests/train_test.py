@@ -204,7 +204,7 @@ def test_transfer_starts_from_the_modulator_and_freeze_keeps_it(finished, tmp_pa
     with pytest.raises(UserError, match=r"meta.freeze = True: would keep a modulator that does nothing"):
         train.train_and_evaluate(tiny(meta__freeze=True), tmp_path / "nothing")
     with pytest.raises(
-        UserError, match=r"meta.freeze = True: l2ac would learn nothing from the meta set; only mfm can"
+        UserError, match=r"meta.freeze = True: l2ac would learn nothing from the meta set; only mfm or mfm_frozen can"
     ):
         train.train_and_evaluate(tiny(meta__freeze=True, method__name="l2ac"), tmp_path / "nothing")
 
@@ -220,7 +220,7 @@ def test_parts_of_a_batch_that_is_padded_for_all_devices_are_refused():
     [
         ({"modulation__sites": "pooled"}, r"modulation.init_from = .*: its logits.a is \(\), this run needs none"),
         ({"modulation__form": "direct"}, r"modulation.init_from = .*: its logits.a is \(\), this run needs none"),
-        ({"modulation__init_from": "/nowhere"}, r"no checkpoints there"),
+        ({"modulation__init_from": "/nowhere"}, r"no such folder; give a run's workdir, a JSON file, or long_tail"),
     ],
 )
 def test_a_modulator_that_does_not_fit_is_refused(finished, tmp_path, overrides, message):

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +34,8 @@ def refused(number: int) -> int:
 def ended(number: int) -> int:
     if number == 3:
         os._exit(1)
+    if number == 4:
+        time.sleep(600)  # in another process, which ends with the one that was lost
     return number
 
 
@@ -89,6 +92,7 @@ def test_a_process_that_ends_is_told():
         for result in results:
             found.append(result)
     assert found == [0, 1, 2]
+    assert not multiprocessing.active_children()
 
 
 def test_signals_are_left_to_the_program():

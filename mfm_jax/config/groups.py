@@ -108,7 +108,9 @@ class Modulation:
     use_count: Annotated[bool, "network: join log(n_y / n_max) to the input"] = False
     detach_inputs: Annotated[bool, "network: no gradient into the features that the modulator reads"] = True
     shift_only: Annotated[bool, "frequency, network: generate beta alone"] = False
-    init_from: Annotated[str, "run folder whose modulator to start from; '' = the identity"] = ""
+    init_from: Annotated[
+        str, "run folder or JSON file whose modulator to start from, or long_tail; '' = the identity"
+    ] = ""
 
 
 @dataclass(frozen=True)
@@ -227,6 +229,16 @@ class Config:
     def sites(self) -> tuple[str, ...]:
         """Names in `modulation.sites`, in the order given."""
         return tuple(site.strip() for site in self.modulation.sites.split(","))
+
+    @property
+    def frozen(self) -> bool:
+        """Whether the modulator stays as it starts."""
+        return self.meta.freeze or bool(self.method.kept)
+
+    @property
+    def modulator_from(self) -> str:
+        """Where the modulator comes from that a run starts with; "" for the identity."""
+        return self.modulation.init_from or self.method.kept
 
     @property
     def second_stage(self) -> int:

@@ -16,7 +16,7 @@ def limits(config: Config, manifest: Mapping[str, Any]) -> dict[str, tuple[int, 
     """
     train, meta = (manifest["splits"][name]["class_counts"] for name in ("train", "meta"))
     found = {"train.batch_size": (sum(train), "training images")}
-    if config.method.meta_learned and not config.meta.freeze:
+    if config.method.meta_learned and not config.frozen:
         each = min(manifest["meta_images_per_class"], *meta)
         found["meta.batch_size"] = (each * len(meta), "images in the meta set")
     return found

@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.connection import Connection
 from typing import Any, TypeVar
 
 Item = TypeVar("Item")
@@ -55,28 +56,31 @@ def mapped(function: Callable[[Item], Result], items: Iterable[Item], workers: i
         return
     waiting: deque[Future[list[Result]]] = deque()
     with _pool(len(firsts), function) as pool:
-        try:
-            for part in itertools.chain(firsts, chunks):
-                if len(waiting) == _AHEAD * len(firsts):
-                    yield from waiting.popleft().result()
-                waiting.append(pool.submit(_each, part))
-            while waiting:
+        for part in itertools.chain(firsts, chunks):
+            if len(waiting) == _AHEAD * len(firsts):
                 yield from waiting.popleft().result()
-        except BrokenProcessPool as error:
-            raise WorkerEnded from error
+            waiting.append(pool.submit(_each, part))
+        while waiting:
+            yield from waiting.popleft().result()
 
 
 @contextlib.contextmanager
 def _pool(count: int, function: Callable[[Any], Any]) -> Iterator[ProcessPoolExecutor]:
     """Starts `count` processes that last as long as the context; what was not begun by its end is dropped."""
     context = multiprocessing.get_context("spawn")
-    executor = ProcessPoolExecutor(count, context, initializer=_begin, initargs=(function,))
+    end, held = context.Pipe(duplex=False)
+    executor = ProcessPoolExecutor(count, context, initializer=_begin, initargs=(function, end))
     try:
         with _empty_main():
             wait([executor.submit(os.getpid) for _ in range(count)])  # a process starts when it has something to do
         yield executor
+    except BrokenProcessPool as error:
+        held.close()  # the executor ends the others with SIGTERM, which they ignore, and waits for them
+        raise WorkerEnded from error
     finally:
         executor.shutdown(cancel_futures=True)
+        held.close()
+        end.close()
 
 
 @contextlib.contextmanager
@@ -92,20 +96,20 @@ def _empty_main() -> Iterator[None]:
 # In the process
 
 
-def _begin(function: Callable[[Any], Any]) -> None:
-    """Leaves Ctrl-C and a scheduler's SIGTERM to the program, which saves first, and ends when it was killed."""
+def _begin(function: Callable[[Any], Any], end: Connection) -> None:
+    """Leaves Ctrl-C and a scheduler's SIGTERM to the program, which saves first, and ends when its `end` is closed."""
     global _function
     _function = function
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=_end_with, args=(end,), daemon=True).start()
 
 
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
+def _end_with(end: Connection) -> None:
+    """Ends the process when the program closes the other side of the pipe, or is killed."""
+    with contextlib.suppress(EOFError):
+        end.recv()
+    os._exit(1)
 
 
 def _each(items: list[Any]) -> list[Any]:

@@ -13,11 +13,12 @@ Loss = Literal["ce", "focal", "class_balanced", "ldam", "ldam_drw", "logit_adjus
 Sampled = Literal["oversample", "undersample", "sqrt_sample", "progressive"]
 # A second stage gets the last part of the epochs and its own learning-rate schedule.
 Staged = Literal["two_phase", "crt", "lws", "smote"]
-MetaLearned = Literal["mfm", "meta_weight_net", "l2rw", "l2ac", "metasaug", "own_learner"]
+MetaLearned = Literal["mfm", "mfm_frozen", "meta_weight_net", "l2rw", "l2ac", "metasaug", "own_learner"]
 Name = Literal[Loss, "dice", "sampling_free", Sampled, Staged, "posthoc_la", "tau_norm", MetaLearned]
 
 _DEFERRED = {"ldam_drw"}  # class weights that act in the second part of the epochs alone
 _PER_BATCH = {"l2rw"}  # weights of examples that belong to one batch
+_KEPT = {"mfm_frozen": "long_tail"}  # the shipped modulator that a method keeps (`workdir.modulators`)
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,11 @@ class Method:
     def meta_learned(self) -> bool:
         """Whether something learns from the meta set."""
         return self.name in get_args(MetaLearned)
+
+    @property
+    def kept(self) -> str:
+        """The shipped modulator that it keeps as it is, and no meta set is read; "" where there is none."""
+        return _KEPT.get(self.name, "")
 
     @property
     def per_batch(self) -> bool:

@@ -134,6 +134,10 @@ def modulator(config: Config, counts: jax.Array, channels: Mapping[str, int]) ->
     )
 
 
+def _mfm(config: Config, counts: jax.Array, channels: Mapping[str, int]) -> MetaLearner:
+    return outer.of(modulator(config, counts, channels))
+
+
 _CRT = Retraining(heads.fresh, heads.replaced)
 _LWS = Retraining(
     lambda key, params: {"scale": jnp.ones_like(params["head"]["bias"])},
@@ -195,9 +199,8 @@ METHODS = {
         needs=("pooled", "logits", "head"),
         search={**_META, "method.isda_strength": Span(0.1, 2.0, log=True)},
     ),
-    "mfm": Method(
-        learner=lambda *given: outer.of(modulator(*given)), modulates=True, sampler=sampling.square_root, search=_META
-    ),
+    "mfm": Method(learner=_mfm, modulates=True, sampler=sampling.square_root, search=_META),
+    "mfm_frozen": Method(learner=_mfm, modulates=True, sampler=sampling.square_root),
     "own_learner": Method(learner=own.learner, search=_META),
 }
 

@@ -111,7 +111,7 @@ def build(config: Config, data: LongTailData, mesh: Mesh | None = None) -> Exper
                 return method.retraining.init(key, variables["params"])
             return learner.init(key) if learner else {}
 
-        moves = method.retraining or (learner and not config.meta.freeze)
+        moves = method.retraining or (learner and not config.frozen)
         key = jax.random.split(jax.random.key(config.train.seed))[1]
         return bilevel.init_state(key, variables, rules.tx, init_phi, phi_tx if moves else None)
 
@@ -189,7 +189,7 @@ def _trace(config: Config, init: Callable, step: Callable, image_shape: tuple[in
         return Batch(jnp.zeros((size, *image_shape), jnp.float32), jnp.zeros(size, jnp.int32))
 
     def run() -> PyTree:
-        metas = () if config.meta.freeze else (batch(config.meta.batch_size),)
+        metas = () if config.frozen else (batch(config.meta.batch_size),)
         return step(init(), batch(config.train.batch_size), *metas)
 
     try:
@@ -214,7 +214,7 @@ def _steps(
     """Returns the plain step, the meta-step and a second stage's, None for what the run has not."""
     weights, meta_step, retrain_step = rules.class_weights, None, None
     plain_step = bilevel.make_plain_step(forward, rules.loss, rules.tx, learner, class_weights=weights)
-    if learner and not config.meta.freeze:
+    if learner and not config.frozen:
         rule = recipe.meta_rule(config)
         meta_step = bilevel.make_step(forward, rules.loss, rules.tx, learner, phi_tx, rule, class_weights=weights)
     if method.retraining:

@@ -99,12 +99,12 @@ def _sizes(config: Config, data: LongTailData) -> Iterator[str]:
 
 
 def _frozen(config: Config, method: Method) -> Iterator[str]:
-    if not (config.meta.freeze and method.learner):
+    if not (config.frozen and method.learner):
         return
     if not method.modulates:
         name = config.method.name
         yield f"meta.freeze = True: {name} would learn nothing from the meta set; only {modulating()} can"
-    elif not config.modulation.init_from:
+    elif not config.modulator_from:
         yield "meta.freeze = True: would keep a modulator that does nothing; set modulation.init_from"
 
 

@@ -18,7 +18,6 @@ from mfm_jax.evaluation import results as results_lib
 from mfm_jax.evaluation.classifier import Classifier
 from mfm_jax.evaluation.results import Answers, Asked
 from mfm_jax.machine import cluster, parallel, versions
-from mfm_jax.machine.disk import expanded
 from mfm_jax.models import native
 from mfm_jax.training import feed as feed_lib
 from mfm_jax.training import inputs, progress
@@ -29,8 +28,8 @@ from mfm_jax.training.experiment import Experiment
 from mfm_jax.training.inputs import ResidentSet, StepBatches
 from mfm_jax.training.loop import LoopState
 from mfm_jax.types import BilevelState
-from mfm_jax.workdir import loggers
-from mfm_jax.workdir.checkpoint import Checkpointer, restore_phi
+from mfm_jax.workdir import loggers, modulators
+from mfm_jax.workdir.checkpoint import Checkpointer
 from mfm_jax.workdir.files import Workdir
 from mfm_jax.workdir.loggers import Row
 from mfm_jax.workdir.logs import MetricLog
@@ -77,9 +76,9 @@ class Run:
             progress.say_change(latest, "on", versions.devices(), record["devices"], same)
             progress.say_change(latest, "with convolutions by", self.convolutions, record.get("convolutions", "xla"))
             return latest, loop, record
-        if experiment.modulator and config.modulation.init_from:
+        if experiment.modulator and config.modulator_from:
             state = loop.bilevel
-            loaded = restore_phi(expanded(config.modulation.init_from), state.phi, experiment.phi_kind)
+            loaded = modulators.phi(config.modulator_from, state.phi, experiment.phi_kind)
             loop = loop.replace(bilevel=state.replace(phi=loaded))
         return 0, loop, {"rows": [], "seconds": 0.0}
 

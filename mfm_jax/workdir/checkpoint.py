@@ -205,14 +205,23 @@ def restore_phi(workdir: Path, like: PyTree, kind: str) -> PyTree:
         raise UserError(f"{field}: that run has no {kind}{learned}; use the run of a method that has one")
     with ocp.StandardCheckpointer() as reader:
         path = _folder(workdir) / str(step) / "phi"
-        theirs, ours = _shapes(reader.metadata(path).item_metadata.tree), _shapes(like)
-        for name in sorted(theirs.keys() | ours.keys()):
-            if theirs.get(name) != ours.get(name):
-                raise UserError(
-                    f"{field}: its {name} is {theirs.get(name, 'absent')}, this run needs {ours.get(name, 'none')};"
-                    " match modulation.sites, modulation.form and model.width"
-                )
+        check_shapes(field, reader.metadata(path).item_metadata.tree, like)
         return reader.restore(path, like)  # on the devices of this run, whatever those of the other were
+
+
+def check_shapes(field: str, given: PyTree, like: PyTree) -> None:
+    """Checks that the phi `given` for a config's field has the names and shapes of `like`.
+
+    Raises:
+      UserError: it has others; the message begins with `field`.
+    """
+    theirs, ours = _shapes(given), _shapes(like)
+    for name in sorted(theirs.keys() | ours.keys()):
+        if theirs.get(name) != ours.get(name):
+            raise UserError(
+                f"{field}: its {name} is {theirs.get(name, 'absent')}, this run needs {ours.get(name, 'none')};"
+                " match modulation.sites, modulation.form and model.width"
+            )
 
 
 def _set_aside_damaged(folder: Path) -> None:
