@@ -184,7 +184,7 @@ def test_what_a_model_does_not_have_is_refused():
 
 def test_what_would_not_be_read_is_refused():
     assert refusal({"modulation": {"use_count": True}}) == (
-        "modulation.use_count = True: only modulation.form = 'network' joins the count to its input, not 'frequency'"
+        "modulation.use_count = True: only the form 'network' joins the count to its input, not 'frequency'"
     )
     assert refusal({"data": {"meta_fraction": 0.1}}) == (
         "data.meta_fraction = 0.1: not read under data.protocol = 'meta_held_out'; choose another protocol, or"
@@ -204,7 +204,7 @@ def test_validation_may_come_with_the_data():
 
 @pytest.mark.parametrize("sites", ["", "stage3,", "pooled, pooled", ",logits"])
 def test_sites_must_be_distinct_names(sites):
-    message = f"modulation.sites = {sites!r}: expected distinct, comma-separated site names"
+    message = f"modulation.sites = {sites!r}: expected distinct, comma-separated site names, SITE or SITE:FORM"
     assert refusal({"modulation": {"sites": sites}}) == message
 
 
@@ -212,11 +212,22 @@ def test_sites_are_split_and_stripped_in_order():
     assert config_lib.resolve({"modulation": {"sites": "stage3, pooled,stem"}}).sites == ("stage3", "pooled", "stem")
 
 
+def test_a_site_may_have_a_form_of_its_own():
+    config = config_lib.resolve({"modulation": {"sites": "stage3:network, pooled : direct,logits", "use_count": True}})
+    assert config.forms == (("stage3", "network"), ("pooled", "direct"), ("logits", "frequency"))
+    assert config.sites == ("stage3", "pooled", "logits")
+    assert refusal({"modulation": {"sites": "pooled:film,logits"}}) == (
+        "modulation.sites = 'pooled:film,logits': no form 'film'; allowed: frequency, direct, network"
+    )
+    given = {"sites": "pooled,logits:direct", "per_class": True}
+    assert "at site 'logits' a row looked up by the label" in refusal({"modulation": given})
+
+
 def test_values_that_do_not_go_together():
     per_class = {"per_class": True, "form": "direct", "sites": "pooled"}
     assert config_lib.resolve({"modulation": per_class}).modulation.per_class
     assert refusal({"modulation": per_class | {"form": "network"}}) == (
-        "modulation.per_class = True: only modulation.form = 'direct' has one row a class, not 'network'"
+        "modulation.per_class = True: only the form 'direct' has one row a class, not 'network'"
     )
     assert refusal({"modulation": per_class | {"sites": "pooled,logits"}}) == (
         "modulation.per_class = True: at site 'logits' a row looked up by the label gives the label away;"

@@ -193,3 +193,12 @@ def test_class_weights_follow_the_step():
     np.testing.assert_allclose(step(state, batch(0))[1]["loss"], values.mean(), rtol=1e-5)
     later = step(state.replace(step=jnp.int32(3)), batch(0))[1]["loss"]
     np.testing.assert_allclose(later, values[LABELS == 0].mean(), rtol=1e-5)
+
+
+def test_each_site_of_mfm_has_its_form():
+    config = config_lib.resolve({"modulation": {"sites": "pooled:network,logits,stage3:direct"}})
+    learner = METHODS["mfm"].learner(config, jnp.arange(CLASSES) + 1, {"stage3": 6, "pooled": 6, "logits": CLASSES})
+    phi = learner.init(jax.random.key(0))
+    names = {site: set(values) for site, values in phi.items()}
+    assert names == {"pooled": {"w1", "b1", "w2", "b2"}, "logits": set("abc"), "stage3": {"gamma", "beta"}}
+    assert learner.modulator.sites == ("pooled", "logits", "stage3")

@@ -25,7 +25,15 @@ FORMS = {
     "frequency": lambda channels: modulation.frequency(channels, COUNTS),
     "network": lambda channels: modulation.network(channels, hidden=5),
     "network_count": lambda channels: modulation.network(channels, COUNTS, hidden=5),
+    "joined": lambda channels: joined(channels),
 }
+
+
+def joined(channels):
+    """A form of its own at the logits, where they are."""
+    features = {site: size for site, size in channels.items() if site != "logits"}
+    curve = {site: size for site, size in channels.items() if site == "logits"}
+    return modulation.joined([modulation.network(features, hidden=5), modulation.frequency(curve, COUNTS)])
 
 
 def features_at(site: str, batch: int = 5) -> np.ndarray:

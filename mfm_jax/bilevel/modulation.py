@@ -227,6 +227,22 @@ def mlp(layers: PyTree, inputs: jax.Array) -> jax.Array:
     return outputs
 
 
+def joined(parts: Sequence[Modulator]) -> Modulator:
+    """Returns one modulator of several that have no site in common; phi is the union of theirs, by site."""
+    if len(parts) == 1:
+        return parts[0]
+    of = {site: part for part in parts for site in part.sites}
+
+    def init(key: jax.Array) -> PyTree:
+        keys = jax.random.split(key, len(parts))
+        return {site: phi for key, part in zip(keys, parts, strict=True) for site, phi in part.init(key).items()}
+
+    def parameters(phi: PyTree, site: str, features: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return of[site].parameters(phi, site, features, labels)
+
+    return Modulator(init, parameters, tuple(of))
+
+
 def site_channels(apply: Callable[[Modulate], PyTree], sites: Sequence[str] | None = None) -> dict[str, int]:
     """Returns the channels `{site: C}` of the chosen sites, found by tracing the classifier abstractly.
 

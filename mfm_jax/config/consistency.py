@@ -4,13 +4,13 @@ import itertools
 import re
 from collections.abc import Iterator
 
-from mfm_jax.config.groups import LOGGERS, Config, Data, Modulation
+from mfm_jax.config.groups import FORMS, LOGGERS, Config, Data
 from mfm_jax.fields import names_own
 
 
 def problems(config: Config) -> Iterator[str]:
     """Yields a line for every rule that `config` breaks."""
-    yield from _modulation(config.modulation, config.sites)
+    yield from _modulation(config)
     yield from _own_method(config)
     yield from _own_module(config)
     if config.model.tune == "adapters" and config.model.name != "vit_b16":
@@ -48,25 +48,27 @@ def problems(config: Config) -> Iterator[str]:
             yield f"{name} = {epochs}: allowed: less than train.epochs = {config.train.epochs}"
 
 
-def _modulation(modulation: Modulation, sites: tuple[str, ...]) -> Iterator[str]:
-    form = modulation.form
+def _modulation(config: Config) -> Iterator[str]:
+    modulation, sites, forms = config.modulation, config.sites, {form for _, form in config.forms}
+    field = f"modulation.sites = {modulation.sites!r}"
     if "" in sites or len(set(sites)) != len(sites):
-        yield f"modulation.sites = {modulation.sites!r}: expected distinct, comma-separated site names"
-    if modulation.per_class and form != "direct":
-        yield f"modulation.per_class = True: only modulation.form = 'direct' has one row a class, not {form!r}"
-    if modulation.per_class and "logits" in sites:
+        yield f"{field}: expected distinct, comma-separated site names, SITE or SITE:FORM"
+    if unknown := forms.difference(FORMS):
+        yield f"{field}: no form {min(unknown)!r}; allowed: {', '.join(FORMS)}"
+    if modulation.per_class and "direct" not in forms:
+        yield f"modulation.per_class = True: only the form 'direct' has one row a class, not {min(forms)!r}"
+    if modulation.per_class and ("logits", "direct") in config.forms:
         yield (
             "modulation.per_class = True: at site 'logits' a row looked up by the label gives the label away;"
             " choose other modulation.sites"
         )
-    if modulation.shift_only and form == "direct":
+    if modulation.shift_only and "direct" in forms:
         yield (
             "modulation.shift_only = True: modulation.form = 'direct' cannot leave the scale out; use 'frequency' or"
             " 'network'"
         )
-    if modulation.use_count and form != "network":
-        only = "only modulation.form = 'network' joins the count to its input"
-        yield f"modulation.use_count = True: {only}, not {form!r}"
+    if modulation.use_count and "network" not in forms:
+        yield f"modulation.use_count = True: only the form 'network' joins the count to its input, not {min(forms)!r}"
 
 
 def _per_batch(config: Config) -> Iterator[str]:

@@ -97,12 +97,16 @@ class Model:
     scan_blocks: Annotated[bool, MAY_CHANGE, "train a stage's equal blocks as one scanned body: small programs"] = False
 
 
+Form = Literal["frequency", "direct", "network"]
+FORMS: tuple[str, ...] = get_args(Form)
+
+
 @dataclass(frozen=True)
 class Modulation:
     """What generates the modulation, and where (see `modulation`). A meaning begins with the forms that read it."""
 
-    form: Annotated[Literal["frequency", "direct", "network"], "what generates gamma and beta"] = "frequency"
-    sites: Annotated[str, "comma-separated, e.g. stage3,pooled"] = "logits"
+    form: Annotated[Form, "what generates gamma and beta"] = "frequency"
+    sites: Annotated[str, "comma-separated, e.g. stage3,pooled; SITE:FORM for a form of its own"] = "logits"
     per_class: Annotated[bool, "direct: one row a class, looked up by the training label"] = False
     hidden: Annotated[int, Bounds(1), "network: hidden units"] = 64
     use_count: Annotated[bool, "network: join log(n_y / n_max) to the input"] = False
@@ -226,9 +230,15 @@ class Config:
     given: Own = field(default=Own(), compare=False, repr=False)  # the objects behind fields that name the user's own
 
     @property
+    def forms(self) -> tuple[tuple[str, str], ...]:
+        """Pairs of a site and its form in `modulation.sites`, in the order given; `modulation.form` where none is."""
+        parts = (part.partition(":") for part in self.modulation.sites.split(","))
+        return tuple((site.strip(), form.strip() or self.modulation.form) for site, _, form in parts)
+
+    @property
     def sites(self) -> tuple[str, ...]:
         """Names in `modulation.sites`, in the order given."""
-        return tuple(site.strip() for site in self.modulation.sites.split(","))
+        return tuple(site for site, _ in self.forms)
 
     @property
     def frozen(self) -> bool:

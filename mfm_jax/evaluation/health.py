@@ -68,7 +68,7 @@ def notices(rows: Sequence[Mapping[str, Any]], config: Config, guess: Guess) -> 
     signs = {"meta_loss": _meta_loss(train, guess), "meta_gradient": _meta_gradient(train)}
     if modulation := [row for row in rows if row["kind"] == "modulation"]:
         signs["phi_still"] = _phi_still(train, modulation, guess)
-        signs["phi_bound"] = _phi_bound(modulation, bounded=config.modulation.form != "direct")
+        signs["phi_bound"] = _phi_bound(modulation, bounded="direct" not in dict(config.forms).values())
     return [Notice(code, sentence) for code, sentence in signs.items() if sentence and code not in given]
 
 

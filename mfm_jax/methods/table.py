@@ -119,19 +119,24 @@ def _metasaug(config: Config, counts: jax.Array, channels: Mapping[str, int]) ->
 
 
 def modulator(config: Config, counts: jax.Array, channels: Mapping[str, int]) -> Modulator:
-    """Returns MFM's modulator, of the form that `config.modulation` asks for."""
-    chosen, widths = config.modulation, {site: channels[site] for site in config.sites}
-    if chosen.form == "direct":
-        return modulation.direct(widths, len(counts) if chosen.per_class else 0)
-    if chosen.form == "frequency":
-        return modulation.frequency(widths, counts, shift_only=chosen.shift_only)
-    return modulation.network(
-        widths,
-        counts if chosen.use_count else None,
-        hidden=chosen.hidden,
-        detach_inputs=chosen.detach_inputs,
-        shift_only=chosen.shift_only,
-    )
+    """Returns MFM's modulator, of the forms that `config.modulation` asks for."""
+    chosen, parts = config.modulation, []
+    for form in dict.fromkeys(form for _, form in config.forms):
+        widths = {site: channels[site] for site, its in config.forms if its == form}
+        if form == "direct":
+            parts.append(modulation.direct(widths, len(counts) if chosen.per_class else 0))
+        elif form == "frequency":
+            parts.append(modulation.frequency(widths, counts, shift_only=chosen.shift_only))
+        else:
+            part = modulation.network(
+                widths,
+                counts if chosen.use_count else None,
+                hidden=chosen.hidden,
+                detach_inputs=chosen.detach_inputs,
+                shift_only=chosen.shift_only,
+            )
+            parts.append(part)
+    return modulation.joined(parts)
 
 
 def _mfm(config: Config, counts: jax.Array, channels: Mapping[str, int]) -> MetaLearner:
