@@ -181,7 +181,6 @@ def test_a_planted_collapse_is_told_once_and_shown(tmp_path, capfd, code, overri
     assert finished.warnings(tmp_path) == sentences
 
 
-@pytest.mark.usefixtures("quick_runs")
 def test_pictures_that_spoil_from_the_second_epoch_on_are_told(tmp_path, stepping):
     """A million times as bright: the running averages are still those of the pictures before."""
     stepping(lambda step, data: data.replace(std=(1e-6 if step >= 9 else 1.0) * data.std))
@@ -191,7 +190,6 @@ def test_pictures_that_spoil_from_the_second_epoch_on_are_told(tmp_path, steppin
     assert "times that of epoch 0" in warnings["meta_gradient"]
 
 
-@pytest.mark.usefixtures("quick_runs")
 def test_a_run_that_goes_on_is_told_nothing_again(tmp_path, capfd):
     config = planted(optim__learning_rate=5.0, train__epochs=2)
     train.train_and_evaluate(config, tmp_path)

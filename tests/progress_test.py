@@ -87,7 +87,7 @@ def test_ctrl_c_is_answered_where_python_does_not_come_to_a_handler():
 
 
 def start(workdir, **options) -> subprocess.Popen:
-    fields = ("model.width=0", "model.name=own_parts:Tiny", "train.epochs=2", "data.val_images_per_class=5")
+    fields = ("model.width=2", "train.epochs=2", "data.val_images_per_class=5")
     config = f"--config={REPOSITORY}/configs/digits_lt.py"
     arguments = [sys.executable, "-m", "mfm_jax.main", config, f"--workdir={workdir}"]
     arguments += [f"--config.{field}" for field in fields]
