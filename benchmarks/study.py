@@ -72,7 +72,7 @@ Finished = list[tuple[Row, Results]]
 
 def tiers(own_factor: float, source: str) -> dict[str, list[Row]]:
     """Returns the rows of every tier; `source` is the run whose modulator is taken over."""
-    known = {"modulation.init_from": source}
+    known, elsewhere = {"modulation.init_from": source}, (*MAIN, *PEERS, "mfm_frozen")
     taken: dict[str, Values] = {"mfm_frozen": {**known, "meta.freeze": True}, "mfm_fine_tuned": known}
 
     def chosen(names: Sequence[str], factor: float, seeds: int) -> list[Row]:
@@ -87,7 +87,8 @@ def tiers(own_factor: float, source: str) -> dict[str, list[Row]]:
         "peers": [*chosen(PEERS, 100.0, 5), Row("logit_adjusted_natural", "logit_adjusted", 100.0, 5)],
         "transfer": [row for factor in (200.0, 50.0) for row in transferred(factor, 2)],
         "borrowed": chosen(("ce", "mfm"), own_factor, 5) + transferred(own_factor, 5),
-        "others": [Row(name, name, 100.0, 1, UNTUNED.get(name, {})) for name in BUILT_IN if name not in MAIN + PEERS],
+        "others": [Row(name, name, 100.0, 1, UNTUNED.get(name, {})) for name in BUILT_IN if name not in elsewhere]
+        + [Row("mfm_long_tail", "mfm_frozen", 100.0, 1)],
     }
 
 

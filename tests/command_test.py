@@ -198,7 +198,7 @@ def test_a_workdir_that_is_a_file(run, tmp_path):
 
 def test_a_modulator_is_taken_over_by_none_but_mfm(run, tmp_path):
     arguments = (f"--workdir={tmp_path / 'run'}", "--config.method.name=ce", "--init_modulator_from=runs/a")
-    check_refusal(run(DIGITS, *arguments), "--init_modulator_from=runs/a: ce has no modulator; mfm has")
+    check_refusal(run(DIGITS, *arguments), "--init_modulator_from=runs/a: ce has no modulator; mfm or mfm_frozen has")
 
 
 def test_overrides_reach_the_run_and_its_status_is_returned(run, tmp_path, monkeypatch):
