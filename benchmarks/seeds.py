@@ -124,6 +124,7 @@ class Row:
     def _layer(self, options: argparse.Namespace) -> Callable[[int], float]:
         import jax
         import jax.numpy as jnp
+        import numpy as np
         from jax import lax
 
         operation, *shapes = self.operands(options)
@@ -138,10 +139,13 @@ class Row:
 
         compiled = jax.jit(repeated).lower(*shapes).compile()
         self.temp_mb = compiled.memory_analysis().temp_size_in_bytes / 1e6
-        keys = jax.random.split(jax.random.key(0))
+        drawn = (
+            np.random.default_rng(0).normal(size=2**16).astype(self.dtype)
+        )  # a program that draws is slow to compile
+        values: list[jax.Array] = []
 
         def run(steps: int) -> float:
-            values = [jax.random.normal(key, of.shape, of.dtype) for key, of in zip(keys, shapes, strict=True)]
+            values[:] = values or [jnp.asarray(np.resize(drawn, of.shape)) for of in shapes]
             jax.block_until_ready(values)
             began = time.perf_counter()
             for _ in range(-(-steps // options.repeats)):
