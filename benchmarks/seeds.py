@@ -267,7 +267,7 @@ def stop(options: argparse.Namespace, rows: list[Row]) -> None:
     os._exit(0 if any(row.seconds for row in rows) else 1)
 
 
-def arguments() -> argparse.Namespace:
+def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=4, help="when it ends; default: %(default)s")
     parser.add_argument("--out", type=Path, required=True, help="the folder of seeds.csv and seeds.md")
@@ -282,7 +282,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3, help="turns of a row; default: %(default)s")
     parser.add_argument("--turn_seconds", type=float, default=0.05, help="least time of a turn; default: %(default)s")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="rows compiled at once; default: all cores")
-    return parser.parse_args()
+    return parser.parse_args(given)
 
 
 def main() -> None:
