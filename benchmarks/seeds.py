@@ -19,6 +19,7 @@ and by the time of the same step or layer of one seed alone.
 """
 
 import argparse
+import functools
 import os
 import re
 import statistics
@@ -139,17 +140,17 @@ class Row:
 
         compiled = jax.jit(repeated).lower(*shapes).compile()
         self.temp_mb = compiled.memory_analysis().temp_size_in_bytes / 1e6
-        drawn = (
-            np.random.default_rng(0).normal(size=2**16).astype(self.dtype)
-        )  # a program that draws is slow to compile
-        values: list[jax.Array] = []
+
+        @functools.cache  # when the row is timed; a program that draws is slow to compile
+        def values() -> list[jax.Array]:
+            drawn = np.random.default_rng(0).normal(size=2**16).astype(self.dtype)
+            return jax.block_until_ready([jnp.asarray(np.resize(drawn, of.shape)) for of in shapes])
 
         def run(steps: int) -> float:
-            values[:] = values or [jnp.asarray(np.resize(drawn, of.shape)) for of in shapes]
-            jax.block_until_ready(values)
+            operands = values()
             began = time.perf_counter()
             for _ in range(-(-steps // options.repeats)):
-                out = compiled(*values)
+                out = compiled(*operands)
             jax.block_until_ready(out)
             return (time.perf_counter() - began) / (-(-steps // options.repeats) * options.repeats)
 

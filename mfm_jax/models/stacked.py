@@ -20,7 +20,6 @@ from mfm_jax.types import PyTree
 
 # The names of equal blocks in their order, by the name of the dict that holds them; "" for the outermost.
 Runs = dict[str, tuple[str, ...]]
-# What the backward pass is left with; see `_kept`.
 _KEPT = ("convolution", "conv_general_dilated", "dot_general", "reduce_sum", "psum", "psum_invariant")
 _BLOCK = re.compile(r"[Bb]lock_?(\d+)")
 
