@@ -1,5 +1,6 @@
 """The PyTorch twin is the same network and the same step; the arithmetic of the benchmark is that of the network."""
 
+import argparse
 import csv
 import re
 import subprocess
@@ -45,8 +46,9 @@ def steps():
 
 
 def test_every_kind_of_step_can_be_built_and_run(contenders, steps):
-    for kind in ("plain", "mfm", "meta_weight_net"):
-        spec = contenders.Spec("", step=kind, model="resnet8", image_size=8, width=2, batch=8, meta_batch=10)
+    small = {"model": "resnet8", "image_size": 8, "width": 2, "batch": 8, "meta_batch": 10}
+    for kind, seeds in {"plain": 2, "mfm": 1, "meta_weight_net": 1}.items():
+        spec = contenders.Spec("", step=kind, seeds=seeds, form="patches" if seeds > 1 else "", **small)
         program = steps.build(spec)
         program.run(2)
         program.finish()
@@ -113,6 +115,60 @@ def test_a_lent_accelerator_leaves_a_table(tmp_path):
     assert slow["seconds"] == ""
     assert slow["note"].startswith("left out: takes about 100 s")
     assert slow["note"] in (tmp_path / "accelerator.md").read_text()
+
+
+@pytest.fixture(scope="module")
+def seeds():
+    with benchmark("seeds") as module:
+        yield module
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_every_form_is_the_layer_of_each_seed(dtype, seeds):
+    """Forward and both gradients, against XLA's derivatives of one seed's convolution in float64."""
+    options, rng = argparse.Namespace(batch_size=2, image_size=8), np.random.default_rng(0)
+    before, behind, side, stride = seeds.LAYERS["32 to 64"]
+    arrays = (
+        (2, side // 4, side // 4, before),
+        (3, 3, before, behind),
+        (2, side // 4 // stride, side // 4 // stride, behind),
+    )
+    given = x, kernel, dy = [jnp.asarray(rng.normal(size=(3, *shape)), dtype) for shape in arrays]
+
+    def reference(x, kernel):
+        numbers = ("NHWC", "HWIO", "NHWC")
+        return jax.lax.conv_general_dilated(x, kernel, (stride,) * 2, ((1, 1),) * 2, dimension_numbers=numbers)
+
+    @jax.vmap
+    def of_each(x, kernel, dy):
+        y, pull_back = jax.vjp(reference, x, kernel)
+        return y, *pull_back(dy)
+
+    with jax.enable_x64(True):
+        expected = jax.device_get(of_each(*(np.asarray(value).astype(np.float64) for value in given)))
+    turned = jnp.flip(kernel, (1, 2)).swapaxes(3, 4)
+    rows = {"forward": (x, kernel), "input gradient": (dy, turned), "weight gradient": (x, dy)}
+    for (operation, operands), right in zip(rows.items(), expected, strict=True):
+        for form in seeds.FORMS:
+            apply, *shapes = seeds.Row("32 to 64", dtype, 3, form, operation).operands(options)
+            assert [of.shape for of in shapes] == [of.shape for of in operands]
+            found = np.asarray(jax.jit(apply)(*operands), np.float64)
+            error = np.abs(found - right).max() / np.abs(right).max()
+            assert error < {"float32": 1e-6, "bfloat16": 1e-2}[dtype], (operation, form)
+
+
+def test_a_layer_of_several_seeds_is_timed(seeds, tmp_path):
+    small = ["--batch_size=2", "--image_size=8", "--repeats=2", "--turn_seconds=0", "--rounds=2"]
+    options = seeds.arguments([*small, f"--out={tmp_path}"])
+    alone, together = (seeds.Row("stem", "float32", *of, "forward") for of in ((1, "alone"), (4, "folded")))
+    for row in (alone, together):
+        row.time(row.build(options), options)
+    seeds.write([alone, together], tmp_path, "a title")
+    with (tmp_path / "seeds.csv").open(newline="") as file:
+        first, second = csv.DictReader(file)
+    assert float(first["over_alone"]) == 1
+    assert float(second["over_alone"]) == pytest.approx(float(second["seconds"]) / 4 / float(first["seconds"]))
+    assert together.name in (tmp_path / "seeds.md").read_text()
 
 
 def _products(equation) -> float:

@@ -182,6 +182,27 @@ def test_what_a_model_does_not_have_is_refused():
     )
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"model": {"name": "resnet8"}}, "model.scan_blocks = True: the stages of resnet8 have no equal blocks"),
+        ({"model": {"name": "resnet10"}}, "model.scan_blocks = True: the stages of resnet10 have no equal blocks"),
+        ({"parallel": {"fsdp": 2}}, "parallel.fsdp = 2: would divide stacked blocks"),
+        (
+            {"model": {"name": "vit_b16"}, "modulation": {"sites": "pooled,block11"}},
+            "modulation.sites = 'pooled,block11': block11 is inside of scanned blocks",
+        ),
+        ({"model": {"name": "vit_b16"}, "meta": {"virtual": "last_stage"}}, "meta.virtual = 'last_stage': is one"),
+        ({"model": {"name": "package.module:Name"}}, "model.scan_blocks = True: not read with model.name"),
+    ],
+)
+def test_what_scanned_blocks_do_not_go_with(fields, message):
+    fields = fields | {"model": {**fields.get("model", {}), "scan_blocks": True}}
+    assert refusal(fields).startswith(message)
+    config_lib.resolve(fields | {"model": {**fields["model"], "scan_blocks": False}})
+    config_lib.resolve({"model": {"name": "vit_b16", "scan_blocks": True}, "modulation": {"sites": "block12,pooled"}})
+
+
 def test_what_would_not_be_read_is_refused():
     assert refusal({"modulation": {"use_count": True}}) == (
         "modulation.use_count = True: only the form 'network' joins the count to its input, not 'frequency'"

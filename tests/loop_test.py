@@ -1,5 +1,6 @@
 """The compiled call: one program for each kind of step, whatever the pattern, and the steps of single calls."""
 
+import contextlib
 import functools
 
 import chex
@@ -7,14 +8,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import arrays, configured, slow, stopped_at, tiny, to_double
+from helpers import arrays, changed, configured, slow, stopped_at, tiny, to_double
 
+from mfm_jax import config as config_lib
 from mfm_jax import data as data_lib
-from mfm_jax.machine import interruption
+from mfm_jax.evaluation import results
+from mfm_jax.machine import interruption, parallel
 from mfm_jax.training import experiment as experiment_lib
 from mfm_jax.training import feed as feed_lib
 from mfm_jax.training import inputs, train
 from mfm_jax.training import loop as loop_lib
+from mfm_jax.training.run import Run
 
 
 def trained(config, stops=()):
@@ -97,3 +101,23 @@ def test_a_run_of_several_steps_a_call_goes_on_in_the_middle_of_a_block(tmp_path
     assert stopped["last"] == whole["last"]
     rows = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("stopped", "whole")]
     assert rows[0] == rows[1]
+
+
+@pytest.mark.usefixtures("quick_runs")
+@pytest.mark.parametrize("devices", [1, 8])
+def test_a_split_is_evaluated_in_one_call_where_calls_hold_loops(devices, tmp_path):
+    """One program for each split, and the answers of a call a batch; the last batch is padded."""
+    config = config_lib.resolve(tiny(train__steps_per_call=4, eval__batch_size=24))
+    data = data_lib.build(config)
+    assert not loop_lib.at_once(changed(config, train={"steps_per_call": 0}), data.test_images)  # on a CPU
+    assert not loop_lib.at_once(changed(config, data={"resident_mb": 0}), data.test_images)
+    experiment = experiment_lib.build(config, data, parallel.data_mesh() if devices > 1 else None)
+    with contextlib.closing(Run(config, tmp_path, data, experiment, inputs.to_device(data))) as run:
+        tested, calls = run.classifier(run.loop.bilevel, 0), []
+        counted = tested._replace(probabilities=lambda images: calls.append(1) or tested.probabilities(images))
+        found = {split: run.asked(split)(counted).probabilities for split in ("val", "test")}
+        assert len(calls) == run.eval_step._cache_size() == len(found)
+        for split, rows in found.items():
+            expected = results.on_split(data, split, 24)(counted).probabilities
+            np.testing.assert_allclose(rows, expected, rtol=1e-5)
+        assert len(calls) > 2 * len(found)

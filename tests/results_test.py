@@ -1,5 +1,6 @@
 """The content of `results.json`, of classifiers that answer by heart."""
 
+import functools
 import types
 
 import numpy as np
@@ -29,7 +30,7 @@ def classifier(step: int, sharpness: float = 2.0) -> Classifier:
     table /= table.sum(axis=1, keepdims=True)
 
     def probabilities(images):
-        return table[images[:, 0, 0, 0]]
+        return table[images[..., 0, 0, 0]]
 
     return Classifier(FACTS, config_lib.resolve(config), step, probabilities, probabilities)
 
@@ -50,6 +51,22 @@ def test_a_split_is_asked_in_order_and_without_the_padding():
     assert seen == [("step 25", 4)]
     np.testing.assert_array_equal(found.probabilities, one.probabilities(DATA.test_images))
     np.testing.assert_array_equal(found.labels, LABELS["test"])
+
+
+def test_batches_that_are_put_on_the_device_are_put_there_once_and_are_one_call():
+    put, asked = [], []
+
+    def noted(into, images):
+        into.append(images.shape)
+        return images
+
+    one = classifier(25)
+    question = results.on_split(DATA, "test", 8, put=functools.partial(noted, put))
+    for _ in range(2):
+        found = question(one._replace(probabilities=lambda images: one.probabilities(noted(asked, images))))
+        np.testing.assert_array_equal(found.probabilities, one.probabilities(DATA.test_images))
+    assert put == [(4, 8, 2, 2, 1)]
+    assert asked == 2 * put
 
 
 def test_every_checkpoint_has_its_step_its_epoch_and_its_splits():

@@ -1,5 +1,6 @@
 """Runs after each other and side by side: a failure is an outcome, and the others finish."""
 
+import collections
 import dataclasses
 import json
 import os
@@ -228,3 +229,42 @@ def test_a_process_shares_the_memory_of_its_device_unless_the_user_has_divided_i
     runs._start(job, [])
     job.process.wait()
     assert job.log.read_text().strip() == expected
+
+
+@pytest.mark.usefixtures("_one_device")
+def test_the_process_of_a_second_seed_compiles_nothing(tmp_path, monkeypatch):
+    """It finds every program of the first one in the cache."""
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "xla"))
+    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    config = {"method__name": "mfm", "meta__every": 2, "meta__batch_size": 20, "data__val_images_per_class": 5}
+    planned = [[run(tmp_path, f"seed{seed}", train__seed=seed, **config)] for seed in (0, 1)]
+    kept = []
+    outcomes = runs.train_all(planned, ended=lambda *_: kept.append(sorted(tmp_path.glob("xla/*-cache"))))
+    assert not any(outcome.error for outcome in outcomes)
+    assert len(kept[0]) > 20
+    assert kept[1] == kept[0]
+
+
+@pytest.fixture
+def events():
+    """The names of JAX's events, counted; every program is kept in the cache meanwhile."""
+    counts, setting = collections.Counter(), "jax_persistent_cache_min_compile_time_secs"
+    before = jax.config.values[setting]
+
+    def note(event, **_):
+        counts[event] += 1
+
+    jax.monitoring.register_event_listener(note)
+    jax.config.update(setting, 0.0)
+    yield counts
+    jax.config.update(setting, before)
+    jax.monitoring.unregister_event_listener(note)
+
+
+@pytest.mark.usefixtures("quick_runs")
+def test_a_second_seed_in_the_same_process_compiles_nothing(tmp_path, events):
+    for seed in (11, 12):  # of no other test, which might have left its programs in the cache
+        events.clear()
+        train.train_and_evaluate(run(tmp_path, "x", method__name="mfm", train__seed=seed).config, tmp_path / str(seed))
+    asked, found = (events[f"/jax/compilation_cache/{name}"] for name in ("compile_requests_use_cache", "cache_hits"))
+    assert asked == found > 0

@@ -1,5 +1,6 @@
 """Equal blocks as one scanned body: the same network, over variables that are stacked within the step alone."""
 
+import functools
 import re
 
 import chex
@@ -10,10 +11,12 @@ import optax
 import pytest
 from helpers import arrays, configured, tiny
 
-from mfm_jax import bilevel
+from mfm_jax import bilevel, models
 from mfm_jax import data as data_lib
 from mfm_jax.bilevel import losses, modulation, optim
 from mfm_jax.bilevel.passes import Pass
+from mfm_jax.config import Optim
+from mfm_jax.machine import parallel
 from mfm_jax.models import stacked
 from mfm_jax.models.imagenet import ResNet
 from mfm_jax.models.resnet import CifarResNet
@@ -26,6 +29,7 @@ WIDE = {"dtype": jnp.float64}
 NETWORKS = {
     "cifar": (CifarResNet(2, 10, width=2, **WIDE), 8),
     "imagenet": (ResNet((3, 2), 10, width=2, bottleneck=True, **WIDE), 32),
+    "remat": (CifarResNet(2, 10, width=2, remat=True, **WIDE), 8),
     "vit": (VisionTransformer(10, width=8, depth=2, patch=4, **WIDE), 8),
 }
 
@@ -35,11 +39,18 @@ def batch(size, seed):
     return Batch(jnp.asarray(rng.normal(size=(6, size, size, 3))), jnp.arange(6) % 10)
 
 
-def meta_step(module, variables, runs, size):
+def drawn(module, size):
+    variables = jax.jit(module.init)(jax.random.key(1), batch(size, 0).image)
+    return jax.tree.map(lambda leaf: leaf.astype(jnp.float64), variables)
+
+
+def meta_step(module, variables, runs, size, mesh=None):
     """Returns the state after one meta-step of the default form, unrolled, and its metrics."""
     tx = optim.classifier(configured("mfm").optim, 0.1)
-    learner = modulation.direct({"logits": 10})
-    step = bilevel.make_step(Pass.of(module), losses.cross_entropy, tx, learner, optax.sgd(0.1))
+    learner, axis = modulation.direct({"logits": 10}), parallel.AXIS if mesh else None
+    forward = Pass.of(module.clone(axis_name=axis), axis_name=axis)
+    step = bilevel.make_step(forward, losses.cross_entropy, tx, learner, optax.sgd(0.1))
+    step = parallel.shard_step(step, mesh, 2) if mesh else step
     state = bilevel.init_state(jax.random.key(0), variables, tx, learner.init, optax.sgd(0.1))
     state, metrics = jax.jit(step)(stacked.stack(state, runs), batch(size, 0), batch(size, 1))
     return stacked.unstack(state, runs), metrics
@@ -50,14 +61,55 @@ def test_a_meta_step_is_that_of_the_unrolled_network(name):
     """Parameters, momentum, batch statistics, phi and metrics, in float64."""
     module, size = NETWORKS[name]
     with jax.enable_x64(True):
-        variables = jax.jit(module.init)(jax.random.key(1), batch(size, 0).image)
-        variables = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), variables)
+        variables = drawn(module, size)
         runs = stacked.runs(variables["params"])
         assert runs, "there are equal blocks"
         found, metrics = meta_step(module.clone(scan_blocks=True), variables, runs, size)
         expected, wanted = meta_step(module, variables, {}, size)
         chex.assert_trees_all_close(arrays(found), arrays(expected), rtol=1e-10, atol=1e-12)
         chex.assert_trees_all_close(metrics, wanted, rtol=1e-9)
+
+
+def test_several_devices_and_a_padded_batch():
+    """A batch of six, padded for four devices: what one device computes, in float64."""
+    module, size = NETWORKS["cifar"]
+    with jax.enable_x64(True):
+        variables = drawn(module, size)
+        runs = stacked.runs(variables["params"])
+        mesh = parallel.data_mesh(jax.devices()[:4])
+        found, metrics = meta_step(module.clone(scan_blocks=True), variables, runs, size, mesh)
+        expected, wanted = meta_step(module, variables, {}, size)
+        chex.assert_trees_all_close(arrays(found), arrays(expected), rtol=1e-9, atol=1e-11)
+        chex.assert_trees_all_close(metrics, wanted, rtol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("name", "chain", "tune"),
+    [
+        ("cifar", {"name": "sgd"}, "all"),
+        ("cifar", {"name": "adamw", "clip_norm": 0.1}, "all"),
+        ("imagenet", {"name": "adamw"}, "head"),
+        ("vit", {"name": "sgd", "clip_norm": 0.1}, "adapters"),
+    ],
+)
+def test_an_optimizer_does_to_stacked_leaves_what_it_does_to_each(name, chain, tune):
+    """Weight decay, momentum, clipping and what is frozen; `stack` and `unstack` are inverse on its states."""
+    module, size = NETWORKS[name]
+    module = module.clone(adapter_size=2) if tune == "adapters" else module
+    tx = optim.classifier(Optim(weight_decay=0.3, **chain), 0.1)
+    tx = tx if tune == "all" else optim.only(tx, lambda params: models.trained(params, tune))
+    with jax.enable_x64(True):
+        shapes = jax.eval_shape(module.init, jax.random.key(0), batch(size, 0).image)["params"]
+        rng, update = np.random.default_rng(0), jax.jit(tx.update)
+        draw = functools.partial(jax.tree.map, lambda leaf: jnp.asarray(rng.normal(size=leaf.shape)))
+        params, grads, others = (draw(shapes) for _ in range(3))
+        runs = stacked.runs(params)
+        there = lambda tree: stacked.stack(tree, runs)  # noqa: E731
+        _, state = update(others, tx.init(params), params)
+        changes, after = update(grads, state, params)
+        chex.assert_trees_all_equal(stacked.unstack(there(after), runs), after)
+        found, then = update(there(grads), there(state), there(params))
+        chex.assert_trees_all_close(stacked.unstack((found, then), runs), (changes, after), rtol=1e-12)
 
 
 def test_what_is_stacked_and_back():

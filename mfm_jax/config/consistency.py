@@ -18,6 +18,7 @@ def problems(config: Config) -> Iterator[str]:
             f"model.tune = 'adapters': only model.name = 'vit_b16' has them, not {config.model.name!r}; choose"
             " 'head' or 'all'"
         )
+    yield from _scanned(config)
     yield from _per_batch(config)
     yield from _unread(config.data)
     if config.augment.crop == "resized" and config.data.source not in ("folder", "list"):
@@ -71,6 +72,24 @@ def _modulation(config: Config) -> Iterator[str]:
         yield f"modulation.use_count = True: only the form 'network' joins the count to its input, not {min(forms)!r}"
 
 
+def _scanned(config: Config) -> Iterator[str]:
+    """Scanned blocks where there are none that are equal, or where one of them is wanted by itself."""
+    if not config.model.scan_blocks:
+        return
+    name, fsdp, off = config.model.name, config.parallel.fsdp, "or leave model.scan_blocks out"
+    if name in ("resnet8", "resnet10"):
+        yield f"model.scan_blocks = True: the stages of {name} have no equal blocks; choose a deeper network, {off}"
+    if fsdp > 1:
+        yield f"parallel.fsdp = {fsdp}: would divide stacked blocks otherwise than they are kept; set 1, {off}"
+    if name != "vit_b16":
+        return
+    if inner := [site for site in config.sites if re.fullmatch("block([1-9]|1[01])", site)]:
+        sites = config.modulation.sites
+        yield f"modulation.sites = {sites!r}: {inner[0]} is inside of scanned blocks; choose others, {off}"
+    if config.meta.virtual == "last_stage":
+        yield f"meta.virtual = 'last_stage': is one of the scanned blocks; choose 'all' or 'head', {off}"
+
+
 def _per_batch(config: Config) -> Iterator[str]:
     if config.method.per_batch and config.meta.lagged:
         yield (
@@ -103,8 +122,8 @@ def _own_module(config: Config) -> Iterator[str]:
     model = config.model
     if not names_own(model.name):
         return
-    for field, value in {"width": model.width, "pretrained": model.pretrained}.items():
-        if value:
+    for field in ("width", "pretrained", "scan_blocks"):
+        if value := getattr(model, field):
             yield f"model.{field} = {value!r}: not read with model.name = {model.name!r}, your own; leave it out"
     if config.meta.virtual == "last_stage":
         yield (

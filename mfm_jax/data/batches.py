@@ -11,7 +11,7 @@ stream's name), as two that share a key share their randomness.
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -102,6 +102,11 @@ def meta_indices(key: jax.Array, step: int | jax.Array, table: jax.Array, batch_
 def gather(values: jax.Array, index: jax.Array) -> jax.Array:
     """Returns `values` [N, ...] at `index` (int [B], in range) as [B, ...], in their own dtype."""
     return jnp.take(values, index, axis=0, mode="clip")
+
+
+def each(apply: Callable[[jax.Array], jax.Array], images: jax.Array) -> jax.Array:
+    """Returns `apply` of a batch [B, H, W, C], or of several, [n, B, H, W, C], one after the other in one program."""
+    return jax.lax.map(apply, images) if images.ndim == 5 else apply(images)
 
 
 def eval_batches(images: Images, batch_size: int, workers: int = 0) -> Iterator[tuple[np.ndarray, np.ndarray]]:

@@ -5,6 +5,7 @@ training writes at its start, have what only the data could say. `load_pretraine
 data in their place. In training, the same type stands for the state so far.
 """
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mfm_jax.config import Config, Own
-from mfm_jax.data import LongTailData, augment, sizes
+from mfm_jax.data import LongTailData, augment, batches, sizes
 from mfm_jax.errors import UserError
 from mfm_jax.evaluation import conformal, hub_folder, tested
 from mfm_jax.evaluation import facts as facts_lib
@@ -44,7 +45,7 @@ class Classifier(NamedTuple):
     config: of its run.
     step: of its checkpoint.
     forward: uint8 `[B, H, W, C]` -> float32 `[B, K]`, the probabilities; a pure JAX function.
-    probabilities: the same, compiled, of NumPy arrays.
+    probabilities: the same, compiled, of NumPy arrays; of several batches `[n, B, H, W, C]` too, in one call.
     sets: its prediction sets (`sets.members(probabilities)`); None where there was no validation split, for the
       checkpoint that was best on it, and while a run has not finished.
     variables: `params`, as tested, and `batch_stats`; None where the state of a run in training stands for them.
@@ -168,7 +169,7 @@ def _of(facts: Facts, config: Config, step: int, predict: Callable[[jax.Array], 
     def forward(images: jax.Array) -> jax.Array:
         return predict(_normalized(facts, images))
 
-    compiled = jax.jit(forward)
+    compiled = jax.jit(functools.partial(batches.each, forward))
     return Classifier(facts, config, step, forward, lambda images: np.asarray(compiled(images)))
 
 

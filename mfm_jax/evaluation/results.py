@@ -1,5 +1,6 @@
 """From a tested classifier to the content of `results.json`, in training and in later evaluations alike."""
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -28,17 +29,24 @@ def on_split(
     workers: int = 0,
     *,
     watch: Callable[..., Any] = lambda parts, text, total: parts,
+    put: Callable[[np.ndarray], Any] | None = None,
 ) -> Asked:
     """Returns the question for a split, `train`, `val` or `test`, of one image or more, in order and not augmented.
 
     The last batch is padded. Streamed images are decoded by `workers` processes. `watch` shows how far it is:
-    `(parts, text, how many) -> parts`, such as `rich.progress.track`.
+    `(parts, text, how many) -> parts`, such as `rich.progress.track`. With `put`, all batches `[n, B, H, W, C]` are put
+    on the device by it, stay there, and are one call.
     """
     images, labels = getattr(data, f"{split}_images"), getattr(data, f"{split}_labels")
 
+    @functools.cache
+    def resident(put: Callable[[np.ndarray], Any]) -> tuple[Any, np.ndarray]:
+        image, mask = map(np.stack, zip(*batches.eval_batches(images, batch_size), strict=True))
+        return put(image), mask
+
     def asked(classifier: Classifier) -> Answers:
-        parts = batches.eval_batches(images, batch_size, workers)
-        parts = watch(parts, f"step {classifier.step}", -(-len(labels) // batch_size))
+        parts = iter([resident(put)]) if put else batches.eval_batches(images, batch_size, workers)
+        parts = watch(parts, f"step {classifier.step}", 1 if put else -(-len(labels) // batch_size))
         return Answers(np.concatenate([classifier.probabilities(image)[mask] for image, mask in parts]), labels)
 
     return asked

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
+import jax
 import ml_collections
 import numpy as np
 
@@ -27,6 +28,7 @@ from mfm_jax.evaluation.classifier import Classifier
 from mfm_jax.evaluation.results import Answers, Asked
 from mfm_jax.machine import disk, versions
 from mfm_jax.pages import report
+from mfm_jax.training import loop
 from mfm_jax.training.progress import track
 from mfm_jax.workdir.files import Workdir, read_object
 
@@ -92,7 +94,8 @@ def evaluate_run(
         run.check_split(data.manifest)
         if not len(getattr(data, f"{split}_labels")):
             raise UserError(f"--split={split}: {data.name} has no such split")
-        asked = results_lib.on_split(data, split, given.eval.batch_size, given.data.workers, watch=track)
+        put = jax.device_put if loop.at_once(given, getattr(data, f"{split}_images")) else None
+        asked = results_lib.on_split(data, split, given.eval.batch_size, given.data.workers, watch=track, put=put)
     sets = None if split in ("train", "val") else last.sets
     results = results_lib.of_run(last, best, {split: asked}, split, sets=sets) | {
         "folder": str(folder or ""),

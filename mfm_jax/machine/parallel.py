@@ -166,9 +166,9 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
-def split(mesh: Mesh) -> NamedSharding:
-    """Returns the sharding of a batch: each device's part along its first axis, which must divide by their number."""
-    return NamedSharding(mesh, P(AXIS))
+def split(mesh: Mesh, axis: int = 0) -> NamedSharding:
+    """Returns the sharding of a batch: each device's part along `axis`, which must divide by their number."""
+    return NamedSharding(mesh, P(*[None] * axis, AXIS))
 
 
 def whole(tree: PyTree, mesh: Mesh | None) -> PyTree:

@@ -5,6 +5,7 @@ This is where a method's choices meet the bilevel step; nothing here loops, and 
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -98,31 +99,30 @@ def build(config: Config, data: LongTailData, mesh: Mesh | None = None) -> Exper
     if mesh:
         forward = dataclasses.replace(forward, apply=_on_mesh(config, module, mesh), axis_name=parallel.AXIS)
 
-    def fresh() -> PyTree:
-        key = jax.random.split(jax.random.key(config.train.seed))[0]
+    def fresh(key: jax.Array) -> PyTree:
+        key = jax.random.split(key)[0]
         variables = plain.module.init({**passes.rngs(key), "params": key}, image)
         if method.prior_bias:
             variables = {**variables, "params": heads.with_prior_bias(variables["params"], counts)}
         return variables
 
-    def start(variables: PyTree) -> BilevelState:
+    def start(variables: PyTree, key: jax.Array) -> BilevelState:
         def init_phi(key: jax.Array) -> PyTree:
             if method.retraining:
                 return method.retraining.init(key, variables["params"])
             return learner.init(key) if learner else {}
 
         moves = method.retraining or (learner and not config.frozen)
-        key = jax.random.split(jax.random.key(config.train.seed))[1]
-        return bilevel.init_state(key, variables, rules.tx, init_phi, phi_tx if moves else None)
+        return bilevel.init_state(jax.random.split(key)[1], variables, rules.tx, init_phi, phi_tx if moves else None)
 
     def init_pretrained(*, whole: bool = False) -> BilevelState:
-        new, model, normalized = jax.jit(fresh)(), config.model, table.objective(config).cosine_head
+        new, model, normalized = jax.jit(fresh)(key), config.model, table.objective(config).cosine_head
         new = (new["params"], new.get("batch_stats", {}))
         if model.init_from:
             found = weights.of_run(config, data.class_names, *new)
         else:
             found = pretrained.load(model.pretrained, *new, model.name, normalized_head=normalized, whole=whole)
-        return jax.jit(start)(dict(zip(("params", "batch_stats"), found, strict=True)))
+        return jax.jit(start)(dict(zip(("params", "batch_stats"), found, strict=True)), key)
 
     plain_step, meta_step, retrain_step = _steps(config, method, forward, rules, learner, phi_tx, image.shape[1:])
     if mesh:
@@ -130,8 +130,10 @@ def build(config: Config, data: LongTailData, mesh: Mesh | None = None) -> Exper
         meta_step = meta_step and parallel.shard_step(meta_step, mesh, 2)
         retrain_step = retrain_step and parallel.shard_step(retrain_step, mesh, 1)
     extract = heads.features(plain.apply)
-    init = jax.jit(lambda: start(fresh()))  # hundreds of small operations otherwise, each compiled by itself
-    blocks = stacked.runs(jax.eval_shape(fresh)["params"]) if scans else {}
+    key = jax.random.key(config.train.seed)  # an argument of what is compiled: seeds share their programs
+    drawn = jax.jit(lambda key: start(fresh(key), key))  # hundreds of small operations otherwise, each compiled alone
+    init = functools.partial(drawn, key)
+    blocks = stacked.runs(jax.eval_shape(fresh, key)["params"]) if scans else {}
     if learner and config.own("learner") is not None:
         _trace(config, lambda: stacked.stack(init(), blocks), meta_step or plain_step, image.shape[1:])
     return Experiment(

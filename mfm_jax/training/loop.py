@@ -11,11 +11,13 @@ from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
 from mfm_jax.bilevel.passes import Pass
 from mfm_jax.config import Config, Train
 from mfm_jax.data import augment
+from mfm_jax.data.sources import Images
 from mfm_jax.machine import parallel
 from mfm_jax.models import stacked
 from mfm_jax.training import anomalies, inputs
@@ -125,6 +127,12 @@ def unstack(loop: LoopState, seeds: int) -> list[LoopState]:
 def steps_per_call(config: Config) -> int:
     """Returns how many steps one compiled call has at most."""
     return config.train.steps_per_call or (1 if jax.default_backend() == "cpu" else 10)
+
+
+def at_once(config: Config, images: Images) -> bool:
+    """Returns whether a split's images are evaluated in one call: where calls hold loops, if they fit the device."""
+    small = isinstance(images, np.ndarray) and images.nbytes <= config.data.resident_mb * 1e6
+    return small and steps_per_call(config) > 1
 
 
 def kind_of(experiment: Experiment, config: Config, step: int) -> Kind:

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from mfm_jax.config import Config
-from mfm_jax.data import LongTailData
+from mfm_jax.data import LongTailData, batches
 from mfm_jax.errors import UserError
 from mfm_jax.evaluation import facts, gallery, tested
 from mfm_jax.evaluation import results as results_lib
@@ -25,7 +25,7 @@ from mfm_jax.training import loop as loop_lib
 from mfm_jax.training.anomalies import ANOMALIES, NonFiniteError
 from mfm_jax.training.epoch_log import EpochLog
 from mfm_jax.training.experiment import Experiment
-from mfm_jax.training.inputs import ResidentSet, StepBatches
+from mfm_jax.training.inputs import Input, ResidentSet, StepBatches
 from mfm_jax.training.loop import LoopState
 from mfm_jax.types import BilevelState
 from mfm_jax.workdir import loggers, modulators
@@ -62,7 +62,8 @@ class Run:
         self._settled = loop_lib.make_settle(experiment)
         whole = parallel.replicated(self.mesh) if self.mesh else None
         self.predict = functools.partial(loop_lib.evaluate_batch, experiment.tested.probabilities)
-        self.eval_step = jax.jit(self.predict, out_shardings=whole)
+        self.eval_step = jax.jit(self._of_each, out_shardings=whole)
+        self._on_validation = self.asked("val")
 
     def _restored(self) -> tuple[int, LoopState, dict[str, Any]]:
         """Returns the step, the loop and the record of the last checkpoint, or those of a start."""
@@ -130,7 +131,7 @@ class Run:
     def validate(self, epoch: int) -> float:
         """Logs what the validation split says, and returns the score by which epochs are compared."""
         tested = self.classifier(self.loop.bilevel, self.step)
-        values = results_lib.evaluate(tested, self.asked("val")(tested))
+        values = results_lib.evaluate(tested, self._on_validation(tested))
         scalars = {name: value for name, value in values.items() if isinstance(value, float)}
         self.log.write("val", self.step, epoch, scalars)
         return values["balanced_accuracy"]
@@ -169,19 +170,26 @@ class Run:
         """Returns the classifier that is tested, with the weights of `state`."""
 
         def probabilities(images: np.ndarray) -> np.ndarray:
-            placed = parallel.place(images, parallel.split(self.mesh)) if self.mesh else images
-            return np.asarray(self.eval_step(state, placed, self.feed.data))
+            if self.mesh and isinstance(images, np.ndarray):
+                images = parallel.place(images, parallel.split(self.mesh))
+            return np.asarray(self.eval_step(state, images, self.feed.data))
 
         def forward(images: jax.Array) -> jax.Array:
             return self.predict(state, images, self.feed.data)
 
         return Classifier(self.facts, self.config, step, forward, probabilities)
 
+    def _of_each(self, state: BilevelState, images: jax.Array, data: Input) -> jax.Array:
+        return batches.each(lambda batch: self.predict(state, batch, data), images)
+
     def asked(self, split: str, watch: Callable[..., Any] = lambda parts, text, total: parts) -> Asked:
         """Returns the question for a split, in batches that divide by the devices."""
         devices = self.mesh.shape[parallel.AXIS] if self.mesh else 1
         size = -(-self.config.eval.batch_size // devices) * devices
-        return results_lib.on_split(self.data, split, size, self.config.data.workers, watch=watch)
+        where = parallel.split(self.mesh, axis=1) if self.mesh else inputs.everywhere(None)
+        at_once = loop_lib.at_once(self.config, getattr(self.data, f"{split}_images"))
+        put = functools.partial(parallel.place, sharding=where) if at_once else None
+        return results_lib.on_split(self.data, split, size, self.config.data.workers, watch=watch, put=put)
 
     def results(self) -> dict[str, Any]:
         """Evaluates the last and the best-on-validation state; the one time that the test split is read."""
