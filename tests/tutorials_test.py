@@ -56,5 +56,5 @@ def run(path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> nbformat.N
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.outputs = []
-    NotebookClient(notebook, timeout=500, resources={"metadata": {"path": str(folder)}}, record_timing=False).execute()
+    NotebookClient(notebook, timeout=500, resources={"metadata": {"path": str(folder)}}, record_timing=False, coalesce_streams=True).execute()
     return notebook
