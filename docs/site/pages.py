@@ -83,11 +83,12 @@ def made() -> dict[str, str | bytes]:
     """Returns what is made, by its path below `docs/`: the text of each page, and the pictures of the notebooks."""
     pages = {to.removeprefix("docs/"): relinked((ROOT / of).read_text(), of, to) for of, to in AT_ROOT.items()}
     pages |= {f"reference/{name}.md": _of_modules(*told) for name, told in MODULES.items()}
-    return _tutorials() | pages | {
+    pages |= {
         "reference/index.md": _public_names(),
         "reference/commands.md": _commands(),
         "reference/fields.md": _fields(),
     }
+    return pages | _tutorials()
 
 
 def relinked(markdown: str, source: str, page: str = "") -> str:
