@@ -58,7 +58,7 @@ def commands() -> list[str]:
 
 @pytest.mark.parametrize("line", commands())
 def test_the_script_of_a_command_exists_and_has_its_flags(line):
-    for path in re.findall(rf"(?:^|[ =])(?:\./)?({FOLDERS}/[\w./-]+)", line):
+    for path in re.findall(rf"(?:^| |--config=)(?:\./)?({FOLDERS}/[\w./-]+)", line):
         assert (ROOT / path).exists(), path
     script = re.search(r"benchmarks/\w+\.py", line)
     if script:
