@@ -103,13 +103,15 @@ def test_the_citation_is_of_this_version_and_of_the_paper():
     names = [f"{person['family-names']}, {person['given-names']}" for person in cited["preferred-citation"]["authors"]]
     bibtex = (ROOT / "docs/citing.md").read_text()
     assert f"author  = {{{' and '.join(names)}}}" in bibtex
-    assert f"version = {{{mfm_jax.__version__}}}" in bibtex
+    assert f"version = {{{mfm_jax.__version__}}},\n  year    = {{{cited['date-released'].year}}}" in bibtex
     assert "arXiv:2008.03428" in bibtex
 
 
-def test_the_changelog_has_an_entry_for_this_version():
-    newest = re.search(r"^## \[(.+?)\] - (.+)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
-    assert Version(newest[1]) >= Version(mfm_jax.__version__)
+def test_the_changelog_has_an_entry_for_this_version_with_the_date_that_is_cited():
+    entries = dict(re.findall(r"^## \[(.+?)\] - (.+)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE))
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert entries[mfm_jax.__version__] == str(cited["date-released"])
+    assert all(Version(number) >= Version(mfm_jax.__version__) for number in list(entries)[:1])
 
 
 def test_an_extra_is_installed_from_the_clone_or_into_the_wheel(tmp_path, monkeypatch):

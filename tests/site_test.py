@@ -19,7 +19,9 @@ from mfm_jax import manual
 from mfm_jax.config import FIELDS
 
 ROOT = Path(__file__).parents[1]
-MISSING = [name for name in ("mkdocs", "material", "mkdocstrings_handlers") if not importlib.util.find_spec(name)]
+MISSING = [
+    name for name in ("mkdocs", "material", "mkdocstrings_handlers", "nbconvert") if not importlib.util.find_spec(name)
+]
 needs_mkdocs = pytest.mark.skipif(bool(MISSING), reason=f"needs the extra 'docs': no {', '.join(MISSING)}")
 # Attributes by which a page loads something; a link in a text, which a reader may follow, is another thing.
 LOADS = {"script": "src", "img": "src", "iframe": "src", "source": "src", "link": "href"}
@@ -92,6 +94,40 @@ def test_every_link_and_anchor_leads_somewhere(pages):
             if unquote(parts.fragment) not in known:
                 dead.append((path.name, link))
     assert not dead
+
+
+ANSWERS = {  # what a fresh reader asks: the page, the heading on it, and words of the answer
+    "what is MFM": ("index", "", "changes how the classifier is trained, not what it is"),
+    "is it better than logit adjustment": ("faq", "is-mfm-better-than-logit-adjustment", "MFM saves you the tuning"),
+    "how do I train on my folder": ("faq", "how-do-i-train-on-my-own-pictures", "mfm-jax train folder_lt"),
+    "how do I resume": ("faq", "it-was-interrupted-do-i-start-again", "run the same command again"),
+    "what is meta_held_out": ("faq", "what-is-meta_held_out", "leave the training set before it is made"),
+    "where is the loss defined": ("reference/bilevel", "mfm_jax.bilevel.losses", "cross_entropy"),
+    "how do I add a method": ("contributing", "how-to-add", "Add an entry to"),
+    "what does a step cost": ("performance", "the-meta-step", "The default is 8: 3 F + 6 F / 8 = 1.25 plain steps"),
+    "how do I use it on 8 GPUs": ("launch", "one-command-for-each-kind-of-machine", "uses all devices"),
+    "what may I cite": ("citing", "", "For the method, the paper"),
+}
+
+
+@pytest.mark.slow
+@needs_mkdocs
+@pytest.mark.parametrize("question", ANSWERS)
+def test_a_fresh_reader_is_two_clicks_from_an_answer(question, site, pages):
+    """The first click leads from the start to the page, the second to the heading."""
+    page, heading, words = ANSWERS[question]
+    path = site / f"{page}.html"
+    assert page == "index" or f"{page}.html" in pages[site / "index.html"].links
+    assert not heading or f"#{heading}" in pages[path].links
+    assert words in " ".join(re.sub(r"<[^>]+>", "", path.read_text(encoding="utf-8")).split())
+
+
+@pytest.mark.slow
+@needs_mkdocs
+def test_a_tutorial_is_a_page_with_its_pictures(site):
+    for notebook in (ROOT / "docs" / "tutorials").glob("*.ipynb"):
+        page = (site / "tutorials" / f"{notebook.stem}.html").read_text(encoding="utf-8")
+        assert page.count('<img alt="png"') == notebook.read_text(encoding="utf-8").count('"image/png"')
 
 
 @pytest.mark.slow
@@ -175,5 +211,6 @@ def test_links_out_of_the_documentation_lead_into_the_site():
     assert relinked("[a](../configs/b.py), [`configs/b.py`](../configs/b.py)", "docs/x.md") == (
         "a (`configs/b.py`), `configs/b.py`"
     )
+    assert relinked("[a](b.ipynb#c)", "docs/tutorials/x.md") == "[a](b.md#c)"
     same = "[a](https://b.c/d), [e](#f), ![g](images/h.svg)"
     assert relinked(same, "docs/x.md") == same

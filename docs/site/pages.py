@@ -1,7 +1,8 @@
 """The pages of the site that are made when it is built, and links that lead out of `docs/`: a hook of MkDocs.
 
 Nothing is written down twice: commands come from their own help, config fields from their declarations, the
-reference from the package's docstrings, changelog and contributing from the files at the root.
+reference from the package's docstrings, tutorials from their notebooks, changelog and contributing from the files at
+the root.
 """
 
 import contextlib
@@ -16,6 +17,7 @@ import griffe
 from absl import flags
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
+from nbconvert import MarkdownExporter
 
 import mfm_jax
 from mfm_jax import cli, manual, shipped
@@ -77,32 +79,43 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     return relinked(markdown, f"docs/{page.file.src_uri}")
 
 
-def made() -> dict[str, str]:
-    """Returns the text of every page that is made, by its path below `docs/`."""
+def made() -> dict[str, str | bytes]:
+    """Returns what is made, by its path below `docs/`: the text of each page, and the pictures of the notebooks."""
     pages = {to.removeprefix("docs/"): relinked((ROOT / of).read_text(), of, to) for of, to in AT_ROOT.items()}
     pages |= {f"reference/{name}.md": _of_modules(*told) for name, told in MODULES.items()}
-    return pages | {
+    pages |= {
         "reference/index.md": _public_names(),
         "reference/commands.md": _commands(),
         "reference/fields.md": _fields(),
     }
+    return pages | _tutorials()
 
 
 def relinked(markdown: str, source: str, page: str = "") -> str:
     """Returns `markdown` of the file `source` as the page `page` (`source`, if empty), both below the root.
 
-    A link to a file that the site does not have becomes the name of the file.
+    A link to a file that the site does not have becomes the name of the file, one to a notebook leads to its page.
     """
 
     def link(found: re.Match[str]) -> str:
         text, path, anchor = found.groups("")
         to = os.path.normpath(os.path.join(os.path.dirname(source), path))
-        to = AT_ROOT.get(to, to)
+        to = re.sub(r"^(docs/.*)\.ipynb$", r"\1.md", AT_ROOT.get(to, to))
         if not to.startswith("docs/"):
             return f"`{to}`" if text.strip("`") == to else f"{text} (`{to}`)"
         return f"[{text}]({os.path.relpath(to, os.path.dirname(page or source))}{anchor})"
 
     return re.sub(r"(?<!!)\[([^\]\[]*)\]\(((?!\w+:)[^)\s#]+)(#[^)\s]*)?\)", link, markdown)
+
+
+def _tutorials() -> dict[str, str | bytes]:
+    """Returns a page for each notebook, with the outputs that are stored in it, and its pictures."""
+    found: dict[str, str | bytes] = {}
+    for path in sorted((ROOT / "docs" / "tutorials").glob("*.ipynb")):
+        text, more = MarkdownExporter().from_filename(str(path), resources={"unique_key": path.stem})
+        found |= {f"tutorials/{name}": picture for name, picture in more["outputs"].items()}
+        found[f"tutorials/{path.stem}.md"] = f"{text}\n*This page is the notebook* `docs/tutorials/{path.name}`.\n"
+    return found
 
 
 def _of_modules(title: str, modules: tuple[str, ...]) -> str:

@@ -1,0 +1,227 @@
+"""What the README and the pages of results say is what the files in docs/results say.
+
+`conformal_test` holds the page of the prediction sets to its file, `benchmarks_test` that of the accelerator.
+"""
+
+import csv
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "docs" / "results"
+README, STUDY, PLANKTON = (
+    path.read_text(encoding="utf-8") for path in (ROOT / "README.md", RESULTS / "study.md", RESULTS / "plankton.md")
+)
+METHODS = {
+    "cross-entropy": "ce",
+    "Meta-Weight-Net": "meta_weight_net",
+    "LDAM-DRW": "ldam_drw",
+    "logit adjustment as published (tau 1)": "logit_adjusted_natural",
+    "logit adjustment, sampling and tau tuned": "logit_adjusted",
+    "logit adjustment, tuned on the small version": "logit_adjusted",
+    "logit adjustment, tuned on the small one": "logit_adjusted",
+    "MFM": "mfm",
+    "MFM, the default": "mfm",
+    "MFM, the default, in bfloat16": "mfm bfloat16",
+    "logit adjustment as published (tau 1, images as they are), in bfloat16": "logit_adjusted_natural bfloat16",
+}
+THIRDS = ("head_third", "middle_third", "tail_third")
+# What launch/quickstart.sh prints, mean and standard deviation over its seeds; it is not kept as a file.
+QUICKSTART = [[88.5, 1.0], [93.6, 0.3], [96.1, 0.3]]
+DIFFERENCE = re.compile(r"(-?\d+\.\d)(?: \[(-?\d+\.\d), (-?\d+\.\d)\])?")
+
+
+def stored(name: str) -> list[dict[str, str]]:
+    with (RESULTS / name).open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def table(page: str, after: str) -> list[list[str]]:
+    """Returns the rows of the first table after the words `after`, without its head."""
+    lines = page.partition(after)[2].splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("|"))
+    rows = []
+    for line in lines[start + 2 :]:
+        if not line.startswith("|"):
+            break
+        rows.append([cell.strip().strip("`") for cell in line.strip("|").split("|")])
+    assert rows
+    return rows
+
+
+def rounded(cell: str, value: str | float, places: int = 2) -> bool:
+    """Whether a cell of one decimal is `value`, which a file has with that many `places`."""
+    return abs(float(cell) - float(value)) < 0.05 + 0.51 * 10.0**-places
+
+
+def is_mean(cell: str, row: Mapping[str, str]) -> bool:
+    mean, _, std = cell.partition(" ± ")
+    same = rounded(mean, row["balanced_accuracy_mean"])
+    return same and (rounded(std, row["balanced_accuracy_std"]) if std else not row["balanced_accuracy_std"])
+
+
+def check_difference(cell: str, difference: float) -> None:
+    """The difference is that of the means; its interval lies about it."""
+    middle, *ends = (float(one) for one in DIFFERENCE.match(cell).groups() if one)
+    assert middle == pytest.approx(difference, abs=0.11), cell
+    assert not ends or sum(ends) / 2 == pytest.approx(middle, abs=0.11), cell
+
+
+def test_the_main_table_of_the_readme():
+    rows = {row["method"]: row for row in stored("cifar10_lt_small.csv") if row["imbalance_factor"] == "100"}
+    study = {cells[0]: cells for cells in table(STUDY, "### Imbalance factor 100")}
+    shown = table(README, "## What it reaches")
+    assert [METHODS[cells[0]] for cells in shown] == [
+        "ce",
+        "meta_weight_net",
+        "ldam_drw",
+        "logit_adjusted_natural",
+        "logit_adjusted",
+        "mfm",
+    ]
+    for name, balanced, *thirds, difference, seeds in shown:
+        row, of_study = rows[METHODS[name]], study[METHODS[name]]
+        assert is_mean(balanced, row), name
+        assert all(rounded(cell, row[third]) for cell, third in zip(thirds, THIRDS, strict=True)), name
+        assert seeds == row["seeds"]
+        assert re.findall(r"-?\d+\.\d", difference) == re.findall(r"-?\d+\.\d", of_study[2]), name
+
+
+@pytest.mark.parametrize("factor", ["100", "200", "50"])
+def test_the_tables_of_the_study(factor):
+    rows = {row["method"]: row for row in stored("cifar10_lt_small.csv") if row["imbalance_factor"] == factor}
+    shown = table(STUDY, f"### Imbalance factor {factor}")
+    for name, balanced, minus_ce, minus_adjusted, *thirds, seeds in shown:
+        row = rows.pop(name)
+        assert is_mean(balanced, row), name
+        assert all(rounded(cell, row[third]) for cell, third in zip(thirds, THIRDS, strict=True)), name
+        assert seeds == row["seeds"]
+        for baseline, cell in (("ce", minus_ce), ("logit_adjusted", minus_adjusted)):
+            other = next(
+                r for r in stored("cifar10_lt_small.csv") if (r["method"], r["imbalance_factor"]) == (baseline, factor)
+            )
+            if cell != "–" and other["seeds"] == seeds:  # of fewer seeds, the pairs alone
+                check_difference(cell, float(row["balanced_accuracy_mean"]) - float(other["balanced_accuracy_mean"]))
+    assert all(factor == "100" and row["seeds"] == "1" for row in rows.values()), "the others have a table of their own"
+
+
+def test_the_table_of_the_other_methods():
+    rows = {row["method"]: row for row in stored("cifar10_lt_small.csv") if row["seeds"] == "1"}
+    ce = float(re.search(r"seed 0, for which CE has (\d+\.\d)", STUDY)[1])
+    for name, balanced, minus_ce, *thirds in table(STUDY, "### The other methods"):
+        row = rows.pop(name)
+        assert is_mean(balanced, row), name
+        check_difference(minus_ce, float(row["balanced_accuracy_mean"]) - ce)
+        assert all(rounded(cell, row[third]) for cell, third in zip(thirds, THIRDS, strict=True)), name
+    assert not rows
+
+
+def test_the_tables_at_full_and_at_medium_size():
+    full = {(row["method"], row["seed"]): row for row in stored("cifar10_lt_full.csv")}
+    measures = ("balanced_accuracy", "head_third", "middle_third", "rarest_third", "ece")
+    for name, seed, *cells in table(STUDY, "## At full size"):
+        row = full.pop((METHODS[name], seed))
+        assert all(rounded(cell, row[measure]) for cell, measure in zip(cells, measures, strict=True)), (name, seed)
+    assert not full
+    medium = {row["method"]: row for row in stored("cifar10_lt_medium.csv")}
+    for name, balanced, *thirds in table(STUDY, "ResNet-20 at 32x32"):
+        assert is_mean(balanced, medium[METHODS[name]]), name
+        assert all(rounded(cell, medium[METHODS[name]][third]) for cell, third in zip(thirds, THIRDS, strict=True)), (
+            name
+        )
+
+
+def test_full_size_in_words():
+    found: dict[str, list[str]] = {}
+    for row in stored("cifar10_lt_full.csv"):
+        found.setdefault(row["method"], []).append(f"{float(row['balanced_accuracy']):.1f}")
+    mfm, tuned, untuned, ce = (
+        " and ".join(found[name]) for name in ("mfm", "logit_adjusted", "logit_adjusted_natural bfloat16", "ce")
+    )
+    words = " ".join(README.split())
+    assert f"MFM has {mfm} %, logit adjustment as published {untuned} % (in bfloat16)" in words
+    assert f"with the small version's tau {tuned} %, and cross-entropy {ce} %" in words
+    words = " ".join((ROOT / "docs" / "index.md").read_text(encoding="utf-8").split())
+    assert f"MFM has {mfm} % with two seeds, and CE {ce} % with one" in words
+
+
+def test_the_transfer_to_the_digits():
+    mean = {row["method"]: float(row["balanced_accuracy_mean"]) for row in stored("digits_lt.csv")}
+    (cells,) = (row for row in table(STUDY, "## Transfer") if row[0].startswith("scikit-learn's digits"))
+    gain = {method: mean[method] - mean["ce"] for method in ("mfm", "mfm_frozen", "mfm_fine_tuned")}
+    for cell, method in ((cells[1], "mfm"), (cells[2], "mfm_frozen"), (cells[4], "mfm_fine_tuned")):
+        check_difference(cell, gain[method])
+    assert cells[3] == f"{100 * gain['mfm_frozen'] / gain['mfm']:.0f} %"
+
+
+def test_plankton():
+    rows = {row["method"]: row for row in stored("plankton.csv") if row["epoch"] == "last"}
+    names = {
+        "cross-entropy": "ce",
+        "logit adjustment as published (tau 1)": "logit_adjusted",
+        "logit adjustment, as tuned on CIFAR-10": "logit_adjusted_tuned_on_cifar10",
+        "MFM": "mfm",
+        "MFM, the meta recipe before": "mfm_recipe_before",
+        "MFM, a modulator from CIFAR-10, frozen": "mfm_frozen_from_cifar10",
+    }
+
+    def percent(row: Mapping[str, str], measure: str, spread: bool = False) -> str:
+        mean, std = (f"{100 * float(row[f'{measure}_{kind}']):.1f}" for kind in ("mean", "std"))
+        return f"{mean} ± {std}" if spread else mean
+
+    for name, balanced, difference, many, medium, few, f1, ece in table(PLANKTON, "Test set, last of 12 epochs"):
+        row = rows.pop(names[name])
+        assert balanced == percent(row, "balanced_accuracy", spread=True)
+        assert few == percent(row, "few", spread=True)
+        groups = zip((many, medium, f1, ece), ("many", "medium", "macro_f1", "ece"), strict=True)
+        assert all(cell == percent(row, measure) for cell, measure in groups), name
+        if row["difference"]:
+            middle, half = 100 * float(row["difference"]), 100 * float(row["difference_t95"])
+            assert difference == f"{middle:.1f} [{middle - half:.1f}, {middle + half:.1f}]"
+        elif difference:
+            ce = float(stored("plankton.csv")[0]["balanced_accuracy_mean"])
+            check_difference(difference, 100 * (float(row["balanced_accuracy_mean"]) - ce))
+    assert not rows
+    words = " ".join(README.split())
+    assert {*re.findall(r"\d+\.\d ± \d\.\d %", words.partition("121 classes of plankton")[2])} <= {
+        f"{percent(row, 'balanced_accuracy', spread=True)} %" for row in stored("plankton.csv")
+    }
+
+
+def test_every_mean_in_the_readme_and_on_the_first_page_is_in_a_file():
+    means = [*QUICKSTART]
+    for path in RESULTS.glob("*.csv"):
+        for row in stored(path.name):
+            if row.get("balanced_accuracy_std"):
+                scale = 100 if float(row["balanced_accuracy_mean"]) < 1 else 1
+                means.append([scale * float(row[f"balanced_accuracy_{kind}"]) for kind in ("mean", "std")])
+    for page in ("README.md", "docs/index.md", "docs/faq.md"):
+        for told in re.findall(r"(\d+\.\d) ± (\d+\.\d)", (ROOT / page).read_text(encoding="utf-8")):
+            assert any(rounded(told[0], mean) and rounded(told[1], std) for mean, std in means), (page, told)
+
+
+def test_the_campaign_of_kills():
+    found = json.loads((RESULTS / "kill_campaign.json").read_text())
+    kills, page = found["kills"], (ROOT / "docs" / "robustness.md").read_text(encoding="utf-8")
+    sent = kills["sent"]
+
+    def of(words: str) -> int:
+        return sum(number for what, number in sent.items() if words in what)
+
+    first, second, *_, hangs = table(page, "kill_campaign.json](")
+    signals = (
+        f"{sum(sent.values())} signals over {kills['runs']} runs: {of('SIGKILL')} SIGKILL, {of('SIGTERM')} SIGTERM"
+    )
+    moments = (
+        f"{of('any moment')} at any moment, {of('written')} while a checkpoint is written, {of('epoch')} after an epoch"
+    )
+    assert first[0] == f"{signals}; {moments}"
+    assert kills["identical"] == kills["runs"]
+    assert not found["failures"]
+    same = sum(one["outcome"].startswith("identical") for one in found["damages"])
+    assert (second[0].split()[0], second[1].split()[0]) == (str(len(found["damages"])), str(same))
+    assert f"ended {kills['slowest_end_seconds']:.0f} s after" in hangs[1]
