@@ -84,6 +84,13 @@ def test_a_norm_that_jumps(norms, told):
         assert "101 times that of epoch 0" in health.notices(found, CONFIG, GUESS)[0].sentence
 
 
+@pytest.mark.parametrize(("rate", "told"), [(0.1, False), (0.0005, True), (0.00001, True)])
+def test_a_norm_that_rises_with_the_learning_rate_is_no_jump(rate, told):
+    """A restart of the schedule: the virtual step is as long as the rate."""
+    before = {"hypergrad_norm": 0.01, "learning_rate": 0.0001}
+    assert codes(rows(before, {"hypergrad_norm": 6.0, "learning_rate": rate})) == ["meta_gradient"] * told
+
+
 @pytest.mark.parametrize(
     ("epochs", "moves", "same", "told"),
     [

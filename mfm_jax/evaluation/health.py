@@ -89,7 +89,11 @@ def _meta_loss(train: Sequence[Mapping[str, Any]], guess: Guess) -> str | None:
 def _meta_gradient(train: Sequence[Mapping[str, Any]]) -> str | None:
     newest, before = train[-1], [row for row in train[:-1] if row.get("hypergrad_norm")][-_EPOCHS:]
     smallest = min(before, key=lambda row: row["hypergrad_norm"], default=None)
-    if smallest is None or newest["hypergrad_norm"] < _JUMP * smallest["hypergrad_norm"]:
+    if smallest is None:
+        return None
+    # A virtual step is as long as the rate, and w_hat as far from w: a rate that rises, as at a restart, is no jump.
+    risen = max(newest["learning_rate"], smallest["learning_rate"]) / max(smallest["learning_rate"], 1e-30)
+    if newest["hypergrad_norm"] < _JUMP * smallest["hypergrad_norm"] * risen:
         return None
     return (
         f"hypergrad_norm = {newest['hypergrad_norm']:.3g} in epoch {newest['epoch']},"
