@@ -225,3 +225,16 @@ def test_the_campaign_of_kills():
     same = sum(one["outcome"].startswith("identical") for one in found["damages"])
     assert (second[0].split()[0], second[1].split()[0]) == (str(len(found["damages"])), str(same))
     assert f"ended {kills['slowest_end_seconds']:.0f} s after" in hangs[1]
+
+
+def test_the_table_of_regret():
+    rows = {(row["setting"], row["method"]): row for row in stored("regret.csv")}
+    page = (RESULTS / "regret.md").read_text(encoding="utf-8")
+    head = re.search(r"^\| setting \| (`mfm`.*) \|$", page, re.MULTILINE)[1]
+    methods = [cell.strip().strip("`") for cell in head.split("|")]
+    for setting, *cells in table(page, "**Not complete.**"):
+        for method, cell in zip(methods, cells, strict=True):
+            row = rows.pop((setting, method), None)
+            assert (cell == "") == (row is None)
+            assert row is None or is_mean(cell, row)
+    assert not rows
