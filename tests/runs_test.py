@@ -232,7 +232,7 @@ def test_a_process_shares_the_memory_of_its_device_unless_the_user_has_divided_i
     assert job.log.read_text().strip() == expected
 
 
-@pytest.mark.usefixtures("one_device")
+@pytest.mark.usefixtures("processes")
 def test_the_process_of_a_second_seed_compiles_nothing(tmp_path, monkeypatch):
     """It finds every program of the first one in the cache."""
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "xla"))
