@@ -16,8 +16,6 @@ of a run on balanced data, on validation; neither reads the test split.
 """
 
 import argparse
-import csv
-import io
 import math
 import shlex
 import statistics
@@ -175,7 +173,7 @@ class Study:
         The mean over the settings of the mean of the first seeds of the mean over the epochs. Settings that have a
         sampling are no part of it: they have another curve.
         """
-        path = self._root / "curves" / f"{without or 'all'}.json"
+        path = self._root / "curves" / f"{without}.json"
         names = [name for name, one in SETTINGS.items() if not one.sampling and without not in (name, one.images)]
         if not path.exists():
             runs = {name: self.runs(name, "mfm", range(SEEDS)) for name in names if self._packed(name)}
@@ -312,11 +310,7 @@ def record(study_: Study, root: Path, options: argparse.Namespace) -> str:
     found = noises(rows)
     lines = table(rows, found)
     for path in filter(None, (root / "regret.csv", options.csv)):
-        buffer = io.StringIO()
-        writer = csv.DictWriter(buffer, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(lines)
-        disk.write(path, buffer.getvalue())
+        disk.write_rows(path, [COLUMNS, *([line[name] for name in COLUMNS] for line in lines)])
     text = markdown(found, lines)
     disk.write(root / "regret.md", text)
     if found:

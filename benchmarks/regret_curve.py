@@ -1,6 +1,5 @@
 """The mean curve of MFM's runs in several settings: the modulator of those that learn none."""
 
-import json
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,4 +40,4 @@ def write(path: Path, curve: Curve, learned: Any) -> None:
     """Writes a file that `modulation.init_from` reads; `learned` says of what the curve is the mean."""
     content = {"phi": {"logits": {name: round(value, 4) for name, value in curve.items()}}, "learned": learned}
     path.parent.mkdir(parents=True, exist_ok=True)
-    disk.write(path, json.dumps(content, indent=2) + "\n")
+    disk.write_object(path, content)
