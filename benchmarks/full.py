@@ -273,8 +273,7 @@ def unpack(folder: Path, workdir: Path) -> None:
         raise UserError(f"--from={folder}: --workdir={workdir} has runs; leave --from out to go on with them")
     for path in paths:
         with tarfile.open(path) as archive:
-            archive.extraction_filter = getattr(tarfile, "data_filter", None)  # Python 3.11.3 and older have none
-            archive.extractall(workdir)
+            disk.unpack(archive, workdir)
 
 
 if __name__ == "__main__":

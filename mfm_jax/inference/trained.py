@@ -67,6 +67,5 @@ class TrainedRun:
 def _unpacked(content: bytes) -> TrainedRun:
     folder = temporary()
     with tarfile.open(fileobj=io.BytesIO(content)) as archive:
-        archive.extraction_filter = getattr(tarfile, "data_filter", None)  # Python 3.11.3 and older have none
-        archive.extractall(folder)
+        disk.unpack(archive, folder)
     return TrainedRun(folder, owns=True)
