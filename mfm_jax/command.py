@@ -5,6 +5,7 @@ import difflib
 import os
 import re
 import shlex
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -106,6 +107,7 @@ def _status(main: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except (Interrupted, KeyboardInterrupt) as error:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # one more Ctrl-C finds an interpreter half taken down
         if cluster.is_primary():
             print(error if isinstance(error, Interrupted) else Interrupted(), file=sys.stderr)
         return EXIT_INTERRUPTED

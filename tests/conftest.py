@@ -2,6 +2,7 @@
 
 import gc
 import os
+import signal
 from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
@@ -74,6 +75,14 @@ def processes(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for name, value in environment().items():
         monkeypatch.setenv(name, value)
+
+
+@pytest.fixture(autouse=True)
+def ctrl_c() -> Iterator[None]:
+    """Gives Ctrl-C back after a command in this process, which ignores it from its end on."""
+    before = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -114,7 +114,7 @@ def _agreed(agreed: Callable[[int], bool], notice: "_Notice", told: list[int], s
 
 
 def _tell(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    print(f"{text}\n", end="", file=sys.stderr, flush=True)  # one write, unbuffered too: no other line cuts it
 
 
 @contextlib.contextmanager

@@ -223,7 +223,8 @@ def say(text: str) -> None:
     """Prints a line at once, to a log too; process 0 alone does, where nothing keeps it `quiet`."""
     if _shows():
         with contextlib.suppress(OSError):  # a full disk, or nobody who reads: training goes on
-            print(text.encode(errors="backslashreplace").decode(), flush=True)  # a name need not be UTF-8
+            line = text.encode(errors="backslashreplace").decode()  # a name need not be UTF-8
+            print(f"{line}\n", end="", flush=True)  # one write, unbuffered too: no other line cuts it
 
 
 def duration(seconds: float) -> str:
