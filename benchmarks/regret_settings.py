@@ -96,7 +96,13 @@ _WHOLE: Mapping[str, Values] = {
     "digits": {"data.imbalance_factor": 1.0, "data.val_images_per_class": 10},
     "plankton": {"data.image_size": 16},
 }
-_PACKED = {"data.source": "npz", "data.protocol": "natural", "data.imbalance_factor": 1.0, "data.image_size": 0}
+_PACKED = {
+    "train.dtype": "float32",
+    "data.source": "npz",
+    "data.protocol": "natural",
+    "data.imbalance_factor": 1.0,
+    "data.image_size": 0,
+}
 _ENDING = {"eval.every_epochs": 1_000, "checkpoint.every_epochs": 1_000, "checkpoint.keep": 1, "train.loggers": ""}
 
 

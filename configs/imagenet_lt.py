@@ -30,7 +30,6 @@ def get_config():
     config.optim.reference_batch_size = 256
     config.train.epochs = 90
     config.train.batch_size = 256
-    config.train.dtype = "bfloat16"
     config.meta.batch_size = 256
     config.checkpoint.every_epochs = 5
     return config

@@ -166,7 +166,7 @@ def trained_run(tmp_path_factory: pytest.TempPathFactory) -> TrainedRun:
     from mfm_jax import config as config_lib
     from mfm_jax.training import train
 
-    config = tiny(data__workers=0, method__name="crt", method__first_stage=0.5, train__epochs=3)
+    config = tiny(data__workers=0, method__name="crt", method__first_stage=0.5, train__epochs=3, train__dtype="float32")
     config, workdir = config_lib.resolve(config), tmp_path_factory.mktemp("runs") / "crt"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jax, "device_count", lambda: 1)

@@ -28,7 +28,7 @@ from mfm_jax.evaluation import classifier, results
 from mfm_jax.evaluation import facts as facts_lib
 from mfm_jax.machine import interruption, parallel
 from mfm_jax.methods.settings import Staged
-from mfm_jax.methods.table import METHODS
+from mfm_jax.methods.table import METHODS, objective
 from mfm_jax.training import experiment as experiment_lib
 from mfm_jax.training import inputs, train
 from mfm_jax.training import loop as loop_lib
@@ -228,13 +228,14 @@ def test_whole_runs_of_a_residual_network(name, dtype, tmp_path, monkeypatch):
 def test_the_table_and_the_config_have_the_same_names():
     assert set(config_lib.FIELDS["method.name"].choices) == set(METHODS)
     assert {name for name, m in METHODS.items() if m.retraining or m.fine_tune} == set(STAGED)
-    assert set(config_lib.FIELDS["method.base"].choices) <= set(METHODS)
+    assert set(config_lib.FIELDS["method.base"].choices) <= {"own", *METHODS}
     counts, channels = jnp.array([4, 2]), {"pooled": 3, "logits": 2}
     for name, method in METHODS.items():
         settings = config_lib.Method(name=name, **OWN.get(name, {}))
-        learner = method.learner and method.learner(config_lib.Config(method=settings), counts, channels)
+        config = config_lib.Config(method=settings)
+        learner = method.learner and method.learner(config, counts, channels)
         assert settings.per_batch == bool(learner and learner.per_batch)
-        assert settings.deferred == method.deferred
+        assert settings.deferred == objective(config).deferred
 
 
 def test_weights_of_one_batch_cannot_be_lagged():

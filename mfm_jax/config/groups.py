@@ -167,7 +167,7 @@ class Train:
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16"],
         "of the computation; auto = bfloat16 on GPU and TPU, float32 on CPU, kept by the run; parameters stay float32",
-    ] = "float32"
+    ] = "auto"
     on_nonfinite: Annotated[Literal["stop", "skip"], "a non-finite loss or gradient ends the run or is skipped"] = (
         "stop"
     )

@@ -9,14 +9,15 @@ from typing import Annotated, Literal, get_args
 from mfm_jax.fields import OWN, Bounds
 
 # A loss that can stand under a meta learner, too.
-Loss = Literal["ce", "focal", "class_balanced", "ldam", "ldam_drw", "logit_adjusted", "own_loss"]
+Loss = Literal["ce", "drw", "focal", "class_balanced", "ldam", "ldam_drw", "logit_adjusted", "own_loss"]
 Sampled = Literal["oversample", "undersample", "sqrt_sample", "progressive"]
 # A second stage gets the last part of the epochs and its own learning-rate schedule.
 Staged = Literal["two_phase", "crt", "lws", "smote"]
 MetaLearned = Literal["mfm", "mfm_frozen", "meta_weight_net", "l2rw", "l2ac", "metasaug", "own_learner"]
 Name = Literal[Loss, "dice", "sampling_free", Sampled, Staged, "posthoc_la", "tau_norm", MetaLearned]
 
-_DEFERRED = {"ldam_drw"}  # class weights that act in the second part of the epochs alone
+_DEFERRED = {"drw", "ldam_drw"}  # class weights that act in the second part of the epochs alone
+_BASES = {"metasaug": "drw"}  # of the meta learners that were published with another loss than cross-entropy
 _PER_BATCH = {"l2rw"}  # weights of examples that belong to one batch
 _KEPT = {"mfm_frozen": "long_tail"}  # the shipped modulator that a method keeps (`workdir.modulators`)
 
@@ -26,12 +27,13 @@ class Method:
     """How the classifier is trained (docs/methods.md). A meaning begins with the methods that read the field."""
 
     name: Annotated[Name, "the method"] = "mfm"
-    base: Annotated[Loss, "the loss under a meta learner"] = "ce"
+    base: Annotated[Literal["own", Loss], "the loss under a meta learner; own = as the method says"] = "own"
     tau: Annotated[float, Bounds(0), "logit_adjusted, posthoc_la: strength of prior; tau_norm: power of norm"] = 1.0
     label_smoothing: Annotated[float, Bounds(0, 1), "any method; 0 = off"] = 0.0
     focal_gamma: Annotated[float, Bounds(0), "focal; 0 = cross-entropy"] = 2.0
     weighting: Annotated[
-        Literal["effective_number", "inverse_frequency", "sqrt_frequency"], "class_balanced, ldam_drw: class weights"
+        Literal["effective_number", "inverse_frequency", "sqrt_frequency"],
+        "class_balanced, drw, ldam_drw: class weights",
     ] = "effective_number"
     effective_beta: Annotated[float, Bounds(0, 0.999999), "weighting effective_number; 0 = no weights"] = 0.9999
     ldam_margin: Annotated[float, Bounds(0), "ldam, ldam_drw: margin of the rarest class, in cosines"] = 0.5
@@ -41,7 +43,7 @@ class Method:
         Literal["own", "natural", "square_root", "square_root_later", "balanced", "balanced_later", "progressive"],
         "any method: how often classes are drawn; own = as the method says",
     ] = "own"
-    first_stage: Annotated[float, Bounds(0.01, 0.99), "ldam_drw, two stages, *_later: first part of the epochs"] = 0.8
+    first_stage: Annotated[float, Bounds(0.01, 0.99), "drw, ldam_drw, two stages, *_later: first part of epochs"] = 0.8
     pretrain: Annotated[Literal["oversample", "undersample"], "two_phase: the first phase's sampling"] = "oversample"
     smote_neighbors: Annotated[int, Bounds(1), "smote: nearest neighbours to interpolate to"] = 5
     hidden: Annotated[int, Bounds(1), "meta_weight_net, l2ac: hidden units"] = 100
@@ -55,9 +57,16 @@ class Method:
         return self.name in get_args(Staged)
 
     @property
+    def trained(self) -> str:
+        """The method whose loss, class weights and head are trained: the base under a meta learner."""
+        if not self.meta_learned:
+            return self.name
+        return _BASES.get(self.name, "ce") if self.base == "own" else self.base
+
+    @property
     def deferred(self) -> bool:
         """Whether class weights or a sampling begin with the second part of the epochs."""
-        return not _DEFERRED.isdisjoint((self.name, self.base)) or self.sampling.endswith("_later")
+        return self.trained in _DEFERRED or self.sampling.endswith("_later")
 
     @property
     def planned(self) -> bool:

@@ -87,8 +87,7 @@ class Method:
 
 def objective(config: Config) -> Method:
     """Returns the method whose loss, class weights and head are trained: `method.base` under a meta learner."""
-    method = METHODS[config.method.name]
-    return METHODS[config.method.base] if method.learner else method
+    return METHODS[config.method.trained]
 
 
 def _ldam(config: Config, counts: jax.Array) -> LossFn:
@@ -113,7 +112,7 @@ def _prior_entropy_weights(config: Config, counts: jax.Array) -> jax.Array:
 
 def _metasaug(config: Config, counts: jax.Array, channels: Mapping[str, int]) -> MetaLearner:
     size, strength = (len(counts), channels["pooled"]), config.method.isda_strength
-    if METHODS[config.method.base].cosine_head:
+    if objective(config).cosine_head:
         return learners.metasaug(*size, strength, lambda params: heads.cosine_kernel(params, config.method.ldam_scale))
     return learners.metasaug(*size, strength)
 
@@ -162,6 +161,7 @@ METHODS = {
         lambda config, _: losses.focal(config.method.focal_gamma), search={"method.focal_gamma": Span(0.5, 5.0)}
     ),
     "class_balanced": Method(weights=_class_weights, search=_BETAS),
+    "drw": Method(weights=_class_weights, deferred=True, search={**_BETAS, **_STAGE}),
     "ldam": Method(_ldam, cosine_head=True, search=_MARGIN),
     "ldam_drw": Method(_ldam, cosine_head=True, weights=_class_weights, deferred=True, search={**_MARGIN, **_STAGE}),
     "logit_adjusted": Method(lambda config, counts: losses.logit_adjusted(counts, config.method.tau), search=_TAU),
