@@ -4,7 +4,9 @@ r"""The table of regret: how far every method is from the best of each setting, 
         --csv=docs/results/regret.csv --picture=docs/results/regret.svg
 
 Trains one row after another, writes what is there after each, stops at SIGTERM or Ctrl-C with all saved (status 75),
-and goes on where it was with the same command; docs/results/regret.md is the protocol. Tiers (`--tiers`), in order:
+and goes on where it was with the same command; docs/results/regret.md is the protocol. Once MFM is trained in every
+setting, `--modulator=mfm_jax/modulators/long_tail.json` writes the curve that ships, the mean over all. Tiers
+(`--tiers`), in order:
 
   first  the six most telling settings (`regret_settings`), every method, 2 seeds
   rest   the other settings
@@ -325,6 +327,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--plankton", default="", help="folder of PlanktonSet's pictures; without it, not that setting")
     parser.add_argument("--csv", type=Path)
     parser.add_argument("--picture", type=Path)
+    parser.add_argument("--modulator", type=Path, help="written once MFM is trained in every setting")
     parser.add_argument("--seeds", type=int, default=MORE_SEEDS, help="no row gets more")
     for name, known in (("tiers", TIERS), ("settings", tuple(SETTINGS)), ("methods", tuple(RECIPES))):
         parser.add_argument(f"--{name}", default=known, type=lambda text: text.split(","), help=",".join(known))
@@ -341,6 +344,8 @@ def main(argv: Sequence[str]) -> int:
         if not all(run.results for run in runs):
             study_.train(runs)
             record(study_, root, options)
+    if options.modulator and (curve := study_.curve(without="none")):
+        disk.write(options.modulator, curve.read_text())
     print(record(study_, root, options), *(f"failed: {path}: {why}" for path, why in study_.failed.items()), sep="\n")
     return 1 if study_.failed else 0
 

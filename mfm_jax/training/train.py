@@ -10,6 +10,7 @@ Selection is honest: epochs are compared on the validation split; the test split
 import contextlib
 import dataclasses
 import itertools
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -112,7 +113,7 @@ def train_together(
                 stack.enter_context(Workdir(workdir).owned())
             asked = configs[0].data
             progress.say(f"reading {asked.name if asked.source == 'tfds' else asked.root or asked.source}")
-            data = data_lib.build(configs[0])
+            data = _read(configs[0])
             if told := sizes.told(configs[0], data.manifest):
                 progress.say(told)
             todo = [(_settled(sizes.cut(config, data.manifest), workdir), workdir) for config, workdir in todo]
@@ -147,6 +148,15 @@ def train_together(
             _write_report(workdir)
     cluster.barrier("written")
     return [read_object(Workdir(workdir).results) for workdir in workdirs]
+
+
+def _read(config: Config) -> LongTailData:
+    """Returns the data; meanwhile a thread makes the convolution's kernels, where they are not there yet."""
+    making = threading.Thread(target=native.lowering, daemon=True)  # an interruption does not wait for it
+    making.start()
+    data = data_lib.build(config)
+    making.join()
+    return data
 
 
 def _write_report(workdir: Path) -> None:
