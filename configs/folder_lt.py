@@ -1,10 +1,10 @@
 """One's own pictures: a folder with a folder for each class, at 64x64 with a ResNet-20.
 
-    mfm-jax check folder_lt --workdir=runs/mine --config.data.root=FOLDER
-    mfm-jax train folder_lt --workdir=runs/mine --config.data.root=FOLDER
+    mfm-jax check folder_lt --workdir=runs/mine --config.data.root=PICTURES
+    mfm-jax train folder_lt --workdir=runs/mine --config.data.root=PICTURES
 
-A fifth of each class is held out for testing and a tenth of the rest for validation, unless FOLDER has `train/`, `val/`
-and `test/` (docs/data.md). With few pictures, batches are as large as these allow, which is said.
+A fifth of each class is held out for testing and a tenth of the rest for validation, unless PICTURES has `train/`,
+`val/` and `test/` (docs/data.md). With few pictures, batches are as large as these allow, which is said.
 
 On a GPU, larger: --config.data.image_size=224 --config.augment.crop=resized --config.model.name=resnet50
 --config.model.pretrained=resnet50.pth --config.data.normalize=imagenet

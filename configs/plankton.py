@@ -1,8 +1,8 @@
 """PlanktonSet 1.0 (the training folder of the National Data Science Bowl): 121 classes, 1979 to 9 grey pictures each.
 
-    mfm-jax train plankton --workdir=runs/plankton --config.data.root=FOLDER
+    mfm-jax train plankton --workdir=runs/plankton --config.data.root=PICTURES
 
-FOLDER holds a folder of pictures for each class. Takes 10 minutes on one CPU core. Balanced test accuracy, mean
+PICTURES has a folder of pictures for each class. Takes 10 minutes on one CPU core. Balanced test accuracy, mean
 and standard deviation of 3 seeds: MFM 55.2 ± 0.4 %, CE 41.2 ± 0.3, logit adjustment as
 published 51.4 ± 0.4 (docs/results/plankton.md).
 """

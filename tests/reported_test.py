@@ -137,12 +137,16 @@ def test_full_size_in_words():
     found: dict[str, list[str]] = {}
     for row in stored("cifar10_lt_full.csv"):
         found.setdefault(row["method"], []).append(f"{float(row['balanced_accuracy']):.1f}")
-    mfm, tuned, untuned, ce = (
-        " and ".join(found[name]) for name in ("mfm", "logit_adjusted", "logit_adjusted_natural bfloat16", "ce")
+    mfm, mfm_half, tuned, untuned, ce = (
+        " and ".join(found[name])
+        for name in ("mfm", "mfm bfloat16", "logit_adjusted", "logit_adjusted_natural bfloat16", "ce")
     )
     words = " ".join(README.split())
-    assert f"MFM has {mfm} %, logit adjustment as published {untuned} % (in bfloat16)" in words
-    assert f"with the small version's tau {tuned} %, and cross-entropy {ce} %" in words
+    assert f"MFM has {mfm_half} % in bfloat16, and logit adjustment as published {untuned} %." in words
+    tuned_there = f"logit adjustment with the small version's tau and sampling {tuned} %"
+    assert f"In float32 MFM has {mfm} %, {tuned_there}, and cross-entropy, with one seed, {ce} %" in words
+    words = " ".join((ROOT / "docs" / "faq.md").read_text(encoding="utf-8").split())
+    assert f"in bfloat16, MFM has {mfm_half} % and logit adjustment as published {untuned} %" in words
     words = " ".join((ROOT / "docs" / "index.md").read_text(encoding="utf-8").split())
     assert f"MFM has {mfm} % with two seeds, and CE {ce} % with one" in words
 

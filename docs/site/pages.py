@@ -42,7 +42,7 @@ MODULES = {
         ),
     ),
     "methods": (
-        "Methods",
+        "The table of methods",
         ("methods.table", "methods.learners", "methods.sampling", "methods.heads", "methods.smote"),
     ),
     "data": ("Data", ("data.longtail", "data.manifest", "data.assembly", "data.sources", "data.own", "data.batches")),

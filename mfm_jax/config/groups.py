@@ -35,7 +35,10 @@ class Data:
     ] = ""
     test_list: Annotated[str, MAY_CHANGE, "list: as val_list"] = ""
     imbalance_factor: Annotated[float, Bounds(1), "largest class count / smallest; natural: 1 keeps all images"] = 100.0
-    protocol: Annotated[Literal["meta_held_out", "full", "natural"], "how splits are made"] = "meta_held_out"
+    protocol: Annotated[
+        Literal["meta_held_out", "full", "natural"],
+        "meta_held_out: the meta set leaves, then a long tail is made; full: it is drawn after that; natural: as it is",
+    ] = "meta_held_out"
     val_images_per_class: Annotated[int, Bounds(0), "meta_held_out, full: validation images of each class"] = 0
     val_fraction: Annotated[float, Bounds(0, 0.9), "natural: of each class, where no validation split exists"] = 0.1
     meta_fraction: Annotated[float, Bounds(0, 0.5), "natural: of each class, held out as meta set; 0 = redrawn"] = 0.0
