@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -135,6 +136,21 @@ def test_cache_does_not_mix_copies_or_sizes(tmp_path, own_cache):
     small = tfds.load(tiny(a, image_size=2))
     chex.assert_trees_all_equal(small.train_images, sources.resize(of_a.train_images, 2))
     assert len(list(own_cache.iterdir())) == 6
+
+
+def test_processes_decode_what_one_does(tmp_path, own_cache, monkeypatch):
+    splits = {"train": pictures(20) + pictures(7, size=(6, 8)), "test": pictures(2)}
+    root = prepare(tmp_path / "a", splits, shape=(None, None, 3))
+    monkeypatch.setattr(tfds, "_DECODE_BATCH", 5)
+    alone = tfds.load(tiny(root, image_size=3))
+    shutil.rmtree(own_cache)
+    started, mapped = [], tfds.workers.mapped
+    monkeypatch.setattr(tfds, "PROGRESS_FROM", 10)
+    monkeypatch.setattr(tfds.workers, "mapped", lambda *args: started.append(args[2]) or mapped(*args))
+    several = tfds.load(tiny(root, image_size=3))
+    assert started == [Data.workers, 0] != [0, 0]  # few images are not worth a process
+    chex.assert_trees_all_equal(several.train_images, alone.train_images)
+    chex.assert_trees_all_equal(several.train_labels, alone.train_labels)
 
 
 def test_validation_stands_in_for_a_missing_test_split(tmp_path, own_cache):

@@ -172,6 +172,19 @@ def one_step(experiment, config, data, kind):
     return jax.jit(getattr(experiment, f"{kind}_step"))(experiment.init(), *given)
 
 
+def test_what_is_compiled_quickly_has_the_same_bits(monkeypatch):
+    def draw(key):
+        keys = jax.random.split(key, 3)
+        return [jax.random.truncated_normal(k, -2, 2, (3, 3, 8, 8)) / 3 for k in keys], jax.random.normal(key, (40,))
+
+    assert parallel.quick_options() is None  # the flags of the tests say how much to optimize
+    monkeypatch.setenv("XLA_FLAGS", "")
+    options = parallel.quick_options()
+    lowered, key = jax.jit(draw).lower(jax.random.key(3)), jax.random.key(3)
+    quick, default = (lowered.compile(compiler_options=chosen)(key) for chosen in (options, dict.fromkeys(options, 3)))
+    chex.assert_trees_all_equal(quick, default)
+
+
 def test_weights_of_a_padded_batch(tiny, monkeypatch):
     """The method whose phi belongs to the batch's examples, here with blanks among them."""
     check_step("l2rw", 8, 91, monkeypatch)

@@ -55,7 +55,9 @@ class Data:
     white: Annotated[int, Bounds(0, 65535), "folder, list: value of 16-bit files that is white; 0 = by their bits"] = 0
     normalize: Annotated[Literal["own", "imagenet", "half", "pytorch_cifar"], "mean and std"] = "own"
     resident_mb: Annotated[int, Bounds(0), "MB of decoded images that stay on the device; more are streamed"] = 4096
-    workers: Annotated[int, Bounds(0), MAY_CHANGE, "streaming: processes that decode; 0 = the main process"] = 2
+    workers: Annotated[
+        int, Bounds(0), MAY_CHANGE, "processes that decode, in streaming and where a set is read first; 0 = none"
+    ] = 2
     manifest: Annotated[str, MAY_CHANGE, "reuse this split manifest; '' = draw a split"] = ""
 
     @property

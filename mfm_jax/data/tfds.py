@@ -1,8 +1,10 @@
 """Classification sets that TFDS has prepared, read from array_record files without TensorFlow."""
 
 import contextlib
+import functools
 import hashlib
 import importlib.util
+import itertools
 import logging
 import os
 from collections.abc import Iterator, Sequence
@@ -14,7 +16,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from mfm_jax.config import Data
-from mfm_jax.data import stamps
+from mfm_jax.data import stamps, workers
 from mfm_jax.data.kept import cached
 from mfm_jax.data.sources import PROGRESS_FROM, Labels, Pixels, Source, in_two_pools, resize
 from mfm_jax.errors import UserError, in_a_line, install
@@ -131,25 +133,47 @@ def _fingerprint(folder: Path) -> str:
 
 
 def _decode(records: Sequence[Any], config: Data, split: str) -> tuple[Pixels, Labels]:
-    """Decodes all `records` ({"image": uint8 [H, W, C], "label": int}); a bar on stderr for many."""
+    """Decodes all `records` ({"image": uint8 [H, W, C], "label": int}); many in processes, with a bar on stderr."""
     total = len(records)
+    many = total >= PROGRESS_FROM
     labels = np.empty(total, np.int32)
     images: Pixels | None = None
-    with Progress(console=Console(stderr=True), transient=True, disable=total < PROGRESS_FROM) as progress:
-        task = progress.add_task(f"decoding {config.name} {split} (once)", total=total)
-        for start in range(0, total, _DECODE_BATCH):
-            batch = records.__getitems__(list(range(start, min(start + _DECODE_BATCH, total))))  # type: ignore[attr-defined]
-            for i, record in enumerate(batch, start):
-                image = resize(record["image"][None], config.image_size)[0]
-                if images is None:
-                    images = np.empty((total, *image.shape), np.uint8)
-                if image.shape != images.shape[1:]:
-                    raise UserError(_unequal(config, split, i, images.shape[1:], image.shape))
-                images[i], labels[i] = image, record["label"]
-            progress.update(task, advance=len(batch))
+    parts = [range(start, min(start + _DECODE_BATCH, total)) for start in range(0, total, _DECODE_BATCH)]
+    decoded = workers.mapped(functools.partial(_part, records, config.image_size), parts, config.workers * many)
+    bar = Progress(console=Console(stderr=True), transient=True, disable=not many)
+    with bar, _ended_well(config.workers):
+        found = itertools.chain.from_iterable(decoded)
+        for i, image, label in bar.track(found, total, description=f"decoding {config.name} {split} (once)"):
+            if images is None:
+                images = np.empty((total, *image.shape), np.uint8)
+            if image.shape != images.shape[1:]:
+                raise UserError(_unequal(config, split, i, images.shape[1:], image.shape))
+            images[i], labels[i] = image, label
     if images is None or labels.min() < 0:
         raise UserError(f"data.name = {config.name!r}: split {split} has no {'labels' if total else 'records'}")
     return images, labels
+
+
+@contextlib.contextmanager
+def _ended_well(count: int) -> Iterator[None]:
+    try:
+        yield
+    except workers.WorkerEnded as error:
+        raise UserError(
+            f"data.workers = {count}: a process that decodes was ended; is memory short? choose fewer"
+        ) from error
+
+
+def _part(records: Any, size: int, indices: range) -> list[tuple[int, Pixels, int]]:
+    """Returns index, resized image and label of some records."""
+    with _quiet():
+        found = records.__getitems__(list(indices))
+    images = [record["image"] for record in found]
+    if len({image.shape for image in images}) == 1:
+        images = list(resize(np.stack(images), size))
+    else:
+        images = [resize(image[None], size)[0] for image in images]
+    return [(i, image, record["label"]) for i, image, record in zip(indices, images, found, strict=True)]
 
 
 def _unequal(config: Data, split: str, i: int, first: tuple[int, ...], other: tuple[int, ...]) -> str:

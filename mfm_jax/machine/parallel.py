@@ -42,6 +42,7 @@ device has 1/fsdp of the divided arrays; within a step it has the gathered param
 backward pass still needs them, and its part alone of the optimizer's state.
 """
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -56,6 +57,7 @@ from mfm_jax.types import ApplyFn, Batch, PyTree
 
 AXIS = "data"
 MODEL_AXIS = "model"
+_LEVEL = "xla_backend_optimization_level"
 
 
 def data_mesh(devices: Sequence[jax.Device] | None = None, fsdp: int = 1) -> Mesh:
@@ -159,6 +161,15 @@ def compiler_options() -> dict[str, str] | None:
     is as fast, and needs half as much.
     """
     return {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"} if jax.default_backend() == "cpu" else None
+
+
+def quick_options() -> dict[str, int] | None:
+    """Returns the options of a program that runs once: on CPU, compiled in a quarter of the time, to the same bits.
+
+    A random generator for each parameter is much code, on which LLVM's default level spends seconds.
+    """
+    chosen = _LEVEL in os.environ.get("XLA_FLAGS", "")
+    return {_LEVEL: 1} if jax.default_backend() == "cpu" and not chosen else None
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
