@@ -27,6 +27,11 @@ def saved(path: Path, pixels, **options) -> Path:
     return path
 
 
+def of_mode(mode: str, pixels: np.ndarray) -> Image.Image:
+    """Returns the picture of uint8 pixels whose mode their shape does not tell."""
+    return Image.frombytes(mode, pixels.shape[1::-1], pixels.tobytes())
+
+
 def grey(path: Path, size: int = 0, fit: str = "crop") -> list[list[int]]:
     return pictures.read(path, size, 1, fit)[..., 0].tolist()
 
@@ -125,11 +130,11 @@ def test_what_is_transparent_is_white(tmp_path):
     black = np.zeros((1, 3, 4), np.uint8)
     black[0, :, 3] = [0, 51, 255]
     assert grey(saved(tmp_path / "rgba.png", black)) == [[255, 204, 0]]
-    assert grey(saved(tmp_path / "la.png", Image.fromarray(black[..., 2:].copy(), "LA"))) == [[255, 204, 0]]
+    assert grey(saved(tmp_path / "la.png", of_mode("LA", black[..., 2:]))) == [[255, 204, 0]]
 
 
 def test_a_palette_with_a_transparent_color(tmp_path):
-    picture = Image.fromarray(np.array([[0, 1, 2]], np.uint8), "P")
+    picture = of_mode("P", np.array([[0, 1, 2]], np.uint8))
     picture.putpalette([10, 20, 30, 40, 50, 60, 70, 80, 90])
     file = saved(tmp_path / "a.png", picture, transparency=1)
     assert pictures.read(file, 0, 3, "crop").tolist() == [[[10, 20, 30], [255] * 3, [70, 80, 90]]]
@@ -139,7 +144,7 @@ def test_cmyk_becomes_rgb(tmp_path):
     inks = np.zeros((8, 8, 4), np.uint8)
     inks[..., 0] = 255  # cyan alone
     for name in ("a.jpg", "a.tif"):  # in a JPEG Pillow stores the inks inverted, as Adobe does
-        file = saved(tmp_path / name, Image.fromarray(inks, "CMYK"))
+        file = saved(tmp_path / name, of_mode("CMYK", inks))
         np.testing.assert_allclose(pictures.read(file, 0, 3, "crop")[4, 4], [0, 255, 255], atol=2)
 
 
