@@ -2,6 +2,7 @@
 
 import csv
 import importlib
+import json
 import math
 
 import numpy as np
@@ -14,6 +15,7 @@ from mfm_jax import data
 from mfm_jax.errors import UserError
 from mfm_jax.machine.interruption import Interrupted
 from mfm_jax.training import train
+from mfm_jax.workdir import checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -187,6 +189,35 @@ def test_a_queue_stops_and_goes_on(regret, of_settings, tmp_path, monkeypatch, c
     config = regret.Study(tmp_path).run(name, small, "mfm", {}).config
     built = data.build(config)
     assert (len(built.val_labels), len(built.test_labels), len(built.meta_labels)) == (100, 500, 100)
+
+
+def test_the_kept_curve_is_that_of_the_other_settings(regret, of_settings, tmp_path, monkeypatch):
+    profiles = {"a": of_settings.exponential(10, 30), "b": of_settings.exponential(5, 30)}
+    small = {name: of_settings.Setting("digits", counts, 1) for name, counts in profiles.items()}
+    monkeypatch.setattr(regret, "SETTINGS", small)
+    monkeypatch.setattr(regret, "FIRST", ("a", "b"))
+    monkeypatch.setattr(regret, "TUNED_ON", "a")
+    shipped = tmp_path / "long_tail.json"
+    words = [f"--workdir={tmp_path}", "--tiers=first,kept", "--methods=mfm,mfm_frozen", "--settings=a,b"]
+    with quick_runs():
+        assert regret.main([*words, f"--modulator={shipped}"]) == 0
+    learned = {name: [read_phi(tmp_path / name / "mfm-own" / f"seed{seed}") for seed in (0, 1)] for name in small}
+    mean = {name: np.mean(of, axis=0) for name, of in learned.items()}
+    for name, other in (("a", "b"), ("b", "a")):
+        np.testing.assert_allclose(curve(tmp_path / "curves" / f"{name}.json"), mean[other], atol=2e-3)
+        kept = json.loads((tmp_path / name / "mfm_frozen-own" / "seed1" / "config.json").read_text())
+        assert kept["modulation"]["init_from"] == str(tmp_path / "curves" / f"{name}.json")
+    np.testing.assert_allclose(curve(shipped), (mean["a"] + mean["b"]) / 2, atol=2e-3)
+
+
+def read_phi(run):
+    """Returns a, b, c of a run of one epoch, from its checkpoint."""
+    phi = checkpoint.restore_phi(run, {"logits": {name: np.float32(0) for name in "abc"}}, "modulator")
+    return [float(phi["logits"][name]) for name in "abc"]
+
+
+def curve(path):
+    return [json.loads(path.read_text())["phi"]["logits"][name] for name in "abc"]
 
 
 def test_mistakes(regret, tmp_path):
