@@ -278,6 +278,17 @@ def test_a_library_without_the_kernels_is_left_out(small_source):
     assert "MfmConvolution" in why
 
 
+def test_what_is_compiled_ahead_is_not_loaded(tmp_path, small_source):
+    loaded = native._load.cache_info()
+    native.prepare()
+    (path,) = (tmp_path / "native").iterdir()
+    assert native._is_whole(path)
+    small_source.write_text("int here(")
+    native.prepare()  # the reason is said where the kernels are wanted
+    assert "failed: " in native._load.__wrapped__()[1]
+    assert native._load.cache_info() == loaded
+
+
 @pytest.mark.parametrize("damage", ["cut", "changed", "empty"])
 def test_a_damaged_library_is_made_again(damage, small_source):
     path = native._compiled(())

@@ -238,6 +238,11 @@ def test_the_table_and_the_config_have_the_same_names():
         assert settings.deferred == objective(config).deferred
 
 
+def test_the_loss_under_a_meta_learner():
+    given = (("mfm", "own"), ("metasaug", "own"), ("metasaug", "ce"), ("focal", "ldam"))
+    assert [config_lib.Method(name, base).trained for name, base in given] == ["ce", "drw", "ce", "focal"]
+
+
 def test_weights_of_one_batch_cannot_be_lagged():
     with pytest.raises(UserError, match=r"meta.lagged = True: l2rw's weights belong to one batch.*set meta.lagged"):
         configured("l2rw", meta__lagged=True)

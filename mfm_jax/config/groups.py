@@ -56,7 +56,7 @@ class Data:
     normalize: Annotated[Literal["own", "imagenet", "half", "pytorch_cifar"], "mean and std"] = "own"
     resident_mb: Annotated[int, Bounds(0), "MB of decoded images that stay on the device; more are streamed"] = 4096
     workers: Annotated[
-        int, Bounds(0), MAY_CHANGE, "processes that decode, in streaming and where a set is read first; 0 = none"
+        int, Bounds(0), MAY_CHANGE, "processes that decode: the check, streaming, a TFDS set's first reading; 0 = none"
     ] = 2
     manifest: Annotated[str, MAY_CHANGE, "reuse this split manifest; '' = draw a split"] = ""
 

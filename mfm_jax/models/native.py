@@ -6,6 +6,7 @@ If anything goes wrong, XLA's own convolutions are used, and `lowering` and `rea
 `MFM_JAX_NATIVE=0` turns the kernels off.
 """
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -52,14 +53,22 @@ def reason() -> str:
     return _load()[1] if jax.default_backend() == "cpu" else ""
 
 
+def prepare() -> None:
+    """Compiles the kernels ahead; why they cannot be compiled, `reason` says later.
+
+    A thread that does this may be left behind: a program that ends while another thread runs JAX is aborted.
+    """
+    if jax.default_backend() == "cpu":
+        with contextlib.suppress(Unavailable, OSError):
+            _made()
+
+
 @functools.cache
 def _load() -> tuple[str, str]:
     """Compiles, loads, registers and checks the kernels, once in a process; returns `lowering()` and `reason()`."""
     try:
-        if os.environ.get("MFM_JAX_NATIVE") == "0":
-            raise Unavailable("MFM_JAX_NATIVE=0")
-        vectors, flags = _vectors()
-        library = ctypes.CDLL(str(_compiled(flags)))
+        vectors, path = _made()
+        library = ctypes.CDLL(str(path))
         for target, symbol in TARGETS.items():
             jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(library, symbol)), platform="cpu")
         with jax.ensure_compile_time_eval():
@@ -67,6 +76,14 @@ def _load() -> tuple[str, str]:
     except (Unavailable, OSError, AttributeError) as error:  # a library that does not load, or lacks a symbol
         return "xla", f"{error}"
     return f"native {vectors}", ""
+
+
+def _made() -> tuple[str, Path]:
+    """Returns the kind of vectors and the compiled kernels."""
+    if os.environ.get("MFM_JAX_NATIVE") == "0":
+        raise Unavailable("MFM_JAX_NATIVE=0")
+    vectors, flags = _vectors()
+    return vectors, _compiled(flags)
 
 
 def _vectors() -> tuple[str, tuple[str, ...]]:

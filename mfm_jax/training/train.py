@@ -151,8 +151,8 @@ def train_together(
 
 
 def _read(config: Config) -> LongTailData:
-    """Returns the data; meanwhile a thread makes the convolution's kernels, where they are not there yet."""
-    making = threading.Thread(target=native.lowering, daemon=True)  # an interruption does not wait for it
+    """Returns the data; meanwhile a thread compiles the convolution's kernels, where they are not there yet."""
+    making = threading.Thread(target=native.prepare, daemon=True)  # neither a mistake nor an interruption waits for it
     making.start()
     data = data_lib.build(config)
     making.join()
