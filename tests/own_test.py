@@ -375,7 +375,7 @@ def test_a_module_that_is_none(module, message, data):
     [
         ({"method__name": "mfm"}, "'mfm': needs the site 'logits', and your module calls none; add x = mod"),
         ({"method__name": "l2ac"}, "needs the site 'logits'"),
-        ({"method__name": "metasaug"}, "needs the last layer.*'pooled'"),
+        ({"method__name": "metasaug", "method__first_stage": 0.5}, "needs the last layer.*'pooled'"),
         ({"method__name": "crt", "method__first_stage": 0.5}, "'crt': needs the last layer; call your module's last n"),
         ({"method__name": "ldam"}, "needs the last layer.*'pooled'"),
         ({"method__name": "posthoc_la"}, "method.name = 'posthoc_la': needs the last layer"),

@@ -99,9 +99,6 @@ def build(config: Config, data: LongTailData, mesh: Mesh | None = None) -> Exper
     if mesh:
         forward = dataclasses.replace(forward, apply=_on_mesh(config, module, mesh), axis_name=parallel.AXIS)
 
-    # Each of what is below is one program: hundreds of small operations otherwise, each compiled alone.
-    quick = functools.partial(jax.jit, compiler_options=parallel.quick_options())
-
     def fresh(key: jax.Array) -> PyTree:
         key = jax.random.split(key)[0]
         variables = plain.module.init({**passes.rngs(key), "params": key}, image)
@@ -119,13 +116,13 @@ def build(config: Config, data: LongTailData, mesh: Mesh | None = None) -> Exper
         return bilevel.init_state(jax.random.split(key)[1], variables, rules.tx, init_phi, phi_tx if moves else None)
 
     def init_pretrained(*, whole: bool = False) -> BilevelState:
-        new, model, normalized = quick(fresh)(key), config.model, table.objective(config).cosine_head
+        new, model, normalized = parallel.jit_once(fresh)(key), config.model, table.objective(config).cosine_head
         new = (new["params"], new.get("batch_stats", {}))
         if model.init_from:
             found = weights.of_run(config, data.class_names, *new)
         else:
             found = pretrained.load(model.pretrained, *new, model.name, normalized_head=normalized, whole=whole)
-        return quick(start)(dict(zip(("params", "batch_stats"), found, strict=True)), key)
+        return parallel.jit_once(start)(dict(zip(("params", "batch_stats"), found, strict=True)), key)
 
     plain_step, meta_step, retrain_step = _steps(config, method, forward, rules, learner, phi_tx, image.shape[1:])
     if mesh:
@@ -134,7 +131,8 @@ def build(config: Config, data: LongTailData, mesh: Mesh | None = None) -> Exper
         retrain_step = retrain_step and parallel.shard_step(retrain_step, mesh, 1)
     extract = heads.features(plain.apply)
     key = jax.random.key(config.train.seed)  # an argument of what is compiled: seeds share their programs
-    drawn = quick(lambda key: start(fresh(key), key))
+    # One program: hundreds of small operations otherwise, each compiled alone.
+    drawn = parallel.jit_once(lambda key: start(fresh(key), key))
     init = functools.partial(drawn, key)
     blocks = stacked.runs(jax.eval_shape(fresh, key)["params"]) if scans else {}
     if learner and config.own("learner") is not None:
