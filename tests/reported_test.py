@@ -240,3 +240,21 @@ def test_the_table_of_regret():
             assert (cell == "") == (row is None)
             assert row is None or is_mean(cell, row)
     assert not rows
+
+
+def test_the_table_of_the_kept_curve():
+    means = {(r["setting"], r["method"]): float(r["balanced_accuracy_mean"]) for r in stored("regret.csv")}
+    page = (RESULTS / "regret.md").read_text(encoding="utf-8")
+    shares = []
+    for setting, gained, kept, share in table(page, "### What a curve keeps"):
+        gain, left = (means[setting, method] - means[setting, "ce"] for method in ("mfm", "mfm_frozen"))
+        assert rounded(gained, gain)
+        assert rounded(kept, left)
+        assert (share == "–") == (gain < 1)
+        if share != "–":
+            assert float(share) == pytest.approx(100 * left / gain, abs=0.51)
+            shares.append(float(share))
+    assert sorted(shares)[1:] == [share for share in sorted(shares) if share >= 84]
+    assert (len(shares), min(shares)) == (11, 69)
+    for text in (page, README):
+        assert "84 % or more of MFM's gain in ten of twelve" in " ".join(text.split())
