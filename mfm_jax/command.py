@@ -87,7 +87,7 @@ def guarded(main: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
     """Returns the status of `main(argv)`; an expected end (a mistake, a signal, a full device) prints one line."""
     try:
         return cluster.leave(_status(main, argv))
-    except Exception:
+    except Exception:  # whatever it is, the other processes must not wait for this one
         if not jax.distributed.is_initialized():
             raise
         traceback.print_exc()

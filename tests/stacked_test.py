@@ -28,7 +28,7 @@ from mfm_jax.types import Batch
 WIDE = {"dtype": jnp.float64}
 NETWORKS = {
     "cifar": (CifarResNet(2, 10, width=2, **WIDE), 8),
-    "imagenet": (ResNet((3,), 10, width=2, bottleneck=True, **WIDE), 16),
+    "imagenet": (ResNet((3, 2), 10, width=2, bottleneck=True, **WIDE), 32),
     "remat": (CifarResNet(2, 10, width=2, remat=True, **WIDE), 8),
     "vit": (VisionTransformer(10, width=8, depth=2, patch=4, **WIDE), 8),
 }
@@ -153,7 +153,7 @@ def test_the_program_of_a_deep_network_is_small():
 @pytest.mark.usefixtures("one_device")
 def test_a_run_goes_on_with_scanned_blocks(tmp_path):
     """What is kept is the unrolled network's: the run is extended without."""
-    config = {"model__name": "resnet20", "model__width": 2, "data__val_images_per_class": 0, "method__name": "ce"}
+    config = {"model__name": "resnet20", "model__width": 2, "data__val_images_per_class": 0, "meta__every": 2}
     first = train.train_and_evaluate(tiny(**config, model__scan_blocks=True, train__epochs=1), tmp_path)
     second = train.train_and_evaluate(tiny(**config, train__epochs=2, optim__restarts="1"), tmp_path)
     assert second["last"]["step"] == 2 * first["last"]["step"] > 0

@@ -111,7 +111,7 @@ def _decoded(builder: Any, split: str, config: Data) -> tuple[Pixels, Labels]:
     def decode() -> tuple[Pixels, Labels]:
         try:
             records = builder.as_data_source(split=split)
-        except (NotImplementedError, ValueError) as error:
+        except (NotImplementedError, ValueError) as error:  # of a format without random access
             raise UserError(
                 f"data.name = {config.name!r}: prepared in {builder.data_path} as"
                 f" {getattr(builder.info.file_format, 'value', 'an unknown format')}, which only TensorFlow"
@@ -140,28 +140,22 @@ def _decode(records: Sequence[Any], config: Data, split: str) -> tuple[Pixels, L
     images: Pixels | None = None
     parts = [range(start, min(start + _DECODE_BATCH, total)) for start in range(0, total, _DECODE_BATCH)]
     decoded = workers.mapped(functools.partial(_part, records, config.image_size), parts, config.workers * many)
-    bar = Progress(console=Console(stderr=True), transient=True, disable=not many)
-    with bar, _ended_well(config.workers):
-        found = itertools.chain.from_iterable(decoded)
-        for i, image, label in bar.track(found, total, description=f"decoding {config.name} {split} (once)"):
-            if images is None:
-                images = np.empty((total, *image.shape), np.uint8)
-            if image.shape != images.shape[1:]:
-                raise UserError(_unequal(config, split, i, images.shape[1:], image.shape))
-            images[i], labels[i] = image, label
+    found = itertools.chain.from_iterable(decoded)
+    try:
+        with Progress(console=Console(stderr=True), transient=True, disable=not many) as bar:
+            for i, image, label in bar.track(found, total, description=f"decoding {config.name} {split} (once)"):
+                if images is None:
+                    images = np.empty((total, *image.shape), np.uint8)
+                if image.shape != images.shape[1:]:
+                    raise UserError(_unequal(config, split, i, images.shape[1:], image.shape))
+                images[i], labels[i] = image, label
+    except workers.WorkerEnded as error:
+        raise UserError(
+            f"data.workers = {config.workers}: a process that decodes was ended; is memory short? choose fewer"
+        ) from error
     if images is None or labels.min() < 0:
         raise UserError(f"data.name = {config.name!r}: split {split} has no {'labels' if total else 'records'}")
     return images, labels
-
-
-@contextlib.contextmanager
-def _ended_well(count: int) -> Iterator[None]:
-    try:
-        yield
-    except workers.WorkerEnded as error:
-        raise UserError(
-            f"data.workers = {count}: a process that decodes was ended; is memory short? choose fewer"
-        ) from error
 
 
 def _part(records: Any, size: int, indices: range) -> list[tuple[int, Pixels, int]]:

@@ -28,7 +28,7 @@ class Suspect(NamedTuple):
 def installed() -> None:
     """Raises a UserError where `wrong_labels` lacks its library."""
     try:
-        import cleanlab  # noqa: F401
+        import cleanlab  # noqa: F401 (whether it is installed)
     except ImportError as error:
         raise UserError(f"audit: cleanlab is not installed; {install('audit')}") from error
 
