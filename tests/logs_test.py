@@ -78,8 +78,7 @@ def test_a_resumed_log_starts_from_the_rows_of_its_checkpoint(tmp_path):
 
 def test_tensorboard_is_told_to_forget_what_was_lost(tmp_path):
     MetricLog(tmp_path, []).close()
-    starts = [event.step for event in events(tmp_path) if event.HasField("session_log")]
-    assert starts == []
+    assert not (tmp_path / "tensorboard").exists()  # nor is there anything to forget
     MetricLog(tmp_path, [{"kind": "train", "step": 5, "epoch": 0, "loss": 3.0}]).close()
     starts = [event.step for event in events(tmp_path) if event.HasField("session_log")]
     assert starts == [6]

@@ -100,7 +100,9 @@ class _Events:
         self._writer: RecordWriter | None = None
 
     def write(self, rows: Sequence[Row]) -> None:
-        from tensorboardX.summary import scalar  # here: a second or two that a run's first step does not wait for
+        if not rows and self._purge is None:
+            return  # before the import: it imports PyTorch where that is installed, and no first step waits for it
+        from tensorboardX.summary import scalar
 
         try:
             writer = self._writer or self._open()
