@@ -1,11 +1,11 @@
-r"""What modulating features adds to the curve at the logits: variants of `modulation.sites` on validation.
+r"""What modulating features, drawing and weighting add to the curve at the logits: variants of MFM on validation.
 
     TFDS_DATA_DIR=... python benchmarks/features.py --workdir=runs/features --csv=docs/results/features.csv
 
-The images are those of the setting `cifar10_100` of the table of regret (`regret_settings.py`): CIFAR-10 at 16x16, 1,000 to
-10 training images a class, 500 validation images of each. No run reads the test split. Each variant is trained on two
-networks, of which the second fits the head classes, with the same recipe and seeds. Resumable: what is there is not
-trained again, and the table is written anew after each row.
+The images are those of the setting `cifar10_100` of the table of regret (`regret_settings.py`): CIFAR-10 at 16x16,
+1,000 to 10 training images a class, 500 validation images of each. No run reads the test split. Each variant is trained
+on two networks, of which the second fits the head classes, with the same recipe and seeds. Resumable: what is there is
+not trained again, and the table is written anew after each row.
 """
 
 import argparse
@@ -34,6 +34,7 @@ NETWORKS: Mapping[str, Values] = {
     "resnet20": {"model.name": "resnet20", "train.epochs": 60},
 }
 _CURVE = "logits:frequency"
+_WEIGHTS: Values = {"method.base": "class_balanced"}
 VARIANTS: Mapping[str, Values] = {
     "logits": {"modulation.sites": _CURVE},
     "pooled_network": {"modulation.sites": f"pooled:network,{_CURVE}"},
@@ -43,6 +44,12 @@ VARIANTS: Mapping[str, Values] = {
     "stages_direct": {"modulation.sites": f"stage1:direct,stage2:direct,stage3:direct,{_CURVE}"},
     "pooled_curve": {"modulation.sites": f"pooled:frequency,{_CURVE}"},  # reads the label of a training image
     "pooled_network_slow": {"modulation.sites": f"pooled:network,{_CURVE}", "meta.learning_rate": 0.0025},
+    # What a curve over the count could govern besides, set by hand: by which power of the counts images are drawn (the
+    # default's is 1/2), and a weight for each class.
+    "drawn_as_they_are": {"modulation.sites": _CURVE, "method.sampling": "natural"},
+    "drawn_balanced": {"modulation.sites": _CURVE, "method.sampling": "balanced"},
+    "weights_square_root": {"modulation.sites": _CURVE, **_WEIGHTS, "method.weighting": "sqrt_frequency"},
+    "weights_inverse": {"modulation.sites": _CURVE, **_WEIGHTS, "method.weighting": "inverse_frequency"},
 }
 COLUMNS = (
     *("network", "variant", "seeds", "balanced_accuracy_mean", "balanced_accuracy_std", "minus_logits"),
