@@ -38,6 +38,14 @@ def native_kernels(cache_folder):
         pytest.skip(f"no native kernels: {native.reason()}")
 
 
+@pytest.fixture(scope="module")
+def bfloat16_kernels(native_kernels):
+    if native.lowering("bfloat16") == "xla":
+        excuses = ("no kernels in bfloat16 for a processor", "the system does not let")
+        assert native.reason("bfloat16").startswith(excuses)
+        pytest.skip(f"no native kernels in bfloat16: {native.reason('bfloat16')}")
+
+
 @pytest.fixture(params=["native", "xla"])
 def lowering(request, monkeypatch):
     """Both ways of computing a convolution on CPU."""
@@ -180,12 +188,42 @@ def test_operators_are_those_of_xla(y, x, dtype, images, channels, outputs, nati
             np.testing.assert_allclose(one, other, rtol=0, atol=PRECISION[dtype] * max(np.abs(other).max(), 1))
 
 
+@given(y=axes(), x=axes(), **SIZES | {"channels": st.integers(1, 80), "outputs": st.integers(1, 80)})
+@settings(max_examples=15, deadline=None, derandomize=True)
+def test_operators_in_bfloat16_round_once(y, x, images, channels, outputs, bfloat16_kernels):
+    """Each entry of the three is the float64 one rounded, but for the float32 sum's own error."""
+    (height, width), sides, strides, padding, dilation = zip(y, x, strict=True)
+    rng = np.random.default_rng(0)
+
+    def drawn(shape):
+        return jnp.asarray(rng.normal(size=shape), jnp.bfloat16)
+
+    def all_three(image, kernel, cotangent, conv):
+        result, pull_back = jax.vjp(lambda a, b: conv(a, b, strides, padding, dilation), image, kernel)
+        return result, *pull_back(cotangent)
+
+    def reference(*operands):
+        return lax.conv_general_dilated(*operands, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+    image, kernel = drawn((images, height, width, channels)), drawn((*sides, channels, outputs))
+    out = jax.eval_shape(lambda a, b: reference(a, b, strides, padding, dilation), image, kernel)
+    operands = image, kernel, drawn(out.shape)
+    by = jax.jit(all_three, static_argnames="conv")
+    with jax.enable_x64(True):
+        exact = by(*(v.astype(jnp.float64) for v in operands), conv=reference)
+        for one, other in zip(by(*operands, conv=convolution), exact, strict=True):
+            assert one.dtype == jnp.bfloat16
+            allowed = 2**-8 * np.abs(other) + 1e-5 * max(np.abs(other).max(), 1)
+            assert (np.abs(np.asarray(one, np.float64) - other) <= allowed).all()
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
 def test_kernels_are_for_what_they_can_do(dtype, native_kernels):
     with jax.enable_x64(True):
         x, kernel = jnp.zeros((8, 4, 4, 3), dtype), jnp.zeros((3, 3, 3, 4), dtype)
         conv = jax.jit(lambda x: convolution(x, kernel, (1, 1), "SAME"))
-        assert ("@mfm_convolution" in conv.lower(x).as_text()) == (dtype != "bfloat16")
+        there = dtype != "bfloat16" or native.lowering(dtype) != "xla"
+        assert ("@mfm_convolution" in conv.lower(x).as_text()) == there
         # Neither where XLA may divide the operation over devices, nor in a program for other machines.
         mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
         divided = jax.device_put(x, jax.NamedSharding(mesh, P("data")))
@@ -199,19 +237,22 @@ os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: int(sys.argv[1])])
 import jax, jax.numpy as jnp
 from mfm_jax.models import native
 from mfm_jax.models.convolution import convolution
-x, kernel = jax.random.normal(jax.random.key(0), (37, 32, 32, 16)), jax.random.normal(jax.random.key(1), (3, 3, 16, 24))
+shapes = (37, 32, 32, 16), (3, 3, 16, 24)
+x, kernel = (jax.random.normal(jax.random.key(i), shape, sys.argv[2]) for i, shape in enumerate(shapes))
 gradient = jax.jit(jax.grad(lambda x, k: jnp.sum(jnp.sin(convolution(x, k, (1, 1), "SAME"))), argnums=(0, 1)))
 for _ in range(3):
     found = jax.device_get(gradient(x, kernel))
-    print(native.lowering(), *(hashlib.sha256(v.tobytes()).hexdigest() for v in found))
+    print(native.lowering(sys.argv[2]), *(hashlib.sha256(v.tobytes()).hexdigest() for v in found))
 """
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="threads are limited by Linux's affinity")
-def test_bits_do_not_depend_on_threads(native_kernels):
-    found = [
-        run(DIGESTS, threads, XLA_FLAGS="--xla_backend_optimization_level=0").splitlines() for threads in ("1", "2")
-    ]
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_bits_do_not_depend_on_threads(dtype, native_kernels, request):
+    if dtype == "bfloat16":
+        request.getfixturevalue("bfloat16_kernels")
+    flags = "--xla_backend_optimization_level=0"
+    found = [run(DIGESTS, threads, dtype, XLA_FLAGS=flags).splitlines() for threads in ("1", "2")]
     assert len({line for lines in found for line in lines}) == 1
     assert found[0][0].startswith("native ")
 
@@ -227,16 +268,39 @@ WRONG = """
 import sys
 from pathlib import Path
 from mfm_jax.models import native
-text = native.SOURCE.read_text()
-native.SOURCE = Path(sys.argv[1])
-native.SOURCE.write_text(text.replace("sum[r][v] += grad[v] * p[r]", "sum[r][v] -= grad[v] * p[r]"))
+path, dtype, name, right, wrong = sys.argv[1:]
+text = getattr(native, name).read_text()
+assert right in text
+setattr(native, name, Path(path))
+Path(path).write_text(text.replace(right, wrong))
 native._FLAGS = tuple(flag.replace("-O2", "-O0") for flag in native._FLAGS)
-print(native.lowering(), native.reason())
+print(native.lowering(dtype), native.reason(dtype))
 """
 
 
 def test_kernels_that_compute_something_else_are_left_out(tmp_path, native_kernels):
-    assert run(WRONG, str(tmp_path / "wrong.cc")).startswith("xla its convolutions differ from XLA's")
+    line = "sum[r][v] += grad[v] * p[r]"
+    said = run(WRONG, str(tmp_path / "wrong.cc"), "float32", "SOURCE", line, line.replace("+=", "-="))
+    assert said.startswith("xla its convolutions differ from XLA's")
+
+
+def test_bfloat16_kernels_that_compute_something_else_are_left_out(tmp_path, bfloat16_kernels):
+    changed = "SOURCE_OF_BFLOAT16", "_tile_dpbf16ps(3, 5, 7)", "_tile_dpbf16ps(3, 5, 6)"
+    said = run(WRONG, str(tmp_path / "wrong.cc"), "bfloat16", *changed)
+    assert said.startswith("xla its convolutions differ from XLA's")
+    assert said.strip().endswith("in bfloat16")
+
+
+def test_a_processor_without_amx_has_no_kernels_in_bfloat16(monkeypatch):
+    monkeypatch.delenv("MFM_JAX_NATIVE", raising=False)
+    features = frozenset(native._OF_BFLOAT16[0]) - {"amx_bf16"}
+    monkeypatch.setattr(native, "_cpu_features", lambda: features)
+    assert native._load.__wrapped__(True) == ("xla", "no kernels in bfloat16 for a processor without AMX")
+
+
+def test_a_system_that_forbids_amx_has_no_kernels_in_bfloat16(monkeypatch, bfloat16_kernels):
+    monkeypatch.setattr(native, "_PERMISSION", (*native._PERMISSION[:2], 63))  # a part of the state that is none
+    assert native._load.__wrapped__(True) == ("xla", "the system does not let this process use AMX")
 
 
 def test_without_a_compiler_xla_computes(tmp_path, monkeypatch):
@@ -291,24 +355,24 @@ def test_what_is_compiled_ahead_is_not_loaded(tmp_path, small_source):
 
 @pytest.mark.parametrize("damage", ["cut", "changed", "empty"])
 def test_a_damaged_library_is_made_again(damage, small_source):
-    path = native._compiled(())
+    path = native._compiled((), small_source)
     whole = path.read_bytes()
     changed = whole[:1000] + bytes([whole[1000] ^ 1]) + whole[1001:]
     path.write_bytes({"cut": whole[: len(whole) // 2], "changed": changed, "empty": b""}[damage])
     assert not native._is_whole(path)
-    assert native._compiled(()) == path
+    assert native._compiled((), small_source) == path
     assert native._is_whole(path)
 
 
 def test_several_may_compile_at_once(small_source):
     with ThreadPoolExecutor(4) as pool:
-        paths = set(pool.map(lambda _: native._compiled(()), range(4)))
+        paths = set(pool.map(lambda _: native._compiled((), small_source), range(4)))
     (path,) = paths
     assert native._is_whole(path)
     assert list(path.parent.iterdir()) == [path]
 
 
 def test_another_source_is_another_library(small_source):
-    first = native._compiled(())
+    first = native._compiled((), small_source)
     small_source.write_text("int there;")
-    assert native._compiled(()) != first
+    assert native._compiled((), small_source) != first

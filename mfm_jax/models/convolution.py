@@ -108,7 +108,7 @@ def _mapped(operation: Any) -> Any:
     return over_leading
 
 
-def _lowering_on_cpu(target: str, by_xla: Any) -> Any:
+def _lowering_on_cpu(operation: str, by_xla: Any) -> Any:
     """Returns the rule that lowers to the native kernels where it can, and otherwise to `by_xla`."""
     fallback = mlir.lower_fun(by_xla, multiple_results=False)
 
@@ -116,7 +116,8 @@ def _lowering_on_cpu(target: str, by_xla: Any) -> Any:
         if not _is_native(ctx):
             return fallback(ctx, a, b, window=window)
         fields = native.attributes(window.stride, window.padding, window.dilation)
-        return jax.ffi.ffi_lowering(target)(ctx, a, b, **fields)
+        operand: Any = ctx.avals_in[0]
+        return jax.ffi.ffi_lowering(native.target(operation, operand.dtype.name))(ctx, a, b, **fields)
 
     return rule
 

@@ -28,14 +28,21 @@ from mfm_jax.machine import cache
 
 _FOLDER = Path(__file__).with_name("cpu")
 SOURCE = _FOLDER / "convolution.cc"
+SOURCE_OF_BFLOAT16 = _FOLDER / "bfloat16.cc"
 TARGETS = {"mfm_convolution": "MfmConvolution", "mfm_convolution_weight_gradient": "MfmWeightGradient"}
 _FLAGS = ("-std=c++17", "-O2", "-ffp-contract=fast", "-fPIC", "-shared")
 _BY_FEATURE = {  # widest first: features that the processor must have, and the compiler's flags
     "avx512": (("avx512f", "fma"), ("-mavx512f", "-mfma")),
     "avx2": (("avx2", "fma"), ("-mavx2", "-mfma")),
 }
+_OF_BFLOAT16 = (  # the same
+    ("avx512f", "fma", "bmi2", "avx512bw", "avx512vl", "avx512_bf16", "amx_tile", "amx_bf16"),
+    ("-mavx512f", "-mfma", "-mbmi2", "-mavx512bw", "-mavx512vl", "-mavx512bf16", "-mamx-tile", "-mamx-bf16"),
+)
+_PERMISSION = (158, 0x1023, 18)  # Linux: arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA), once in a process
 _COMPILE_SECONDS = 300
-TOLERANCE = {"float32": 1e-5, "float64": 1e-13}  # of the largest entry, where sums are taken in another order
+# Of the largest entry, where sums are taken in another order; in bfloat16 both round theirs, by up to 2^-8.
+TOLERANCE = {"float32": 1e-5, "float64": 1e-13, "bfloat16": 2**-7}
 _CASES = ((3, 16, 1, 1), (16, 40, 2, 1), (20, 5, 1, 2))  # input channels, output channels, stride, dilation
 
 
@@ -45,45 +52,63 @@ class Unavailable(Exception):
 
 def lowering(dtype: str = "float32") -> str:
     """Returns what computes convolutions of `dtype`: `native` and the kind of vectors, as `native avx2`, or `xla`."""
-    return _load()[0] if jax.default_backend() == "cpu" and dtype in TOLERANCE else "xla"
+    return _load(dtype == "bfloat16")[0] if jax.default_backend() == "cpu" and dtype in TOLERANCE else "xla"
 
 
-def reason() -> str:
-    """Returns why the kernels are left out on CPU; "" where they are not."""
-    return _load()[1] if jax.default_backend() == "cpu" else ""
+def reason(dtype: str = "float32") -> str:
+    """Returns why the kernels of `dtype` are left out on CPU; "" where they are not, or there are none."""
+    return _load(dtype == "bfloat16")[1] if jax.default_backend() == "cpu" and dtype in TOLERANCE else ""
 
 
-def prepare() -> None:
+def target(operation: str, dtype: str) -> str:
+    """Returns the name by which XLA calls the kernel of an operation, a key of `TARGETS`."""
+    return operation + "_bfloat16" * (dtype == "bfloat16")
+
+
+def prepare(dtype: str = "float32") -> None:
     """Compiles the kernels ahead; why they cannot be compiled, `reason` says later.
 
     A thread that does this may be left behind: a program that ends while another thread runs JAX is aborted.
     """
     if jax.default_backend() == "cpu":
         with contextlib.suppress(Unavailable, OSError):
-            _made()
+            _made(dtype == "bfloat16")
 
 
 @functools.cache
-def _load() -> tuple[str, str]:
-    """Compiles, loads, registers and checks the kernels, once in a process; returns `lowering()` and `reason()`."""
+def _load(half: bool = False) -> tuple[str, str]:
+    """Compiles, loads, registers and checks kernels, once in a process; returns what `lowering` and `reason` do.
+
+    half: those of bfloat16, which are a library of their own.
+    """
+    dtypes = [dtype for dtype in TOLERANCE if (dtype == "bfloat16") == half]
     try:
-        vectors, path = _made()
+        vectors, path = _made(half)
+        if half and ctypes.CDLL(None).syscall(*_PERMISSION) != 0:
+            raise Unavailable("the system does not let this process use AMX")
         library = ctypes.CDLL(str(path))
-        for target, symbol in TARGETS.items():
-            jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(library, symbol)), platform="cpu")
+        for operation, symbol in TARGETS.items():
+            kernel = jax.ffi.pycapsule(getattr(library, symbol))
+            jax.ffi.register_ffi_target(target(operation, dtypes[0]), kernel, platform="cpu")
         with jax.ensure_compile_time_eval():
-            _check()
+            for dtype in dtypes:
+                _check(dtype)
     except (Unavailable, OSError, AttributeError) as error:  # a library that does not load, or lacks a symbol
         return "xla", f"{error}"
     return f"native {vectors}", ""
 
 
-def _made() -> tuple[str, Path]:
+def _made(half: bool) -> tuple[str, Path]:
     """Returns the kind of vectors and the compiled kernels."""
     if os.environ.get("MFM_JAX_NATIVE") == "0":
         raise Unavailable("MFM_JAX_NATIVE=0")
-    vectors, flags = _vectors()
-    return vectors, _compiled(flags)
+    if not half:
+        vectors, flags = _vectors()
+        return vectors, _compiled(flags, SOURCE)
+    needed, flags = _OF_BFLOAT16
+    if not _cpu_features().issuperset(needed):
+        raise Unavailable("no kernels in bfloat16 for a processor without AMX")
+    return "amx", _compiled(flags, SOURCE_OF_BFLOAT16)
 
 
 def _vectors() -> tuple[str, tuple[str, ...]]:
@@ -107,17 +132,17 @@ def _cpu_features() -> frozenset[str]:
     return frozenset(next((line.partition(":")[2].split() for line in lines if line.startswith("flags")), ()))
 
 
-def _compiled(flags: tuple[str, ...]) -> Path:
+def _compiled(flags: tuple[str, ...], source: Path) -> Path:
     """Returns the compiled kernels in the cache folder, made there if they are absent or damaged."""
     compiler = next(filter(None, map(shutil.which, _compilers())), None)
     if compiler is None:
         raise Unavailable("no C++ compiler is installed")
-    command = [compiler, *_FLAGS, *flags, "-isystem", jax.ffi.include_dir(), f"-I{_FOLDER}", str(SOURCE)]
+    command = [compiler, *_FLAGS, *flags, "-isystem", jax.ffi.include_dir(), f"-I{_FOLDER}", str(source)]
     version = _output([compiler, "--version"])
-    texts = [path.read_text() for path in (SOURCE, *sorted(_FOLDER.glob("*.h")))]
+    texts = [path.read_text() for path in (source, *sorted(_FOLDER.glob("*.h")))]
     facts = (*texts, jaxlib.__version__, version, platform.platform(), " ".join(command))
     key = hashlib.sha256("\0".join(facts).encode()).hexdigest()[:16]
-    path = cache.folder() / "native" / f"convolution-{key}.so"
+    path = cache.folder() / "native" / f"{source.stem}-{key}.so"
     if not _is_whole(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         # Made under a name of its own, so that another process sees all of it or nothing.
@@ -164,20 +189,20 @@ def attributes(
     return {name: np.array(values, np.int64) for name, values in named.items()}
 
 
-def _check() -> None:
+def _check(dtype: str) -> None:
     """Compares the kernels with XLA over a stride, a dilation, and widths that fill a vector or not; may raise."""
     rng = np.random.default_rng(0)
     one_device = jax.default_device(jax.local_devices(backend="cpu")[0])
     with jax.enable_x64(True), jax.transfer_guard("allow"), one_device:
-        for dtype, tolerance in TOLERANCE.items():
-            operands = []
-            for channels, outputs, *_ in _CASES:
-                shapes = (3, 9, 8, channels), (3, 3, channels, outputs)
-                operands.append(tuple(rng.normal(size=shape).astype(dtype) for shape in shapes))
-            for native, expected in jax.device_get(jax.jit(_both_ways)(operands)):
-                gap = np.abs(native - expected).max() / np.abs(expected).max()
-                if not gap <= tolerance:
-                    raise Unavailable(f"its convolutions differ from XLA's by {gap:.1e} of the largest, in {dtype}")
+        operands = []
+        for channels, outputs, *_ in _CASES:
+            shapes = (3, 9, 8, channels), (3, 3, channels, outputs)
+            operands.append(tuple(rng.normal(size=shape).astype(jnp.dtype(dtype)) for shape in shapes))
+        for pair in jax.device_get(jax.jit(_both_ways)(operands)):
+            native, expected = (np.asarray(v, np.float64) for v in pair)
+            gap = np.abs(native - expected).max() / np.abs(expected).max()
+            if not gap <= TOLERANCE[dtype]:
+                raise Unavailable(f"its convolutions differ from XLA's by {gap:.1e} of the largest, in {dtype}")
 
 
 def _both_ways(operands: Sequence[tuple[jax.Array, jax.Array]]) -> list[tuple[jax.Array, jax.Array]]:
@@ -196,7 +221,7 @@ def _both_ways(operands: Sequence[tuple[jax.Array, jax.Array]]) -> list[tuple[ja
         fields = attributes((stride, stride), padding, (dilation, dilation))
         y, pull_back = jax.vjp(by_xla, kernel)
         dy = jnp.sin(y)
-        convolved, gradient = TARGETS
+        convolved, gradient = (target(operation, x.dtype.name) for operation in TARGETS)
         pairs.append((jax.ffi.ffi_call(convolved, jax.typeof(y))(x, kernel, **fields), y))
         pairs.append((jax.ffi.ffi_call(gradient, jax.typeof(kernel))(x, dy, **fields), *pull_back(dy)))
     return pairs

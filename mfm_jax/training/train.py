@@ -126,7 +126,8 @@ def train_together(
                 for config, workdir in todo
             ]
             progress.say(progress.summary(configs[0], data))
-            progress.say(f"convolutions: {runs[0].convolutions}{f' ({why})' if (why := native.reason()) else ''}")
+            why = native.reason(tested.dtype(runs[0].config))
+            progress.say(f"convolutions: {runs[0].convolutions}{f' ({why})' if why else ''}")
             stack.enter_context(cluster.bound_together(EXIT_INTERRUPTED))
             # Apart: runs that were interrupted at different steps, and runs with training data of their own making.
             runs.sort(key=lambda run: (run.step, run.config.train.dtype))
@@ -152,7 +153,8 @@ def train_together(
 
 def _read(config: Config) -> LongTailData:
     """Returns the data; meanwhile a thread compiles the convolution's kernels, where they are not there yet."""
-    making = threading.Thread(target=native.prepare, daemon=True)  # neither a mistake nor an interruption waits for it
+    # A daemon: neither a mistake nor an interruption waits for it.
+    making = threading.Thread(target=lambda: native.prepare(tested.dtype(config)), daemon=True)
     making.start()
     data = data_lib.build(config)
     making.join()

@@ -10,8 +10,8 @@
 #include <vector>
 
 #include "geometry.h"
+#include "handler.h"
 #include "machine.h"
-#include "xla/ffi/api/ffi.h"
 
 namespace {
 
@@ -253,70 +253,24 @@ void weight_gradient(ffi::ThreadPool& pool, const Geometry& g, const T* x, const
 
 // --- the handlers ---------------------------------------------------------------------------------
 
-using Sizes = ffi::Span<const int64_t>;
+template <class T, ffi::DataType data>
+struct Wide {
+  static constexpr auto type = data;
+  using Value = T;
 
-// The sizes of the last four axes, and the product of those before.
-struct Shape {
-  int64_t groups = 1, size[4];
-  explicit Shape(Sizes dimensions) {
-    for (size_t i = 0; i + 4 < dimensions.size(); ++i) groups *= dimensions[i];
-    for (size_t i = 0; i < 4; ++i) size[i] = dimensions[dimensions.size() - 4 + i];
-  }
-  int64_t count() const { return size[0] * size[1] * size[2] * size[3]; }
-};
-
-enum Operation { kConvolution, kWeightGradient };
-
-template <class T, Operation operation>
-void run(ffi::ThreadPool& pool, const Geometry& g, int64_t groups, const std::array<int64_t, 3>& counts, const T* a,
-         const T* b, T* out) {
-  for (int64_t i = 0; i < groups; ++i, a += counts[0], b += counts[1], out += counts[2]) {
+  template <Operation operation>
+  static void run(ffi::ThreadPool& pool, const Geometry& g, const T* a, const T* b, T* out) {
     bool narrow = g.outputs <= kLanes<T>;
     if constexpr (operation == kConvolution)
       narrow ? convolve<T, 1>(pool, g, a, b, out) : convolve<T, kVectors>(pool, g, a, b, out);
     else
       narrow ? weight_gradient<T, 1>(pool, g, a, b, out) : weight_gradient<T, kVectors>(pool, g, a, b, out);
   }
-}
-
-template <Operation operation>
-ffi::Error handle(ffi::ThreadPool pool, ffi::AnyBuffer a, ffi::AnyBuffer b, ffi::Result<ffi::AnyBuffer> out,
-                  Sizes stride, Sizes low, Sizes dilation) {
-  auto type = a.element_type();
-  if (a.dimensions().size() < 4 || b.dimensions().size() != a.dimensions().size() ||
-      out->dimensions().size() != a.dimensions().size() || b.element_type() != type || out->element_type() != type)
-    return ffi::Error::InvalidArgument("convolution: operands of one type, with four axes or more, are wanted");
-  Shape x(a.dimensions()), second(b.dimensions()), third(out->dimensions());
-  const Shape &kernel = operation == kConvolution ? second : third, &y = operation == kConvolution ? third : second;
-  auto axis = [&](int i) {
-    return Axis(x.size[i + 1], y.size[i + 1], kernel.size[i], stride[i], low[i], dilation[i]);
-  };
-  int64_t bytes = type == ffi::F32 ? 4 : 8;
-  Geometry g(axis(0), axis(1), x.size[0], x.size[3], y.size[3], bytes);
-  std::array<int64_t, 3> counts{x.count(), second.count(), third.count()};
-  if (type == ffi::F32)
-    run<float, operation>(pool, g, x.groups, counts, a.typed_data<float>(), b.typed_data<float>(),
-                          out->typed_data<float>());
-  else if (type == ffi::F64)
-    run<double, operation>(pool, g, x.groups, counts, a.typed_data<double>(), b.typed_data<double>(),
-                           out->typed_data<double>());
-  else
-    return ffi::Error::InvalidArgument("convolution: float32 or float64 is wanted");
-  return ffi::Error::Success();
-}
-
-auto binding() {
-  return ffi::Ffi::Bind()
-      .Ctx<ffi::ThreadPool>()
-      .Arg<ffi::AnyBuffer>()
-      .Arg<ffi::AnyBuffer>()
-      .Ret<ffi::AnyBuffer>()
-      .Attr<Sizes>("stride")
-      .Attr<Sizes>("low")
-      .Attr<Sizes>("dilation");
-}
+};
+using Single = Wide<float, ffi::F32>;
+using Double = Wide<double, ffi::F64>;
 
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(MfmConvolution, handle<kConvolution>, binding());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(MfmWeightGradient, handle<kWeightGradient>, binding());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(MfmConvolution, (handle<kConvolution, Single, Double>), binding());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(MfmWeightGradient, (handle<kWeightGradient, Single, Double>), binding());

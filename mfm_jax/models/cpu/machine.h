@@ -56,7 +56,7 @@ inline void store(T* p, Vector<T> v) {
 }
 
 // Scratch of the calling thread, one buffer for each purpose; it grows and is kept.
-enum Purpose { kCopy, kEdge, kWeights, kSums, kPurposes };
+enum Purpose { kCopy, kEdge, kWeights, kSums, kGrads, kPurposes };
 template <class T>
 T* scratch(Purpose purpose, int64_t count) {
   struct Buffer {
