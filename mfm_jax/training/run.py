@@ -53,7 +53,8 @@ class Run:
         self.feed = feed_lib.make(data, experiment, config, on_device)
         self.convolutions = native.lowering(tested.dtype(config)) if config.parallel.fsdp == 1 else "xla"
         self.step, self.loop, record = self._restored()
-        self.versions = versions.versions()  # before the first step: whatever fails here loses no training
+        # Before the first step: whatever fails here loses no training.
+        self.versions = versions.versions() | {"convolutions": self.convolutions}
         self.log = self._log(record["rows"])
         self.epoch_log = EpochLog(self.log, experiment, config, data.counts, self._way_out)
         self.seconds_before, self.began = record["seconds"], time.perf_counter()
