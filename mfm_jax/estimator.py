@@ -86,7 +86,7 @@ class MFMClassifier(ClassifierMixin, BaseEstimator):
 
     def __init__(  # noqa: PLR0913 (scikit-learn reads the parameters off this line)
         self,
-        method: str = "mfm",
+        method: str = config_lib.Method.name,
         model: str = "resnet20",
         epochs: int = 60,
         *,

@@ -56,7 +56,7 @@ def test_sizes_by_hand(asked, overrides, used, told):
     config = sized(*asked, **overrides)
     fitting = sizes.cut(config, SMALL)
     assert (fitting.train.batch_size, fitting.meta.batch_size) == used
-    assert sizes.told(config, SMALL) == told
+    assert sizes.in_words(config, SMALL) == told
     same = {"train": {"batch_size": 1}, "meta": {"batch_size": 1}}
     assert changed(fitting, **same) == changed(config, **same)
 
@@ -84,8 +84,8 @@ def test_a_cut_size_fits_and_is_cut_no_further(train, meta, batch, meta_batch, p
         assert 1 <= used <= min(asked, most)
         assert used == asked or used > most - parts
     assert sizes.cut(fitting, data) == fitting
-    assert (sizes.told(config, data) == "") == (fitting == config)
-    assert sizes.told(fitting, data) == ""
+    assert (sizes.in_words(config, data) == "") == (fitting == config)
+    assert sizes.in_words(fitting, data) == ""
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -26,7 +26,8 @@ from rich.progress import Progress, TextColumn
 
 from mfm_jax.data import stamps
 from mfm_jax.data import workers as processes
-from mfm_jax.data.listing import SPLITS, Listing
+from mfm_jax.data.listing import Listing
+from mfm_jax.data.lists import SPLITS
 from mfm_jax.data.pictures import FORMAT, Facts, facts_or_reason
 from mfm_jax.data.stamps import Stamp
 from mfm_jax.data.walk import Problem

@@ -50,7 +50,7 @@ def source(config: Data, sound: "Sound", *, whole: bool) -> Source:
     splits, rule = with_test(config, found, groups)
     white = depth.white(config.white, facts, splits == "train")
     if depth.loses(facts, white):
-        print(f"warning: {depth.told(facts, white)}; data.white sets it", file=sys.stderr)
+        print(f"warning: {depth.in_words(facts, white)}; data.white sets it", file=sys.stderr)
     digests = {path: fact.digest for path, fact in zip(found.paths, facts, strict=True)}
     version = _version(found, facts)
     images = _images(config, whole, found, facts, version, white)

@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from PIL import ExifTags, Image, ImageFile, ImageOps, TiffImagePlugin
+from PIL import ExifTags, Image, ImageFile, ImageOps, TiffImagePlugin, UnidentifiedImageError
 
 from mfm_jax.data.formats import FORMATS, no_decoder
 
@@ -211,7 +211,7 @@ def _reasons() -> Iterator[None]:
             yield
     except BadPicture:
         raise
-    except Image.UnidentifiedImageError as error:
+    except UnidentifiedImageError as error:
         raise BadPicture(f"not an image ({', '.join(FORMATS).lower()})") from error
     except Image.DecompressionBombError as error:
         raise BadPicture(f"has more than {MAX_PIXELS // 1_000_000} million pixels") from error

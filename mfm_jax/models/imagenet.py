@@ -52,7 +52,7 @@ class Block(nn.Module):
     bottleneck: bool
     groups: int
     dtype: DTypeLike
-    norm: functools.partial  # batch norm but for whether it trains
+    norm: functools.partial[BatchNorm]  # batch norm but for whether it trains
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool, weight: jax.Array | None) -> jax.Array:
@@ -77,7 +77,7 @@ class Stage(nn.Module):
 
     blocks: int
     alone: int
-    block: functools.partial
+    block: functools.partial[Block]
     stride: int
 
     @nn.compact

@@ -16,7 +16,7 @@ import re
 import sys
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from mfm_jax.errors import UserError, some_of
 from mfm_jax.models import hub_cache
 from mfm_jax.types import PyTree
 
+_Rules = Sequence[tuple[str, str | Callable[[re.Match[str]], str]]]  # pattern, replacement
 _WRAPPERS = ("state_dict", "model")
 _UNREADABLE = (
     *(OSError, ValueError, AttributeError, RuntimeError, EOFError),
@@ -256,11 +257,11 @@ def _canonical(tensors: Mapping[str, Any]) -> dict[str, np.ndarray]:
     }
 
 
-def _name(path: str, names: tuple) -> str:
+def _name(path: str, names: _Rules) -> str:
     return _substituted(path, names).replace("/", ".")
 
 
-def _substituted(name: str, rules: tuple) -> str:
+def _substituted(name: str, rules: _Rules) -> str:
     for pattern, replacement in rules:
         name = re.sub(pattern, replacement, name)
     return name

@@ -35,7 +35,7 @@ class BasicBlock(nn.Module):
     channels: int
     stride: int
     dtype: DTypeLike
-    norm: functools.partial  # batch norm but for whether it trains
+    norm: functools.partial[BatchNorm]  # batch norm but for whether it trains
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool, weight: jax.Array | None) -> jax.Array:
@@ -54,7 +54,7 @@ class Stage(nn.Module):
     channels: int
     stride: int
     dtype: DTypeLike
-    norm: functools.partial  # batch norm but for whether it trains
+    norm: functools.partial[BatchNorm]  # batch norm but for whether it trains
     remat: bool
 
     @nn.compact

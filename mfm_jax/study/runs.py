@@ -69,7 +69,7 @@ class _Job:
 
     runs: Sequence[Run]
     cores: Sequence[int] = ()
-    process: subprocess.Popen | None = None
+    process: subprocess.Popen[bytes] | None = None
     outcomes: list[Outcome] | None = None
     began: float = 0.0
     epoch: int = 0  # how many are trained, those before this process included

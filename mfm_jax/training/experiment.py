@@ -19,6 +19,7 @@ from mfm_jax import bilevel
 from mfm_jax.bilevel import modulation, optim, passes
 from mfm_jax.bilevel.outer import MetaLearner
 from mfm_jax.bilevel.passes import Pass
+from mfm_jax.bilevel.steps import PlainStep, Step
 from mfm_jax.config import Config
 from mfm_jax.data import LongTailData
 from mfm_jax.errors import UserError, in_a_line
@@ -61,9 +62,9 @@ class Experiment:
 
     init: Callable[[], BilevelState]
     init_pretrained: Callable[..., BilevelState] | None
-    plain_step: Callable
-    meta_step: Callable | None
-    retrain_step: Callable | None
+    plain_step: PlainStep
+    meta_step: Step | None
+    retrain_step: PlainStep | None
     retrain_from: int
     synthetic: bool
     order: Callable[[jax.Array, int], jax.Array]
@@ -185,7 +186,9 @@ def _on_mesh(config: Config, module: nn.Module, mesh: Mesh) -> ApplyFn:
     return parallel.gathered(apply) if parallel.MODEL_AXIS in mesh.axis_names else apply
 
 
-def _trace(config: Config, init: Callable, step: Callable, image_shape: tuple[int, ...]) -> None:
+def _trace(
+    config: Config, init: Callable[[], BilevelState], step: Callable[..., PyTree], image_shape: tuple[int, ...]
+) -> None:
     """Traces a step of a meta learner of the user's own, whose functions can fail in any way."""
 
     def batch(size: int) -> Batch:
@@ -213,7 +216,7 @@ def _steps(
     learner: MetaLearner | None,
     phi_tx: optax.GradientTransformation,
     image_shape: tuple[int, ...],
-) -> tuple[Callable, Callable | None, Callable | None]:
+) -> tuple[PlainStep, Step | None, PlainStep | None]:
     """Returns the plain step, the meta-step and a second stage's, None for what the run has not."""
     weights, meta_step, retrain_step = rules.class_weights, None, None
     plain_step = bilevel.make_plain_step(forward, rules.loss, rules.tx, learner, class_weights=weights)

@@ -216,7 +216,9 @@ def make_settle(experiment: Experiment) -> Callable[[BilevelState, Input], Bilev
     return settle
 
 
-def evaluate_batch(eval_step: Callable, state: BilevelState, image: jax.Array, data: Input) -> jax.Array:
+def evaluate_batch(
+    eval_step: Callable[[BilevelState, jax.Array], jax.Array], state: BilevelState, image: jax.Array, data: Input
+) -> jax.Array:
     """Returns `eval_step(state, image)`, the tested classifier's probabilities `[B, K]`, of stored images."""
     return eval_step(state, augment.normalize(image, data.mean, data.std))
 

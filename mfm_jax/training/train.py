@@ -114,8 +114,8 @@ def train_together(
             asked = configs[0].data
             progress.say(f"reading {asked.name if asked.source == 'tfds' else asked.root or asked.source}")
             data = _read(configs[0])
-            if told := sizes.told(configs[0], data.manifest):
-                progress.say(told)
+            if cuts := sizes.in_words(configs[0], data.manifest):
+                progress.say(cuts)
             todo = [(_settled(sizes.cut(config, data.manifest), workdir), workdir) for config, workdir in todo]
             fsdp = configs[0].parallel.fsdp
             mesh = parallel.data_mesh(fsdp=fsdp) if jax.device_count() > 1 or fsdp > 1 else None

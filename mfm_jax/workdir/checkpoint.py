@@ -74,7 +74,7 @@ class Checkpointer:
         for unnamed in self._folder.glob(f"{self._saving}.*"):
             integrity.seal(unnamed)
 
-    def save(self, step: int, state: PyTree, phi: PyTree, record: dict, metric: float | None) -> None:
+    def save(self, step: int, state: PyTree, phi: PyTree, record: dict[str, Any], metric: float | None) -> None:
         """Starts saving; returns once the state may be overwritten. A save that cannot be made is told, not raised.
 
         `record` is kept as JSON beside the arrays: the metric rows, the seconds so far, what kind phi is.
@@ -117,7 +117,7 @@ class Checkpointer:
         if reason := self._damage(step):
             raise UserError(f"{self._folder / str(step)}: damaged: {reason}")
 
-    def restore(self, step: int, like: PyTree) -> tuple[PyTree, dict]:
+    def restore(self, step: int, like: PyTree) -> tuple[PyTree, dict[str, Any]]:
         """Returns (state, record) of `step`, placed like the arrays of `like`.
 
         Raises:
@@ -128,7 +128,7 @@ class Checkpointer:
         restored = self._manager.restore(step, args=args)
         return restored["state"], restored["record"]
 
-    def restore_tested(self, step: int) -> tuple[BilevelState, dict]:
+    def restore_tested(self, step: int) -> tuple[BilevelState, dict[str, Any]]:
         """Returns (state, record) of `step`, of the state what the tested classifier is made of, on one device.
 
         The shapes are the checkpoint's own, so that neither the data nor the optimizers need be known. The state has no
