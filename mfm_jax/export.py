@@ -6,7 +6,7 @@ The folder gets the plain classifier with its normalisation and parameters as a 
 TPU (`classifier.bin`: uint8 [b, H, W, C] -> probabilities float32 [b, K], any b), its facts (`classifier.json`), a
 script that uses both (`how_to_use.py`), what it decodes with (`pictures.py`, `formats.py`), and the model card
 (`MODEL_CARD.md`); with `--onnx`, `classifier.onnx` too. The modulator stays behind. `--hub=FOLDER` lays out a folder
-for a model hub in their place, which `mfm_jax.load` reads. Exit status: 0 done; 2 a mistake, told in one line.
+for a model hub in their place, which `mfm_jax.load` reads. Exit status: 0 done; 2 a mistake, in one line.
 """
 
 import dataclasses

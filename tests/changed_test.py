@@ -1,4 +1,4 @@
-"""Files that change, between two runs or while they are read: what is decoded, kept and trained on is what is there."""
+"""Files that change, between two runs or while they are read: what is decoded and trained on is what they hold."""
 
 import os
 import shutil

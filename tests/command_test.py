@@ -1,4 +1,4 @@
-"""The command line: what it accepts, and every mistake told in one line that leaves nothing behind."""
+"""The command line: what it accepts, and every mistake is one line that leaves nothing behind."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""What happens to people's folders and lists: each kind is told by the file's name and a reason, or does no harm.
+"""What happens to people's folders and lists: each kind has a line with the file's name and a reason, or does no harm.
 
 Every case below damages a sound folder, or a sound list, and says what is to be told and what is to be left. No class
 may lose or gain a picture without a problem that names it.

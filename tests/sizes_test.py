@@ -1,4 +1,4 @@
-"""Batch sizes above what the data has: cut in training, told, recorded, and no difference to a run that goes on."""
+"""Batch sizes above what the data has: cut in training, reported, recorded, and no difference to a run that goes on."""
 
 import pytest
 from helpers import changed, configured

@@ -192,7 +192,7 @@ def make_plain_step(
 ) -> PlainStep:
     """Returns the step `(state, batch) -> (state, metrics)` that updates w alone.
 
-    Without a meta learner it is ordinary training. With one, its phi governs the pass and stays as it is: the steps
+    Without a meta learner it is ordinary training. With one, its phi governs the pass and does not change: the steps
     between two meta-steps, or a frozen modulator. A phi that belongs to one batch does not exist between meta-steps;
     those steps are plain. Arguments as in `make_step`.
     """

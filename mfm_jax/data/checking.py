@@ -2,7 +2,7 @@
 
 What was found of a sound picture is kept in the user's cache folder ($MFM_JAX_CACHE, else the platform's), a line each
 in one file for each root, and believed as long as the picture's stamp (`stamps`) stays the same; so a second check
-opens only what has changed and what was bad. Where a stamp tells nothing, the picture is read, and decoded only if its
+opens only what has changed and what was bad. Where a stamp shows nothing, the picture is read, and decoded only if its
 content is another. A line has its own checksum: one that is torn or damaged is as good as absent.
 """
 
@@ -87,7 +87,7 @@ def check(listing: Listing, workers: int = 2) -> Checked:
                 if (stamped[i], found) != before[i]:
                     keep(listing.paths[i], stamped[i], found)
             advance()
-    # Drives without inodes cannot tell that two paths are of one file.
+    # Drives without inodes cannot show that two paths are of one file.
     files = [(stamp.device, stamp.inode) if stamp.inode else (-1, i) for i, (stamp, _) in enumerate(taken)]
     duplicates = tuple(_duplicates(listing, facts, files))
     copied = _classes_of_copies(listing, facts)
@@ -216,8 +216,8 @@ def _classes_of_copies(listing: Listing, facts: Sequence[Facts | None]) -> dict[
     for label in sorted(contents, key=lambda label: (-len(contents[label]), -label)):
         others = [classes[digest] - {label} - found.keys() for digest in contents[label]]
         if all(others):
-            told = some_of([repr(listing.class_names[other]) for other in sorted(set().union(*others))], 3)
-            found[label] = f"a class of copies: the files of all its pictures are in {told}, too; remove one of the two"
+            them = some_of([repr(listing.class_names[other]) for other in sorted(set().union(*others))], 3)
+            found[label] = f"a class of copies: the files of all its pictures are in {them}, too; remove one of the two"
     return found
 
 

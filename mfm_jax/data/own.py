@@ -16,7 +16,7 @@ Split = tuple[Any, Any]  # images [N, H, W] or [N, H, W, C], labels [N]
 
 
 def load(own: Source | Callable[[Data], Source], config: Data) -> Source:
-    """Returns the source of the user's own, its images at `data.image_size` pixels a side (0 = as they are).
+    """Returns the source of the user's own, its images at `data.image_size` pixels a side (0 = as given).
 
     Raises:
       UserError: it is no source, making it fails, or what it holds is not what every source holds.
@@ -57,7 +57,7 @@ def source_of_arrays(
       test: the same.
       val: the same of a validation set that the data brings (`data.protocol = natural`); other protocols draw it from
         `train`.
-      meta: likewise of a meta set.
+      meta: of a meta set.
       class_names: K names; the numbers of the classes by default.
       name: of the set.
 

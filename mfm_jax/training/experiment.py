@@ -1,7 +1,7 @@
 """From a config and its data to the pure functions of a run: initial states and training steps.
 
 This is where a method's choices meet the bilevel step; nothing here loops, and no file is touched but by an
-`init` that starts from weights that are there.
+`init` that starts from stored weights.
 """
 
 import dataclasses
@@ -42,7 +42,7 @@ class Experiment:
     init: `() -> BilevelState`, the state before the first step, all parameters drawn at random.
     init_pretrained: the same with the weights of `model.pretrained`, the head among them if `whole`, or of the run in
       `model.init_from`; None where there are none to load.
-    plain_step: `(state, batch) -> (state, metrics)`; under a meta learner that stays as it is, if there is one.
+    plain_step: `(state, batch) -> (state, metrics)`; under a meta learner that does not learn, if there is one.
     meta_step: `(state, batch, meta_batch) -> (state, metrics)`; None where nothing learns from the meta set.
     retrain_step: `(state, batch) -> (state, metrics)` of a second stage on a frozen classifier; None without one.
     retrain_from: the step at which that stage begins.
@@ -57,7 +57,7 @@ class Experiment:
     steps_per_epoch: batches in an epoch.
     total_steps: steps in the run.
     mesh: the devices that the steps are spread over; None for one.
-    blocks: the classifier's blocks that the steps scan over; none, and then states are as they are.
+    blocks: the classifier's blocks that the steps scan over; none, and then states are not stacked.
     """
 
     init: Callable[[], BilevelState]

@@ -60,17 +60,17 @@ def train_and_evaluate(
 ) -> dict[str, Any]:
     """Trains as `config` says, in `workdir`, and returns the results.
 
-    A workdir that holds an interrupted run of the same config is resumed; a finished one is returned as it is, or goes
+    A workdir that holds an interrupted run of the same config is resumed; a finished one is returned unchanged, or goes
     on where it is extended (`optim.restarts`). Leaves the files that `Workdir` names. Batch sizes above what the data
-    has are cut to it, which is told and recorded.
+    has are cut to it; a line says so, and the run records it.
 
     Args:
       config: from a config file, or a dict of the same form.
       workdir: the run's folder; made if absent.
       module: the user's own, in the place of `model.name` (`config.own.Own`; docs/library.md).
-      source: likewise, of `data.source`.
-      loss: of `method.loss`; the method `own_loss` reads it, which may be `method.base`.
-      learner: of `method.learner`; the method `own_learner` reads it.
+      source: in the place of `data.source`.
+      loss: in that of `method.loss`; the method `own_loss` reads it, which may be `method.base`.
+      learner: in that of `method.learner`; the method `own_learner` reads it.
       pages: whether to write `report.html`, which `report.write_report` can still do later.
       trace: what writes a profile of some steps.
 

@@ -64,7 +64,7 @@ class Workdir:
     report = _In("report.html")
     evaluations = _In("eval")  # later evaluations, a folder each
     audit = _In("label_audit")  # of the labels: its runs, its table and its page
-    exported = _In("exported")  # what `export` writes, unless it is told where
+    exported = _In("exported")  # what `export` writes, unless `--out` says where
     processes = _In("processes.jsonl")  # what each process took that trained the run (`runs`)
     peak_memory = _In("peak_memory.json")  # of a run that one process trained from start to end
     problems = _In("problems.csv")  # what `--mode=check` found
@@ -144,7 +144,7 @@ class Workdir:
         """Raises a UserError where a run has begun in the folder with another split than `manifest`."""
         if not self.config.exists():
             return
-        # A folder of pictures may have another name by now, and what was left out be gone: the version tells content.
+        # A folder of pictures may have another name by now, and what was left out be gone: the version has the content.
         manifests = (read_manifest(self.manifest), manifest)
         began, now = (manifest_hash({**one, "dataset": "", "left_out": []}) for one in manifests)
         if began != now:

@@ -1,7 +1,7 @@
 """Metric rows: kept in memory, written to `metrics.jsonl`, to TensorBoard and to other loggers as they come.
 
 Rows hold no wall-clock time, so two equal runs write equal files. They are saved with each checkpoint, and a resumed
-run starts from the checkpoint's rows: the file never shows a step twice. A write that fails (a full disk) is told once
+run starts from the checkpoint's rows: the file never shows a step twice. A write that fails (a full disk) warns once,
 and stops nothing: the rows are in memory and in the checkpoints, and the next write starts with what is missing.
 """
 
