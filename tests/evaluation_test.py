@@ -29,7 +29,7 @@ def same(found: dict, recorded: dict) -> None:
 
 def test_gives_the_numbers_of_training_and_touches_none_of_its_files(trained_run):
     config, workdir, recorded = trained_run
-    before = dict(integrity._digests(workdir))
+    before = dict(integrity.digests(workdir))
     for split in ("test", "val"):
         results, page = evaluation.evaluate_run(config, workdir, split)
         assert page == workdir / "eval" / split / "report.html"
@@ -40,7 +40,7 @@ def test_gives_the_numbers_of_training_and_touches_none_of_its_files(trained_run
                 recorded[which]["epoch"],
             )
             same(results[which][split], recorded[which][split])
-    after = dict(integrity._digests(workdir))
+    after = dict(integrity.digests(workdir))
     assert {name: digest for name, digest in after.items() if not name.startswith("eval/")} == before
 
 

@@ -153,13 +153,13 @@ def test_a_run_keeps_the_type_that_it_began_with(tmp_path, monkeypatch):
     config = tiny(train__dtype="auto", train__epochs=1)
     for device, folder in (("cpu", "a"), ("gpu", "b")):
         monkeypatch.setattr(jax, "default_backend", lambda device=device: device)
-        settled = train._settled(config_lib.resolve(config), tmp_path / folder)
+        settled = train.settled(config_lib.resolve(config), tmp_path / folder)
         assert settled.train.dtype == ("float32" if device == "cpu" else "bfloat16")
     monkeypatch.undo()
     results = train.train_and_evaluate(config, tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["train"]["dtype"] == "float32"
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert train._settled(config_lib.resolve(config), tmp_path).train.dtype == "float32"
+    assert train.settled(config_lib.resolve(config), tmp_path).train.dtype == "float32"
     assert train.train_and_evaluate(config, tmp_path) == json.loads(json.dumps(results))
     with pytest.raises(UserError, match=r'train.dtype: "float32" -> "bfloat16"'):
         train.train_and_evaluate(tiny(train__dtype="bfloat16", train__epochs=1), tmp_path)

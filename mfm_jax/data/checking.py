@@ -72,7 +72,7 @@ def check(listing: Listing, workers: int = 2) -> Checked:
     # On a cluster one drive has another device number on each node.
     stamped = [stamp._replace(device=0) if tells else stamps.NOTHING for stamp, tells in taken]
     cache = _cache_file(listing.root)
-    known = _remembered(cache)
+    known = remembered(cache)
     before = [known.get(path, (stamps.NOTHING, None)) for path in listing.paths]
     facts = [fact if was == now != stamps.NOTHING else None for now, (was, fact) in zip(stamped, before, strict=True)]
     todo = [i for i, fact in enumerate(facts) if fact is None]
@@ -127,7 +127,7 @@ def _cache_file(root: Path) -> Path:
     return cache_lib.folder() / f"checked-{FORMAT}-{name}.txt"
 
 
-def _remembered(cache: Path) -> dict[str, tuple[Stamp, Facts]]:
+def remembered(cache: Path) -> dict[str, tuple[Stamp, Facts]]:
     """Returns the last stamp and the facts of each path, as far as the lines of a cache file are sound."""
     known: dict[str, tuple[Stamp, Facts]] = {}
     try:

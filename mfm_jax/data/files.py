@@ -74,7 +74,7 @@ def source(config: Data, sound: "Sound", *, whole: bool) -> Source:
             "group": config.group,
             "files": list(found.paths),
             "left_out": left_out,
-            "duplicates_in_test": _straddling(duplicates, digests, splits == "test"),
+            "duplicates_in_test": straddling(duplicates, digests, splits == "test"),
             **({"white": white} if any(fact.bits for fact in facts) else {}),
         },
     )
@@ -93,7 +93,7 @@ def with_test(config: Data, found: Listing, groups: Sequence[str]) -> tuple[npt.
     return splits, f"{config.test_fraction:g} of each class, at least one of two or more; whole groups; a constant seed"
 
 
-def _straddling(
+def straddling(
     duplicates: Sequence[tuple[str, str, str]], digests: Mapping[str, str], is_test: npt.NDArray[np.bool_]
 ) -> dict[str, int]:
     """Returns how many pictures of the test split have a duplicate (kind, path, path) outside, by kind.

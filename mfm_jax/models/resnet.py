@@ -22,7 +22,7 @@ _Conv3x3 = functools.partial(
 )
 
 
-def _shortcut(x: jax.Array, channels: int, stride: int) -> jax.Array:
+def shortcut(x: jax.Array, channels: int, stride: int) -> jax.Array:
     """Returns the shortcut of option A of He et al.: subsample, and fill the new channels with zeros; no parameters."""
     x = x[:, ::stride, ::stride]
     extra = channels - x.shape[-1]
@@ -43,7 +43,7 @@ class BasicBlock(nn.Module):
         norm = functools.partial(self.norm, not train)
         y = nn.relu(norm()(conv(strides=self.stride)(x), weight))
         y = norm()(conv()(y), weight)
-        return nn.relu(y + _shortcut(x, self.channels, self.stride))
+        return nn.relu(y + shortcut(x, self.channels, self.stride))
 
 
 class Stage(nn.Module):

@@ -116,7 +116,7 @@ def train_together(
             data = _read(configs[0])
             if cuts := sizes.in_words(configs[0], data.manifest):
                 progress.say(cuts)
-            todo = [(_settled(sizes.cut(config, data.manifest), workdir), workdir) for config, workdir in todo]
+            todo = [(settled(sizes.cut(config, data.manifest), workdir), workdir) for config, workdir in todo]
             fsdp = configs[0].parallel.fsdp
             mesh = parallel.data_mesh(fsdp=fsdp) if jax.device_count() > 1 or fsdp > 1 else None
             on_device = inputs.to_device(data)
@@ -165,7 +165,7 @@ def _write_report(workdir: Path) -> None:
         report.write_report(workdir)
 
 
-def _settled(config: Config, workdir: Path) -> Config:
+def settled(config: Config, workdir: Path) -> Config:
     """Returns `config` with the type that its run computes in: that which it began with, wherever it goes on."""
     stored = Workdir(workdir).config
     dtype = read_object(stored)["train"]["dtype"] if stored.exists() else tested.dtype(config)
