@@ -10,7 +10,7 @@ import numpy as np
 from mfm_jax.config import Data
 from mfm_jax.data.sources import Labels, Pixels, Source, in_two_pools, resize
 from mfm_jax.data.streaming import Streamed
-from mfm_jax.errors import UserError, in_a_line
+from mfm_jax.errors import UserError, failing
 
 Split = tuple[Any, Any]  # images [N, H, W] or [N, H, W, C], labels [N]
 
@@ -23,12 +23,8 @@ def load(own: Source | Callable[[Data], Source], config: Data) -> Source:
     """
     field = f"data.source = {config.source!r}"
     if callable(own):
-        try:
+        with failing(f"{field}: fails when called with the fields of `data`"):
             own = own(config)
-        except UserError:
-            raise
-        except Exception as error:
-            raise UserError(f"{field}: fails when called with the fields of `data`: {in_a_line(error)}") from error
     if not isinstance(own, Source):
         raise UserError(f"{field}: gives a {type(own).__name__}; give a Source, e.g. of mfm_jax.source_of_arrays")
     if problem := next(_problems(own), ""):

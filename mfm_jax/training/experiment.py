@@ -22,7 +22,7 @@ from mfm_jax.bilevel.passes import Pass
 from mfm_jax.bilevel.steps import PlainStep, Step
 from mfm_jax.config import Config
 from mfm_jax.data import LongTailData
-from mfm_jax.errors import UserError, in_a_line
+from mfm_jax.errors import failing
 from mfm_jax.evaluation import tested
 from mfm_jax.evaluation.tested import Tested
 from mfm_jax.machine import parallel
@@ -198,14 +198,8 @@ def _trace(
         metas = () if config.frozen else (batch(config.meta.batch_size),)
         return step(init(), batch(config.train.batch_size), *metas)
 
-    try:
+    with failing(f"method.learner = {config.method.learner!r}: a step with it fails"):
         jax.eval_shape(run)
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(
-            f"method.learner = {config.method.learner!r}: a step with it fails: {in_a_line(error)}"
-        ) from error
 
 
 def _steps(
