@@ -22,6 +22,8 @@ def manifest(train: list[int], meta: list[int], per_class: int = 10) -> dict:
 
 
 SMALL = manifest([20, 14, 8], [8, 8, 8])
+TRAIN = "train.batch_size = {}: there are 42 training images; {} is used".format  # asked for, used
+META = "meta.batch_size = {}: there are 24 images in the meta set; {} is used".format
 
 
 def sized(train: int, meta: int, method: str = "mfm", **overrides) -> Config:
@@ -32,24 +34,13 @@ def sized(train: int, meta: int, method: str = "mfm", **overrides) -> Config:
     ("asked", "overrides", "used", "told"),
     [
         ((42, 24), {}, (42, 24), ""),
-        (
-            (43, 25),
-            {},
-            (42, 24),
-            "train.batch_size = 43: there are 42 training images; 42 is used;"
-            " meta.batch_size = 25: there are 24 images in the meta set; 24 is used",
-        ),
-        ((50, 8), {}, (42, 8), "train.batch_size = 50: there are 42 training images; 42 is used"),
-        ((8, 50), {}, (8, 24), "meta.batch_size = 50: there are 24 images in the meta set; 24 is used"),
-        ((50, 50), {"method": "ce"}, (42, 50), "train.batch_size = 50: there are 42 training images; 42 is used"),
+        ((43, 25), {}, (42, 24), f"{TRAIN(43, 42)}; {META(25, 24)}"),
+        ((50, 8), {}, (42, 8), TRAIN(50, 42)),
+        ((8, 50), {}, (8, 24), META(50, 24)),
+        ((50, 50), {"method": "ce"}, (42, 50), TRAIN(50, 42)),
         ((8, 50), {"meta__freeze": True}, (8, 50), ""),
-        ((50, 8), {"train__accumulate": 4}, (40, 8), "train.batch_size = 50: there are 42 training images; 40 is used"),
-        (
-            (60, 8),
-            {"train__accumulate": 50},
-            (42, 8),
-            "train.batch_size = 60: there are 42 training images; 42 is used",
-        ),
+        ((50, 8), {"train__accumulate": 4}, (40, 8), TRAIN(50, 40)),
+        ((60, 8), {"train__accumulate": 50}, (42, 8), TRAIN(60, 42)),
     ],
 )
 def test_sizes_by_hand(asked, overrides, used, told):
