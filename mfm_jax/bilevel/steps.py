@@ -211,10 +211,7 @@ def make_plain_step(
 
 
 def make_retrain_step(
-    forward: Pass,
-    loss: LossFn,
-    tx: optax.GradientTransformation,
-    attach: Callable[[PyTree, PyTree], PyTree],
+    forward: Pass, loss: LossFn, tx: optax.GradientTransformation, attach: Callable[[PyTree, PyTree], PyTree]
 ) -> PlainStep:
     """Returns the step `(state, batch) -> (state, metrics)` of a second stage, which updates `phi` alone.
 

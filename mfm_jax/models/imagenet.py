@@ -134,12 +134,7 @@ class ResNet(nn.Module):
         kind = nn.remat(Block, static_argnums=2) if self.remat else Block
         for i, blocks in enumerate(self.blocks):
             block = functools.partial(
-                kind,
-                self.width * 2**i,
-                bottleneck=self.bottleneck,
-                groups=self.groups,
-                dtype=self.dtype,
-                norm=norm,
+                kind, self.width * 2**i, bottleneck=self.bottleneck, groups=self.groups, dtype=self.dtype, norm=norm
             )
             site = f"stage{i + 1}"
             alone = int(i > 0 or self.bottleneck) if self.scan_blocks else blocks  # the first may project

@@ -113,11 +113,7 @@ class Workdir:
         return self.results.exists() and begun_again.isdisjoint(change.path for change in self.changes(config))
 
     def begin(
-        self,
-        config: Config,
-        manifest: Mapping[str, Any],
-        facts: Mapping[str, Any],
-        say: Callable[[str], None] = print,
+        self, config: Config, manifest: Mapping[str, Any], facts: Mapping[str, Any], say: Callable[[str], None] = print
     ) -> None:
         """Writes what a run leaves at its start, where it is absent: its facts, its split, and last its config.
 
