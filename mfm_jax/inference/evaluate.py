@@ -84,8 +84,7 @@ def evaluate_run(
             best = classifier.load(workdir, "best", module=given.given.module)
         if not run.results.exists():
             print(f"warning: the run in {workdir} has not finished; this is its step {last.step}", file=sys.stderr)
-    unread: dict[str, str] = {}
-    passed: Counter[str] = Counter()
+    unread, passed = dict[str, str](), Counter[str]()
     if folder:
         label = _labels(folder, last.class_names, unread, passed)
         split, asked = "outside", _on_files(folder, label, given, unread)
@@ -107,8 +106,7 @@ def evaluate_run(
     }
     out.mkdir(parents=True, exist_ok=True)
     disk.write_object(Workdir(out).results, results)
-    untrained = (given.to_dict(), data.manifest) if as_is and data else None
-    return results, report.write_report(workdir, out, untrained)
+    return results, report.write_report(workdir, out, (given.to_dict(), data.manifest) if as_is and data else None)
 
 
 def _check_config(given: Config, run: Workdir) -> None:

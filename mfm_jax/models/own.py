@@ -62,12 +62,7 @@ class Adapted(nn.Module):
         return inspect.signature(self.kind.__call__).parameters
 
     def __call__(
-        self,
-        image: PyTree,
-        *,
-        train: bool = False,
-        modulate: Modulate = no_modulation,
-        weight: jax.Array | None = None,
+        self, image: PyTree, *, train: bool = False, modulate: Modulate = no_modulation, weight: jax.Array | None = None
     ) -> jax.Array:
         """Returns logits `[B, K]`, in float32 at least."""
         switch, takes = switch_of(self.kind), self.takes

@@ -111,11 +111,7 @@ def train_together(
         with contextlib.ExitStack() as stack:
             for _, workdir in todo if cluster.is_primary() else ():
                 stack.enter_context(Workdir(workdir).owned())
-            asked = configs[0].data
-            progress.say(f"reading {asked.name if asked.source == 'tfds' else asked.root or asked.source}")
             data = _read(configs[0])
-            if cuts := sizes.in_words(configs[0], data.manifest):
-                progress.say(cuts)
             todo = [(settled(sizes.cut(config, data.manifest), workdir), workdir) for config, workdir in todo]
             fsdp = configs[0].parallel.fsdp
             mesh = parallel.data_mesh(fsdp=fsdp) if jax.device_count() > 1 or fsdp > 1 else None
@@ -152,10 +148,14 @@ def train_together(
 
 def _read(config: Config) -> LongTailData:
     """Returns the data; meanwhile a thread compiles the convolution's kernels, where they are not there yet."""
+    asked = config.data
+    progress.say(f"reading {asked.name if asked.source == 'tfds' else asked.root or asked.source}")
     making = threading.Thread(target=native.prepare, daemon=True)  # neither a mistake nor an interruption waits for it
     making.start()
     data = data_lib.build(config)
     making.join()
+    if cuts := sizes.in_words(config, data.manifest):
+        progress.say(cuts)
     return data
 
 
