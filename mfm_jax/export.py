@@ -162,7 +162,7 @@ def main(argv: Sequence[str]) -> int:
     facts = Workdir(out).facts.name
     for name, size in sizes.items():
         print(f"{out / name}: {size:,} bytes, the checkpoint's probabilities to {classifier.TOLERANCE:g}")
-    print(f"{out / 'how_to_use.py'}: names the classes of pictures with it, by what {facts} tells")
+    print(f"{out / 'how_to_use.py'}: names the classes of pictures with it and {facts}")
     print(f"{out / 'MODEL_CARD.md'}: what it was trained on, how accurate it is, and its limits")
     return 0
 

@@ -68,9 +68,9 @@ def check(listing: Listing, workers: int = 2) -> Checked:
       UserError: a process was killed, by the system for want of memory or by a decoder's fault.
     """
     paths = [os.path.join(listing.root, path) for path in listing.paths]
-    taken = [(stamp, stamps.tells(stamp)) for stamp in map(stamps.of, paths)]
+    taken = [(stamp, stamps.shows_changes(stamp)) for stamp in map(stamps.of, paths)]
     # On a cluster one drive has another device number on each node.
-    stamped = [stamp._replace(device=0) if tells else stamps.NOTHING for stamp, tells in taken]
+    stamped = [stamp._replace(device=0) if shows else stamps.NOTHING for stamp, shows in taken]
     cache = _cache_file(listing.root)
     known = remembered(cache)
     before = [known.get(path, (stamps.NOTHING, None)) for path in listing.paths]

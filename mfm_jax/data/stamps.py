@@ -34,7 +34,7 @@ def of(path: str | Path) -> Stamp:
     return Stamp(facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns, facts.st_dev, facts.st_ino)
 
 
-def tells(stamp: Stamp, now: int | None = None) -> bool:
+def shows_changes(stamp: Stamp, now: int | None = None) -> bool:
     """Whether a file would have another stamp if it changed after `now`, ns, when the stamp was taken.
 
     Drives that keep no inodes, or times of whole seconds, as some on a network do, cannot show it. Nor can others where

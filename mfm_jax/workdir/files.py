@@ -104,7 +104,7 @@ class Workdir:
     def is_finished(self, config: Config) -> bool:
         """Whether a run in the folder has finished, with all the epochs of `config`, on data that lies where it did.
 
-        Of data that lies elsewhere only its manifest can tell whether it is the same, of a part of the user's own that
+        Of data that lies elsewhere only its manifest can show whether it is the same, of a part of the user's own that
         has got a name since, only its parameters.
         """
         of_data = {path for path in config_lib.FIELDS if path.startswith("data.")} - {"data.workers"}

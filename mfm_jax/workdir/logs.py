@@ -35,7 +35,7 @@ class MetricLog:
             events = (_Events(Workdir(workdir).tensorboard, purge),) if tensorboard else ()
             self._sinks = (_Lines(Workdir(workdir).metrics), *events)
         self._written = [0, len(rows)]  # rows that each sink holds; TensorBoard has kept those from before
-        self._told: set[str] = set()
+        self._warned_of: set[str] = set()
         self._write()
 
     def write(self, kind: str, step: int, epoch: int, values: dict[str, Any]) -> None:
@@ -50,13 +50,13 @@ class MetricLog:
                 sink.write(self.rows[self._written[i] :])
                 self._written[i] = len(self.rows)
             except OSError as error:
-                if sink.name not in self._told:
+                if sink.name not in self._warned_of:
                     print(
                         f"warning: {sink.name} cannot be written: {error}; training goes on, and its rows are written"
                         " when that is possible again",
                         file=sys.stderr,
                     )
-                self._told.add(sink.name)
+                self._warned_of.add(sink.name)
         for logger in self._loggers:
             logger.write(self.rows)
 
