@@ -307,7 +307,7 @@ FOLDERS: tuple[Callable[[Path], Told], ...] = (
 
 @pytest.mark.parametrize("damage", FOLDERS, ids=lambda damage: damage.__name__)
 def test_a_damaged_folder_is_told(root, damage):
-    told = damage(root)
+    told = damage(root)  # before it is listed
     check(listing.folder(root), told)
 
 

@@ -100,7 +100,7 @@ def build(config: Config, data: LongTailData, mesh: Mesh | None = None) -> Exper
     phi_tx = learner.optimizer(schedule) if learner else rules.second_tx
     scans = config.model.scan_blocks
     module = plain.module.clone(scan_blocks=True) if scans else plain.module
-    forward = Pass(tested.applied(config, module), parts=config.train.accumulate)
+    forward = Pass(tested.applied(config, module) if scans else plain.apply, parts=config.train.accumulate)
     if mesh:
         forward = dataclasses.replace(forward, apply=_on_mesh(config, module, mesh), axis_name=parallel.AXIS)
 
