@@ -31,8 +31,7 @@ def too_large(config: Config, manifest: Mapping[str, Any]) -> Iterator[tuple[str
 
 def of(config: Config, field: str) -> int:
     """Returns the batch size that `config` has in `field`, `group.batch_size`."""
-    size: int = getattr(config, field.partition(".")[0]).batch_size
-    return size
+    return getattr(config, field.partition(".")[0]).batch_size
 
 
 def cut(config: Config, manifest: Mapping[str, Any]) -> Config:
