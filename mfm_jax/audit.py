@@ -3,10 +3,10 @@
     python -m mfm_jax.audit --checkpoint=runs/mine --folds=3
 
 The training images are dealt to folds. For each a run of the same config is trained without it, and
-answers it; confident learning (`evaluation.suspects`) tells from these answers which labels are likely wrong. Outliers
+answers it; confident learning (`evaluation.suspects`) finds from these answers which labels are likely wrong. Outliers
 and near duplicates come from the features of the run's own last checkpoint. The test split is not looked at. Writes
 `suspects.csv` and `suspects.html` to the folder `label_audit` of the run, below which the folds are; finished folds are
-not trained again. Needs the extra `audit`. Exit status: 0 done; 2 a mistake, told in one line; 75 interrupted, saved.
+not trained again. Needs the extra `audit`. Exit status: 0 done; 2 a mistake, in one line; 75 interrupted, saved.
 """
 
 import functools

@@ -18,7 +18,8 @@ from mfm_jax.config import Config, Data, resolve
 from mfm_jax.data import assembly, checking, depth, files, listing, longtail, sizes, walk
 from mfm_jax.data.checking import Duplicate
 from mfm_jax.data.files import Sound
-from mfm_jax.data.listing import SPLITS, Listing
+from mfm_jax.data.listing import Listing
+from mfm_jax.data.lists import SPLITS
 from mfm_jax.data.manifest import redrawn
 from mfm_jax.data.walk import Problem
 from mfm_jax.errors import UserError
@@ -79,8 +80,8 @@ def _print_plan(console: Console, config: Config, sound: Sound, command: str, sk
         table.add_row(split + of_train, f"{counts.sum():,}", f"{np.count_nonzero(counts):,}")
     console.print(table)
     used = sizes.cut(config, manifest)
-    if told := sizes.told(config, manifest):
-        console.print(told, soft_wrap=True)
+    if cuts := sizes.in_words(config, manifest):
+        console.print(cuts, soft_wrap=True)
     console.print(", ".join(f"{field} = {sizes.of(used, field)}" for field in sizes.limits(config, manifest)))
     if skips:
         command += " --config.data.on_bad_image=skip"
@@ -115,7 +116,7 @@ def _print_depth(console: Console, data: Data, sound: Sound) -> None:
     if not any(fact.bits for fact in facts):
         return
     splits, _ = files.with_test(data, usable, files.with_copies(usable.groups, facts))
-    console.print(depth.told(facts, depth.white(data.white, facts, splits == "train")), soft_wrap=True)
+    console.print(depth.in_words(facts, depth.white(data.white, facts, splits == "train")), soft_wrap=True)
 
 
 def _class_table(names: Sequence[str], counts: dict[str, longtail.Ints]) -> Table:

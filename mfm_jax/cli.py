@@ -53,8 +53,7 @@ def _do(arguments: Sequence[str]) -> int:
     if name == "fields":
         _print_fields(rest or [""])
         return 0
-    door, told = handed_over(name, rest)
-    sys.argv[1:] = told  # where overrides are looked for, too
+    door, sys.argv[1:] = handed_over(name, rest)  # where overrides are looked for, too
     if door in ("main", "predict"):
         allocator.keep_freed_memory()  # before an import starts threads
     from mfm_jax import command
@@ -74,7 +73,7 @@ def _no_command(name: str) -> str:
 
 
 def handed_over(command: str, arguments: Sequence[str]) -> tuple[str, list[str]]:
-    """Returns the module that does a command, and the arguments by which the module is told.
+    """Returns the module that does a command, and the arguments that it gets.
 
     A first word without dashes is a run, or else a config.
 

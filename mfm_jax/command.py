@@ -60,7 +60,7 @@ def to_train() -> str:
 
 def run(main: Callable[[Sequence[str]], int]) -> NoReturn:
     """Runs `main(argv)` under absl and exits with its status; a `UserError` is printed as one line, status 2."""
-    app.run(lambda argv: guarded(main, argv), flags_parser=_parse)
+    app.run(lambda argv: guarded(main, argv), flags_parser=parse)
 
 
 class Parser(argparse.ArgumentParser):
@@ -120,10 +120,10 @@ def _status(main: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
         return EXIT_INTERRUPTED
 
 
-def _parse(argv: Sequence[str]) -> Sequence[str]:
+def parse(argv: Sequence[str]) -> Sequence[str]:
     """Parses the flags; a mistake in them ends the program with one line."""
     try:
-        _check_overrides(argv[1:])
+        check_overrides(argv[1:])
         rest = _load(_completed(argv))
         if len(rest) > 1:
             raise UserError(f"{rest[1]!r}: not understood; {_way_out(rest[1])}")
@@ -187,7 +187,7 @@ def _load(argv: Sequence[str]) -> Sequence[str]:
         raise UserError(f"--config: the config file or an override cannot be used: {what}") from error
 
 
-def _check_overrides(arguments: Sequence[str]) -> None:
+def check_overrides(arguments: Sequence[str]) -> None:
     """Refuses a `--config.group.field=value` of an unknown field, or with a value of another type."""
     for argument in arguments:
         match = re.fullmatch(r"--?(?:no)?config\.([^=]+)(?:=(.*))?", argument, re.DOTALL)

@@ -209,7 +209,9 @@ def _ratio(values: Mapping[str, float | None], method: str, against: str) -> flo
     return value / unit if value and unit else None
 
 
-def _paired_difference(found: list, baseline: list | None, which: str) -> dict[str, float | None]:
+def _paired_difference(
+    found: list[dict[str, Any]], baseline: list[dict[str, Any]] | None, which: str
+) -> dict[str, float | None]:
     if baseline is None or found is baseline or any(run[which] is None for run in baseline):
         return dict.fromkeys(("difference", "difference_se", "difference_t95"))
     scores, against = ([shown(run, which)["balanced_accuracy"] for run in runs] for runs in (found, baseline))

@@ -1,6 +1,7 @@
 """The one exception whose text is meant for the user rather than for a developer, and the lines that it is made of."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 _LONGEST = 200  # characters of somebody else's message
@@ -23,6 +24,17 @@ def in_a_line(error: Exception) -> str:
     """Returns what another program's error is, for a message of one line: its kind, and the first line of its text."""
     text = str(error).strip().partition("\n")[0]
     return f"{type(error).__name__}: {text[:_LONGEST]}{'...' if len(text) > _LONGEST else ''}"
+
+
+@contextlib.contextmanager
+def failing(what: str) -> Iterator[None]:
+    """Turns an error of the user's own code into a `UserError` of `what` and the error; a `UserError` passes."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{what}: {in_a_line(error)}") from error
 
 
 def install(extra: str) -> str:

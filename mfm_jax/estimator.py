@@ -46,8 +46,8 @@ _FITTED = {"classes_", "n_features_in_", "feature_names_in_", "image_shape_", "v
 class MFMClassifier(ClassifierMixin, BaseEstimator):
     """A classifier of images, trained by MFM or another method of this package (docs/library.md).
 
-    Defaults are those of `configs/folder_lt.py`: data as long-tailed as it is, batches of 50 training and 50 meta
-    images, or of what there is. The meta set is `meta.images_per_class` images of each class (10), or as many as the
+    Defaults are those of `configs/folder_lt.py`: the data as given, batches of 50 training and 50 meta images, or fewer
+    where there are fewer. The meta set is `meta.images_per_class` images of each class (10), or as many as the
     smallest class has, redrawn from the training images every epoch; `data__meta_fraction=0.1` holds it out instead. No
     test images are set aside. `augment.pad` is an eighth of the shorter side, 4 at most.
 
@@ -59,7 +59,7 @@ class MFMClassifier(ClassifierMixin, BaseEstimator):
         has numbers, which is meant for numbers that are no images. None where images are not flat.
       value_range: (least, largest) of numbers that are not uint8; they become 0 to 255, rounded, and others are
         refused. None learns it in `fit`, with `image_shape="row"` of each column, and clips what lies outside later.
-        With a range, uint8 is taken as it is.
+        With a range, uint8 is not rescaled.
       validation_fraction: part of each class that is not trained on, but scored after each epoch; 0 for none.
       random_state: seed of parameters, order and augmentation. 0 unlike scikit-learn's None, so that two fits agree and
         a run in `workdir` goes on; None draws one.
@@ -86,7 +86,7 @@ class MFMClassifier(ClassifierMixin, BaseEstimator):
 
     def __init__(  # noqa: PLR0913 (scikit-learn reads the parameters off this line)
         self,
-        method: str = "mfm",
+        method: str = config_lib.Method.name,
         model: str = "resnet20",
         epochs: int = 60,
         *,
@@ -134,7 +134,7 @@ class MFMClassifier(ClassifierMixin, BaseEstimator):
           y: `[n]`, labels of any kind.
         """
         config = self._config()
-        config_lib.resolve(config)  # a wrong value is told before images are read
+        config_lib.resolve(config)  # a wrong value is reported before images are read
         if y is None and isinstance(X, str | os.PathLike):
             arrays = None
             self._prepare_folder(disk.expanded(X), config)

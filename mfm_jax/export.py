@@ -6,7 +6,7 @@ The folder gets the plain classifier with its normalisation and parameters as a 
 TPU (`classifier.bin`: uint8 [b, H, W, C] -> probabilities float32 [b, K], any b), its facts (`classifier.json`), a
 script that uses both (`how_to_use.py`), what it decodes with (`pictures.py`, `formats.py`), and the model card
 (`MODEL_CARD.md`); with `--onnx`, `classifier.onnx` too. The modulator stays behind. `--hub=FOLDER` lays out a folder
-for a model hub in their place, which `mfm_jax.load` reads. Exit status: 0 done; 2 a mistake, told in one line.
+for a model hub in their place, which `mfm_jax.load` reads. Exit status: 0 done; 2 a mistake, in one line.
 """
 
 import dataclasses
@@ -162,7 +162,7 @@ def main(argv: Sequence[str]) -> int:
     facts = Workdir(out).facts.name
     for name, size in sizes.items():
         print(f"{out / name}: {size:,} bytes, the checkpoint's probabilities to {classifier.TOLERANCE:g}")
-    print(f"{out / 'how_to_use.py'}: names the classes of pictures with it, by what {facts} tells")
+    print(f"{out / 'how_to_use.py'}: names the classes of pictures with it and {facts}")
     print(f"{out / 'MODEL_CARD.md'}: what it was trained on, how accurate it is, and its limits")
     return 0
 

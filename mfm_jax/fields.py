@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 from mfm_jax.errors import UserError
 
-# Of a field on which no result depends, or whose effect on the data a run's manifest tells.
+# Of a field on which no result depends, or whose effect on the data a run's manifest has.
 MAY_CHANGE = "may change"
 # Of a field whose value may be the import path of the user's own module, source, loss or meta learner.
 OWN = "own"

@@ -6,11 +6,11 @@
 
 or `mfm-jax train`, `mfm-jax evaluate` (see `cli`). Without `--config`, the config is that of the run in the workdir.
 
-With `--mode=check`, looks at the user's own pictures instead and says what was found (see `check`); with `--mode=eval`,
-evaluates a run that was trained, or where there is none `model.pretrained` as it is (see `evaluation`).
+With `--mode=check`, checks the user's own pictures and trains nothing (see `check`); with `--mode=eval`,
+evaluates a run, or where there is none `model.pretrained` without training (see `inference.evaluate`).
 
 Any field is set with `--config.group.field=value`. Exit status: 0 done; 1 evaluated, but some pictures of the folder
-cannot be read; 2 a mistake in the command, the config or the data, told in one line; 75 saved on SIGTERM, Ctrl-C or a
+cannot be read; 2 a mistake in the command, the config or the data, in one line; 75 saved on SIGTERM, Ctrl-C or a
 notice of pre-emption (the same command goes on).
 """
 

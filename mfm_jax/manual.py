@@ -17,10 +17,10 @@ RUN     the folder of a run, its --workdir
 
 {commands}
 
-mfm-jax COMMAND --help tells more. Any field of a config is set by --config.GROUP.FIELD=VALUE, on every command with a
+mfm-jax COMMAND --help says more. Any field of a config is set by --config.GROUP.FIELD=VALUE, on every command with a
 CONFIG; mfm-jax fields lists them. `python -m mfm_jax` is the same command.
 
-Exit status: 0 done; 1 done but for some pictures or methods, which are named; 2 a mistake, told in one line; 75
+Exit status: 0 done; 1 done but for some pictures or methods, which are named; 2 a mistake, in one line; 75
 interrupted and saved: the same command goes on.
 """
 
@@ -87,7 +87,7 @@ Tuning needs validation images, e.g. --config.data.val_images_per_class=10.
     ),
     "check": (
         "CONFIG --workdir=FOLDER",
-        "look at your pictures and tell what is wrong; trains nothing",
+        "check your pictures and report what is wrong; trains nothing",
         f"""\
 {_REQUIRED}
 For example:

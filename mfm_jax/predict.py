@@ -7,8 +7,8 @@ passed over and counted on the standard error. Writes a CSV file with a row for 
 and the next likely classes. Where the run had validation images, the prediction set follows: the classes among which
 the true one is as often as `eval.coverage` promises. A file that cannot be read has a row too, with the reason in the
 column `problem`. An interrupted command leaves its rows in OUT.part; the same command starts anew. Exit status: 0 every
-picture was read; 1 some could not be, the others are in the file; 2 a mistake in the command or the run, told in one
-line, and no file; 75 interrupted.
+picture was read; 1 some could not be, the others are in the file; 2 a mistake in the command or the run, in one line,
+and no file; 75 interrupted.
 """
 
 if __name__ == "__main__":  # before the other imports start threads; being imported changes no process

@@ -5,23 +5,29 @@ mixes them.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 from flax import struct
 
 PyTree = Any
 
-# Called by a classifier at each of its sites: (site name, features [B, ..., C]) -> features, same shape.
-Modulate = Callable[[str, jax.Array], jax.Array]
 
-# (logits [B, K], labels int32 [B]) -> loss of each example, [B], in nats for the cross-entropy family.
-LossFn = Callable[[jax.Array, jax.Array], jax.Array]
+class Modulate(Protocol):
+    """`(site, features [B, ..., C]) -> features`, same shape: what a classifier calls at each of its sites, by name."""
+
+    def __call__(self, site: str, features: jax.Array, /) -> jax.Array: ...
+
+
+class LossFn(Protocol):
+    """`(logits [B, K], labels int32 [B]) -> loss of each example, [B]`, in nats for the cross-entropy family."""
+
+    def __call__(self, logits: jax.Array, labels: jax.Array, /) -> jax.Array: ...
+
 
 # Scalars of one step, by name: `loss`, `accuracy`, `grad_norm`, and of a meta-step those below.
 Metrics = dict[str, jax.Array]
 META_METRICS = ("meta_loss", "hypergrad_norm", "hypergrad_agreement")
-
 
 # A Flax module's `apply`: `(variables, images, train=, modulate=, weight=, mutable=, rngs=) -> logits [B, K]`. `train`
 # is passed only to modules whose `__call__` takes it, `weight` in training passes over batches that have one, where
@@ -41,9 +47,7 @@ class Batch(NamedTuple):
     `partner` and `share` are there where examples were mixed in pairs, `weight` where the batch was padded.
     """
 
-    image: (
-        PyTree  # [B, H, W, C] floating point, normalised; or what else the module takes: any shape, a dict of [B, ...]
-    )
+    image: PyTree  # [B, H, W, C] floating point, normalised; or what else the module takes, a dict of [B, ...] too
     label: jax.Array  # [B] int32, 0 <= label < K
     partner: jax.Array | None = None  # [B] int32, label of the image that was mixed in
     share: jax.Array | None = None  # [B], what `label` has of the mixture, 1/2 to 1; `partner` has the rest

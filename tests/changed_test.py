@@ -1,4 +1,4 @@
-"""Files that change, between two runs or while they are read: what is decoded, kept and trained on is what is there."""
+"""Files that change, between two runs or while they are read: what is decoded and trained on is what they hold."""
 
 import os
 import shutil
@@ -163,10 +163,10 @@ def test_records_of_tfds_that_are_replaced_have_another_name_in_the_cache(tmp_pa
         os.utime(tmp_path / "set.array_record", ns=(LONG_AGO, LONG_AGO))
 
     save(b"one")
-    before = tfds._fingerprint(tmp_path)
-    assert tfds._fingerprint(tmp_path) == before
+    before = tfds.fingerprint(tmp_path)
+    assert tfds.fingerprint(tmp_path) == before
     save(b"two")
-    assert tfds._fingerprint(tmp_path) != before
+    assert tfds.fingerprint(tmp_path) != before
 
 
 def test_a_file_of_arrays_that_is_replaced_while_it_is_read_is_not_kept(tmp_path, monkeypatch, own_cache):

@@ -213,7 +213,7 @@ def test_a_damaged_memory_is_not_believed(root, damage):
         file.mkdir()
     assert checking.check(found, workers=0).facts == facts
     if damage != "folder":
-        assert len(checking._remembered(file)) == 20
+        assert len(checking.remembered(file)) == 20
 
 
 def test_every_flip_of_a_bit_in_a_remembered_line_is_noticed(root):
@@ -221,10 +221,10 @@ def test_every_flip_of_a_bit_in_a_remembered_line_is_noticed(root):
     checking.check(found, workers=0)
     file = cache(root)
     content = file.read_bytes()
-    sound = checking._remembered(file)
+    sound = checking.remembered(file)
     for position in range(0, 200):
         file.write_bytes(content[:position] + bytes([content[position] ^ 1]) + content[position + 1 :])
-        assert checking._remembered(file).items() <= sound.items()
+        assert checking.remembered(file).items() <= sound.items()
 
 
 def test_an_interrupted_check_keeps_what_it_found(root, monkeypatch):
@@ -239,7 +239,7 @@ def test_an_interrupted_check_keeps_what_it_found(root, monkeypatch):
     monkeypatch.setattr(checking, "facts_or_reason", interrupted)
     with pytest.raises(KeyboardInterrupt):
         checking.check(found, workers=0)
-    assert len(checking._remembered(cache(root))) == 12
+    assert len(checking.remembered(cache(root))) == 12
 
 
 def test_a_cache_folder_that_cannot_be_written_costs_the_memory_only(root, monkeypatch, caplog):

@@ -216,7 +216,7 @@ def test_weights_are_evaluated_as_they_are_where_there_is_no_run(method, head, c
     config.method.name = method
     workdir = tmp_path / "none"
     results, page = evaluation.evaluate_run(config, workdir)
-    assert f"no run in {workdir}: evaluates {config.model.pretrained} as it is, without" in capsys.readouterr().err
+    assert f"no run in {workdir}: evaluates {config.model.pretrained} without" in capsys.readouterr().err
     data = data_lib.build(config_lib.resolve(config))
     predicted = twin(tensors, ((data.test_images - data.mean) / data.std).astype(np.float32)).argmax(axis=1)
     expected = np.zeros((10, 10), int)

@@ -1,4 +1,4 @@
-"""The command line: what it accepts, and every mistake told in one line that leaves nothing behind."""
+"""The command line: what it accepts, and every mistake is one line that leaves nothing behind."""
 
 import dataclasses
 import json
@@ -38,7 +38,7 @@ def run(capsys, monkeypatch):
         sys.modules.pop("config_config", None)  # what config_flags calls the config file: none is left from before
         try:
             with flagsaver.flagsaver():  # overrides are flags from here on
-                status = command.guarded(main.main, command._parse(sys.argv))
+                status = command.guarded(main.main, command.parse(sys.argv))
         except SystemExit as stop:
             status = stop.code
         return status, *capsys.readouterr()
@@ -337,7 +337,7 @@ def test_another_mistake_is_a_developers_and_keeps_its_traceback(run, tmp_path, 
     ],
 )
 def test_these_overrides_pass(argument):
-    command._check_overrides([argument])
+    command.check_overrides([argument])
 
 
 @pytest.mark.parametrize(
@@ -356,7 +356,7 @@ def test_these_overrides_pass(argument):
 )
 def test_these_do_not(argument, expected):
     with pytest.raises(UserError) as caught:
-        command._check_overrides(["--workdir=here", argument])
+        command.check_overrides(["--workdir=here", argument])
     assert str(caught.value) == expected
 
 

@@ -29,18 +29,15 @@ def same(found: dict, recorded: dict) -> None:
 
 def test_gives_the_numbers_of_training_and_touches_none_of_its_files(trained_run):
     config, workdir, recorded = trained_run
-    before = dict(integrity._digests(workdir))
+    before = dict(integrity.digests(workdir))
     for split in ("test", "val"):
         results, page = evaluation.evaluate_run(config, workdir, split)
         assert page == workdir / "eval" / split / "report.html"
         assert json.loads((page.parent / "results.json").read_text()) == json.loads(json.dumps(results))
         for which in ("last", "best"):
-            assert (results[which]["step"], results[which]["epoch"]) == (
-                recorded[which]["step"],
-                recorded[which]["epoch"],
-            )
+            assert all(results[which][name] == recorded[which][name] for name in ("step", "epoch"))
             same(results[which][split], recorded[which][split])
-    after = dict(integrity._digests(workdir))
+    after = dict(integrity.digests(workdir))
     assert {name: digest for name, digest in after.items() if not name.startswith("eval/")} == before
 
 
@@ -128,10 +125,8 @@ def test_other_classes_are_refused_by_name(trained_run, folder):
     (folder / "7").rename(folder / "seven")
     shutil.rmtree(folder / "2")
     (folder / "2").symlink_to("nowhere")
-    with pytest.raises(
-        UserError,
-        match=r"not the classes of the run \(missing: 2, 7; unknown: seven\); a class without .*/2: a link to",
-    ):
+    message = r"not the classes of the run \(missing: 2, 7; unknown: seven\); a class without .*/2: a link to"
+    with pytest.raises(UserError, match=message):
         evaluation.evaluate_run(trained_run.config, trained_run.workdir, folder=folder)
 
 

@@ -314,9 +314,8 @@ def test_a_step_that_is_not_finite_is_left_out(stepping, quick_runs, tmp_path, c
 
 def test_an_epoch_of_skipped_steps_ends_the_run(stepping, quick_runs, tmp_path):
     stepping(poison(*range(7, 14)))
-    with pytest.raises(
-        anomalies.NonFiniteError, match="every step of epoch 1 was skipped; the checkpoint of step 7 is kept"
-    ):
+    message = "every step of epoch 1 was skipped; the checkpoint of step 7 is kept"
+    with pytest.raises(anomalies.NonFiniteError, match=message):
         train.train_and_evaluate(narrow(), tmp_path)
 
 

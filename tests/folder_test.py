@@ -127,7 +127,7 @@ def test_copies_of_a_picture_are_in_one_split(root):
 
 def test_pictures_of_the_test_split_with_a_duplicate_outside_are_counted():
     pairs = [("alike", "a", "b"), ("alike", "a", "c"), ("alike", "d", "e"), ("copy", "a", "b")]
-    count = functools.partial(files._straddling, pairs, dict(zip("abcde", "11234", strict=True)))
+    count = functools.partial(files.straddling, pairs, dict(zip("abcde", "11234", strict=True)))
     assert count(np.array([1, 0, 0, 0, 0], bool)) == {"alike": 1, "copy": 1}
     assert count(np.array([1, 1, 0, 0, 1], bool)) == {"alike": 3}
     assert count(np.ones(5, bool)) == {}

@@ -97,7 +97,7 @@ def run(arguments: list[str]) -> tuple[int | None, str, str]:
             contextlib.redirect_stdout(out),
             contextlib.redirect_stderr(err),
         ):
-            status = command.guarded(main.main, command._parse(sys.argv))
+            status = command.guarded(main.main, command.parse(sys.argv))
     except SystemExit as stop:
         status = stop.code
     except Started:

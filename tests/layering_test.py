@@ -1,13 +1,16 @@
 """Imports go downward only, and the light modules stay light."""
 
 import ast
+import re
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
+from mfm_jax.methods.settings import Name
 from mfm_jax.workdir.files import Workdir
 
 PACKAGE = Path(__file__).parents[1] / "mfm_jax"
@@ -144,6 +147,12 @@ def test_no_other_module_has_the_name_of_a_file_of_a_run(path):
     ]
     others = {"workdir.files", "models.hub_cache"}  # a hub's `config.json` is another file
     assert module_of(path) in others or not names & {Path(text).name for text in texts}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(PACKAGE).as_posix())
+def test_no_other_folder_has_the_name_of_a_method(path):
+    names = {f'"{name}"' for name in get_args(Name)} - {'"ce"'}  # a loss of the meta pass, too
+    assert module_of(path).startswith("methods") or not names & set(re.findall(r'"\w+"', path.read_text()))
 
 
 def python(code: str) -> str:

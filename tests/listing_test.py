@@ -178,9 +178,8 @@ def test_what_a_folder_does_not_tell_is_refused(tmp_path, pets):
     with pytest.raises(UserError, match=r"data\.root = '~no-such-user/x': no such folder"):
         listing.folder("~no-such-user/x")
     root = tree(tmp_path / "a", "train/cat/1.jpg", "train/dog/1.jpg", "test/cat/2.jpg", "old/cat/3.jpg")
-    with pytest.raises(
-        UserError, match=r"'test' holds folders, as a split does, but 'old' beside it is no split \(train,"
-    ):
+    message = r"'test' holds folders, as a split does, but 'old' beside it is no split \(train,"
+    with pytest.raises(UserError, match=message):
         listing.folder(root)
     with pytest.raises(UserError, match="'train' holds folders, as a split does, but 'tests' beside it"):
         listing.folder(tree(tmp_path / "c", "train/cat/1.jpg", "train/dog/1.jpg", "tests/cat/2.jpg"))

@@ -13,7 +13,7 @@ from mfm_jax.bilevel import modulation
 from mfm_jax.config import SMALL_RESNETS
 from mfm_jax.errors import UserError
 from mfm_jax.models.imagenet import ResNet
-from mfm_jax.models.resnet import _shortcut
+from mfm_jax.models.resnet import shortcut
 from mfm_jax.models.vit import VisionTransformer
 
 SITES = ("stem", "stage1", "stage2", "stage3", "pooled", "logits")
@@ -195,10 +195,10 @@ def test_training_moves_the_running_averages_by_a_tenth_of_the_way(variables, pl
 
 def test_shortcut_subsamples_and_fills_with_zeros_on_both_sides():
     x = np.arange(1, 33, dtype=np.float32).reshape(1, 4, 4, 2)
-    out = _shortcut(x, 4, 2)
+    out = shortcut(x, 4, 2)
     chex.assert_trees_all_equal(out[..., 1:3], x[:, ::2, ::2])
     chex.assert_trees_all_equal(out[..., [0, 3]], jnp.zeros((1, 2, 2, 2)))
-    chex.assert_trees_all_equal(_shortcut(x, 2, 1), x)
+    chex.assert_trees_all_equal(shortcut(x, 2, 1), x)
 
 
 def test_initial_kernels_have_kaiming_variance(variables):

@@ -1,4 +1,4 @@
-"""Weights under the names of torchvision and timm find their places; what does not fit is told."""
+"""Weights under the names of torchvision and timm find their places; what does not fit is named."""
 
 import json
 import re
@@ -179,7 +179,7 @@ def test_a_transformer_finds_every_place_under_either_name(tmp_path):
     chex.assert_trees_all_equal(load(older, tmp_path)[0], params)
 
 
-# --- what may differ, and is told -------------------------------------------------------------------
+# --- what may differ, and is said -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("classes", [7, None])

@@ -1,4 +1,4 @@
-"""Batch sizes above what the data has: cut in training, told, recorded, and no difference to a run that goes on."""
+"""Batch sizes above what the data has: cut in training, reported, recorded, and no difference to a run that goes on."""
 
 import pytest
 from helpers import changed, configured
@@ -22,6 +22,8 @@ def manifest(train: list[int], meta: list[int], per_class: int = 10) -> dict:
 
 
 SMALL = manifest([20, 14, 8], [8, 8, 8])
+TRAIN = "train.batch_size = {}: there are 42 training images; {} is used".format  # asked for, used
+META = "meta.batch_size = {}: there are 24 images in the meta set; {} is used".format
 
 
 def sized(train: int, meta: int, method: str = "mfm", **overrides) -> Config:
@@ -32,31 +34,20 @@ def sized(train: int, meta: int, method: str = "mfm", **overrides) -> Config:
     ("asked", "overrides", "used", "told"),
     [
         ((42, 24), {}, (42, 24), ""),
-        (
-            (43, 25),
-            {},
-            (42, 24),
-            "train.batch_size = 43: there are 42 training images; 42 is used;"
-            " meta.batch_size = 25: there are 24 images in the meta set; 24 is used",
-        ),
-        ((50, 8), {}, (42, 8), "train.batch_size = 50: there are 42 training images; 42 is used"),
-        ((8, 50), {}, (8, 24), "meta.batch_size = 50: there are 24 images in the meta set; 24 is used"),
-        ((50, 50), {"method": "ce"}, (42, 50), "train.batch_size = 50: there are 42 training images; 42 is used"),
+        ((43, 25), {}, (42, 24), f"{TRAIN(43, 42)}; {META(25, 24)}"),
+        ((50, 8), {}, (42, 8), TRAIN(50, 42)),
+        ((8, 50), {}, (8, 24), META(50, 24)),
+        ((50, 50), {"method": "ce"}, (42, 50), TRAIN(50, 42)),
         ((8, 50), {"meta__freeze": True}, (8, 50), ""),
-        ((50, 8), {"train__accumulate": 4}, (40, 8), "train.batch_size = 50: there are 42 training images; 40 is used"),
-        (
-            (60, 8),
-            {"train__accumulate": 50},
-            (42, 8),
-            "train.batch_size = 60: there are 42 training images; 42 is used",
-        ),
+        ((50, 8), {"train__accumulate": 4}, (40, 8), TRAIN(50, 40)),
+        ((60, 8), {"train__accumulate": 50}, (42, 8), TRAIN(60, 42)),
     ],
 )
 def test_sizes_by_hand(asked, overrides, used, told):
     config = sized(*asked, **overrides)
     fitting = sizes.cut(config, SMALL)
     assert (fitting.train.batch_size, fitting.meta.batch_size) == used
-    assert sizes.told(config, SMALL) == told
+    assert sizes.in_words(config, SMALL) == told
     same = {"train": {"batch_size": 1}, "meta": {"batch_size": 1}}
     assert changed(fitting, **same) == changed(config, **same)
 
@@ -84,8 +75,8 @@ def test_a_cut_size_fits_and_is_cut_no_further(train, meta, batch, meta_batch, p
         assert 1 <= used <= min(asked, most)
         assert used == asked or used > most - parts
     assert sizes.cut(fitting, data) == fitting
-    assert (sizes.told(config, data) == "") == (fitting == config)
-    assert sizes.told(fitting, data) == ""
+    assert (sizes.in_words(config, data) == "") == (fitting == config)
+    assert sizes.in_words(fitting, data) == ""
 
 
 @pytest.mark.parametrize("method", METHODS)

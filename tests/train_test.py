@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import chex
@@ -17,9 +18,10 @@ import numpy as np
 import pytest
 from helpers import Tiny, environment, logged, slow, stopped_at, tiny
 
-from mfm_jax import compare
+from mfm_jax import bilevel, compare
 from mfm_jax import config as config_lib
 from mfm_jax import data as data_lib
+from mfm_jax.config import groups
 from mfm_jax.data.manifest import manifest_hash, write_manifest
 from mfm_jax.errors import UserError
 from mfm_jax.machine import interruption, parallel
@@ -70,6 +72,25 @@ def test_a_run_leaves_what_it_promises(finished):
     beta = next(row for row in reversed(rows) if row["kind"] == "modulation")["sites"]["logits"]["beta"]
     assert len(beta) == 10
     assert any(beta)
+
+
+def test_the_way_of_a_config_to_the_step_visits_no_file_more_than_four_times(tmp_path):
+    """A visit is a call from another file that takes the config; what it derives of its own fields is none."""
+    visits, root = Counter(), str(Path(train.__file__).parents[1])
+
+    def count(frame, event, _):
+        code, caller = frame.f_code, frame.f_back.f_code.co_filename
+        if code.co_filename.startswith(root) and event == "call" and code.co_filename not in (caller, groups.__file__):
+            taken = [frame.f_locals.get(name) for name in code.co_varnames[: code.co_argcount]]
+            visits[code.co_filename] += any(isinstance(one, config_lib.Config) for one in taken)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(bilevel, "make_step", lambda *_, **__: 1 / 0)
+        sys.setprofile(count)
+        train.train_and_evaluate(tiny(), tmp_path)
+    sys.setprofile(None)
+    assert len(visits) > 10
+    assert max(visits.values()) <= 4, visits
 
 
 def test_a_finished_run_is_not_repeated(finished, monkeypatch):
@@ -153,13 +174,13 @@ def test_a_run_keeps_the_type_that_it_began_with(tmp_path, monkeypatch):
     config = tiny(train__dtype="auto", train__epochs=1)
     for device, folder in (("cpu", "a"), ("gpu", "b")):
         monkeypatch.setattr(jax, "default_backend", lambda device=device: device)
-        settled = train._settled(config_lib.resolve(config), tmp_path / folder)
+        settled = train.settled(config_lib.resolve(config), tmp_path / folder)
         assert settled.train.dtype == ("float32" if device == "cpu" else "bfloat16")
     monkeypatch.undo()
     results = train.train_and_evaluate(config, tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["train"]["dtype"] == "float32"
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert train._settled(config_lib.resolve(config), tmp_path).train.dtype == "float32"
+    assert train.settled(config_lib.resolve(config), tmp_path).train.dtype == "float32"
     assert train.train_and_evaluate(config, tmp_path) == json.loads(json.dumps(results))
     with pytest.raises(UserError, match=r'train.dtype: "float32" -> "bfloat16"'):
         train.train_and_evaluate(tiny(train__dtype="bfloat16", train__epochs=1), tmp_path)
@@ -203,9 +224,8 @@ def test_transfer_starts_from_the_modulator_and_freeze_keeps_it(finished, tmp_pa
     assert experiment_lib.build(resolved, data_lib.build(resolved)).meta_step is None
     with pytest.raises(UserError, match=r"meta.freeze = True: would keep a modulator that does nothing"):
         train.train_and_evaluate(tiny(meta__freeze=True), tmp_path / "nothing")
-    with pytest.raises(
-        UserError, match=r"meta.freeze = True: l2ac would learn nothing from the meta set; only mfm or mfm_frozen can"
-    ):
+    message = r"meta.freeze = True: l2ac would learn nothing from the meta set; only mfm or mfm_frozen can"
+    with pytest.raises(UserError, match=message):
         train.train_and_evaluate(tiny(meta__freeze=True, method__name="l2ac"), tmp_path / "nothing")
 
 
@@ -247,12 +267,7 @@ def test_a_manifest_is_taken_from_a_file(finished, tmp_path):
         slow({"meta__virtual": "last_stage", "optim__clip_norm": 1.0}),
         {"data__protocol": "full", "data__val_images_per_class": 0},
         {"train__dtype": "bfloat16", "data__train_on_meta": True, "optim__name": "adamw", "optim__schedule": "step"},
-        {
-            "method__name": "ldam_drw",
-            "method__first_stage": 0.5,
-            "augment__mixup": 0.4,
-            "method__label_smoothing": 0.1,
-        },
+        {"method__name": "ldam_drw", "method__first_stage": 0.5, "augment__mixup": 0.4, "method__label_smoothing": 0.1},
         slow(
             {"method__name": "smote", "method__first_stage": 0.5, "train__steps_per_call": 4, "data__protocol": "full"}
         ),

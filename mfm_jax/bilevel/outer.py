@@ -45,7 +45,7 @@ class MetaLearner(NamedTuple):
 
     With logits z computed under `modulate`, the training loss is the mean of `weigh(phi, loss(z, labels), mean)`, a
     scalar function of the classifier's parameters and phi; that is all the meta-gradient asks for. A method fills in
-    what it governs; the defaults leave the pass as it is.
+    what it governs; the defaults leave the pass unchanged.
 
     kind: what phi is, in a word; phi of one kind is never taken for another.
     init: `key -> phi`.

@@ -17,7 +17,7 @@ import optax
 from mfm_jax.errors import UserError
 from mfm_jax.types import ApplyFn, Batch, BilevelState, Modulate, PyTree, no_modulation
 
-Switch = Literal["train", "deterministic"]  # what tells a module whether it is trained
+Switch = Literal["train", "deterministic"]  # says whether a module is trained
 _OTHERS = ("training", "is_training", "use_running_average", "inference", "eval")  # names that are not understood
 
 # Training labels of a batch, or of a part of it, [B] -> what its pass is modulated by.
@@ -45,11 +45,11 @@ def switch_of(module_class: type) -> Switch | None:
 
 
 def _check_normalized(image: PyTree) -> None:
-    """Refuses images as they are stored; a tree may have masks and numbers of tokens beside what is normalised."""
+    """Refuses images as stored; a tree may have masks and numbers of tokens beside what is normalised."""
     kinds = [leaf.dtype for leaf in jax.tree.leaves(image)]
     if jnp.uint8 in kinds or not any(jnp.issubdtype(kind, jnp.floating) for kind in kinds):
-        told = ", ".join(map(str, kinds))
-        raise UserError(f"Batch.image: {told}; normalise the images, to floating point of about unit size")
+        types = ", ".join(map(str, kinds))
+        raise UserError(f"Batch.image: {types}; normalise the images, to floating point of about unit size")
 
 
 def rngs(key: jax.Array) -> dict[str, jax.Array]:
@@ -100,7 +100,7 @@ class Pass:
           params: of the classifier.
           batch: whose images are passed.
           modulate_by: the modulation, by the labels of the images that pass together.
-          train: normalise by the batch's own statistics; otherwise by the averages, which stay as they are.
+          train: normalise by the batch's own statistics; otherwise by the averages, which do not change.
 
         Raises:
           UserError: images of integers (in a tree: of uint8, or none that is floating point), or batch statistics in a

@@ -42,7 +42,7 @@ from jax.custom_derivatives import SymbolicZero
 
 from mfm_jax.bilevel import losses
 from mfm_jax.bilevel import outer as outer_lib
-from mfm_jax.bilevel.hypergrad import HypergradFn, TrainLoss, Update, mixed_mode
+from mfm_jax.bilevel.hypergrad import HypergradFn, MetaLoss, TrainLoss, Update, mixed_mode
 from mfm_jax.bilevel.outer import MetaLearner
 from mfm_jax.bilevel.passes import Pass
 from mfm_jax.types import Batch, BilevelState, LossFn, Metrics, Modulator, PyTree
@@ -145,15 +145,8 @@ def make_step(
     outer = optax.with_extra_args_support(phi_tx)
 
     def step(state: BilevelState, batch: Batch, meta_batch: Batch) -> tuple[BilevelState, Metrics]:
-        def meta_loss(params: PyTree) -> tuple[jax.Array, None]:
-            measured = state
-            if rule.bn == "fresh":
-                statistics = forward.statistics(state, jax.lax.stop_gradient(params), batch)
-                measured = state.replace(batch_stats=statistics)
-            logits, _ = forward.logits(measured, params, meta_batch, train=rule.bn == "batch")
-            return forward.mean(_example_losses(rule.loss, logits, meta_batch), meta_batch), None
-
         train_loss, update = two_halves(state, batch)
+        meta_loss = _meta_loss(forward, rule, state, batch, meta_batch)
         active = _active(state.params, rule.virtual_groups)
         before = learner.per_batch(batch.label) if learner.per_batch else state.phi
         found = rule.hypergrad(train_loss, meta_loss, update, state.params, before, active)
@@ -182,6 +175,20 @@ def make_step(
     return step
 
 
+def _meta_loss(forward: Pass, rule: MetaRule, state: BilevelState, batch: Batch, meta_batch: Batch) -> MetaLoss:
+    """Returns the meta loss of a step (point 1 of the policy)."""
+
+    def meta_loss(params: PyTree) -> tuple[jax.Array, None]:
+        measured = state
+        if rule.bn == "fresh":
+            statistics = forward.statistics(state, jax.lax.stop_gradient(params), batch)
+            measured = state.replace(batch_stats=statistics)
+        logits, _ = forward.logits(measured, params, meta_batch, train=rule.bn == "batch")
+        return forward.mean(_example_losses(rule.loss, logits, meta_batch), meta_batch), None
+
+    return meta_loss
+
+
 def make_plain_step(
     forward: Pass,
     loss: LossFn,
@@ -192,7 +199,7 @@ def make_plain_step(
 ) -> PlainStep:
     """Returns the step `(state, batch) -> (state, metrics)` that updates w alone.
 
-    Without a meta learner it is ordinary training. With one, its phi governs the pass and stays as it is: the steps
+    Without a meta learner it is ordinary training. With one, its phi governs the pass and does not change: the steps
     between two meta-steps, or a frozen modulator. A phi that belongs to one batch does not exist between meta-steps;
     those steps are plain. Arguments as in `make_step`.
     """
@@ -211,10 +218,7 @@ def make_plain_step(
 
 
 def make_retrain_step(
-    forward: Pass,
-    loss: LossFn,
-    tx: optax.GradientTransformation,
-    attach: Callable[[PyTree, PyTree], PyTree],
+    forward: Pass, loss: LossFn, tx: optax.GradientTransformation, attach: Callable[[PyTree, PyTree], PyTree]
 ) -> PlainStep:
     """Returns the step `(state, batch) -> (state, metrics)` of a second stage, which updates `phi` alone.
 

@@ -2,7 +2,7 @@
 
 `default()` turns the dataclasses of `groups` into a `ConfigDict` that a config file edits and the command line
 overrides (`--config.optim.learning_rate=0.05`); `resolve` turns that back into dataclasses, so that code behind it
-never meets an unknown field or an impossible value. Only the data can tell how many images a class holds, and only the
+never meets an unknown field or an impossible value. Only the data can say how many images a class holds, and only the
 model which sites it has: `data.build` and `models.create` check those, all before the first training step.
 """
 

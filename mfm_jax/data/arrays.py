@@ -3,7 +3,7 @@
 `train_images` (uint8, `[N, H, W]` or `[N, H, W, C]` with 1 or 3 channels), `train_labels` (integers from 0, `[N]` or
 `[N, 1]`), and, where there are such splits, the same of `test`, `val` and `meta`; `class_names` (strings, `[K]`) may be
 left out. A benchmark that was packed (`benchmarks/subset.py`) has a split's manifest in `manifest` (a string): its
-records keep their names, so that the split can be told to be the one that was packed.
+records keep their names, so that the split can be compared with the one that was packed.
 """
 
 import hashlib

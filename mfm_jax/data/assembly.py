@@ -3,7 +3,7 @@
 `build` is the only door. What it returns is plain NumPy in memory (`batches` says which of it is in which
 batch), together with the manifest that says which record every image was.
 
-Everything that only the data can tell, such as how many images a class holds, is checked here and before
+Everything that only the data can say, such as how many images a class holds, is checked here and before
 anything is compiled.
 """
 
@@ -210,7 +210,7 @@ def _read_split(config: Config, source: Source, manifest: dict[str, Any]) -> Spl
 
 def _check_agrees(config: Config, source: Source, manifest: dict[str, Any]) -> None:
     """Refuses a manifest of another set, another test split or other settings than the config's."""
-    renamed = config.data.source in ("folder", "list")  # may have been given another name; the version tells them
+    renamed = config.data.source in ("folder", "list")  # may have been given another name; the version names them
     of_source = {
         **({} if renamed else {"dataset": source.name}),
         "version": source.version,

@@ -2,7 +2,7 @@
 
 What was found of a sound picture is kept in the user's cache folder ($MFM_JAX_CACHE, else the platform's), a line each
 in one file for each root, and believed as long as the picture's stamp (`stamps`) stays the same; so a second check
-opens only what has changed and what was bad. Where a stamp tells nothing, the picture is read, and decoded only if its
+opens only what has changed and what was bad. Where a stamp shows nothing, the picture is read, and decoded only if its
 content is another. A line has its own checksum: one that is torn or damaged is as good as absent.
 """
 
@@ -26,7 +26,8 @@ from rich.progress import Progress, TextColumn
 
 from mfm_jax.data import stamps
 from mfm_jax.data import workers as processes
-from mfm_jax.data.listing import SPLITS, Listing
+from mfm_jax.data.listing import Listing
+from mfm_jax.data.lists import SPLITS
 from mfm_jax.data.pictures import FORMAT, Facts, facts_or_reason
 from mfm_jax.data.stamps import Stamp
 from mfm_jax.data.walk import Problem
@@ -67,11 +68,11 @@ def check(listing: Listing, workers: int = 2) -> Checked:
       UserError: a process was killed, by the system for want of memory or by a decoder's fault.
     """
     paths = [os.path.join(listing.root, path) for path in listing.paths]
-    taken = [(stamp, stamps.tells(stamp)) for stamp in map(stamps.of, paths)]
+    taken = [(stamp, stamps.shows_changes(stamp)) for stamp in map(stamps.of, paths)]
     # On a cluster one drive has another device number on each node.
-    stamped = [stamp._replace(device=0) if tells else stamps.NOTHING for stamp, tells in taken]
+    stamped = [stamp._replace(device=0) if shows else stamps.NOTHING for stamp, shows in taken]
     cache = _cache_file(listing.root)
-    known = _remembered(cache)
+    known = remembered(cache)
     before = [known.get(path, (stamps.NOTHING, None)) for path in listing.paths]
     facts = [fact if was == now != stamps.NOTHING else None for now, (was, fact) in zip(stamped, before, strict=True)]
     todo = [i for i, fact in enumerate(facts) if fact is None]
@@ -86,7 +87,7 @@ def check(listing: Listing, workers: int = 2) -> Checked:
                 if (stamped[i], found) != before[i]:
                     keep(listing.paths[i], stamped[i], found)
             advance()
-    # Drives without inodes cannot tell that two paths are of one file.
+    # Drives without inodes cannot show that two paths are of one file.
     files = [(stamp.device, stamp.inode) if stamp.inode else (-1, i) for i, (stamp, _) in enumerate(taken)]
     duplicates = tuple(_duplicates(listing, facts, files))
     copied = _classes_of_copies(listing, facts)
@@ -126,7 +127,7 @@ def _cache_file(root: Path) -> Path:
     return cache_lib.folder() / f"checked-{FORMAT}-{name}.txt"
 
 
-def _remembered(cache: Path) -> dict[str, tuple[Stamp, Facts]]:
+def remembered(cache: Path) -> dict[str, tuple[Stamp, Facts]]:
     """Returns the last stamp and the facts of each path, as far as the lines of a cache file are sound."""
     known: dict[str, tuple[Stamp, Facts]] = {}
     try:
@@ -215,8 +216,8 @@ def _classes_of_copies(listing: Listing, facts: Sequence[Facts | None]) -> dict[
     for label in sorted(contents, key=lambda label: (-len(contents[label]), -label)):
         others = [classes[digest] - {label} - found.keys() for digest in contents[label]]
         if all(others):
-            told = some_of([repr(listing.class_names[other]) for other in sorted(set().union(*others))], 3)
-            found[label] = f"a class of copies: the files of all its pictures are in {told}, too; remove one of the two"
+            them = some_of([repr(listing.class_names[other]) for other in sorted(set().union(*others))], 3)
+            found[label] = f"a class of copies: the files of all its pictures are in {them}, too; remove one of the two"
     return found
 
 

@@ -34,7 +34,7 @@ def loses(facts: Iterable[Facts], white: int) -> bool:
     return bool(deep) and levels(int(np.median(deep)), white) < FEW
 
 
-def told(facts: Iterable[Facts], white: int) -> str:
+def in_words(facts: Iterable[Facts], white: int) -> str:
     """Returns a line on the pictures of 16 bits: what is white, and how many levels are left of which."""
     deep = [fact.bits for fact in facts if fact.bits]
     few = sum(levels(bits, white) < FEW for bits in deep)

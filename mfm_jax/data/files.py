@@ -50,7 +50,7 @@ def source(config: Data, sound: "Sound", *, whole: bool) -> Source:
     splits, rule = with_test(config, found, groups)
     white = depth.white(config.white, facts, splits == "train")
     if depth.loses(facts, white):
-        print(f"warning: {depth.told(facts, white)}; data.white sets it", file=sys.stderr)
+        print(f"warning: {depth.in_words(facts, white)}; data.white sets it", file=sys.stderr)
     digests = {path: fact.digest for path, fact in zip(found.paths, facts, strict=True)}
     version = _version(found, facts)
     images = _images(config, whole, found, facts, version, white)
@@ -74,7 +74,7 @@ def source(config: Data, sound: "Sound", *, whole: bool) -> Source:
             "group": config.group,
             "files": list(found.paths),
             "left_out": left_out,
-            "duplicates_in_test": _straddling(duplicates, digests, splits == "test"),
+            "duplicates_in_test": straddling(duplicates, digests, splits == "test"),
             **({"white": white} if any(fact.bits for fact in facts) else {}),
         },
     )
@@ -93,7 +93,7 @@ def with_test(config: Data, found: Listing, groups: Sequence[str]) -> tuple[npt.
     return splits, f"{config.test_fraction:g} of each class, at least one of two or more; whole groups; a constant seed"
 
 
-def _straddling(
+def straddling(
     duplicates: Sequence[tuple[str, str, str]], digests: Mapping[str, str], is_test: npt.NDArray[np.bool_]
 ) -> dict[str, int]:
     """Returns how many pictures of the test split have a duplicate (kind, path, path) outside, by kind.

@@ -1,6 +1,6 @@
 """Images as a caller hands them over, made into arrays: sets of Hugging Face, TensorFlow and PyTorch, and iterables.
 
-None of these libraries is imported: a data set is told by what it can do. An item is a pair `(image, label)`, a dict
+None of these libraries is imported: a data set is known by its methods. An item is a pair `(image, label)`, a dict
 with the keys `image` and `label`, or a batch of either form, whose labels are `[B]`. An image is an array `[H, W, C]`
 or `[H, W]`, a Pillow image, or a PyTorch tensor, which is `[C, H, W]` or `[H, W]` as torchvision has it.
 """

@@ -1,7 +1,7 @@
 """What the labels of list files stand for: numbers of classes, or their names.
 
 The whole numbers from 0 to K - 1 are the numbers of K classes. Where a few of them are missing, or a few lines have
-other labels, these are told as mistakes. All else are names: years, 007, digits beside letters, numbers from 1.
+other labels, these are mistakes. All else are names: years, 007, digits beside letters, numbers from 1.
 """
 
 import re
@@ -23,7 +23,7 @@ _CHANGED = {  # what a spreadsheet, or a table of numbers, makes of other things
 def not_numbers(uses: Mapping[str, int]) -> dict[str, str] | None:
     """Returns which labels are no class numbers, and why, though the others are; None where labels are names.
 
-    `uses` tells in how many lines each label stands.
+    `uses` has in how many lines each label stands.
     """
     whole = {label: int(label) for label in uses if _WHOLE.fullmatch(label)}
     # A few classes may have lost all their lines, but not most of them: beyond that a number is no class.
@@ -50,7 +50,7 @@ def ordered(names: Collection[str]) -> list[str]:
 
 
 def changed(names: Mapping[str, str]) -> Iterator[Problem]:
-    """Yields what a program may have made of other names; `names` tells where each class name stands first."""
+    """Yields what a program may have made of other names; `names` has where each class name stands first."""
     padded = min((len(name) for name in names if re.fullmatch("0[0-9]+", name)), default=0)
     for name, where in names.items():
         if len(name) < padded and re.fullmatch("[0-9]+", name):

@@ -147,7 +147,7 @@ def _row(line: str, number: int, separator: str, field: str) -> list[str]:
     """Returns the cells of a line.
 
     A cell over several lines is refused, though CSV allows it: a quote that somebody forgot makes one, too, of all the
-    rows up to the next quote, and nothing tells the two apart.
+    rows up to the next quote, and nothing distinguishes the two.
     """
     try:
         cells = _cells(f"{line}\n", separator)

@@ -84,7 +84,7 @@ def load(config: Data) -> Listing:
     """Lists the pictures that `config` names: `data.source` is "folder" or "list"; lists may lie in `data.root`.
 
     Raises:
-      UserError: a needed field is empty, a file or folder is not there, or what is there makes no set of classes.
+      UserError: a needed field is empty, a file or folder is missing, or its content makes no set of classes.
     """
     if not config.root:
         raise UserError(f"data.root: missing; data.source = {config.source!r} needs the folder that holds the pictures")

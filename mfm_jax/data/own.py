@@ -10,25 +10,21 @@ import numpy as np
 from mfm_jax.config import Data
 from mfm_jax.data.sources import Labels, Pixels, Source, in_two_pools, resize
 from mfm_jax.data.streaming import Streamed
-from mfm_jax.errors import UserError, in_a_line
+from mfm_jax.errors import UserError, failing
 
 Split = tuple[Any, Any]  # images [N, H, W] or [N, H, W, C], labels [N]
 
 
 def load(own: Source | Callable[[Data], Source], config: Data) -> Source:
-    """Returns the source of the user's own, its images at `data.image_size` pixels a side (0 = as they are).
+    """Returns the source of the user's own, its images at `data.image_size` pixels a side (0 = as given).
 
     Raises:
       UserError: it is no source, making it fails, or what it holds is not what every source holds.
     """
     field = f"data.source = {config.source!r}"
     if callable(own):
-        try:
+        with failing(f"{field}: fails when called with the fields of `data`"):
             own = own(config)
-        except UserError:
-            raise
-        except Exception as error:
-            raise UserError(f"{field}: fails when called with the fields of `data`: {in_a_line(error)}") from error
     if not isinstance(own, Source):
         raise UserError(f"{field}: gives a {type(own).__name__}; give a Source, e.g. of mfm_jax.source_of_arrays")
     if problem := next(_problems(own), ""):
@@ -57,7 +53,7 @@ def source_of_arrays(
       test: the same.
       val: the same of a validation set that the data brings (`data.protocol = natural`); other protocols draw it from
         `train`.
-      meta: likewise of a meta set.
+      meta: of a meta set.
       class_names: K names; the numbers of the classes by default.
       name: of the set.
 

@@ -23,11 +23,11 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from PIL import ExifTags, Image, ImageFile, ImageOps, TiffImagePlugin
+from PIL import ExifTags, Image, ImageFile, ImageOps, TiffImagePlugin, UnidentifiedImageError
 
 from mfm_jax.data.formats import FORMATS, no_decoder
 
-FORMAT = 3  # of what is decoded and told, to be counted up when it changes: caches are named by it
+FORMAT = 3  # of what is decoded and recorded, to be counted up when it changes: caches are named by it
 MAX_PIXELS = 100_000_000  # 300 MB decoded as RGB: more is a mistake or an attack
 MAX_BYTES = 1 << 30
 WHITE = 65535  # the largest value of 16 bits
@@ -211,7 +211,7 @@ def _reasons() -> Iterator[None]:
             yield
     except BadPicture:
         raise
-    except Image.UnidentifiedImageError as error:
+    except UnidentifiedImageError as error:
         raise BadPicture(f"not an image ({', '.join(FORMATS).lower()})") from error
     except Image.DecompressionBombError as error:
         raise BadPicture(f"has more than {MAX_PIXELS // 1_000_000} million pixels") from error
@@ -233,7 +233,7 @@ def _decoded(content: bytes, white: int, least: int = 0) -> tuple[Image.Image, B
     if picture.width * picture.height > MAX_PIXELS:
         raise BadPicture(f"has more than {MAX_PIXELS // 1_000_000} million pixels")
     drafted, layout = None, _layout(picture)
-    # Turned, the last pixel could be the first: such a picture is decoded as it is. Of no other format may the EXIF be
+    # Turned, the last pixel could be the first: such a picture is decoded unturned. Of no other format may the EXIF be
     # asked for here: a PNG is decoded to find it, and if that fails, `load` below takes it for done and black.
     if least and picture.format in ("JPEG", "MPO") and _orientation(picture) == 1:
         drafted = picture.draft(None, (least, least))
@@ -271,7 +271,7 @@ def _flat(picture: Image.Image) -> Image.Image:
     return picture.convert("L" if grey else "RGB")
 
 
-# 16 bits a channel. Cameras and scanners fill 10, 12 or 14 of them, and only a whole set tells how many: scaled picture
+# 16 bits a channel. Cameras and scanners fill 10, 12 or 14 of them, and only a whole set shows how many: scaled picture
 # by picture, equal values would become different greys, and how bright a picture is would be lost.
 
 
@@ -318,7 +318,7 @@ def _values(picture: Image.Image, layout: str, content: bytes) -> npt.NDArray[np
     if layout == _DEEP_PPM:
         count = 3 * picture.width * picture.height
         return np.frombuffer(content, ">u2", count, again.tile[0].offset).reshape(picture.height, picture.width, 3)
-    # Of a colour's two bytes Pillow keeps the high one, and the low one if it is told that the other comes first. Grey
+    # Of a colour's two bytes Pillow keeps the high one, and the low one in a mode in which that comes first. Grey
     # and opacity, of 16 bits each, are read as four channels of 8.
     high_first = layout[-1] == "B" or (layout[-1] == "N" and sys.byteorder == "big")
     other = "RGBA" if layout.startswith("LA") else layout[:-1] + ("L" if high_first else "B")

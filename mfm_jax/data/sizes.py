@@ -1,7 +1,7 @@
 """Batch sizes that the data cannot fill: what is the most, and the config with no more than that."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from mfm_jax.config import Config
@@ -22,10 +22,16 @@ def limits(config: Config, manifest: Mapping[str, Any]) -> dict[str, tuple[int, 
     return found
 
 
+def too_large(config: Config, manifest: Mapping[str, Any]) -> Iterator[tuple[str, int, str]]:
+    """Yields each field with a size above its limit, the limit, and both in words."""
+    for field, (most, what) in limits(config, manifest).items():
+        if (size := of(config, field)) > most:
+            yield field, most, f"{field} = {size}: there are {most} {what}"
+
+
 def of(config: Config, field: str) -> int:
     """Returns the batch size that `config` has in `field`, `group.batch_size`."""
-    size: int = getattr(config, field.partition(".")[0]).batch_size
-    return size
+    return getattr(config, field.partition(".")[0]).batch_size
 
 
 def cut(config: Config, manifest: Mapping[str, Any]) -> Config:
@@ -36,19 +42,14 @@ def cut(config: Config, manifest: Mapping[str, Any]) -> Config:
       manifest: of the split that it trains on.
     """
     parts = config.train.accumulate
-    for field, (most, _) in limits(config, manifest).items():
+    for field, most, _ in too_large(config, manifest):
         name = field.partition(".")[0]
-        if of(config, field) > most:
-            smaller = dataclasses.replace(getattr(config, name), batch_size=most - most % parts or most)
-            config = dataclasses.replace(config, **{name: smaller})
+        smaller = dataclasses.replace(getattr(config, name), batch_size=most - most % parts or most)
+        config = dataclasses.replace(config, **{name: smaller})
     return config
 
 
-def told(config: Config, manifest: Mapping[str, Any]) -> str:
+def in_words(config: Config, manifest: Mapping[str, Any]) -> str:
     """Returns one line on the sizes of `config` that are cut, "" where none is."""
     fitting = cut(config, manifest)
-    return "; ".join(
-        f"{field} = {of(config, field)}: there are {most} {what}; {of(fitting, field)} is used"
-        for field, (most, what) in limits(config, manifest).items()
-        if of(config, field) != of(fitting, field)
-    )
+    return "; ".join(f"{what}; {of(fitting, field)} is used" for field, _, what in too_large(config, manifest))

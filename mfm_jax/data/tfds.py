@@ -119,14 +119,14 @@ def _decoded(builder: Any, split: str, config: Data) -> tuple[Pixels, Labels]:
             ) from error
         return _decode(records, config, split)
 
-    return cached(f"{name}-{split}-{size}-{_fingerprint(Path(builder.data_path))}", decode)
+    return cached(f"{name}-{split}-{size}-{fingerprint(Path(builder.data_path))}", decode)
 
 
-def _fingerprint(folder: Path) -> str:
+def fingerprint(folder: Path) -> str:
     """Returns 16 hex digits that change with the place, the files or their stamps.
 
     The device is left out: on a cluster one drive has another number on each node. TFDS prepares a set once and nobody
-    edits its files: what a stamp cannot tell is not looked for in their gigabytes.
+    edits its files: what a stamp does not show is not looked for in their gigabytes.
     """
     files = [(f.name, stamps.of(f)._replace(device=0)) for f in sorted(folder.glob("*")) if f.is_file()]
     return hashlib.sha256(repr((str(folder.resolve()), files)).encode()).hexdigest()[:16]

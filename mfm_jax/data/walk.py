@@ -1,7 +1,7 @@
 """Which files below a folder may be pictures: one set of rules for training, checking, evaluation and prediction.
 
 Hidden files and what systems leave behind (`Thumbs.db`) are passed over and counted; nothing else is left out without
-a reason. `formats` tells a picture by its name. Links are followed. A name that is not UTF-8 is kept as the system
+a reason. `formats` knows a picture by its name. Links are followed. A name that is not UTF-8 is kept as the system
 gives it (`os.fsencode` turns it back).
 """
 

@@ -1,1 +1,1 @@
-"""The classifier as it is tested, and what its answers are worth."""
+"""The classifier as tested, and what its answers are worth."""

@@ -1,4 +1,4 @@
-"""The trained classifier of a run, as it is tested, from what lies in the workdir: its data set need not be at hand.
+"""The trained classifier of a run, as tested, from what lies in the workdir: its data set need not be at hand.
 
 Three files make it: the config says which network and method, the checkpoint has the parameters, and the facts, which
 training writes at its start, have what only the data could say. `load_pretrained` makes one of pretrained weights and
@@ -39,9 +39,9 @@ class NoBest(UserError):
 
 
 class Classifier(NamedTuple):
-    """A classifier as it is tested: plain, with the running averages.
+    """A classifier as tested: plain, with the running averages.
 
-    facts: what it takes and tells apart.
+    facts: its images and classes.
     config: of its run.
     step: of its checkpoint.
     forward: uint8 `[B, H, W, C]` -> float32 `[B, K]`, the probabilities; a pure JAX function.
@@ -148,7 +148,7 @@ def _check_same(module: Adapted, config: Config, facts: Facts, state: BilevelSta
 
 
 def load_pretrained(config: Config, data: LongTailData) -> Classifier:
-    """Returns the classifier with the weights of `model.pretrained` as they are, at step 0.
+    """Returns the classifier with the weights of `model.pretrained`, untrained, at step 0.
 
     What the method does to a classifier after training (`posthoc_la`, `tau_norm`) is done to it too.
 

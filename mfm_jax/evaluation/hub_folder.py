@@ -1,6 +1,6 @@
 """A classifier as a folder that a model hub can take: its weights in one file, and all else in `config.json`.
 
-`model.safetensors` has the parameters as they are tested, what a second stage or a post-hoc step made of the head
+`model.safetensors` has the parameters as tested, what a second stage or a post-hoc step made of the head
 included, and the batch statistics: float32, under flat names (`params.stage1.block0.conv1.kernel`,
 `batch_stats.stem_norm.mean`). `config.json` has the architecture, the facts of the data (`facts.Facts`) and the run's
 config. No modulator, no optimizer and no path of the machine is in it.
@@ -35,7 +35,7 @@ class Stored(NamedTuple):
     """What such a folder holds.
 
     config: of the run, as `published`.
-    facts: what the classifier takes and tells apart.
+    facts: its images and classes.
     which: the checkpoint, "last" or "best".
     step: of the checkpoint.
     variables: `params`, as tested, and `batch_stats`.
@@ -71,7 +71,7 @@ def published(config: Config) -> Config:
 
 
 def write(folder: Path, stored: Stored, more: Mapping[str, Any]) -> None:
-    """Writes both files; `more` is what else `config.json` tells."""
+    """Writes both files; `more` is what else `config.json` says."""
     content = {
         "library_name": "mfm_jax",
         "architecture": stored.config.model.name,

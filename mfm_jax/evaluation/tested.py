@@ -1,4 +1,4 @@
-"""The classifier as it is tested: plain, with what a second stage or a post-hoc step does to its head."""
+"""The classifier as tested: plain, with what a second stage or a post-hoc step does to its head."""
 
 from collections.abc import Callable
 from typing import Literal, NamedTuple
@@ -63,7 +63,7 @@ def _module(config: Config, num_classes: int) -> nn.Module:
 def dtype(config: Config) -> Literal["float32", "bfloat16"]:
     """Returns the type in which the network computes: `train.dtype`, "auto" decided by the devices of this process.
 
-    A module of the user's own is left as it is where nothing else is asked for.
+    A module of the user's own is not changed where nothing else is asked for.
     """
     if config.train.dtype != "auto":
         return config.train.dtype

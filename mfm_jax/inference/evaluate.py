@@ -1,7 +1,7 @@
 """A trained run evaluated again: on any split of its data, or on folders of other pictures of the same classes.
 
-Where there is no run, but the config names pretrained weights, these are evaluated as they are.
-What training wrote stays as it is; an evaluation has a folder of its own, with `results.json` and `report.html`.
+Where there is no run, but the config names pretrained weights, these are evaluated without training.
+What training wrote is not changed; an evaluation has a folder of its own, with `results.json` and `report.html`.
 """
 
 import contextlib
@@ -42,8 +42,8 @@ def evaluate_run(
 ) -> tuple[dict[str, Any], Path]:
     """Evaluates the last checkpoint of a run and the best on validation, as far as there is one.
 
-    In a `workdir` without a run, the weights of `model.pretrained` are evaluated without training. That is told on the
-    standard error, and a run may still begin there.
+    In a `workdir` without a run, the weights of `model.pretrained` are evaluated without training. A line on the
+    standard error says so, and a run may still begin there.
 
     Args:
       config: of the run; fields that may change in one (`fields.MAY_CHANGE`), such as `data.root`, may be others.
@@ -75,7 +75,7 @@ def evaluate_run(
     Workdir(out).check_no_run()
     data = None
     if as_is:
-        print(f"no run in {workdir}: evaluates {given.model.pretrained} as it is, without training", file=sys.stderr)
+        print(f"no run in {workdir}: evaluates {given.model.pretrained} without training", file=sys.stderr)
         data = data_lib.build(given)
         last, best = classifier.load_pretrained(given, data), None
     else:
@@ -84,8 +84,7 @@ def evaluate_run(
             best = classifier.load(workdir, "best", module=given.given.module)
         if not run.results.exists():
             print(f"warning: the run in {workdir} has not finished; this is its step {last.step}", file=sys.stderr)
-    unread: dict[str, str] = {}
-    passed: Counter[str] = Counter()
+    unread, passed = dict[str, str](), Counter[str]()
     if folder:
         label = _labels(folder, last.class_names, unread, passed)
         split, asked = "outside", _on_files(folder, label, given, unread)
@@ -107,16 +106,15 @@ def evaluate_run(
     }
     out.mkdir(parents=True, exist_ok=True)
     disk.write_object(Workdir(out).results, results)
-    untrained = (given.to_dict(), data.manifest) if as_is and data else None
-    return results, report.write_report(workdir, out, untrained)
+    return results, report.write_report(workdir, out, (given.to_dict(), data.manifest) if as_is and data else None)
 
 
 def _check_config(given: Config, run: Workdir) -> None:
     """Checks the config against that of the run, which must be there; fields that `MAY_CHANGE` may differ."""
     run.read_config()
     if changed := config_lib.refused(run.changes(given)):
-        told = "; ".join(map(str, changed))
-        raise UserError(f"--workdir={run.path} belongs to another config ({told}); leave --config and these out")
+        fields = "; ".join(map(str, changed))
+        raise UserError(f"--workdir={run.path} belongs to another config ({fields}); leave --config and these out")
 
 
 def _labels(folder: Path, class_names: Sequence[str], unread: dict[str, str], passed: Counter[str]) -> dict[Path, int]:
@@ -145,11 +143,11 @@ def _check_classes(folder: Path, there: Set[str], known: Set[str], problems: Seq
     missing, unknown = sorted(known - there), sorted(there - known)
     if missing or unknown:
         differences = (("missing", missing), ("unknown", unknown))
-        told = "; ".join(f"{word}: {', '.join(names)}" for word, names in differences if names)
+        said = "; ".join(f"{word}: {', '.join(names)}" for word, names in differences if names)
         alike = "".join(f"; {name!r} is {reason}" for name, reason in walk.look_alikes([*missing, *unknown]))
         first = f"; {folder / problems[0].path}: {problems[0].reason}" if problems else ""
         raise UserError(
-            f"--eval_folder={folder}: its folders are not the classes of the run ({told}); a class without pictures has"
+            f"--eval_folder={folder}: its folders are not the classes of the run ({said}); a class without pictures has"
             f" an empty folder{alike}{first}"
         )
 

@@ -103,13 +103,13 @@ def _answer(numbers: socket.socket, ended: threading.Event) -> None:
             os._exit(EXIT_INTERRUPTED)  # as after a kill, the run goes on from its last checkpoint
 
 
-def _agreed(agreed: Callable[[int], bool], notice: "_Notice", told: list[int], step: int) -> bool:
+def _agreed(agreed: Callable[[int], bool], notice: "_Notice", said: list[int], step: int) -> bool:
     """Returns whether all processes stop at `step`; says so once."""
     notice.pass_on()
     if stop := agreed(step):
-        if not told and cluster.is_primary():
+        if not said and cluster.is_primary():
             _tell(_STOPPING)
-        told.append(step)
+        said.append(step)
     return stop
 
 

@@ -75,7 +75,7 @@ def data_mesh(devices: Sequence[jax.Device] | None = None, fsdp: int = 1) -> Mes
     return jax.make_mesh(shape, names, devices=devices, axis_types=(AxisType.Auto,) * len(names))
 
 
-def shard_step(step: Callable, mesh: Mesh, batches: int) -> Callable:
+def shard_step(step: Callable[..., Any], mesh: Mesh, batches: int) -> Callable[..., Any]:
     """Returns `step(state, *batches) -> (state, metrics)` spread over `mesh`.
 
     Args:

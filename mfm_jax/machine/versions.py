@@ -18,7 +18,7 @@ from mfm_jax.models import native
 
 
 def versions() -> dict[str, str]:
-    """Returns the versions of packages, and the devices; "unknown" where a package does not tell."""
+    """Returns the versions of packages, and the devices; "unknown" where a package has none."""
     names = ("jax", "flax", "optax", "orbax-checkpoint", "numpy")
     return {
         "mfm-jax": mfm_jax.__version__,  # of this source, which need not be installed

@@ -52,7 +52,7 @@ def l2rw() -> MetaLearner:
     """
 
     def start(labels: jax.Array) -> jax.Array:
-        # A multiple of the labels, so that under `shard_map` it is split over the devices as they are.
+        # A multiple of the labels, so that under `shard_map` it is split over the devices as labels are.
         return 0.0 * labels.astype(jnp.result_type(float))
 
     def weigh(phi: PyTree, losses: jax.Array, mean: Callable[[jax.Array], jax.Array]) -> jax.Array:
@@ -122,7 +122,7 @@ def metasaug(
     Args:
       num_classes: K.
       channels: C, width of the features below the head.
-      strength: lambda; 0 leaves the loss as it is.
+      strength: lambda; 0 leaves the loss unchanged.
       kernel_of: `params -> w [C, K]`; by default the head's own weights.
 
     References:

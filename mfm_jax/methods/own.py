@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from mfm_jax.bilevel import outer
 from mfm_jax.bilevel.outer import MetaLearner
 from mfm_jax.config import Config
-from mfm_jax.errors import UserError, in_a_line
+from mfm_jax.errors import UserError, failing, in_a_line
 from mfm_jax.types import LossFn, Modulator
 
 
@@ -51,14 +51,8 @@ def learner(config: Config, counts: jax.Array, channels: Mapping[str, int]) -> M
     """
     own, field = config.own("learner"), f"method.learner = {config.method.learner!r}"
     if callable(own):
-        try:
+        with failing(f"{field}: fails when called with (config, counts, channels)"):
             own = own(config, counts, channels)
-        except UserError:
-            raise
-        except Exception as error:
-            raise UserError(
-                f"{field}: fails when called with (config, counts, channels): {in_a_line(error)}"
-            ) from error
     if not isinstance(own, MetaLearner | Modulator):
         raise UserError(
             f"{field}: makes a {type(own).__name__}; make a MetaLearner or a Modulator from (config, counts, channels)"

@@ -80,7 +80,7 @@ class Method:
 
     @property
     def kept(self) -> str:
-        """The shipped modulator that it keeps as it is, and no meta set is read; "" where there is none."""
+        """The shipped modulator that it keeps unchanged, reading no meta set; "" where there is none."""
         return _KEPT.get(self.name, "")
 
     @property

@@ -52,7 +52,7 @@ class Block(nn.Module):
     bottleneck: bool
     groups: int
     dtype: DTypeLike
-    norm: functools.partial  # batch norm but for whether it trains
+    norm: functools.partial[BatchNorm]  # batch norm but for whether it trains
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool, weight: jax.Array | None) -> jax.Array:
@@ -77,7 +77,7 @@ class Stage(nn.Module):
 
     blocks: int
     alone: int
-    block: functools.partial
+    block: functools.partial[Block]
     stride: int
 
     @nn.compact
@@ -134,12 +134,7 @@ class ResNet(nn.Module):
         kind = nn.remat(Block, static_argnums=2) if self.remat else Block
         for i, blocks in enumerate(self.blocks):
             block = functools.partial(
-                kind,
-                self.width * 2**i,
-                bottleneck=self.bottleneck,
-                groups=self.groups,
-                dtype=self.dtype,
-                norm=norm,
+                kind, self.width * 2**i, bottleneck=self.bottleneck, groups=self.groups, dtype=self.dtype, norm=norm
             )
             site = f"stage{i + 1}"
             alone = int(i > 0 or self.bottleneck) if self.scan_blocks else blocks  # the first may project

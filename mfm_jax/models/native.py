@@ -20,9 +20,9 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import jaxlib
 import numpy as np
 from jax import lax
+from jaxlib.version import __version__ as jaxlib_version
 
 from mfm_jax.machine import cache
 
@@ -140,7 +140,7 @@ def _compiled(flags: tuple[str, ...], source: Path) -> Path:
     command = [compiler, *_FLAGS, *flags, "-isystem", jax.ffi.include_dir(), f"-I{_FOLDER}", str(source)]
     version = _output([compiler, "--version"])
     texts = [path.read_text() for path in (source, *sorted(_FOLDER.glob("*.h")))]
-    facts = (*texts, jaxlib.__version__, version, platform.platform(), " ".join(command))
+    facts = (*texts, jaxlib_version, version, platform.platform(), " ".join(command))
     key = hashlib.sha256("\0".join(facts).encode()).hexdigest()[:16]
     path = cache.folder() / "native" / f"{source.stem}-{key}.so"
     if not _is_whole(path):

@@ -41,7 +41,7 @@ class Adapted(nn.Module):
 
     @property
     def averages_over_devices(self) -> bool:
-        """Whether its batch norm can be told to."""
+        """Whether its batch norm can do so."""
         return "axis_name" in type(self.inner).__dataclass_fields__
 
     @property
@@ -62,12 +62,7 @@ class Adapted(nn.Module):
         return inspect.signature(self.kind.__call__).parameters
 
     def __call__(
-        self,
-        image: PyTree,
-        *,
-        train: bool = False,
-        modulate: Modulate = no_modulation,
-        weight: jax.Array | None = None,
+        self, image: PyTree, *, train: bool = False, modulate: Modulate = no_modulation, weight: jax.Array | None = None
     ) -> jax.Array:
         """Returns logits `[B, K]`, in float32 at least."""
         switch, takes = switch_of(self.kind), self.takes
@@ -85,7 +80,7 @@ class Adapted(nn.Module):
 
 
 class _Switched(NamedTuple):
-    """Calls an NNX module as it is trained or tested, whether or not its `__call__` has an argument for that.
+    """Calls an NNX module in training or in a test, whether or not its `__call__` has an argument for that.
 
     NNX's batch norm cuts the derivative of its averages. `Pass.statistics` reads their slope off it, `bilevel.steps`
     whether a modulation reaches them: both derivatives are given back, and no value changes.
@@ -127,7 +122,7 @@ def from_nnx(nnx_class: "type[nnx.Module]", *args: Any, **kwargs: Any) -> Adapte
     Args:
       nnx_class: the class, not an instance.
       *args: what it is made with.
-      **kwargs: likewise, but for `rngs`.
+      **kwargs: by name, but for `rngs`.
     """
     from flax.nnx import bridge
 

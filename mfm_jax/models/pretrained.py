@@ -2,10 +2,10 @@
 
 A file may be safetensors, NumPy's `.npz`, or a PyTorch state dict, of the same architecture. Every tensor of the file
 has its place and every parameter its tensor; what does not fit is an error, never a guess. Three things may differ, and
-are told when they do: the head, which starts fresh for another number of classes or where one is linear and the other
-normalised; the position embeddings of a vision transformer, which are interpolated to another image size; and the
-channels of the images, whose stem is summed for grey ones (which is what it computes from a grey picture given three
-times).
+a line names those that do: the head, which starts fresh for another number of classes or where one is linear and the
+other normalised; the position embeddings of a vision transformer, which are interpolated to another image size; and
+the channels of the images, whose stem is summed for grey ones (which is what it computes from a grey picture given
+three times).
 
 Layouts: PyTorch keeps a convolution as `[out, in, h, w]` and a matrix as `[out, in]`; Flax as `[h, w, in, out]` and
 `[in, out]`. A normalised head has no bias and keeps its weights as `[in, out]` in PyTorch too, as LDAM's code has it.
@@ -16,7 +16,7 @@ import re
 import sys
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from mfm_jax.errors import UserError, some_of
 from mfm_jax.models import hub_cache
 from mfm_jax.types import PyTree
 
+_Rules = Sequence[tuple[str, str | Callable[[re.Match[str]], str]]]  # pattern, replacement
 _WRAPPERS = ("state_dict", "model")
 _UNREADABLE = (
     *(OSError, ValueError, AttributeError, RuntimeError, EOFError),
@@ -92,7 +93,7 @@ def load(
     normalized_head: bool = False,
     whole: bool = False,
 ) -> tuple[PyTree, PyTree]:
-    """Returns `(params, batch_stats)` with the weights in the file at `path`; adapters stay as they are.
+    """Returns `(params, batch_stats)` with the weights in the file at `path`; adapters do not change.
 
     Says on the standard error what was adapted: a head that starts fresh, positions, a summed stem.
 
@@ -100,7 +101,7 @@ def load(
       path: `.safetensors`, `.npz`, or what `torch.save` wrote; a state dict, bare or under `state_dict` or `model`. Or
         `timm/NAME`, which is found in the hub's cache (`hub_cache`).
       params: of the new classifier, for its shapes and for what starts fresh.
-      batch_stats: likewise.
+      batch_stats: of the classifier.
       model_name: as `config.Model.name`.
       normalized_head: the classifier compares directions (`methods.heads.cosine`); a linear head of a file is not for
         it, nor the reverse.
@@ -143,9 +144,9 @@ def load(
             found.append(tensor)
     wrong = {"missing": missing, "unknown": sorted(tensors), "of another shape": misshapen}
     if any(wrong.values()):
-        told = "; ".join(f"{what}: {some_of(which)}" for what, which in wrong.items() if which)
+        misfits = "; ".join(f"{what}: {some_of(which)}" for what, which in wrong.items() if which)
         raise UserError(
-            f"model.pretrained = {str(path)!r}: these are not the weights of model.name = {model_name!r}: {told}"
+            f"model.pretrained = {str(path)!r}: these are not the weights of model.name = {model_name!r}: {misfits}"
         )
     print(f"pretrained weights: {path}" + "".join(f"; {line}" for line in said), file=sys.stderr)
     loaded = jax.tree.unflatten(structure, found)
@@ -153,7 +154,7 @@ def load(
 
 
 def _check_size(tensors: Mapping[str, np.ndarray], params: PyTree, path: str | Path, model_name: str) -> None:
-    """Refuses a ResNet of another depth or width by its field, which tells more than a list of tensors."""
+    """Refuses a ResNet of another depth or width by its field, which says more than a list of tensors."""
     found = {match.groups() for name in tensors if (match := re.match(r"layer(\d+)\.(\d+)\.", name))}
     stages = [stage for stage, _ in found]
     theirs = [stages.count(stage) for stage in sorted(set(stages), key=int)]
@@ -256,11 +257,11 @@ def _canonical(tensors: Mapping[str, Any]) -> dict[str, np.ndarray]:
     }
 
 
-def _name(path: str, names: tuple) -> str:
+def _name(path: str, names: _Rules) -> str:
     return _substituted(path, names).replace("/", ".")
 
 
-def _substituted(name: str, rules: tuple) -> str:
+def _substituted(name: str, rules: _Rules) -> str:
     for pattern, replacement in rules:
         name = re.sub(pattern, replacement, name)
     return name

@@ -22,7 +22,7 @@ _Conv3x3 = functools.partial(
 )
 
 
-def _shortcut(x: jax.Array, channels: int, stride: int) -> jax.Array:
+def shortcut(x: jax.Array, channels: int, stride: int) -> jax.Array:
     """Returns the shortcut of option A of He et al.: subsample, and fill the new channels with zeros; no parameters."""
     x = x[:, ::stride, ::stride]
     extra = channels - x.shape[-1]
@@ -35,7 +35,7 @@ class BasicBlock(nn.Module):
     channels: int
     stride: int
     dtype: DTypeLike
-    norm: functools.partial  # batch norm but for whether it trains
+    norm: functools.partial[BatchNorm]  # batch norm but for whether it trains
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool, weight: jax.Array | None) -> jax.Array:
@@ -43,7 +43,7 @@ class BasicBlock(nn.Module):
         norm = functools.partial(self.norm, not train)
         y = nn.relu(norm()(conv(strides=self.stride)(x), weight))
         y = norm()(conv()(y), weight)
-        return nn.relu(y + _shortcut(x, self.channels, self.stride))
+        return nn.relu(y + shortcut(x, self.channels, self.stride))
 
 
 class Stage(nn.Module):
@@ -54,7 +54,7 @@ class Stage(nn.Module):
     channels: int
     stride: int
     dtype: DTypeLike
-    norm: functools.partial  # batch norm but for whether it trains
+    norm: functools.partial[BatchNorm]  # batch norm but for whether it trains
     remat: bool
 
     @nn.compact

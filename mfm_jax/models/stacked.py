@@ -65,7 +65,7 @@ def unstack(tree: PyTree, runs: Runs) -> PyTree:
 def within(runs: Runs, *, mapped: bool) -> Callable[[Callable[..., PyTree]], Callable[..., PyTree]]:
     """Returns a decorator of `(state, ...) -> state`, which is then called with a stacked state and returns one.
 
-    Whoever calls what is decorated has the state as it is kept. With `mapped` all leaves of the state have a first axis
+    Whoever calls what is decorated has the state as stored. With `mapped` all leaves of the state have a first axis
     that stays the first.
     """
 

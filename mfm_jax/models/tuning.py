@@ -10,7 +10,7 @@ from mfm_jax.types import ApplyFn, PyTree
 def trained(params: PyTree, tune: str) -> PyTree:
     """Returns a tree like `params`, True where `model.tune` trains."""
 
-    def chosen(path: tuple, leaf: jax.Array) -> bool:
+    def chosen(path: tuple[Any, ...], leaf: jax.Array) -> bool:
         del leaf
         names = [key.key for key in path]
         in_adapter = any(name.startswith("adapter") for name in names)

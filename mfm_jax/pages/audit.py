@@ -47,6 +47,6 @@ def write(
             for one, row in members[:SHOWN]
         ]
         sections.append({"kind": kind, "title": plural, "count": len(members), "entries": entries})
-    told = in_words([one for one, _ in found])
+    summary = in_words([one for one, _ in found])
     page = style.template("audit.html.jinja")
-    disk.write(path, page.render(name=name, sections=sections, told=told, images=len(images), **looked._asdict()))
+    disk.write(path, page.render(name=name, sections=sections, summary=summary, images=len(images), **looked._asdict()))

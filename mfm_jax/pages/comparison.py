@@ -103,7 +103,7 @@ def _sentences(
     methods: Sequence[Compared],
     manifests: Mapping[str, Mapping[str, Any]],
 ) -> list[str]:
-    """Returns what the comparison says in words: of the method ahead of the others, and of MFM where it is not."""
+    """Returns what the comparison says in words: of the method ahead of the others, and of the default."""
     gains = {row["method"]: row for row in rows if row["epoch"] == "last" and row["difference"] is not None}
     if not gains:
         return []
@@ -111,8 +111,8 @@ def _sentences(
     learning = {
         one.name for one in methods if any("meta_loss" in row for rows in one.rows for row in rows.get("train", ()))
     }
-    told = []
-    for name in dict.fromkeys([ahead, *(["mfm"] if "mfm" in gains else [])]):
+    default, sentences = config_lib.Method.name, []
+    for name in dict.fromkeys([ahead, *([default] if default in gains else [])]):
         difference, half = gains[name]["difference"], gains[name]["difference_t95"]
         way = "above" if difference >= 0 else "below"
         reach = "" if half is None else f" [{100 * (difference - half):.1f}, {100 * (difference + half):.1f}]"
@@ -121,8 +121,8 @@ def _sentences(
             text += f"; {_meta_images(manifests[name], manifests[baseline], baseline)}"
         unsure = half is None or abs(difference) <= half
         doubt = "One seed shows no interval." if half is None else "The interval holds zero: no difference is shown."
-        told.append(f"{text}. {doubt if unsure else ''}".strip())
-    return told
+        sentences.append(f"{text}. {doubt if unsure else ''}".strip())
+    return sentences
 
 
 def _meta_images(own: Mapping[str, Any], other: Mapping[str, Any], baseline: str) -> str:

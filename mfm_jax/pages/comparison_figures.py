@@ -18,13 +18,12 @@ from mfm_jax.pages.style import (
     MUTED,
     ORANGE,
     PURPLE,
-    Classes,
     along_steps,
     as_percent,
     plain_logs,
     tip,
 )
-from mfm_jax.workdir.finished import Cost
+from mfm_jax.workdir.finished import Classes, Cost
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

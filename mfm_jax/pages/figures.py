@@ -176,7 +176,7 @@ def draw_modulation(figure: "Figure", classes: Classes, sites: dict[str, dict[st
     names = used or ["gamma", "beta"]
     grid = figure.subplots(len(sites), len(names), squeeze=False, sharex=True)
     for panels, (site, values) in zip(grid, sites.items(), strict=True):
-        named: tuple = ()
+        named: tuple[Any, ...] = ()
         for axes, parameter in zip(panels, names, strict=True):
             axes.set_title(f"{site}: {parameter}")
             axes.axhline(0, color=MUTED, linewidth=0.8)

@@ -1,6 +1,6 @@
 """What a report shows of wrong answers: the confusion matrix, the worst classes and pairs, and pictures of them.
 
-The matrix is an SVG of its own rather than a drawing of matplotlib's: each cell tells its numbers to the pointer, and
+The matrix is an SVG of its own rather than a drawing of matplotlib's: each cell shows its numbers to the pointer, and
 its labels stay text that can be read when it is enlarged, at 121 classes too.
 """
 
@@ -20,12 +20,12 @@ _NUMBERED = 12  # up to this many classes its cells have their numbers written i
 
 
 class Cell(NamedTuple):
-    """A cell of the confusion matrix: its place, its share of the true class (0 to 1), and what the pointer is told."""
+    """A cell of the confusion matrix: its place, its share of the true class (0 to 1), and what the pointer shows."""
 
     column: int
     row: int
     share: float
-    told: str
+    title: str
 
 
 class Matrix(NamedTuple):
@@ -61,7 +61,7 @@ def matrix(classes: Classes, result: dict[str, Any]) -> Matrix | None:
             column=int(j),
             row=int(i),
             share=float(share[i, j]),
-            told=f"{names[i]}{' was right' if i == j else f' → {names[j]}'}\n{100 * share[i, j]:.1f} %:"
+            title=f"{names[i]}{' was right' if i == j else f' → {names[j]}'}\n{100 * share[i, j]:.1f} %:"
             f" {confusion[i, j]:,} of {images[i, 0]:,} images",
         )
         for i, j in zip(rows[largest], columns[largest], strict=True)

@@ -136,12 +136,12 @@ def _chance(run: Finished) -> float | None:
 
 def _story(run: Finished) -> list[str]:
     """Returns what the modulation learned, and how, a sentence each."""
-    told = []
+    lines = []
     losses = [row["meta_loss"] for row in run.rows["train"] if "meta_loss" in row]
     if losses:
         chance = _chance(run)
         guess = f"; an equal guess has {chance:.2f}" if chance else ""
-        told.append(f"The meta loss, on balanced images, went from {losses[0]:.2f} to {losses[-1]:.2f}{guess}.")
+        lines.append(f"The meta loss, on balanced images, went from {losses[0]:.2f} to {losses[-1]:.2f}{guess}.")
     groups = longtail.shot_groups(run.classes.counts)
     for site, values in run.modulation().items():
         for name in ("gamma", "beta"):
@@ -151,11 +151,11 @@ def _story(run: Finished) -> list[str]:
                 if site == "logits":
                     head, tail = (last[groups[part]].mean() for part in ("head_third", "rarest_third"))
                     means = f": {head:.2f} on average over the head third, {tail:.2f} over the rarest"
-                told.append(f"At {site}, {name} ended between {last.min():.2f} and {last.max():.2f}{means}.")
+                lines.append(f"At {site}, {name} ended between {last.min():.2f} and {last.max():.2f}{means}.")
     if losses:
         count = len(run.rows["warning"])
-        told.append(f"{count} warning{'s' if count > 1 else ''}, at the top." if count else "No warning was given.")
-    return told
+        lines.append(f"{count} warning{'s' if count > 1 else ''}, at the top." if count else "No warning was given.")
+    return lines
 
 
 def _sets(run: Finished) -> dict[str, Any] | None:

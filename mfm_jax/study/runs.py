@@ -69,7 +69,7 @@ class _Job:
 
     runs: Sequence[Run]
     cores: Sequence[int] = ()
-    process: subprocess.Popen | None = None
+    process: subprocess.Popen[bytes] | None = None
     outcomes: list[Outcome] | None = None
     began: float = 0.0
     epoch: int = 0  # how many are trained, those before this process included
@@ -134,7 +134,7 @@ def train_all(
       Interrupted: SIGTERM, Ctrl-C, or the time is over; what has begun is saved.
     """
     planned, free, began = [_planned(runs) for runs in groups], _shares_of_cores(jobs), time.monotonic()
-    told = began - _LINE_SECONDS
+    printed = began - _LINE_SECONDS
     with _stopping(planned) as (stopped, stop), Live(refresh_per_second=2, transient=True) as live:
         while any(job.outcomes is None for job in planned):
             late = time.monotonic() - began - seconds
@@ -157,10 +157,10 @@ def train_all(
                 elif job.process is None and job.outcomes is None and free:
                     _start(job, free.pop(0))
             live.update(_table(planned, began))
-            if not live.console.is_terminal and time.monotonic() - told >= _LINE_SECONDS:
+            if not live.console.is_terminal and time.monotonic() - printed >= _LINE_SECONDS:
                 with contextlib.suppress(OSError):
                     print(_line(planned, began), flush=True)
-                told = time.monotonic()
+                printed = time.monotonic()
             time.sleep(_POLL_SECONDS)
     if stopped():
         raise Interrupted("every run is saved")
@@ -213,8 +213,8 @@ def _finished(job: _Job, status: int) -> list[Outcome]:
     if status == EXIT_INTERRUPTED:
         return [Outcome(None, "interrupted")] * len(job.runs)
     lines = [line for line in job.log.read_text(errors="replace").splitlines() if line.strip()]
-    told = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]  # a list may follow
-    last = (told or lines or ["no output"])[-1]
+    errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]  # a list may follow
+    last = (errors or lines or ["no output"])[-1]
     killed = f"killed by signal {-status}; " if status < 0 else ""
     return [Outcome(None, f"{killed}{last} ({job.log})")] * len(job.runs)
 

@@ -1,13 +1,14 @@
 """From a config and its data to the pure functions of a run: initial states and training steps.
 
 This is where a method's choices meet the bilevel step; nothing here loops, and no file is touched but by an
-`init` that starts from weights that are there.
+`init` that starts from stored weights.
 """
 
 import dataclasses
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import flax.linen as nn
 import jax
@@ -19,19 +20,23 @@ from mfm_jax import bilevel
 from mfm_jax.bilevel import modulation, optim, passes
 from mfm_jax.bilevel.outer import MetaLearner
 from mfm_jax.bilevel.passes import Pass
+from mfm_jax.bilevel.steps import PlainStep, Step
 from mfm_jax.config import Config
 from mfm_jax.data import LongTailData
-from mfm_jax.errors import UserError, in_a_line
+from mfm_jax.errors import failing
 from mfm_jax.evaluation import tested
 from mfm_jax.evaluation.tested import Tested
 from mfm_jax.machine import parallel
 from mfm_jax.methods import heads, table
-from mfm_jax.methods.table import METHODS, Method
+from mfm_jax.methods.table import METHODS
 from mfm_jax.models import own, pretrained, stacked
 from mfm_jax.models.own import Adapted
 from mfm_jax.training import preflight, recipe, weights
 from mfm_jax.training.recipe import Recipe
 from mfm_jax.types import ApplyFn, Batch, BilevelState, Modulate, Modulator, PyTree
+
+_Chain: TypeAlias = optax.GradientTransformation
+_Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -41,7 +46,7 @@ class Experiment:
     init: `() -> BilevelState`, the state before the first step, all parameters drawn at random.
     init_pretrained: the same with the weights of `model.pretrained`, the head among them if `whole`, or of the run in
       `model.init_from`; None where there are none to load.
-    plain_step: `(state, batch) -> (state, metrics)`; under a meta learner that stays as it is, if there is one.
+    plain_step: `(state, batch) -> (state, metrics)`; under a meta learner that does not learn, if there is one.
     meta_step: `(state, batch, meta_batch) -> (state, metrics)`; None where nothing learns from the meta set.
     retrain_step: `(state, batch) -> (state, metrics)` of a second stage on a frozen classifier; None without one.
     retrain_from: the step at which that stage begins.
@@ -56,14 +61,14 @@ class Experiment:
     steps_per_epoch: batches in an epoch.
     total_steps: steps in the run.
     mesh: the devices that the steps are spread over; None for one.
-    blocks: the classifier's blocks that the steps scan over; none, and then states are as they are.
+    blocks: the classifier's blocks that the steps scan over; none, and then states are not stacked.
     """
 
     init: Callable[[], BilevelState]
     init_pretrained: Callable[..., BilevelState] | None
-    plain_step: Callable
-    meta_step: Callable | None
-    retrain_step: Callable | None
+    plain_step: PlainStep
+    meta_step: Step | None
+    retrain_step: PlainStep | None
     retrain_from: int
     synthetic: bool
     order: Callable[[jax.Array, int], jax.Array]
@@ -95,46 +100,18 @@ def build(config: Config, data: LongTailData, mesh: Mesh | None = None) -> Exper
     phi_tx = learner.optimizer(schedule) if learner else rules.second_tx
     scans = config.model.scan_blocks
     module = plain.module.clone(scan_blocks=True) if scans else plain.module
-    forward = Pass(tested.applied(config, module), parts=config.train.accumulate)
+    forward = Pass(tested.applied(config, module) if scans else plain.apply, parts=config.train.accumulate)
     if mesh:
         forward = dataclasses.replace(forward, apply=_on_mesh(config, module, mesh), axis_name=parallel.AXIS)
 
-    def fresh(key: jax.Array) -> PyTree:
-        key = jax.random.split(key)[0]
-        variables = plain.module.init({**passes.rngs(key), "params": key}, image)
-        if method.prior_bias:
-            variables = {**variables, "params": heads.with_prior_bias(variables["params"], counts)}
-        return variables
-
-    def start(variables: PyTree, key: jax.Array) -> BilevelState:
-        def init_phi(key: jax.Array) -> PyTree:
-            if method.retraining:
-                return method.retraining.init(key, variables["params"])
-            return learner.init(key) if learner else {}
-
-        moves = method.retraining or (learner and not config.frozen)
-        return bilevel.init_state(jax.random.split(key)[1], variables, rules.tx, init_phi, phi_tx if moves else None)
-
-    def init_pretrained(*, whole: bool = False) -> BilevelState:
-        new, model, normalized = parallel.jit_once(fresh)(key), config.model, table.objective(config).cosine_head
-        new = (new["params"], new.get("batch_stats", {}))
-        if model.init_from:
-            found = weights.of_run(config, data.class_names, *new)
-        else:
-            found = pretrained.load(model.pretrained, *new, model.name, normalized_head=normalized, whole=whole)
-        return parallel.jit_once(start)(dict(zip(("params", "batch_stats"), found, strict=True)), key)
-
-    plain_step, meta_step, retrain_step = _steps(config, method, forward, rules, learner, phi_tx, image.shape[1:])
+    fresh, init, init_pretrained = _starts(config, data, plain.module, learner, rules.tx, phi_tx)
+    plain_step, meta_step, retrain_step = _steps(config, forward, rules, learner, phi_tx, image.shape[1:])
     if mesh:
         plain_step = parallel.shard_step(plain_step, mesh, 1)
         meta_step = meta_step and parallel.shard_step(meta_step, mesh, 2)
         retrain_step = retrain_step and parallel.shard_step(retrain_step, mesh, 1)
     extract = heads.features(plain.apply)
-    key = jax.random.key(config.train.seed)  # an argument of what is compiled: seeds share their programs
-    # One program: hundreds of small operations otherwise, each compiled alone.
-    drawn = parallel.jit_once(lambda key: start(fresh(key), key))
-    init = functools.partial(drawn, key)
-    blocks = stacked.runs(jax.eval_shape(fresh, key)["params"]) if scans else {}
+    blocks = stacked.runs(jax.eval_shape(fresh)["params"]) if scans else {}
     if learner and config.own("learner") is not None:
         _trace(config, lambda: stacked.stack(init(), blocks), meta_step or plain_step, image.shape[1:])
     return Experiment(
@@ -157,6 +134,45 @@ def build(config: Config, data: LongTailData, mesh: Mesh | None = None) -> Exper
         mesh=mesh,
         blocks=blocks,
     )
+
+
+def _starts(
+    config: Config, data: LongTailData, module: nn.Module, learner: MetaLearner | None, tx: _Chain, phi_tx: _Chain
+) -> tuple[Callable[[], PyTree], Callable[[], BilevelState], Callable[..., BilevelState]]:
+    """Returns what makes the module's variables at random, the state of these, and that of stored weights."""
+    method = METHODS[config.method.name]
+    image = jnp.zeros((1, *data.train_images.shape[1:]), jnp.float32)
+    key = jax.random.key(config.train.seed)  # an argument of what is compiled: seeds share their programs
+
+    def fresh(key: jax.Array) -> PyTree:
+        key = jax.random.split(key)[0]
+        variables = module.init({**passes.rngs(key), "params": key}, image)
+        if method.prior_bias:
+            counts = jnp.asarray(data.counts)
+            variables = {**variables, "params": heads.with_prior_bias(variables["params"], counts)}
+        return variables
+
+    def start(variables: PyTree, key: jax.Array) -> BilevelState:
+        def init_phi(key: jax.Array) -> PyTree:
+            if method.retraining:
+                return method.retraining.init(key, variables["params"])
+            return learner.init(key) if learner else {}
+
+        moves = method.retraining or (learner and not config.frozen)
+        return bilevel.init_state(jax.random.split(key)[1], variables, tx, init_phi, phi_tx if moves else None)
+
+    def init_pretrained(*, whole: bool = False) -> BilevelState:
+        new, model, normalized = parallel.jit_once(fresh)(key), config.model, table.objective(config).cosine_head
+        new = (new["params"], new.get("batch_stats", {}))
+        if model.init_from:
+            found = weights.of_run(config, data.class_names, *new)
+        else:
+            found = pretrained.load(model.pretrained, *new, model.name, normalized_head=normalized, whole=whole)
+        return parallel.jit_once(start)(dict(zip(("params", "batch_stats"), found, strict=True)), key)
+
+    # One program: hundreds of small operations otherwise, each compiled alone.
+    drawn = parallel.jit_once(lambda key: start(fresh(key), key))
+    return functools.partial(fresh, key), functools.partial(drawn, key), init_pretrained
 
 
 def _channels(
@@ -185,7 +201,7 @@ def _on_mesh(config: Config, module: nn.Module, mesh: Mesh) -> ApplyFn:
     return parallel.gathered(apply) if parallel.MODEL_AXIS in mesh.axis_names else apply
 
 
-def _trace(config: Config, init: Callable, step: Callable, image_shape: tuple[int, ...]) -> None:
+def _trace(config: Config, init: Callable[[], BilevelState], step: Callable[..., PyTree], image_shape: _Shape) -> None:
     """Traces a step of a meta learner of the user's own, whose functions can fail in any way."""
 
     def batch(size: int) -> Batch:
@@ -195,27 +211,15 @@ def _trace(config: Config, init: Callable, step: Callable, image_shape: tuple[in
         metas = () if config.frozen else (batch(config.meta.batch_size),)
         return step(init(), batch(config.train.batch_size), *metas)
 
-    try:
+    with failing(f"method.learner = {config.method.learner!r}: a step with it fails"):
         jax.eval_shape(run)
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(
-            f"method.learner = {config.method.learner!r}: a step with it fails: {in_a_line(error)}"
-        ) from error
 
 
 def _steps(
-    config: Config,
-    method: Method,
-    forward: Pass,
-    rules: Recipe,
-    learner: MetaLearner | None,
-    phi_tx: optax.GradientTransformation,
-    image_shape: tuple[int, ...],
-) -> tuple[Callable, Callable | None, Callable | None]:
+    config: Config, forward: Pass, rules: Recipe, learner: MetaLearner | None, phi_tx: _Chain, image_shape: _Shape
+) -> tuple[PlainStep, Step | None, PlainStep | None]:
     """Returns the plain step, the meta-step and a second stage's, None for what the run has not."""
-    weights, meta_step, retrain_step = rules.class_weights, None, None
+    method, weights, meta_step, retrain_step = METHODS[config.method.name], rules.class_weights, None, None
     plain_step = bilevel.make_plain_step(forward, rules.loss, rules.tx, learner, class_weights=weights)
     if learner and not config.frozen:
         rule = recipe.meta_rule(config)

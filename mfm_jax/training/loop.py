@@ -54,7 +54,7 @@ def make_call(experiment: Experiment, config: Config, seeds: int = 1) -> Callabl
 
     `kind`, of all the steps of the call, is static. `count`, int32 on the device, is a value of the run: each kind is
     one program that holds its step once, however long epochs and the blocks between meta-steps are. Where a call has
-    one step at most (`steps_per_call`), it is compiled as it is, without a loop: XLA's CPU backend runs convolutions
+    one step at most (`steps_per_call`), it is compiled without a loop: XLA's CPU backend runs convolutions
     inside a loop many times slower than outside. The loop state is donated.
     """
     single = steps_per_call(config) == 1
@@ -115,7 +115,7 @@ def glance(loop: LoopState) -> tuple[jax.Array, jax.Array, jax.Array]:
 
 
 def stack(loops: Sequence[LoopState]) -> LoopState:
-    """Returns the states of runs with different seeds along a new first axis; that of one run as it is."""
+    """Returns the states of runs with different seeds along a new first axis; that of one run unchanged."""
     return loops[0] if len(loops) == 1 else jax.tree.map(lambda *leaves: jnp.stack(leaves), *loops)
 
 
@@ -216,7 +216,9 @@ def make_settle(experiment: Experiment) -> Callable[[BilevelState, Input], Bilev
     return settle
 
 
-def evaluate_batch(eval_step: Callable, state: BilevelState, image: jax.Array, data: Input) -> jax.Array:
+def evaluate_batch(
+    eval_step: Callable[[BilevelState, jax.Array], jax.Array], state: BilevelState, image: jax.Array, data: Input
+) -> jax.Array:
     """Returns `eval_step(state, image)`, the tested classifier's probabilities `[B, K]`, of stored images."""
     return eval_step(state, augment.normalize(image, data.mean, data.std))
 

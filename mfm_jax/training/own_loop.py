@@ -1,4 +1,4 @@
-"""MFM's recipe for a training loop of one's own: what `method.name = "mfm"` uses, in one call."""
+"""MFM's recipe for a training loop of one's own: what the default `method.name` uses, in one call."""
 
 from typing import NamedTuple
 
@@ -53,11 +53,11 @@ def recipe(
         raise UserError(
             f"counts = {images.tolist()}: allowed: the training images of two classes or more, each 1 or more"
         )
-    method = METHODS["mfm"]
+    method = METHODS[_DEFAULT.method.name]
     assert method.learner is not None
     learner = method.learner(_DEFAULT, jnp.asarray(images), {"logits": len(images)})
     draw = method.sampler(_DEFAULT, images, 0)
     assert learner.modulator is not None
     assert draw is not None
-    phi_tx = learner.optimizer(learning_rate)  # type: ignore[arg-type]  # optax takes a number in a schedule's place
+    phi_tx = learner.optimizer(learning_rate)  # optax takes a number, too
     return Parts(learner.modulator, phi_tx, recipes.meta_rule(_DEFAULT), draw.share, every or _DEFAULT.meta.every)

@@ -24,7 +24,8 @@ def check(config: Config, data: LongTailData, mesh: Mesh | None) -> None:
     streamed = isinstance(data.train_images, Streamed)
     problems = (
         *_images(config, method, min(data.train_images.shape[1:3]), streamed),
-        *_sizes(config, data),
+        # A run has cut them (`sizes.cut`) before it is built.
+        *(f"{what}; choose at most {most}" for _, most, what in sizes.too_large(config, data.manifest)),
         *_devices(config, devices),
         *_parts(config, mesh, streamed, has_meta_step=method.learner is not None),
         *_frozen(config, method),
@@ -89,13 +90,6 @@ def _averages(config: Config, module: Adapted, seen: Seen, mesh: Mesh | None) ->
                 f"{field} = {size}: does not divide by {mesh.size} devices, and your module has batch norm and takes no"
                 f" `weight` of padded examples; choose a multiple of {mesh.size}"
             )
-
-
-def _sizes(config: Config, data: LongTailData) -> Iterator[str]:
-    """Batches larger than what they are drawn from; a run cuts them (`sizes.cut`) before it is built."""
-    for field, (most, what) in sizes.limits(config, data.manifest).items():
-        if (size := sizes.of(config, field)) > most:
-            yield f"{field} = {size}: there are {most} {what}; choose at most {most}"
 
 
 def _frozen(config: Config, method: Method) -> Iterator[str]:

@@ -244,12 +244,12 @@ def summary(config: Config, data: LongTailData) -> str:
     if config.data.protocol == "natural" and config.data.imbalance_factor > 1:
         factor += " (1 takes all images)"
     duplicates = data.manifest.get("duplicates_in_test", {})
-    told = "".join(f" {n} test images with a duplicate outside ({kind});" for kind, n in duplicates.items())
+    doubles = "".join(f" {n} test images with a duplicate outside ({kind});" for kind, n in duplicates.items())
     return (
         f"{data.name} {data.version}, protocol {config.data.protocol}, imbalance factor {factor}:"
         f" {parts[0]} training images ({counts.max()}..{counts.min()} a class),"
         f" {min(data.manifest['splits']['meta']['class_counts'])} meta a class, {parts[1]} validation, {parts[2]} test;"
-        f" {'x'.join(map(str, data.train_images.shape[1:]))}, {where};{told}"
+        f" {'x'.join(map(str, data.train_images.shape[1:]))}, {where};{doubles}"
         f" manifest {data.manifest['hash'].removeprefix('sha256:')[:12]}"
     )
 

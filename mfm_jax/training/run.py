@@ -59,7 +59,7 @@ class Run:
         self.epoch_log = EpochLog(self.log, experiment, config, data.counts, self._way_out)
         self.seconds_before, self.began = record["seconds"], time.perf_counter()
         self.train_seconds = record["seconds"]
-        self.told_step = -1  # the last skipped step that was told
+        self._warned_of = -1  # the last skipped step that a warning names
         self._settled = loop_lib.make_settle(experiment)
         whole = parallel.replicated(self.mesh) if self.mesh else None
         self.predict = functools.partial(loop_lib.evaluate_batch, experiment.tested.probabilities)
@@ -157,9 +157,9 @@ class Run:
         for step, anomaly in bad.tolist():
             if self.config.train.on_nonfinite == "stop" and step >= 0:
                 raise NonFiniteError(f"{ANOMALIES[anomaly]} at step {step}; {self._way_out()}")
-            if step > self.told_step and cluster.is_primary():
+            if step > self._warned_of and cluster.is_primary():
                 print(f"warning: {ANOMALIES[anomaly]} at step {step}; skipped", file=sys.stderr)
-                self.told_step = step
+                self._warned_of = step
 
     def _way_out(self) -> str:
         self.checkpoints.wait()

@@ -60,17 +60,17 @@ def train_and_evaluate(
 ) -> dict[str, Any]:
     """Trains as `config` says, in `workdir`, and returns the results.
 
-    A workdir that holds an interrupted run of the same config is resumed; a finished one is returned as it is, or goes
+    A workdir that holds an interrupted run of the same config is resumed; a finished one is returned unchanged, or goes
     on where it is extended (`optim.restarts`). Leaves the files that `Workdir` names. Batch sizes above what the data
-    has are cut to it, which is told and recorded.
+    has are cut to it; a line says so, and the run records it.
 
     Args:
       config: from a config file, or a dict of the same form.
       workdir: the run's folder; made if absent.
       module: the user's own, in the place of `model.name` (`config.own.Own`; docs/library.md).
-      source: likewise, of `data.source`.
-      loss: of `method.loss`; the method `own_loss` reads it, which may be `method.base`.
-      learner: of `method.learner`; the method `own_learner` reads it.
+      source: in the place of `data.source`.
+      loss: in that of `method.loss`; the method `own_loss` reads it, which may be `method.base`.
+      learner: in that of `method.learner`; the method `own_learner` reads it.
       pages: whether to write `report.html`, which `report.write_report` can still do later.
       trace: what writes a profile of some steps.
 
@@ -111,12 +111,8 @@ def train_together(
         with contextlib.ExitStack() as stack:
             for _, workdir in todo if cluster.is_primary() else ():
                 stack.enter_context(Workdir(workdir).owned())
-            asked = configs[0].data
-            progress.say(f"reading {asked.name if asked.source == 'tfds' else asked.root or asked.source}")
             data = _read(configs[0])
-            if told := sizes.told(configs[0], data.manifest):
-                progress.say(told)
-            todo = [(_settled(sizes.cut(config, data.manifest), workdir), workdir) for config, workdir in todo]
+            todo = [(settled(sizes.cut(config, data.manifest), workdir), workdir) for config, workdir in todo]
             fsdp = configs[0].parallel.fsdp
             mesh = parallel.data_mesh(fsdp=fsdp) if jax.device_count() > 1 or fsdp > 1 else None
             on_device = inputs.to_device(data)
@@ -153,11 +149,15 @@ def train_together(
 
 def _read(config: Config) -> LongTailData:
     """Returns the data; meanwhile a thread compiles the convolution's kernels, where they are not there yet."""
+    asked = config.data
+    progress.say(f"reading {asked.name if asked.source == 'tfds' else asked.root or asked.source}")
     # A daemon: neither a mistake nor an interruption waits for it.
     making = threading.Thread(target=lambda: native.prepare(tested.dtype(config)), daemon=True)
     making.start()
     data = data_lib.build(config)
     making.join()
+    if cuts := sizes.in_words(config, data.manifest):
+        progress.say(cuts)
     return data
 
 
@@ -167,7 +167,7 @@ def _write_report(workdir: Path) -> None:
         report.write_report(workdir)
 
 
-def _settled(config: Config, workdir: Path) -> Config:
+def settled(config: Config, workdir: Path) -> Config:
     """Returns `config` with the type that its run computes in: that which it began with, wherever it goes on."""
     stored = Workdir(workdir).config
     dtype = read_object(stored)["train"]["dtype"] if stored.exists() else tested.dtype(config)

@@ -21,8 +21,8 @@ def of_run(config: Config, class_names: Sequence[str], params: PyTree, batch_sta
     """Returns `(params, batch_stats)` with the weights of the run in `model.init_from`, as its last step left them.
 
     They are the classifier's own: no phi, and not what a second stage or a post-hoc step made of the head. The head
-    starts fresh where the classes are others, or where one is linear and the other normalised; which, is told on the
-    standard error. Adapters that the run has not stay as they are.
+    starts fresh where the classes are others, or where one is linear and the other normalised; the standard error
+    says which. Adapters that the run has not start fresh.
 
     `params` and `batch_stats` are those of the new run's classifier, for their shapes and for what starts fresh.
 

@@ -4,8 +4,8 @@ A checkpoint holds the whole loop state, the metric rows so far, and phi once mo
 start from a modulator without knowing the classifier it was learned with. Saving is asynchronous and atomic.
 
 Every checkpoint is sealed with digests of its files (`integrity`). One that is damaged is set aside when the folder is
-opened, and the one before it counts as the latest. A save that fails, on a full disk say, is told, leaves the earlier
-checkpoints as they are, and the next save tries again.
+opened, and the one before it counts as the latest. A save that fails, on a full disk say, is a warning that leaves the
+earlier checkpoints alone, and the next save tries again.
 """
 
 import contextlib
@@ -74,8 +74,8 @@ class Checkpointer:
         for unnamed in self._folder.glob(f"{self._saving}.*"):
             integrity.seal(unnamed)
 
-    def save(self, step: int, state: PyTree, phi: PyTree, record: dict, metric: float | None) -> None:
-        """Starts saving; returns once the state may be overwritten. A save that cannot be made is told, not raised.
+    def save(self, step: int, state: PyTree, phi: PyTree, record: dict[str, Any], metric: float | None) -> None:
+        """Starts saving; returns once the state may be overwritten. A save that fails warns and does not raise.
 
         `record` is kept as JSON beside the arrays: the metric rows, the seconds so far, what kind phi is.
         `metric` is the validation's balanced accuracy, None where this step was not validated.
@@ -100,7 +100,7 @@ class Checkpointer:
     def best_step(self, highest: float) -> int | None:
         """The kept step whose validation metric is `highest`, the run's best.
 
-        None without a validation split, or where that checkpoint was lost, which is told.
+        None without a validation split, or with a warning where that checkpoint was lost.
         """
         if not self._has_validation:
             return None
@@ -117,7 +117,7 @@ class Checkpointer:
         if reason := self._damage(step):
             raise UserError(f"{self._folder / str(step)}: damaged: {reason}")
 
-    def restore(self, step: int, like: PyTree) -> tuple[PyTree, dict]:
+    def restore(self, step: int, like: PyTree) -> tuple[PyTree, dict[str, Any]]:
         """Returns (state, record) of `step`, placed like the arrays of `like`.
 
         Raises:
@@ -128,7 +128,7 @@ class Checkpointer:
         restored = self._manager.restore(step, args=args)
         return restored["state"], restored["record"]
 
-    def restore_tested(self, step: int) -> tuple[BilevelState, dict]:
+    def restore_tested(self, step: int) -> tuple[BilevelState, dict[str, Any]]:
         """Returns (state, record) of `step`, of the state what the tested classifier is made of, on one device.
 
         The shapes are the checkpoint's own, so that neither the data nor the optimizers need be known. The state has no
@@ -149,7 +149,7 @@ class Checkpointer:
         return BilevelState(key=jax.random.key(0), opt_state=(), phi_opt_state=(), **found["bilevel"]), record
 
     def wait(self) -> None:
-        """Blocks until what was saved is on disk, or has failed, which is told."""
+        """Blocks until what was saved is on disk, or has failed with a warning."""
         try:
             self._manager.wait_until_finished()
         except (OSError, ValueError) as error:

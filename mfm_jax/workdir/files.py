@@ -64,7 +64,7 @@ class Workdir:
     report = _In("report.html")
     evaluations = _In("eval")  # later evaluations, a folder each
     audit = _In("label_audit")  # of the labels: its runs, its table and its page
-    exported = _In("exported")  # what `export` writes, unless it is told where
+    exported = _In("exported")  # what `export` writes, unless `--out` says where
     processes = _In("processes.jsonl")  # what each process took that trained the run (`runs`)
     peak_memory = _In("peak_memory.json")  # of a run that one process trained from start to end
     problems = _In("problems.csv")  # what `--mode=check` found
@@ -104,7 +104,7 @@ class Workdir:
     def is_finished(self, config: Config) -> bool:
         """Whether a run in the folder has finished, with all the epochs of `config`, on data that lies where it did.
 
-        Of data that lies elsewhere only its manifest can tell whether it is the same, of a part of the user's own that
+        Of data that lies elsewhere only its manifest can show whether it is the same, of a part of the user's own that
         has got a name since, only its parameters.
         """
         of_data = {path for path in config_lib.FIELDS if path.startswith("data.")} - {"data.workers"}
@@ -113,11 +113,7 @@ class Workdir:
         return self.results.exists() and begun_again.isdisjoint(change.path for change in self.changes(config))
 
     def begin(
-        self,
-        config: Config,
-        manifest: Mapping[str, Any],
-        facts: Mapping[str, Any],
-        say: Callable[[str], None] = print,
+        self, config: Config, manifest: Mapping[str, Any], facts: Mapping[str, Any], say: Callable[[str], None] = print
     ) -> None:
         """Writes what a run leaves at its start, where it is absent: its facts, its split, and last its config.
 
@@ -144,7 +140,7 @@ class Workdir:
         """Raises a UserError where a run has begun in the folder with another split than `manifest`."""
         if not self.config.exists():
             return
-        # A folder of pictures may have another name by now, and what was left out be gone: the version tells content.
+        # A folder of pictures may have another name by now, and what was left out be gone: the version has the content.
         manifests = (read_manifest(self.manifest), manifest)
         began, now = (manifest_hash({**one, "dataset": "", "left_out": []}) for one in manifests)
         if began != now:

@@ -19,14 +19,14 @@ _LATER = ("_CHECKPOINT_METADATA", "commit_success.txt")
 
 def seal(folder: Path) -> None:
     """Writes the SHA-256 of every file below `folder` to `folder/sha256.json`."""
-    disk.write_object(folder / SEAL, dict(_digests(folder)))
+    disk.write_object(folder / SEAL, dict(digests(folder)))
 
 
 def damage(folder: Path) -> str:
     """Returns what is wrong with a sealed folder, naming the file; "" if every file is as it was sealed."""
     try:
         sealed = json.loads((folder / SEAL).read_bytes())
-        present = dict(_digests(folder))
+        present = dict(digests(folder))
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
     except (OSError, ValueError) as error:  # ValueError: not JSON, not text
@@ -39,7 +39,8 @@ def damage(folder: Path) -> str:
     return ""
 
 
-def _digests(folder: Path) -> Iterator[tuple[str, str]]:
+def digests(folder: Path) -> Iterator[tuple[str, str]]:
+    """Yields the path below `folder` and the SHA-256 of each file, but for the seal and what Orbax writes after it."""
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         if path.is_file() and name != SEAL and name not in _LATER:

@@ -1,6 +1,6 @@
 """Where metrics go besides the run's folder: Weights & Biases and MLflow, behind one protocol, `Logger`.
 
-`metrics.jsonl` stays the source of truth. A logger that fails is told once and stops nothing. The ids of a run with
+`metrics.jsonl` stays the source of truth. A logger that fails is named once and stops nothing. The ids of a run with
 each are kept in its folder (`Workdir.loggers`), so that a run that is resumed goes on in the same place.
 """
 
@@ -44,7 +44,7 @@ class Logger(Protocol):
 
 
 class Guarded:
-    """A logger that never raises. What fails is told once; rows that it has not got are handed over at the end."""
+    """A logger that never raises. It warns once of what fails; rows that it has not got follow at the end."""
 
     def __init__(self, name: str, make: Callable[[], Logger], began_with: int):
         """Calls `make`, which opens it; a resumed one, that the user calls `name`, has got the rows it `began_with`."""

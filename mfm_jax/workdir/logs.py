@@ -1,7 +1,7 @@
 """Metric rows: kept in memory, written to `metrics.jsonl`, to TensorBoard and to other loggers as they come.
 
 Rows hold no wall-clock time, so two equal runs write equal files. They are saved with each checkpoint, and a resumed
-run starts from the checkpoint's rows: the file never shows a step twice. A write that fails (a full disk) is told once
+run starts from the checkpoint's rows: the file never shows a step twice. A write that fails (a full disk) warns once,
 and stops nothing: the rows are in memory and in the checkpoints, and the next write starts with what is missing.
 """
 
@@ -35,7 +35,7 @@ class MetricLog:
             events = (_Events(Workdir(workdir).tensorboard, purge),) if tensorboard else ()
             self._sinks = (_Lines(Workdir(workdir).metrics), *events)
         self._written = [0, len(rows)]  # rows that each sink holds; TensorBoard has kept those from before
-        self._told: set[str] = set()
+        self._warned_of: set[str] = set()
         self._write()
 
     def write(self, kind: str, step: int, epoch: int, values: dict[str, Any]) -> None:
@@ -50,13 +50,13 @@ class MetricLog:
                 sink.write(self.rows[self._written[i] :])
                 self._written[i] = len(self.rows)
             except OSError as error:
-                if sink.name not in self._told:
+                if sink.name not in self._warned_of:
                     print(
                         f"warning: {sink.name} cannot be written: {error}; training goes on, and its rows are written"
                         " when that is possible again",
                         file=sys.stderr,
                     )
-                self._told.add(sink.name)
+                self._warned_of.add(sink.name)
         for logger in self._loggers:
             logger.write(self.rows)
 
