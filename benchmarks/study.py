@@ -10,6 +10,8 @@ Started again with the same folder it goes on where it was. Tiers (`--tiers=main
   transfer  factors 200 and 50, 2 seeds: MFM with the modulator of main's seed 0, frozen, and fine-tuned
   borrowed  the config's factor, 5 seeds: CE, MFM, and MFM with the modulator of the run `--source`, frozen, fine-tuned
   others    factor 100, 1 seed: every other method at its defaults, untuned
+  features  factor 100, 3 seeds: MFM as in configs/cifar10_lt_features.py, with a network at the pooled features, too
+  explained 1 seed: what the methods below CE lack, put right one at a time
 
 `--max_seeds=1 --config.train.epochs=2` makes a trial of it; `--jobs=N` has N runs side by side. After each tier the
 rows that are there are written to WORKDIR/study.md, with differences paired by seed, and to `--csv`.
@@ -53,6 +55,7 @@ CHOSEN: dict[str, Values] = {
     "meta_weight_net": {"method.sampling": "square_root", "meta.learning_rate": 2e-3},
 }
 UNTUNED: dict[str, Values] = {"l2ac": {"meta.learning_rate": 2e-3}}  # its phi is a network, as Meta-Weight-Net's
+FEATURES: Values = {"modulation.sites": "pooled:network,logits:frequency", "meta.learning_rate": 0.0025}
 MAIN = ("ce", "logit_adjusted", "mfm")
 PEERS = ("ldam_drw", "meta_weight_net")
 
@@ -89,6 +92,13 @@ def tiers(own_factor: float, source: str) -> dict[str, list[Row]]:
         "borrowed": chosen(("ce", "mfm"), own_factor, 5) + transferred(own_factor, 5),
         "others": [Row(name, name, 100.0, 1, UNTUNED.get(name, {})) for name in BUILT_IN if name not in elsewhere]
         + [Row("mfm_long_tail", "mfm_frozen", 100.0, 1)],
+        "features": [Row("mfm_features", "mfm", 100.0, 3, FEATURES)],
+        "explained": [
+            Row("ldam_without_margins", "ldam", 100.0, 1, {"method.ldam_margin": 0.0}),
+            Row("dice_balanced", "dice", 100.0, 1, {"method.sampling": "balanced"}),
+            Row("l2rw_square_root", "l2rw", 100.0, 1, {"method.sampling": "square_root"}),
+            *(Row(name, name, 10.0, 1) for name in ("undersample", "ce")),
+        ],
     }
 
 

@@ -16,12 +16,14 @@ import pytest
 ROOT = Path(__file__).parents[1]
 HALVES = ("train.batch_size=50", "meta.batch_size=50", "train.max_steps=494")
 LARGE = ("model.name=resnet18", "data.image_size=64", *HALVES)
+FEATURES = ("modulation.sites=pooled:network,logits:frequency", "meta.learning_rate=0.0025")  # cifar10_lt_features
 VIT = ("model.name=vit_b16", "model.width=64", "data.image_size=64", "optim.name=adamw", "optim.learning_rate=1e-3")
 LADDER = {
     **{f"resnet8, seed {seed}": ("model.name=resnet8", f"train.seed={seed}") for seed in range(3)},
     **{name: (f"model.name={name}",) for name in ("resnet20", "resnet32", "resnet56")},
     "resnet18 at 64 pixels": LARGE,
     "a small ViT": VIT,
+    **{f"{name}, features": (f"model.name={name}", *FEATURES) for name in ("resnet8", "resnet20", "resnet32")},
     "resnet8 in bfloat16": ("model.name=resnet8", "train.dtype=bfloat16"),
     "resnet20 in bfloat16": ("model.name=resnet20", "train.dtype=bfloat16"),
 }
