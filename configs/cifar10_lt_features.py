@@ -3,7 +3,7 @@
     mfm-jax train cifar10_lt_features --workdir=runs/cifar10_features
 
 On top of the curve at the logits a modulator network scales and shifts the pooled features. It reads the features, not
-the label, and learns at a quarter of the rate. On validation it was the best of the variants that modulate features, and
+the label, and learns at a quarter of the rate. On validation it is the best of the variants that modulate features and
 below the curve alone (docs/results/study.md).
 """
 
