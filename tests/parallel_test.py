@@ -110,8 +110,8 @@ def assert_same(found, expected, tolerance: float, floor: float = 1e-6):
 _on_one: dict = {}
 
 
-def check_trajectory(name, batch, devices, fsdp=1, steps=STEPS):
-    config = several_epochs(name, batch)
+def check_trajectory(name, batch, devices, fsdp=1, steps=STEPS, **overrides):
+    config = several_epochs(name, batch, **overrides)
     if (config, steps) not in _on_one:
         _on_one[config, steps] = trajectory(config, None, steps).bilevel
     loop = trajectory(config, parallel.data_mesh(jax.devices()[:devices], fsdp), steps)
@@ -156,6 +156,14 @@ def test_convolutions_take_the_same_twenty_steps(how, devices, monkeypatch, reco
 @pytest.mark.parametrize("batch", [91, 96])
 def test_every_method_takes_the_same_twenty_steps(name, batch, devices, wide):
     check_trajectory(name, batch, devices)
+
+
+@pytest.mark.parametrize("policy", ["autoaugment", slow("randaugment"), slow("trivialaugment")])
+def test_augmented_and_mixed_batches_take_the_same_steps(policy, wide):
+    """Meta batches are augmented, too; boxes and mixtures take partners from the whole training set."""
+    options = {"policy": policy, "cutout": 3, "mixup": 0.5, "cutmix": 1.0, "partners": "balanced"}
+    fields = {f"augment__{name}": value for name, value in options.items()}
+    check_trajectory("mfm", 91, 8, steps=6, **fields)
 
 
 def one_step(experiment, config, data, kind):
