@@ -170,7 +170,7 @@ def cutmix(
     count, height, width, _ = images.shape
     pair_key, share_key, place_key = jax.random.split(key, 3)
     others, other_labels = partners or _shuffled(pair_key, images, labels)
-    side = jnp.sqrt(1 - jax.random.beta(share_key, alpha, alpha, (count, 1), jnp.float32))
+    side = jnp.sqrt(1 - jax.random.beta(share_key, alpha, alpha, (count,), jnp.float32))[:, None]
     sizes = jnp.array([[height, width]], jnp.int32)
     half = (side * sizes.astype(jnp.float32)).astype(jnp.int32) // 2
     middle = jax.random.randint(place_key, (count, 2), 0, sizes, jnp.int32)
