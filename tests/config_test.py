@@ -129,6 +129,7 @@ NEEDED = {
     "l2rw": {"meta": {"lagged": False}},
     "resized": {"data": {"source": "folder"}},
     "adapters": {"model": {"name": "vit_b16"}},
+    "balanced": {"augment": {"mixup": 0.4}},  # partners
     **{name: {"method": fields} for name, fields in OWN.items()},
 }
 

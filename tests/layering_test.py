@@ -27,7 +27,7 @@ ORDER = (  # the files of a line import those of the lines above it alone
     "config.consistency config.continuation config.lookup models.catalog",
     "config.parameters config.schema models",
     "config",
-    "data.sizes models.own",
+    "data.policies data.sizes models.own",
     "bilevel.optim data.augment data.listing data.sources evaluation.health methods.sampling "
     "models.pretrained training.anomalies workdir.files",
     "bilevel.outer data.batches data.checking data.digits data.given data.kept data.numbers data.own "

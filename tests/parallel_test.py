@@ -158,6 +158,33 @@ def test_every_method_takes_the_same_twenty_steps(name, batch, devices, wide):
     check_trajectory(name, batch, devices)
 
 
+@pytest.mark.parametrize("policy", ["autoaugment", slow("randaugment"), slow("trivialaugment")])
+def test_a_batch_that_is_augmented_on_several_devices_is_that_of_one(policy):
+    """Boxes are cut from the whole training set, which every device has: no image is sent.
+
+    The devices agree on when the draws from a Beta distribution, a loop, have ended.
+    """
+    options = {"policy": policy, "cutout": 3, "cutmix": 1.0, "partners": "balanced"}
+    config = several_epochs("ce", 96, **{f"augment__{name}": value for name, value in options.items()})
+    data, mesh = data_of(config), parallel.data_mesh()
+    order = jnp.arange(96, dtype=jnp.int32)[None] * 7 % len(data.train_labels)
+    given = inputs.to_device(data).replace(order=order, meta_table=jnp.asarray(data.meta_table(0), jnp.int32))
+    given = given.replace(mean=jnp.zeros(1), std=jnp.ones(1))  # two programs may divide with another last bit
+
+    def make(mesh, given):
+        keys = inputs.step_keys(jax.random.key(3), 0)
+        batch = loop_lib._training_batch(keys, given, jnp.int32(0), config, mesh)
+        return jax.lax.with_sharding_constraint(batch, parallel.split(mesh)) if mesh else batch
+
+    one = jax.jit(functools.partial(make, None))(given)
+    assert (one.share < 1).any()
+    program = jax.jit(functools.partial(make, mesh)).lower(jax.device_put(given, parallel.replicated(mesh))).compile()
+    chex.assert_trees_all_equal(arrays(program(jax.device_put(given, parallel.replicated(mesh)))), arrays(one))
+    kinds = "all-reduce|all-gather|reduce-scatter|collective-permute|all-to-all"
+    found = re.findall(rf"= (\S+) (?:{kinds})(?:-start)?\(", program.as_text())
+    assert set(found) == {"pred[]"}
+
+
 def one_step(experiment, config, data, kind):
     """Takes one step of a kind from the initial state on the first images."""
 

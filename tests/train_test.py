@@ -273,6 +273,9 @@ def test_a_manifest_is_taken_from_a_file(finished, tmp_path):
         ),
         slow({"method__name": "meta_weight_net", "method__base": "ldam", "meta__virtual": "head"}),
         {"train__max_steps": 7, "optim__warmup_epochs": 1},
+        slow({"augment__policy": "autoaugment", "augment__cutout": 4}),
+        slow({"augment__policy": "randaugment", "augment__cutmix": 1.0, "augment__partners": "balanced"}),
+        {"augment__policy": "trivialaugment", "augment__cutmix": 1.0, "augment__mixup": 0.4},
     ],
     ids=lambda overrides: "+".join(str(value) for value in overrides.values()),
 )

@@ -26,6 +26,11 @@ def problems(config: Config) -> Iterator[str]:
             f"augment.crop = 'resized': needs whole pictures, which only data.source = 'folder' or 'list' has, not"
             f" {config.data.source!r}; use 'shift'"
         )
+    if config.augment.partners != "batch" and not (config.augment.mixup or config.augment.cutmix):
+        yield (
+            f"augment.partners = {config.augment.partners!r}: not read without partners; set augment.mixup or"
+            " augment.cutmix, or leave it out"
+        )
     if 0 < config.train.spike_factor <= 1:
         yield f"train.spike_factor = {config.train.spike_factor}: allowed: more than 1, or 0 for none"
     yield from _stages(config)

@@ -77,7 +77,20 @@ class Augment:
     color_jitter: Annotated[float, Bounds(0, 1), "largest change of brightness, contrast, saturation; 0 = off"] = 0.0
     pad: Annotated[int, Bounds(0), "crop shift: reflect-pad this many pixels, then crop at random; 0 = off"] = 4
     flip: Annotated[bool, "mirror left-right with probability 1/2"] = True
+    policy: Annotated[
+        Literal["none", "autoaugment", "randaugment", "trivialaugment"],
+        "operations drawn for each image, of meta batches too",
+    ] = "none"
+    magnitude: Annotated[int, Bounds(0, 30), "policy randaugment: strength of the operations"] = 9
+    operations: Annotated[int, Bounds(1, 8), "policy randaugment: how many an image gets"] = 2
+    cutout: Annotated[int, Bounds(0), "blank a square of this many pixels a side, in meta batches too; 0 = off"] = 0
     mixup: Annotated[float, Bounds(0), "mix images in pairs, shares from Beta(mixup, mixup); 0 = off"] = 0.0
+    cutmix: Annotated[
+        float, Bounds(0), "paste boxes into half of the images, shares from Beta(cutmix, cutmix); 0 = off"
+    ] = 0.0
+    partners: Annotated[
+        Literal["batch", "balanced"], "mixup, cutmix: others of the batch, or of the training set, every class as often"
+    ] = "batch"
 
 
 SmallResNet = Literal["resnet32", "resnet8", "resnet20", "resnet44", "resnet56"]  # for 16 to 64 pixels a side

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from mfm_jax.config import Augment
+from mfm_jax.data import policies
 
 
 def crop_flip(key: jax.Array, image: jax.Array, pad: int, flip: bool) -> jax.Array:
@@ -58,38 +59,131 @@ def _away_from(origin: jax.Array, image: jax.Array, factor: jax.Array) -> jax.Ar
 
 
 def augment_batch(key: jax.Array, images: jax.Array, settings: Augment) -> jax.Array:
-    """Returns `images` `[B, H, W, C]` under `crop_flip` and `color_jitter`, as set, each with a key of its own."""
+    """Returns `images` `[B, H, W, C]` under `crop_flip`, a policy and `color_jitter`, as set, each with its own key."""
     pad = settings.pad if settings.crop == "shift" else 0
+    policy = policies.policy(settings, *images.shape[1:3]) if settings.policy != "none" else None
 
     def one(key: jax.Array, image: jax.Array) -> jax.Array:
         image = crop_flip(key, image, pad, settings.flip)
+        if policy:
+            image = policies.apply(jax.random.fold_in(key, 2), image, policy)
         if not settings.color_jitter:
             return image
         return color_jitter(jax.random.fold_in(key, 1), image, settings.color_jitter)
 
-    if not (pad or settings.flip or settings.color_jitter):
+    if not (pad or settings.flip or policy or settings.color_jitter):
         return images
     return jax.vmap(one)(jax.random.split(key, images.shape[0]), images)
 
 
-def mixup(key: jax.Array, images: jax.Array, labels: jax.Array, alpha: float) -> tuple[jax.Array, ...]:
+def cutout(key: jax.Array, images: jax.Array, side: int) -> jax.Array:
+    """Returns images with a square of `side` pixels set to 0 in each, its middle anywhere, also where it leads outside.
+
+    `images` are normalised, `[B, H, W, C]`: 0 is the mean. Each image has a key of its own, as in `augment_batch`.
+
+    References:
+      DeVries and Taylor, Improved regularization of convolutional neural networks with cutout, arXiv:1708.04552, 2017,
+      section 3.2.
+    """
+    height, width = images.shape[1:3]
+
+    def one(key: jax.Array, image: jax.Array) -> jax.Array:
+        begin = (
+            jax.random.randint(jax.random.fold_in(key, 3), (2,), 0, jnp.array([height, width]), jnp.int32) - side // 2
+        )
+        return jnp.where(_box(begin, begin + side, height, width)[..., None], 0, image)
+
+    return jax.vmap(one)(jax.random.split(key, len(images)), images)
+
+
+def _box(begin: jax.Array, end: jax.Array, height: int, width: int) -> jax.Array:
+    """Returns where rows and columns lie from `begin` to `end`, both `[2]`: `[H, W]` bool."""
+    rows, columns = (jnp.arange(size, dtype=jnp.int32) for size in (height, width))
+    return ((rows >= begin[0]) & (rows < end[0]))[:, None] & ((columns >= begin[1]) & (columns < end[1]))[None]
+
+
+Labelled = tuple[jax.Array, jax.Array]  # images [B, ...], labels int32 [B]
+
+
+def mixed(
+    key: jax.Array, images: jax.Array, labels: jax.Array, settings: Augment, partners: Labelled | None = None
+) -> tuple[jax.Array, ...]:
+    """Returns the batch under `mixup` and `cutmix`, as set, one of them at least.
+
+    With `cutmix`, half of the images get a box; the others are mixed up, or stay as they are with the share 1.
+    `partners`, where given, are mixed in instead of others of the batch.
+
+    Returns:
+      (images, labels, labels of the partners, shares): what `types.Batch` has.
+    """
+    if settings.mixup:
+        blended = mixup(key, images, labels, settings.mixup, partners)
+    else:
+        blended = images, labels, jnp.ones(len(images), jnp.float32)
+    blended = blended[0], labels, *blended[1:]
+    if not settings.cutmix:
+        return blended
+    cut = cutmix(jax.random.fold_in(key, 2), images, labels, settings.cutmix, partners)
+    chosen = jax.random.bernoulli(jax.random.fold_in(key, 3), shape=(len(images),))
+    pairs = zip(cut, blended, strict=True)
+    return tuple(jnp.where(chosen.reshape(-1, *(1,) * (one.ndim - 1)), one, other) for one, other in pairs)
+
+
+def mixup(
+    key: jax.Array, images: jax.Array, labels: jax.Array, alpha: float, partners: Labelled | None = None
+) -> tuple[jax.Array, ...]:
     """Returns each image mixed with a random one of the batch, seldom itself: `share x_i + (1 - share) x_j`.
 
     The share is drawn for each pair from Beta(alpha, alpha) and, as a pair has no order, taken as the larger part: the
     first label is the one that the image has more of.
 
-    `images` are floating point `[B, ...]`, `labels` int32 `[B]`; a larger `alpha`, above 0, mixes more evenly. Returns
-    (mixed images, labels of the partners `[B]`, shares `[B]` float32).
+    `images` are floating point `[B, ...]`, `labels` int32 `[B]`; a larger `alpha`, above 0, mixes more evenly.
+    `partners`, where given, are mixed in instead. Returns (mixed images, labels of the partners `[B]`, shares `[B]`
+    float32).
 
     References:
       Zhang et al., mixup: beyond empirical risk minimization, ICLR 2018, eq. 2.
     """
     pair_key, share_key = jax.random.split(key)
-    partner = jax.random.permutation(pair_key, len(images))
+    others, other_labels = partners or _shuffled(pair_key, images, labels)
     drawn = jax.random.beta(share_key, alpha, alpha, (len(images),), jnp.float32)
     share = jnp.maximum(drawn, 1 - drawn)
     part = share.astype(images.dtype).reshape(-1, *(1,) * (images.ndim - 1))
-    return part * images + (1 - part) * images[partner], labels[partner], share
+    return part * images + (1 - part) * others, other_labels, share
+
+
+def cutmix(
+    key: jax.Array, images: jax.Array, labels: jax.Array, alpha: float, partners: Labelled | None = None
+) -> tuple[jax.Array, ...]:
+    """Returns each image with a box of a random one of the batch, seldom itself, in the same place.
+
+    The box has the image's shape, `sqrt(1 - s)` of each side with s from Beta(alpha, alpha), in whole pixels, and its
+    middle is anywhere; what leads outside is cut off. A label's share is the part of the pixels that its image has.
+
+    `images` are `[B, H, W, C]`, `labels` int32 `[B]`; `partners`, where given, are cut out instead. Returns (images,
+    labels of which the image has more, labels of which it has less, shares of the former `[B]` float32).
+
+    References:
+      Yun et al., CutMix: regularization strategy to train strong classifiers with localizable features, ICCV 2019,
+      section 3.1.
+    """
+    count, height, width, _ = images.shape
+    pair_key, share_key, place_key = jax.random.split(key, 3)
+    others, other_labels = partners or _shuffled(pair_key, images, labels)
+    side = jnp.sqrt(1 - jax.random.beta(share_key, alpha, alpha, (count,), jnp.float32))[:, None]
+    sizes = jnp.array([[height, width]], jnp.int32)
+    half = (side * sizes.astype(jnp.float32)).astype(jnp.int32) // 2
+    middle = jax.random.randint(place_key, (count, 2), 0, sizes, jnp.int32)
+    box = jax.vmap(lambda begin, end: _box(begin, end, height, width))(middle - half, middle + half)
+    share = 1 - box.sum((1, 2), dtype=jnp.int32).astype(jnp.float32) / (height * width)
+    more = share >= 0.5
+    first, second = jnp.where(more, labels, other_labels), jnp.where(more, other_labels, labels)
+    return jnp.where(box[..., None], others, images), first, second, jnp.where(more, share, 1 - share)
+
+
+def _shuffled(key: jax.Array, images: jax.Array, labels: jax.Array) -> Labelled:
+    order = jax.random.permutation(key, len(images))
+    return images[order], labels[order]
 
 
 def normalize(images: jax.Array, mean: jax.Array, std: jax.Array) -> jax.Array:

@@ -99,6 +99,29 @@ def meta_indices(key: jax.Array, step: int | jax.Array, table: jax.Array, batch_
     return jnp.take_along_axis(drawn, position, axis=0).T.reshape(-1)[:batch_size].astype(jnp.int32)
 
 
+def balanced_indices(key: jax.Array, labels: jax.Array, num_classes: int, size: int) -> jax.Array:
+    """Returns the indices of `size` examples, int32 [size]: a class at random, then one of its images.
+
+    So an image of class k has the weight `1 / n_k`, as the partners of CMO with r = 1.
+
+    Args:
+      key: typed PRNG key of this draw.
+      labels: int32 [N], every class present.
+      num_classes: K.
+      size: static; repeats are possible.
+
+    References:
+      Park et al., The majority can help the minority: context-rich minority oversampling for long-tailed
+      classification, CVPR 2022, section 3.2, whose code weighs images so.
+    """
+    class_key, image_key = jax.random.split(key)
+    counts = jnp.bincount(labels, length=num_classes)
+    label = jax.random.randint(class_key, (size,), 0, num_classes, jnp.int32)
+    place = jax.random.randint(image_key, (size,), 0, counts[label], jnp.int32)
+    first = jnp.cumsum(counts) - counts  # of each class, in an array that is sorted by class
+    return jnp.argsort(labels)[first[label] + place].astype(jnp.int32)
+
+
 def gather(values: jax.Array, index: jax.Array) -> jax.Array:
     """Returns `values` [N, ...] at `index` (int [B], in range) as [B, ...], in their own dtype."""
     return jnp.take(values, index, axis=0, mode="clip")

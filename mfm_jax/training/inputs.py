@@ -93,6 +93,13 @@ def meta(data: Input, key: jax.Array, step: int | jax.Array, size: int, mesh: Me
     return batches.gather(data.meta_images, index), batches.gather(data.meta_labels, index)
 
 
+def balanced(data: Input, key: jax.Array, size: int, mesh: Mesh | None = None) -> Examples:
+    """Returns `size` training examples in which every class is as likely as any other."""
+    assert isinstance(data, ResidentSet)  # `preflight` refuses the others
+    index = batches.balanced_indices(key, data.labels, len(data.meta_table), size)
+    return data.at(parallel.whole(index, mesh))
+
+
 def stack(sets: Sequence[Input]) -> ResidentSet:
     """Returns the sets of runs with different seeds as one, their orders along a new first axis, the images shared."""
     first = sets[0]
@@ -107,7 +114,7 @@ def everywhere(mesh: Mesh | None) -> Sharding:
 
 
 def step_keys(key: jax.Array, step: int | jax.Array) -> jax.Array:
-    """Returns a step's keys: of the augmentation, the meta batch, its augmentation, and mixup."""
+    """Returns a step's keys: of the augmentation, the meta batch, its augmentation, and mixing."""
     return jax.random.split(jax.random.fold_in(key, step), 4)
 
 

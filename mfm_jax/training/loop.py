@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jax.sharding import Mesh
 
 from mfm_jax.bilevel.passes import Pass
 from mfm_jax.config import Config, Train
@@ -77,7 +78,7 @@ def _step(experiment: Experiment, config: Config, loop: LoopState, data: Input, 
     """Returns the loop after one step."""
     state = loop.bilevel
     keys = inputs.step_keys(state.key, state.step)
-    batch = _training_batch(keys, data, state.step, config)
+    batch = _training_batch(keys, data, state.step, config, experiment.mesh)
     if kind == "retrain" and experiment.retrain_step is not None:
         new_state, metrics = experiment.retrain_step(state, batch)
     elif kind == "meta" and experiment.meta_step is not None:
@@ -88,21 +89,28 @@ def _step(experiment: Experiment, config: Config, loop: LoopState, data: Input, 
     return _accumulate(loop, new_state, metrics, kind == "meta", config.train)
 
 
-def _training_batch(keys: jax.Array, data: Input, step: jax.Array, config: Config) -> Batch:
+def _training_batch(keys: jax.Array, data: Input, step: jax.Array, config: Config, mesh: Mesh | None) -> Batch:
     examples = inputs.training(data, step)
     if isinstance(data, Features):
         return Batch(*examples)
-    batch = _prepared(keys[0], examples, data, config)
-    if config.augment.mixup:
-        image, partner, share = augment.mixup(keys[3], batch.image, batch.label, config.augment.mixup)
-        return Batch(image, batch.label, partner, share)
-    return batch
+    batch, settings = _prepared(keys[0], examples, data, config), config.augment
+    if not (settings.mixup or settings.cutmix):
+        return batch
+    partners = None
+    if settings.partners == "balanced":
+        index_key, augment_key = (jax.random.fold_in(keys[3], which) for which in (4, 5))
+        drawn = inputs.balanced(data, index_key, len(batch.label), mesh)
+        partners = _prepared(augment_key, drawn, data, config)[:2]
+    return Batch(*augment.mixed(keys[3], batch.image, batch.label, settings, partners))
 
 
 def _prepared(key: jax.Array, examples: Examples, data: Input, config: Config) -> Batch:
     """Returns images, augmented and normalised, with their labels."""
     images, labels = examples
-    return Batch(augment.normalize(augment.augment_batch(key, images, config.augment), data.mean, data.std), labels)
+    images = augment.normalize(augment.augment_batch(key, images, config.augment), data.mean, data.std)
+    if config.augment.cutout:
+        images = augment.cutout(key, images, config.augment.cutout)
+    return Batch(images, labels)
 
 
 @jax.jit

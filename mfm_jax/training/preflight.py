@@ -23,7 +23,7 @@ def check(config: Config, data: LongTailData, mesh: Mesh | None) -> None:
     method, devices = METHODS[config.method.name], mesh.size if mesh else 1
     streamed = isinstance(data.train_images, Streamed)
     problems = (
-        *_images(config, method, min(data.train_images.shape[1:3]), streamed),
+        *_images(config, method, data.train_images.shape[1:], streamed),
         # A run has cut them (`sizes.cut`) before it is built.
         *(f"{what}; choose at most {most}" for _, most, what in sizes.too_large(config, data.manifest)),
         *_devices(config, devices),
@@ -102,9 +102,16 @@ def _frozen(config: Config, method: Method) -> Iterator[str]:
         yield "meta.freeze = True: would keep a modulator that does nothing; set modulation.init_from"
 
 
-def _images(config: Config, method: Method, side: int, streamed: bool) -> Iterator[str]:
-    if config.augment.crop == "shift" and config.augment.pad >= side:
-        yield f"augment.pad = {config.augment.pad}: images are {side} pixels wide; choose at most {side - 1}"
+def _images(config: Config, method: Method, shape: tuple[int, ...], streamed: bool) -> Iterator[str]:
+    """Images of another size or kind than what is done to them takes; `shape` is `[H, W, C]`."""
+    augment, side, channels = config.augment, min(shape[:2]), shape[2]
+    lengths = {"pad": augment.pad if augment.crop == "shift" else 0, "cutout": augment.cutout}
+    for field in (field for field, length in lengths.items() if length >= side):
+        yield f"augment.{field} = {lengths[field]}: images are {side} pixels wide; choose at most {side - 1}"
+    if augment.policy != "none" and channels not in (1, 3):
+        yield f"augment.policy = {augment.policy!r}: takes 1 or 3 channels, and the images have {channels}; use 'none'"
+    if streamed and augment.partners == "balanced":
+        yield "augment.partners = 'balanced': needs all images at once; raise data.resident_mb, or use 'batch'"
     if streamed and method.retraining and method.retraining.synthetic:
         yield f"method.name = {config.method.name!r}: needs all images at once; raise data.resident_mb"
 
