@@ -47,6 +47,7 @@ VARIANTS: Mapping[str, Values] = {
     # What a curve over the count could govern besides, set by hand: by which power of the counts images are drawn (the
     # default's is 1/2), and a weight for each class.
     "drawn_as_they_are": {"modulation.sites": _CURVE, "method.sampling": "natural"},
+    "drawn_later": {"modulation.sites": _CURVE, "method.sampling": "square_root_later", "method.first_stage": 0.5},
     "drawn_balanced": {"modulation.sites": _CURVE, "method.sampling": "balanced"},
     "weights_square_root": {"modulation.sites": _CURVE, **_WEIGHTS, "method.weighting": "sqrt_frequency"},
     "weights_inverse": {"modulation.sites": _CURVE, **_WEIGHTS, "method.weighting": "inverse_frequency"},
