@@ -10,7 +10,7 @@ Started again with the same folder it goes on where it was. Tiers (`--tiers=main
   transfer  factors 200 and 50, 2 seeds: MFM with the modulator of main's seed 0, frozen, and fine-tuned
   borrowed  the config's factor, 5 seeds: CE, MFM, and MFM with the modulator of the run `--source`, frozen, fine-tuned
   others    factor 100, 1 seed: every other method at its defaults, untuned
-  features  factor 100, 3 seeds: MFM as in configs/cifar10_lt_features.py, with a network at the pooled features, too
+  features  factor 100, 2 seeds: MFM as in configs/cifar10_lt_features.py, the pooled features modulated, too
   explained 1 seed: what the methods below CE lack, put right one at a time
 
 `--max_seeds=1 --config.train.epochs=2` makes a trial of it; `--jobs=N` has N runs side by side. After each tier the
@@ -55,7 +55,7 @@ CHOSEN: dict[str, Values] = {
     "meta_weight_net": {"method.sampling": "square_root", "meta.learning_rate": 2e-3},
 }
 UNTUNED: dict[str, Values] = {"l2ac": {"meta.learning_rate": 2e-3}}  # its phi is a network, as Meta-Weight-Net's
-FEATURES: Values = {"modulation.sites": "pooled:network,logits:frequency", "meta.learning_rate": 0.0025}
+FEATURES: Values = {"modulation.sites": "pooled:direct,logits:frequency"}
 MAIN = ("ce", "logit_adjusted", "mfm")
 PEERS = ("ldam_drw", "meta_weight_net")
 
@@ -92,7 +92,7 @@ def tiers(own_factor: float, source: str) -> dict[str, list[Row]]:
         "borrowed": chosen(("ce", "mfm"), own_factor, 5) + transferred(own_factor, 5),
         "others": [Row(name, name, 100.0, 1, UNTUNED.get(name, {})) for name in BUILT_IN if name not in elsewhere]
         + [Row("mfm_long_tail", "mfm_frozen", 100.0, 1)],
-        "features": [Row("mfm_features", "mfm", 100.0, 3, FEATURES)],
+        "features": [Row("mfm_features", "mfm", 100.0, 2, FEATURES)],
         "explained": [
             Row("ldam_without_margins", "ldam", 100.0, 1, {"method.ldam_margin": 0.0}),
             Row("dice_balanced", "dice", 100.0, 1, {"method.sampling": "balanced"}),

@@ -16,7 +16,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 HALVES = ("train.batch_size=50", "meta.batch_size=50", "train.max_steps=494")
 LARGE = ("model.name=resnet18", "data.image_size=64", *HALVES)
-FEATURES = ("modulation.sites=pooled:network,logits:frequency", "meta.learning_rate=0.0025")  # cifar10_lt_features
+FEATURES = ("modulation.sites=pooled:direct,logits:frequency",)  # cifar10_lt_features
 VIT = ("model.name=vit_b16", "model.width=64", "data.image_size=64", "optim.name=adamw", "optim.learning_rate=1e-3")
 LADDER = {
     **{f"resnet8, seed {seed}": ("model.name=resnet8", f"train.seed={seed}") for seed in range(3)},
