@@ -39,10 +39,8 @@ VARIANTS: Mapping[str, Values] = {
     "logits": {"modulation.sites": _CURVE},
     "pooled_network": {"modulation.sites": f"pooled:network,{_CURVE}"},
     "stage3_pooled_network": {"modulation.sites": f"stage3:network,pooled:network,{_CURVE}"},
-    "stages_network": {"modulation.sites": f"stage1:network,stage2:network,stage3:network,{_CURVE}"},
     "pooled_direct": {"modulation.sites": f"pooled:direct,{_CURVE}"},
     "stages_direct": {"modulation.sites": f"stage1:direct,stage2:direct,stage3:direct,{_CURVE}"},
-    "pooled_curve": {"modulation.sites": f"pooled:frequency,{_CURVE}"},  # reads the label of a training image
     "pooled_network_slow": {"modulation.sites": f"pooled:network,{_CURVE}", "meta.learning_rate": 0.0025},
     # What a curve over the count could govern besides, set by hand: by which power of the counts images are drawn (the
     # default's is 1/2), and a weight for each class.
@@ -50,7 +48,6 @@ VARIANTS: Mapping[str, Values] = {
     "drawn_later": {"modulation.sites": _CURVE, "method.sampling": "square_root_later", "method.first_stage": 0.5},
     "drawn_balanced": {"modulation.sites": _CURVE, "method.sampling": "balanced"},
     "weights_square_root": {"modulation.sites": _CURVE, **_WEIGHTS, "method.weighting": "sqrt_frequency"},
-    "weights_inverse": {"modulation.sites": _CURVE, **_WEIGHTS, "method.weighting": "inverse_frequency"},
 }
 COLUMNS = (
     *("network", "variant", "seeds", "balanced_accuracy_mean", "balanced_accuracy_std", "minus_logits"),

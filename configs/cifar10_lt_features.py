@@ -2,8 +2,8 @@
 
     mfm-jax train cifar10_lt_features --workdir=runs/cifar10_features
 
-On top of the curve at the logits, a scale and a shift for each pooled feature are learned; they read no label. On
-validation it was the best of the variants that modulate features: above the curve alone on a network that fits the
+On top of the curve at the logits, a scale and a shift for each pooled feature are learned; they read no label. Of the
+variants that modulate features it was the best on validation: level with the curve alone on a network that fits the
 head classes, and below it on one that does not (docs/results/study.md, finding 16).
 """
 
