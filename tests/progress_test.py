@@ -86,6 +86,29 @@ def test_ctrl_c_is_answered_where_python_does_not_come_to_a_handler():
     assert process.returncode == EXIT_INTERRUPTED
 
 
+IN_A_CALLBACK = """
+import gc, os, signal, time
+from mfm_jax.machine import interruption
+def collect(*args):
+    gc.callbacks.clear()
+    os.kill(os.getpid(), signal.SIGINT)
+with interruption.listening():
+    os.kill(os.getpid(), signal.SIGINT)
+    gc.callbacks[:] = [collect]
+    gc.collect()
+    time.sleep(60)
+"""
+
+
+def test_a_second_ctrl_c_in_a_callback_leaves_no_traceback():
+    done = subprocess.run([sys.executable, "-c", IN_A_CALLBACK], capture_output=True, text=True, timeout=60)
+    assert done.stderr.splitlines() == [
+        "stopping after this step; Ctrl-C again to stop at once",
+        "interrupted; run the same command to go on",
+    ]
+    assert done.returncode == EXIT_INTERRUPTED
+
+
 def start(workdir, **options) -> subprocess.Popen:
     fields = ("model.width=2", "train.epochs=2", "data.val_images_per_class=5")
     config = f"--config={REPOSITORY}/configs/digits_lt.py"

@@ -77,9 +77,18 @@ def _answering() -> Iterator[None]:
     ended = threading.Event()
     thread = threading.Thread(target=_answer, args=[ours, ended], daemon=True)
     thread.start()
+    hook = sys.unraisablehook
+
+    def report(lost: Any) -> None:
+        # A second Ctrl-C in a callback of the garbage collector is raised nowhere; `_answer` ends the program.
+        if lost.exc_type is not KeyboardInterrupt:
+            hook(lost)
+
+    sys.unraisablehook = report
     try:
         yield
     finally:
+        sys.unraisablehook = hook
         ended.set()
         signal.set_wakeup_fd(before)
         pythons.close()
