@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 from helpers import benchmark, quick_runs
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mfm_jax import data
@@ -75,11 +75,14 @@ def test_without_noise_regret_is_the_distance(measure):
 
 @settings(max_examples=20, deadline=None)
 @given(st.lists(st.tuples(st.floats(0, 100), st.floats(0, 100)), min_size=2, max_size=5), st.floats(-50, 50))
+@example([(0.0, 0.0), (29.0, 85.0)], 0.0)
 def test_regret_does_not_depend_on_where_accuracy_begins(measure, pairs, shift):
-    here = measure.regrets(noise(measure, *map(list, pairs), draws=200))
+    found = noise(measure, *map(list, pairs), draws=200)
+    here = measure.regrets(found)
     there = measure.regrets(noise(measure, *([a + shift, b + shift] for a, b in pairs), draws=200))
     np.testing.assert_allclose(np.array(here), np.array(there), atol=1e-6)
-    assert all(one.low <= one.high and one.excess >= -5 for one in here)
+    error = 0.7 * math.sqrt(found.variances.max())  # of a mean of 200 draws with Student's tails, many times over
+    assert all(one.low <= one.high and one.excess >= -error - 1e-6 for one in here)
 
 
 def test_level_methods_show_what_is_foretold(measure):
