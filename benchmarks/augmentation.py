@@ -22,7 +22,7 @@ from rich.table import Table
 
 from mfm_jax.config import Augment
 from mfm_jax.data import augment, policies
-from mfm_jax.data.policies import Operation, Policy
+from mfm_jax.data.policies import Operation
 
 BATCH, SIDE = 100, 32
 _CROP = "crop and flip"
@@ -48,18 +48,14 @@ def switched(images: jax.Array) -> jax.Array:
     """Returns what `augment_batch` does under TrivialAugment alone, one branch an operation."""
     policy = policies.policy(Augment(policy="trivialaugment"), *images.shape[1:3])
     number = np.zeros(len(policy.operations.affine), np.int32)  # of each row's operation
-    number[policy.rows.reshape(-1)] = np.repeat(np.arange(len(policies.OPERATIONS)), policy.rows.size // 14)
+    kinds = len(policies.OPERATIONS)
+    number[policy.rows.reshape(-1)] = np.repeat(np.arange(kinds), policy.rows.size // kinds)
 
     def one(key: jax.Array, image: jax.Array) -> jax.Array:
         (row,) = policies.draw(jax.random.fold_in(key, 2), policy)
-        return jax.lax.switch(jnp.asarray(number)[row], _branches(), image, _at(policy, row))
+        return jax.lax.switch(jnp.asarray(number)[row], _branches(), image, policies.at(policy, row))
 
     return jax.vmap(one)(jax.random.split(_KEY, len(images)), images)
-
-
-def _at(policy: Policy, row: jax.Array) -> Operation:
-    to = Operation(*(jnp.asarray(column)[row] for column in policy.operations))
-    return to._replace(products=jnp.asarray(policy.products)[to.products])
 
 
 def _branches() -> list[Branch]:

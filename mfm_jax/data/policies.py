@@ -273,9 +273,14 @@ def _strength(largest: dict[str, float], bits: int, bins: int, height: int, widt
 def apply(key: jax.Array, image: jax.Array, what: Policy) -> jax.Array:
     """Returns an image, uint8 `[H, W, C]` with C 1 or 3, under what is drawn from a policy."""
     for row in draw(key, what):
-        to = Operation(*(jnp.asarray(column)[row] for column in what.operations))
-        image = transformed(image, to._replace(products=jnp.asarray(what.products)[to.products]))
+        image = transformed(image, at(what, row))
     return image
+
+
+def at(what: Policy, row: jax.Array) -> Operation:
+    """Returns the operation of a row, int32, of those that a policy has."""
+    to = Operation(*(jnp.asarray(column)[row] for column in what.operations))
+    return to._replace(products=jnp.asarray(what.products)[to.products])
 
 
 def draw(key: jax.Array, what: Policy) -> list[jax.Array]:
