@@ -5,8 +5,9 @@ r"""A queue of runs at full size, which stops at the time given and goes on on a
         --minutes=25 --jobs=3 --pack=kept
 
 and on the next machine the same with `--from=kept` in front of an empty `--workdir`. The order is that of worth: MFM,
-logit adjustment as tuned, CE and logit adjustment as published with seed 0, then with the other seeds; then LDAM-DRW,
-Meta-Weight-Net and MetaSAug likewise. Every `--config.group.field=value` holds for all of them.
+logit adjustment as tuned, CE and logit adjustment as published with seed 0, then with the other seeds; then likewise
+the strong recipes (AutoAugment and Cutout), the shipped curve and the modulated features, and LDAM-DRW, Meta-Weight-Net
+and MetaSAug. Every `--config.group.field=value` holds for all of them.
 
 `table.md` and `table.csv` in the workdir have a row for each run, and are written anew when one has ended. `--pack`
 keeps what is worth carrying in a few small archives: `results.tar.gz`, written anew with the tables, of the tables and
@@ -67,8 +68,17 @@ FIRST = (
     Row("ce", "ce"),
     Row("logit_adjusted_natural", "logit_adjusted", {"method.sampling": "natural", "method.tau": 1.0}),
 )
+# As in configs/cifar10_lt_strong.py.
+AUGMENTED: study.Values = {"augment.policy": "autoaugment", "augment.cutout": 16}
+STRONG = tuple(
+    Row(f"{row.name}_strong", row.method, {**row.values, **AUGMENTED})
+    for row in FIRST
+    if row.name in ("mfm", "logit_adjusted_natural", "ce")
+)
+FORMS = (Row("mfm_frozen", "mfm_frozen"), Row("mfm_features", "mfm", study.FEATURES))
 THEN = (*(Row(name, name, study.CHOSEN[name]) for name in study.PEERS), Row("metasaug", "metasaug"))
-NAMES = tuple(row.name for row in FIRST + THEN)
+TIERS = (FIRST, STRONG, FORMS, THEN)
+NAMES = tuple(row.name for tier in TIERS for row in tier)
 
 
 class Planned(NamedTuple):
@@ -89,7 +99,7 @@ def queue(config: Any, workdir: Path, names: Sequence[str], seeds: Sequence[int]
         raise UserError(f"--methods={','.join(unknown)}: allowed: {', '.join(NAMES)}")
     shared = {"checkpoint.keep": 1, **({"data.source": "npz", "data.root": data} if data else {})}
     planned = []
-    for rows in (FIRST, THEN):
+    for rows in TIERS:
         for seed in seeds:
             for row in (row for row in rows if row.name in names):
                 fields = tune.with_values(compare.run_fields(config, row.method, seed), {**shared, **row.values})
