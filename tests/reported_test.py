@@ -28,6 +28,8 @@ METHODS = {
     "MFM, the default": "mfm",
     "MFM, the default, in bfloat16": "mfm bfloat16",
     "logit adjustment as published (tau 1, images as they are), in bfloat16": "logit_adjusted_natural bfloat16",
+    "MFM, AutoAugment and Cutout, in bfloat16": "mfm strong bfloat16",
+    "logit adjustment as published, AutoAugment and Cutout, in bfloat16": "logit_adjusted_natural strong bfloat16",
 }
 REGRETTED = {
     "MFM": "mfm",
@@ -149,12 +151,15 @@ def test_full_size_in_words():
     found: dict[str, list[str]] = {}
     for row in stored("cifar10_lt_full.csv"):
         found.setdefault(row["method"], []).append(f"{float(row['balanced_accuracy']):.1f}")
-    mfm, mfm_half, tuned, untuned, ce = (
-        " and ".join(found[name])
-        for name in ("mfm", "mfm bfloat16", "logit_adjusted", "logit_adjusted_natural bfloat16", "ce")
+    names = ("mfm", "mfm bfloat16", "logit_adjusted", "logit_adjusted_natural bfloat16", "ce")
+    strong_names = ("mfm strong bfloat16", "logit_adjusted_natural strong bfloat16")
+    mfm, mfm_half, tuned, untuned, ce, mfm_strong, untuned_strong = (
+        " and ".join(", ".join(found[name]).rsplit(", ", 1)) for name in (*names, *strong_names)
     )
+    strong = f"{mfm_strong} %, and {untuned_strong} %."
     words = " ".join(README.split())
-    assert f"MFM has {mfm_half} % in bfloat16, and logit adjustment as published {untuned} %." in words
+    assert f"MFM has {mfm_half} % in bfloat16, and logit adjustment as published {untuned} %; under" in words
+    assert f"under AutoAugment and Cutout (`configs/cifar10_lt_strong.py`) {strong}" in words
     tuned_there = f"logit adjustment with the small version's tau and sampling {tuned} %"
     assert f"In float32 MFM has {mfm} %, {tuned_there}, and cross-entropy, with one seed, {ce} %" in words
     words = " ".join((ROOT / "docs" / "faq.md").read_text(encoding="utf-8").split())
