@@ -13,8 +13,9 @@ import pytest
 from helpers import slow
 
 from mfm_jax import bilevel
-from mfm_jax.bilevel import balancing, hypergrad, losses, modulation, outer
+from mfm_jax.bilevel import balancing, hypergrad, losses, modulation, outer, sharpness
 from mfm_jax.bilevel.passes import Pass
+from mfm_jax.bilevel.sharpness import Sharpness
 from mfm_jax.methods import learners
 from mfm_jax.types import Batch, Modulate, no_modulation
 
@@ -219,3 +220,38 @@ def test_hand_computed_scalar():
         chex.assert_trees_all_close(
             (found.grad, found.inner_grad, found.updated[0], found.meta[0]), (12.0, 50.0, -3.0, 18.0), rtol=1e-6
         )
+
+
+def climbing(kind: str) -> Sharpness:
+    return Sharpness(0.2, None if kind == "all" else jnp.array([0.1, 0.4, 1.0, 1.0]))
+
+
+@pytest.mark.parametrize(
+    ("kind", "form", "optimizer"),
+    [
+        ("all", "frequency", "nesterov_decay"),
+        ("by_class", "frequency", "bounded"),
+        slow("all", "network_attached", "adamw"),
+        slow("by_class", "metasaug", "clipped"),
+        slow("all", "meta_weight_net", "nesterov_decay"),
+    ],
+)
+def test_the_way_through_a_gradient_up_the_loss_equals_the_central_difference(kind, form, optimizer):
+    """The perturbation moves with phi, too."""
+    with jax.enable_x64(True):
+        train_loss, meta_loss, update, params, phi = problem(form, SITES, optimizer, "float64")
+        gradient = sharpness.gradient(train_loss, climbing(kind))
+        found = jax.jit(functools.partial(hypergrad.through, gradient, meta_loss, update))(params, phi)
+        direction = jax.tree.map(lambda g: g / optax.tree.norm(found.grad), found.grad)
+
+        @jax.jit
+        def objective(eps):
+            there = jax.tree.map(lambda p, d: p + eps * d, phi, direction)
+            return meta_loss(update(gradient(params, there)[1])[0])[0]
+
+        differences = [(objective(e) - objective(-e)) / (2 * e) for e in (1e-4, 5e-5)]
+        numeric = (4 * differences[1] - differences[0]) / 3
+        np.testing.assert_allclose(optax.tree.vdot(found.grad, direction), numeric, rtol=1e-6)
+        # The plain step has another.
+        plain = found_by(hypergrad.mixed_mode, form, SITES, optimizer, "float64")
+        assert relative(found.grad, plain.grad) > 1e-3
