@@ -13,14 +13,16 @@ import pytest
 from helpers import slow
 
 from mfm_jax import bilevel
-from mfm_jax.bilevel import hypergrad, losses, modulation, outer
+from mfm_jax.bilevel import balancing, hypergrad, losses, modulation, outer, sharpness
 from mfm_jax.bilevel.passes import Pass
+from mfm_jax.bilevel.sharpness import Sharpness
 from mfm_jax.methods import learners
 from mfm_jax.types import Batch, Modulate, no_modulation
 
 CLASSES, BATCH = 4, 12
 SITES = ("stem", "stage1", "pooled", "logits")
 COUNTS = jnp.array([500, 120, 40, 7])
+BOUND = 1.0
 LABELS = jnp.arange(BATCH, dtype=jnp.int32) % CLASSES
 
 OPTIMIZERS = {
@@ -28,6 +30,7 @@ OPTIMIZERS = {
     "nesterov_decay": lambda: optax.chain(optax.add_decayed_weights(5e-4), optax.sgd(0.1, 0.9, nesterov=True)),
     "clipped": lambda: optax.chain(optax.clip_by_global_norm(0.5), optax.sgd(0.1, 0.9)),
     "adamw": lambda: optax.adamw(0.01, weight_decay=1e-2, eps_root=1e-8),
+    "bounded": lambda: optax.chain(optax.sgd(0.1, 0.9), balancing.max_norm(BOUND)),  # of the head's weight vectors
 }
 # The other meta learners, which have no sites to choose; the head of the net below reads 6 + 2 features.
 LEARNERS = {
@@ -174,13 +177,20 @@ def test_mixed_mode_equals_central_difference(form, sites, optimizer):
         np.testing.assert_allclose(exact, numeric, rtol=1e-6)
 
 
+def test_the_bound_in_these_tests_is_reached_by_some_classes_and_not_by_others():
+    found = found_by(hypergrad.mixed_mode, "frequency", ("logits",), "bounded", "float32")
+    lengths = np.linalg.norm(found.updated[0]["head"]["kernel"], axis=0)
+    assert lengths.max() == pytest.approx(BOUND, rel=1e-5)
+    assert lengths.min() < 0.99 * BOUND
+
+
 def test_dead_unit_has_zero_gradient_and_adam_stays_finite():
     mixed = found_by(hypergrad.mixed_mode, "direct", ("pooled",), "adamw", "float32")
     assert not np.any(mixed.inner_grad["dead"]["kernel"])
     chex.assert_tree_all_finite(mixed.grad)
 
 
-@pytest.mark.parametrize("optimizer", [slow("nesterov_decay"), "adamw"])
+@pytest.mark.parametrize("optimizer", [slow("nesterov_decay"), "adamw", "bounded"])
 def test_restricted_virtual_step(optimizer):
     with jax.enable_x64(True):
         case = ("direct", SITES, optimizer, "float64")
@@ -210,3 +220,38 @@ def test_hand_computed_scalar():
         chex.assert_trees_all_close(
             (found.grad, found.inner_grad, found.updated[0], found.meta[0]), (12.0, 50.0, -3.0, 18.0), rtol=1e-6
         )
+
+
+def climbing(kind: str) -> Sharpness:
+    return Sharpness(0.2, None if kind == "all" else jnp.array([0.1, 0.4, 1.0, 1.0]))
+
+
+@pytest.mark.parametrize(
+    ("kind", "form", "optimizer"),
+    [
+        ("all", "frequency", "nesterov_decay"),
+        ("by_class", "frequency", "bounded"),
+        slow("all", "network_attached", "adamw"),
+        slow("by_class", "metasaug", "clipped"),
+        slow("all", "meta_weight_net", "nesterov_decay"),
+    ],
+)
+def test_the_way_through_a_gradient_up_the_loss_equals_the_central_difference(kind, form, optimizer):
+    """The perturbation moves with phi, too."""
+    with jax.enable_x64(True):
+        train_loss, meta_loss, update, params, phi = problem(form, SITES, optimizer, "float64")
+        gradient = sharpness.gradient(train_loss, climbing(kind))
+        found = jax.jit(functools.partial(hypergrad.through, gradient, meta_loss, update))(params, phi)
+        direction = jax.tree.map(lambda g: g / optax.tree.norm(found.grad), found.grad)
+
+        @jax.jit
+        def objective(eps):
+            there = jax.tree.map(lambda p, d: p + eps * d, phi, direction)
+            return meta_loss(update(gradient(params, there)[1])[0])[0]
+
+        differences = [(objective(e) - objective(-e)) / (2 * e) for e in (1e-4, 5e-5)]
+        numeric = (4 * differences[1] - differences[0]) / 3
+        np.testing.assert_allclose(optax.tree.vdot(found.grad, direction), numeric, rtol=1e-6)
+        # The plain step has another.
+        plain = found_by(hypergrad.mixed_mode, form, SITES, optimizer, "float64")
+        assert relative(found.grad, plain.grad) > 1e-3

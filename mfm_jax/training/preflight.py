@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+import numpy as np
 from jax.sharding import Mesh
 
 from mfm_jax.config import Config
@@ -12,6 +13,7 @@ from mfm_jax.machine import parallel
 from mfm_jax.methods import table
 from mfm_jax.methods.table import METHODS, Method, modulating
 from mfm_jax.models.own import Adapted, Seen
+from mfm_jax.types import PyTree
 
 
 def check(config: Config, data: LongTailData, mesh: Mesh | None) -> None:
@@ -29,6 +31,8 @@ def check(config: Config, data: LongTailData, mesh: Mesh | None) -> None:
         *_devices(config, devices),
         *_parts(config, mesh, streamed, has_meta_step=method.learner is not None),
         *_frozen(config, method),
+        *_unsettled(config, streamed=streamed),
+        *_rare(config, data),
     )
     if problems:
         raise UserError("; ".join(problems))
@@ -45,6 +49,20 @@ def check_own(config: Config, module: Adapted, seen: Seen, mesh: Mesh | None) ->
         raise UserError("; ".join(problems))
 
 
+def check_start(config: Config, drawn: PyTree, found: PyTree) -> None:
+    """Checks that the weights that a run starts from have the head, too; `drawn` are parameters at random.
+
+    Raises:
+      UserError: the head of `found` is that of `drawn`, which has no share in what is tested.
+    """
+    kernels = [tree["head"]["kernel"] for tree in (drawn, found) if "head" in tree]
+    if kernels and np.array_equal(*kernels):
+        raise UserError(
+            f"model.start_share = {config.model.start_share}: the head starts fresh, and weights at random have no"
+            " share in what is tested; start from weights with a head of these classes, or leave it out"
+        )
+
+
 def _head(config: Config, seen: Seen) -> Iterator[str]:
     """What reads or trains the last layer."""
     method, objective, name = METHODS[config.method.name], table.objective(config), config.method.name
@@ -54,6 +72,8 @@ def _head(config: Config, seen: Seen) -> Iterator[str]:
         f"the head of {name!r} or its method.base": objective.cosine_head,
         "model.tune = 'head'": config.model.tune == "head",
         "meta.virtual = 'head'": method.learner and config.meta.virtual == "head",
+        f"optim.head_max_norm = {config.optim.head_max_norm}": config.optim.head_max_norm,
+        f"optim.head_decay = {config.optim.head_decay}": config.optim.head_decay,
     }
     for field in (field for field, asks in asking.items() if asks and not seen.has_head):
         yield f"{field}: needs the last layer; call your module's last nn.Dense `head`, with a bias, or choose another"
@@ -100,6 +120,26 @@ def _frozen(config: Config, method: Method) -> Iterator[str]:
         yield f"meta.freeze = True: {name} would learn nothing from the meta set; only {modulating()} can"
     elif not config.modulator_from:
         yield "meta.freeze = True: would keep a modulator that does nothing; set modulation.init_from"
+
+
+def _unsettled(config: Config, *, streamed: bool) -> Iterator[str]:
+    """Averages of weights whose batch statistics nothing would take."""
+    for field, value in (("optim.swa_from", config.optim.swa_from), ("model.start_share", config.model.start_share)):
+        if value and streamed and config.model.name != "vit_b16":
+            yield (
+                f"{field} = {value}: batch statistics of the tested weights need all images at once; raise"
+                " data.resident_mb, or leave it out"
+            )
+
+
+def _rare(config: Config, data: LongTailData) -> Iterator[str]:
+    """A bound of images that leaves no class, or all of them."""
+    below, least, most = config.optim.sam_below, int(data.counts.min()), int(data.counts.max())
+    if below and not least < below <= most:
+        yield (
+            f"optim.sam_below = {below}: the classes have {least} to {most} training images; choose from {least + 1} to"
+            f" {most}, or 0 for all classes"
+        )
 
 
 def _images(config: Config, method: Method, shape: tuple[int, ...], streamed: bool) -> Iterator[str]:
