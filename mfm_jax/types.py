@@ -25,6 +25,15 @@ class LossFn(Protocol):
     def __call__(self, logits: jax.Array, labels: jax.Array, /) -> jax.Array: ...
 
 
+class FeatureLoss(NamedTuple):
+    """A loss of each example that reads the features at the site `pooled`, too, and may change with the step.
+
+    at: `(step int32 scalar, features [B, C]) -> LossFn`.
+    """
+
+    at: Callable[[jax.Array, jax.Array], LossFn]
+
+
 # Scalars of one step, by name: `loss`, `accuracy`, `grad_norm`, and of a meta-step those below.
 Metrics = dict[str, jax.Array]
 META_METRICS = ("meta_loss", "hypergrad_norm", "hypergrad_agreement")
@@ -77,3 +86,4 @@ class BilevelState(struct.PyTreeNode):
     opt_state: PyTree  # classifier's optax state
     phi: PyTree  # outer parameters: a modulator's, another meta learner's, or what a second stage trains
     phi_opt_state: PyTree  # its optax state
+    memory: PyTree = struct.field(default_factory=dict)  # what losses of the whole batch keep, by their names

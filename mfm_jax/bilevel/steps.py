@@ -31,21 +31,21 @@ are averaged over that mesh axis before they are differentiated, so that every d
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple, Protocol
 
 import chex
 import jax
 import jax.numpy as jnp
 import optax
-from jax.custom_derivatives import SymbolicZero
 
-from mfm_jax.bilevel import losses
+from mfm_jax.bilevel import losses, passes
 from mfm_jax.bilevel import outer as outer_lib
+from mfm_jax.bilevel.auxiliary import Auxiliary
 from mfm_jax.bilevel.hypergrad import HypergradFn, MetaLoss, TrainLoss, Update, mixed_mode
 from mfm_jax.bilevel.outer import MetaLearner
 from mfm_jax.bilevel.passes import Pass
-from mfm_jax.types import Batch, BilevelState, LossFn, Metrics, Modulator, PyTree
+from mfm_jax.types import Batch, BilevelState, FeatureLoss, LossFn, Metrics, Modulator, PyTree
 
 
 class Step(Protocol):
@@ -113,13 +113,14 @@ def init_state(
 
 def make_step(
     forward: Pass,
-    loss: LossFn,
+    loss: LossFn | FeatureLoss,
     tx: optax.GradientTransformation,
     governed: Modulator | MetaLearner,
     phi_tx: optax.GradientTransformation,
     rule: MetaRule = MetaRule(),  # noqa: B008 (immutable)
     *,
     class_weights: ClassWeights | None = None,
+    beside: Sequence[Auxiliary] = (),
 ) -> Step:
     """Returns the step `(state, batch, meta_batch) -> (state, metrics)`, which updates w and phi.
 
@@ -131,6 +132,7 @@ def make_step(
       phi_tx: phi's optax chain.
       rule: how the meta-step is taken.
       class_weights: multiply each example's loss by its class's weight at this step; None for no weights.
+      beside: losses of the whole batch that are added to the mean of the examples'.
 
     Raises:
       ValueError: `lagged` with a meta learner whose phi belongs to one batch; at the first call, a virtual group that
@@ -141,7 +143,7 @@ def make_step(
     learner = outer_lib.of(governed)
     if learner.per_batch and rule.lagged:
         raise ValueError("lagged = True: the weights belong to one batch, the next step cannot use them")
-    two_halves = halves(forward, loss, tx, learner, class_weights)
+    two_halves = halves(forward, loss, tx, learner, class_weights, beside)
     outer = optax.with_extra_args_support(phi_tx)
 
     def step(state: BilevelState, batch: Batch, meta_batch: Batch) -> tuple[BilevelState, Metrics]:
@@ -159,7 +161,7 @@ def make_step(
             (value, aux), inner_grad = jax.value_and_grad(train_loss, has_aux=True)(state.params, phi)
             updated = update(inner_grad)
         averages = _plain_averages(forward, state, phi, batch, train_loss, aux[1])
-        new_state = _advance(state, updated, averages).replace(
+        new_state = _advance(state, updated, averages, aux[2]).replace(
             phi=state.phi if learner.per_batch else phi, phi_opt_state=phi_opt_state
         )
         metrics = {
@@ -191,11 +193,12 @@ def _meta_loss(forward: Pass, rule: MetaRule, state: BilevelState, batch: Batch,
 
 def make_plain_step(
     forward: Pass,
-    loss: LossFn,
+    loss: LossFn | FeatureLoss,
     tx: optax.GradientTransformation,
     governed: Modulator | MetaLearner | None = None,
     *,
     class_weights: ClassWeights | None = None,
+    beside: Sequence[Auxiliary] = (),
 ) -> PlainStep:
     """Returns the step `(state, batch) -> (state, metrics)` that updates w alone.
 
@@ -205,14 +208,14 @@ def make_plain_step(
     """
     learner = outer_lib.of(governed)
     learner = outer_lib.NOTHING if learner.per_batch else learner
-    two_halves = halves(forward, loss, tx, learner, class_weights)
+    two_halves = halves(forward, loss, tx, learner, class_weights, beside)
 
     def step(state: BilevelState, batch: Batch) -> tuple[BilevelState, Metrics]:
         train_loss, update = two_halves(state, batch)
-        (value, (accuracy, written)), grad = jax.value_and_grad(train_loss, has_aux=True)(state.params, state.phi)
-        averages = _plain_averages(forward, state, state.phi, batch, train_loss, written)
-        metrics = {"loss": value, "accuracy": accuracy, "grad_norm": optax.tree.norm(grad)}
-        return _advance(state, update(grad), averages), metrics
+        (value, aux), grad = jax.value_and_grad(train_loss, has_aux=True)(state.params, state.phi)
+        averages = _plain_averages(forward, state, state.phi, batch, train_loss, aux[1])
+        metrics = {"loss": value, "accuracy": aux[0], "grad_norm": optax.tree.norm(grad)}
+        return _advance(state, update(grad), averages, aux[2]), metrics
 
     return step
 
@@ -246,24 +249,35 @@ def make_retrain_step(
 
 def halves(
     forward: Pass,
-    loss: LossFn,
+    loss: LossFn | FeatureLoss,
     tx: optax.GradientTransformation,
     learner: MetaLearner,
     class_weights: ClassWeights | None = None,
+    beside: Sequence[Auxiliary] = (),
 ) -> Callable[[BilevelState, Batch], tuple[TrainLoss, Update]]:
-    """Returns `(state, batch) -> (train_loss, update)`, the two halves that every training step is made of."""
+    """Returns `(state, batch) -> (train_loss, update)`, the two halves that every training step is made of.
+
+    `train_loss` gives, beside the loss, the accuracy, the running averages and `BilevelState.memory` afterwards.
+    """
+    sites = {site for one in beside for site in one.sites} | ({"pooled"} if isinstance(loss, FeatureLoss) else set())
 
     def build(state: BilevelState, batch: Batch) -> tuple[TrainLoss, Update]:
         chex.assert_equal_shape_prefix(jax.tree.leaves(batch), 1)
         weights = class_weights(state.step) if class_weights else None
         mean = functools.partial(forward.mean, batch=batch)
 
-        def train_loss(params: PyTree, phi: PyTree) -> tuple[jax.Array, tuple[jax.Array, PyTree]]:
+        def train_loss(params: PyTree, phi: PyTree) -> tuple[jax.Array, tuple[jax.Array, PyTree, PyTree]]:
             modulate_by, check_sites = outer_lib.noting(learner, functools.partial(learner.modulate, phi, params))
-            logits, averages = forward.logits(state, params, batch, modulate_by, train=True)
+            found, averages = forward.outputs(state, params, batch, modulate_by, train=True, sites=sites)
             check_sites()
-            values = learner.weigh(phi, _example_losses(loss, logits, batch, weights), mean)
-            return mean(values), (forward.accuracy(logits, batch), averages)
+            logits, features = found
+            of_example = loss.at(state.step, features["pooled"]) if isinstance(loss, FeatureLoss) else loss
+            value = mean(learner.weigh(phi, _example_losses(of_example, logits, batch, weights), mean))
+            memory = {}
+            for one in beside:
+                term, memory[one.name] = one.loss(params, state.memory[one.name], logits, features, batch, forward)
+                value = value + term
+            return value, (forward.accuracy(logits, batch), averages, memory)
 
         def update(grads: PyTree) -> tuple[PyTree, PyTree]:
             changes, opt_state = tx.update(grads, state.opt_state, state.params)
@@ -312,33 +326,18 @@ def _plain_averages(
     What the training pass has `written` are the plain ones if the modulation cannot reach them; otherwise a plain pass
     is run.
     """
-    if _depends(lambda phi: train_loss(state.params, phi)[1][1], phi):
+    if passes.depends(lambda phi: train_loss(state.params, phi)[1][1], phi):
         return forward.averages(state, state.params, batch)
     return written
 
 
-def _depends(function: Callable[[PyTree], PyTree], argument: PyTree) -> bool:
-    """Returns whether any output of `function` has a derivative by `argument`, by tracing alone."""
-    moving: list[bool] = []
-
-    @jax.custom_jvp
-    def look(outputs: PyTree) -> PyTree:
-        return outputs
-
-    def note(primals: tuple[PyTree], tangents: tuple[PyTree]) -> tuple[PyTree, PyTree]:
-        leaves = jax.tree.leaves(tangents[0], is_leaf=lambda leaf: isinstance(leaf, SymbolicZero))
-        moving.extend(not isinstance(leaf, SymbolicZero) for leaf in leaves)
-        return primals[0], tangents[0]
-
-    look.defjvp(note, symbolic_zeros=True)
-    ones = jax.tree.map(jnp.ones_like, argument)
-    jax.eval_shape(lambda value, tangent: jax.jvp(lambda x: look(function(x)), (value,), (tangent,)), argument, ones)
-    return any(moving)
-
-
-def _advance(state: BilevelState, updated: tuple[PyTree, PyTree], batch_stats: PyTree) -> BilevelState:
+def _advance(
+    state: BilevelState, updated: tuple[PyTree, PyTree], batch_stats: PyTree, memory: PyTree
+) -> BilevelState:
     params, opt_state = updated
-    return state.replace(step=state.step + 1, params=params, opt_state=opt_state, batch_stats=batch_stats)
+    return state.replace(
+        step=state.step + 1, params=params, opt_state=opt_state, batch_stats=batch_stats, memory=memory
+    )
 
 
 def _active(params: PyTree, groups: tuple[str, ...] | None) -> PyTree | None:

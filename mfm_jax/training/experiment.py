@@ -8,7 +8,7 @@ import dataclasses
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import flax.linen as nn
 import jax
@@ -33,7 +33,7 @@ from mfm_jax.models import own, pretrained, stacked
 from mfm_jax.models.own import Adapted
 from mfm_jax.training import preflight, recipe, weights
 from mfm_jax.training.recipe import Recipe
-from mfm_jax.types import ApplyFn, Batch, BilevelState, Modulate, Modulator, PyTree
+from mfm_jax.types import ApplyFn, Batch, BilevelState, FeatureLoss, Modulate, Modulator, PyTree
 
 _Chain: TypeAlias = optax.GradientTransformation
 _Shape = tuple[int, ...]
@@ -104,7 +104,7 @@ def build(config: Config, data: LongTailData, mesh: Mesh | None = None) -> Exper
     if mesh:
         forward = dataclasses.replace(forward, apply=_on_mesh(config, module, mesh), axis_name=parallel.AXIS)
 
-    fresh, init, init_pretrained = _starts(config, data, plain.module, learner, rules.tx, phi_tx)
+    fresh, init, init_pretrained = _starts(config, data, plain.module, learner, rules, phi_tx)
     plain_step, meta_step, retrain_step = _steps(config, forward, rules, learner, phi_tx, image.shape[1:])
     if mesh:
         plain_step = parallel.shard_step(plain_step, mesh, 1)
@@ -137,7 +137,7 @@ def build(config: Config, data: LongTailData, mesh: Mesh | None = None) -> Exper
 
 
 def _starts(
-    config: Config, data: LongTailData, module: nn.Module, learner: MetaLearner | None, tx: _Chain, phi_tx: _Chain
+    config: Config, data: LongTailData, module: nn.Module, learner: MetaLearner | None, rules: Recipe, phi_tx: _Chain
 ) -> tuple[Callable[[], PyTree], Callable[[], BilevelState], Callable[..., BilevelState]]:
     """Returns what makes the module's variables at random, the state of these, and that of stored weights."""
     method = METHODS[config.method.name]
@@ -159,7 +159,8 @@ def _starts(
             return learner.init(key) if learner else {}
 
         moves = method.retraining or (learner and not config.frozen)
-        return bilevel.init_state(jax.random.split(key)[1], variables, tx, init_phi, phi_tx if moves else None)
+        state = bilevel.init_state(jax.random.split(key)[1], variables, rules.tx, init_phi, phi_tx if moves else None)
+        return state.replace(memory={one.name: one.init() for one in rules.beside})
 
     def init_pretrained(*, whole: bool = False) -> BilevelState:
         new, model, normalized = parallel.jit_once(fresh)(key), config.model, table.objective(config).cosine_head
@@ -219,12 +220,14 @@ def _steps(
     config: Config, forward: Pass, rules: Recipe, learner: MetaLearner | None, phi_tx: _Chain, image_shape: _Shape
 ) -> tuple[PlainStep, Step | None, PlainStep | None]:
     """Returns the plain step, the meta-step and a second stage's, None for what the run has not."""
-    method, weights, meta_step, retrain_step = METHODS[config.method.name], rules.class_weights, None, None
-    plain_step = bilevel.make_plain_step(forward, rules.loss, rules.tx, learner, class_weights=weights)
+    method, meta_step, retrain_step = METHODS[config.method.name], None, None
+    terms: dict[str, Any] = {"class_weights": rules.class_weights, "beside": rules.beside}
+    plain_step = bilevel.make_plain_step(forward, rules.loss, rules.tx, learner, **terms)
     if learner and not config.frozen:
         rule = recipe.meta_rule(config)
-        meta_step = bilevel.make_step(forward, rules.loss, rules.tx, learner, phi_tx, rule, class_weights=weights)
+        meta_step = bilevel.make_step(forward, rules.loss, rules.tx, learner, phi_tx, rule, **terms)
     if method.retraining:
+        assert not isinstance(rules.loss, FeatureLoss)
         # No backward pass goes through the network, so its passes need not be in parts.
         forward = dataclasses.replace(forward, parts=1)
         if method.retraining.synthetic:

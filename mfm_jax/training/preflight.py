@@ -61,10 +61,10 @@ def _head(config: Config, seen: Seen) -> Iterator[str]:
 
 def _sites(config: Config, seen: Seen) -> Iterator[str]:
     """Where features are modulated or read."""
-    method, name = METHODS[config.method.name], config.method.name
+    method, objective, name = METHODS[config.method.name], table.objective(config), config.method.name
     needed = [*(config.sites if method.modulates else ()), *(one for one in method.needs if one != "head")]
     synthetic = bool(method.retraining and method.retraining.synthetic)
-    needed += ["pooled"] * (synthetic or table.objective(config).cosine_head)
+    needed += ["pooled"] * bool(synthetic or objective.cosine_head or objective.later)
     for site in (site for site in dict.fromkeys(needed) if site not in seen.sites):
         yield (
             f"method.name = {name!r}: needs the site {site!r}, and your module calls {', '.join(seen.sites) or 'none'};"

@@ -9,11 +9,12 @@ import optax
 
 from mfm_jax import models
 from mfm_jax.bilevel import ClassWeights, MetaRule, losses, optim
+from mfm_jax.bilevel.auxiliary import Auxiliary
 from mfm_jax.config import Config
 from mfm_jax.data import LongTailData, batches
 from mfm_jax.methods import sampling, table
 from mfm_jax.methods.table import METHODS, Method
-from mfm_jax.types import LossFn
+from mfm_jax.types import FeatureLoss, LossFn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,6 +22,7 @@ class Recipe:
     """The training of one run.
 
     loss: of an example.
+    beside: losses of the whole batch that are added.
     class_weights: what each class's loss is multiplied by, by step; None for no weights.
     tx: the classifier's optax chain.
     second_tx: of what a second stage trains.
@@ -30,7 +32,8 @@ class Recipe:
     total_steps: steps in the run.
     """
 
-    loss: LossFn
+    loss: LossFn | FeatureLoss
+    beside: tuple[Auxiliary, ...]
     class_weights: ClassWeights | None
     tx: optax.GradientTransformation
     second_tx: optax.GradientTransformation
@@ -48,13 +51,11 @@ def of(config: Config, data: LongTailData) -> Recipe:
     tx = optim.classifier(config.optim, first)
     if config.model.tune != "all":
         tx = optim.only(tx, lambda params: models.trained(params, config.model.tune))
-    loss = objective.loss(config, counts)
-    if config.method.label_smoothing:
-        loss = losses.smoothed(loss, config.method.label_smoothing)
-    total = config.train.epochs * per_epoch
+    total, begin = config.train.epochs * per_epoch, config.second_stage * per_epoch
     return Recipe(
-        loss=loss,
-        class_weights=_class_weights(config, objective, counts, per_epoch),
+        loss=_loss(config, objective, counts, begin),
+        beside=_beside(config, objective, counts),
+        class_weights=_class_weights(config, objective, counts, begin),
         tx=tx,
         second_tx=optim.classifier(config.optim, second),
         learning_rate=learning_rate,
@@ -95,10 +96,33 @@ def _schedules(config: Config, method: Method, per_epoch: int) -> tuple[optax.Sc
     return (joined, joined, joined) if method.fine_tune else (first, second, joined)
 
 
-def _class_weights(config: Config, objective: Method, counts: jax.Array, per_epoch: int) -> ClassWeights | None:
+def _loss(config: Config, objective: Method, counts: jax.Array, begin: int) -> LossFn | FeatureLoss:
+    """Returns the loss of an example; `begin` is the first step of the second stage."""
+
+    def smoothed(loss: LossFn) -> LossFn:
+        amount = config.method.label_smoothing
+        return losses.smoothed(loss, amount) if amount else loss
+
+    first, later = smoothed(objective.loss(config, counts)), objective.later
+    if later is None:
+        return first
+
+    def at(step: jax.Array, features: jax.Array) -> LossFn:
+        second = smoothed(later(config, features))
+        return lambda logits, labels: jnp.where(step >= begin, second(logits, labels), first(logits, labels))
+
+    return FeatureLoss(at)
+
+
+def _beside(config: Config, objective: Method, counts: jax.Array) -> tuple[Auxiliary, ...]:
+    found = objective.beside and objective.beside(config, counts)
+    return (found,) if found else ()
+
+
+def _class_weights(config: Config, objective: Method, counts: jax.Array, begin: int) -> ClassWeights | None:
     if objective.weights is None:
         return None
-    weights, begin = objective.weights(config, counts), config.second_stage * per_epoch * objective.deferred
+    weights, begin = objective.weights(config, counts), begin * objective.deferred
     return lambda step: jnp.where(step >= begin, weights, jnp.ones_like(weights))
 
 
