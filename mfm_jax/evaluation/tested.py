@@ -72,9 +72,10 @@ def dtype(config: Config) -> Literal["float32", "bfloat16"]:
 
 
 def applied(config: Config, module: nn.Module) -> ApplyFn:
-    """Returns the module's `apply`, with the layers that are not tuned frozen, and with a cosine head if it has one."""
+    """Returns the module's `apply`, with the layers that are not tuned frozen, and with a normalised head if it has one."""
     apply = module.apply if config.model.tune == "all" else models.frozen(module.apply, config.model.tune)
-    return heads.cosine(apply, config.method.ldam_scale) if table.objective(config).cosine_head else apply
+    head = table.head(config)
+    return apply if head == "linear" else heads.cosine(apply, config.method.ldam_scale, fixed=head == "simplex")
 
 
 def _tested_params(

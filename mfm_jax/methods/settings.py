@@ -43,7 +43,11 @@ class Method:
     lade_weight: Annotated[float, Bounds(0), "lade: of the regulariser; 0 = logit_adjusted"] = 0.1
     ib_alpha: Annotated[float, Bounds(1e-3), "influence_balanced: factor of the loss in the second part"] = 1000.0
     ldam_margin: Annotated[float, Bounds(0), "ldam, ldam_drw: margin of the rarest class, in cosines"] = 0.5
-    ldam_scale: Annotated[float, Bounds(1), "ldam, ldam_drw: factor of the cosines"] = 30.0
+    ldam_scale: Annotated[float, Bounds(1), "ldam, ldam_drw, method.head: factor of the cosines"] = 30.0
+    head: Annotated[
+        Literal["own", "cosine", "simplex"],
+        "last layer: cosine = normalised, simplex = that and fixed; own = as the method says",
+    ] = "own"
     dice_alpha: Annotated[float, Bounds(0), "dice; 0 = the plain Dice loss"] = 0.1
     sampling: Annotated[
         Literal["own", "natural", "square_root", "square_root_later", "balanced", "balanced_later", "progressive"],

@@ -7,9 +7,10 @@ governs. Data, budget, model, optimizer and evaluation are the same for all, and
 `docs/methods.md` has a paragraph on each, with its formula, cost and use.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -96,6 +97,13 @@ def objective(config: Config) -> Method:
     return METHODS[config.method.trained]
 
 
+def head(config: Config) -> Literal["linear", "cosine", "simplex"]:
+    """Returns what the classifier's last layer is: as `method.head` says, or as that of the method whose loss is trained."""
+    if config.method.head == "own":
+        return "cosine" if objective(config).cosine_head else "linear"
+    return config.method.head
+
+
 def _ldam(config: Config, counts: jax.Array) -> LossFn:
     return losses.ldam(counts, config.method.ldam_margin, config.method.ldam_scale)
 
@@ -127,9 +135,10 @@ def _prior_entropy_weights(config: Config, counts: jax.Array) -> jax.Array:
 
 def _metasaug(config: Config, counts: jax.Array, channels: Mapping[str, int]) -> MetaLearner:
     size, strength = (len(counts), channels["pooled"]), config.method.isda_strength
-    if objective(config).cosine_head:
-        return learners.metasaug(*size, strength, lambda params: heads.cosine_kernel(params, config.method.ldam_scale))
-    return learners.metasaug(*size, strength)
+    if (last := head(config)) == "linear":
+        return learners.metasaug(*size, strength)
+    kernel = functools.partial(heads.cosine_kernel, scale=config.method.ldam_scale, fixed=last == "simplex")
+    return learners.metasaug(*size, strength, kernel)
 
 
 def modulator(config: Config, counts: jax.Array, channels: Mapping[str, int]) -> Modulator:

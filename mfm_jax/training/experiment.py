@@ -95,6 +95,8 @@ def build(config: Config, data: LongTailData, mesh: Mesh | None = None) -> Exper
     plain, rules = tested.of(config, data.counts), recipe.of(config, data)
     image = jnp.zeros((1, *data.train_images.shape[1:]), jnp.float32)
     channels = _channels(config, plain.module, image, data.num_classes, mesh)
+    if table.head(config) == "simplex":
+        heads.simplex(channels["pooled"], data.num_classes)  # refuses, before anything is compiled, what it cannot be
     learner = method.learner(config, counts, channels) if method.learner else None
     schedule = optim.meta_schedule(config.meta, config.optim, config.train.epochs, rules.steps_per_epoch)
     phi_tx = learner.optimizer(schedule) if learner else rules.second_tx
@@ -163,7 +165,7 @@ def _starts(
         return state.replace(memory={one.name: one.init() for one in rules.beside})
 
     def init_pretrained(*, whole: bool = False) -> BilevelState:
-        new, model, normalized = parallel.jit_once(fresh)(key), config.model, table.objective(config).cosine_head
+        new, model, normalized = parallel.jit_once(fresh)(key), config.model, table.head(config) != "linear"
         new = (new["params"], new.get("batch_stats", {}))
         if model.init_from:
             found = weights.of_run(config, data.class_names, *new)

@@ -70,7 +70,8 @@ def _why_fresh(config: Config, its_config: Config, names: Sequence[str], its_nam
         return f"that run has {len(its_names)} classes, this one {len(names)}"
     if other := [(a, b) for a, b in zip(its_names, names, strict=True) if a != b]:
         return "the classes are others, such as {!r} there and {!r} here".format(*other[0])
-    normalized = [table.objective(one).cosine_head for one in (its_config, config)]
-    if normalized[0] != normalized[1]:
-        return f"that run's is {'normalised' if normalized[0] else 'linear'}, that of {config.method.name} is not"
+    theirs, ours = map(table.head, (its_config, config))
+    if theirs != ours:
+        words = {"linear": "linear", "cosine": "normalised", "simplex": "a simplex"}
+        return f"that run's is {words[theirs]}, that of {config.method.name} is not"
     return ""
