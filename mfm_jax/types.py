@@ -11,6 +11,7 @@ import jax
 from flax import struct
 
 PyTree = Any
+PROJECTION = "projection"  # of the classifier's parameters, what a loss of the batch trains and no test has
 
 
 class Modulate(Protocol):

@@ -77,7 +77,8 @@ def test_cosine_head(variables):
 def test_simplex_vectors_have_length_one_and_equal_angles(channels, classes):
     found = heads.simplex(channels, classes)
     assert found.shape == (channels, classes)
-    np.testing.assert_allclose(found.T @ found, np.eye(classes) * (1 + 1 / (classes - 1)) - 1 / (classes - 1), atol=1e-12)
+    want = (classes * np.eye(classes) - 1) / (classes - 1)
+    np.testing.assert_allclose(found.T @ found, want, atol=1e-12)
     np.testing.assert_array_equal(found, heads.simplex(channels, classes))
 
 

@@ -67,7 +67,7 @@ class LossValues(chex.TestCase):
 
     @chex.variants(with_jit=True, without_jit=True)
     def test_vector_scaling(self):
-        # The factors are 1, 1/2, 1/4 at gamma = 1/2; the terms n e^(delta z) are 16, 4 sqrt 2, 5^(1/4), and 64, 8, 8^(1/4).
+        # The factors are 1, 1/2, 1/4 at gamma = 1/2, the terms n e^(delta z) 16, 4 sqrt 2, 5^(1/4), and 64, 8, 8^(1/4).
         out = self.variant(losses.vector_scaled(np.array([16, 4, 1]), 0.5, 1.0))(LOGITS, LABELS)
         first, second = (16, 4 * 2**0.5, 5**0.25), (64, 8, 8**0.25)
         want = [math.log(sum(first) / first[1]), math.log(sum(second) / second[2])]

@@ -1,14 +1,14 @@
 """Losses of a whole batch, which are added to the mean of its examples' losses."""
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 
 from mfm_jax.bilevel.losses import log_prior
 from mfm_jax.bilevel.passes import Pass
-from mfm_jax.types import Batch, PyTree
+from mfm_jax.types import PROJECTION, ApplyFn, Batch, PyTree
 
 
 class BatchLoss(Protocol):
@@ -39,13 +39,29 @@ class Auxiliary(NamedTuple):
     name: under which `BilevelState.memory` has what it keeps.
     loss: see `BatchLoss`.
     sites: whose features it reads.
-    init: `() -> memory`, what it keeps from step to step, outside of the gradient; an empty dict where it keeps nothing.
+    init: `() -> memory`, what it keeps from step to step, outside of the gradient; an empty dict for nothing.
+    projection: `(key, params) -> PyTree`, what it trains beside the classifier, `PROJECTION` of its parameters.
     """
 
     name: str
     loss: BatchLoss
     sites: tuple[str, ...] = ()
     init: Callable[[], PyTree] = _nothing
+    projection: Callable[[jax.Array, PyTree], PyTree] | None = None
+
+
+def without_projection(params: PyTree) -> PyTree:
+    """Returns the classifier's `params` that are tested: all but what a loss of the batch trains beside them."""
+    return {name: tree for name, tree in params.items() if name != PROJECTION}
+
+
+def classifier_alone(apply_fn: ApplyFn) -> ApplyFn:
+    """Returns `apply_fn` of a module that is not given `PROJECTION`."""
+
+    def apply(variables: PyTree, image: PyTree, **options: Any) -> PyTree:
+        return apply_fn({**variables, "params": without_projection(variables["params"])}, image, **options)
+
+    return apply
 
 
 def soft_labels(batch: Batch, classes: int) -> jax.Array:
@@ -61,9 +77,9 @@ def label_distribution(counts: jax.Array, weight: float = 0.1, spread: float = 0
     """Returns LADE's regulariser, `weight sum_c pi_c (-mean_{y=c} z_c + l_c + spread l_c^2)`.
 
     `l_c = log mean_i ((1 / K) / pi_y e^{z_c})` is over the batch as if its classes were balanced, `pi` the training
-    prior: each logit is held to the log ratio of `p(x | c)` to a balanced `p(x)`, by the Donsker-Varadhan bound. A class
-    that the batch has no example of has the mean 0. The authors' code has `pi_c` in the place of `pi_y`; this is the
-    paper's.
+    prior: each logit is held to the log ratio of `p(x | c)` to a balanced `p(x)`, by the Donsker-Varadhan bound. A
+    class that the batch has no example of has the mean 0. The authors' code has `pi_c` in the place of `pi_y`; this is
+    the paper's.
 
     Args:
       counts: training images of each class, `[K]`, all at least 1.
@@ -92,4 +108,4 @@ def label_distribution(counts: jax.Array, weight: float = 0.1, spread: float = 0
         balanced = forward.log_mean_exp(logits + jnp.log(ratio)[:, None], batch)
         return weight * prior @ (balanced + spread * balanced**2 - own), memory
 
-    return Auxiliary("lade", loss)
+    return Auxiliary("label_distribution", loss)

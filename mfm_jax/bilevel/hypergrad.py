@@ -25,6 +25,8 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import jax
+import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 
 from mfm_jax.types import PyTree
 
@@ -97,7 +99,7 @@ def mixed_mode(
     _, tangent_of_grad, (train, inner_grad) = jax.linearize(modulation_grad, select(params), has_aux=True)
     new_params, pull_back, update_aux = jax.vjp(update, inner_grad, has_aux=True)
     meta, meta_grad = jax.value_and_grad(lambda leaves: meta_loss(merge(leaves)), has_aux=True)(select(new_params))
-    zeros = jax.tree.map(jax.numpy.zeros_like, new_params)
+    zeros = jax.tree.map(jnp.zeros_like, new_params)
     (v,) = pull_back(_partition(zeros, active)[1](meta_grad))
     return Hypergrad(tangent_of_grad(select(v)), train, meta, inner_grad, (new_params, update_aux))
 
@@ -122,6 +124,25 @@ def reverse_over_reverse(
 
     grad, rest = jax.grad(objective, has_aux=True)(phi)
     return Hypergrad(grad, *rest)
+
+
+def depends(function: Callable[[PyTree], PyTree], argument: PyTree) -> bool:
+    """Returns whether any output of `function` has a derivative by `argument`, by tracing alone."""
+    moving: list[bool] = []
+
+    @jax.custom_jvp
+    def look(outputs: PyTree) -> PyTree:
+        return outputs
+
+    def note(primals: tuple[PyTree], tangents: tuple[PyTree]) -> tuple[PyTree, PyTree]:
+        leaves = jax.tree.leaves(tangents[0], is_leaf=lambda leaf: isinstance(leaf, SymbolicZero))
+        moving.extend(not isinstance(leaf, SymbolicZero) for leaf in leaves)
+        return primals[0], tangents[0]
+
+    look.defjvp(note, symbolic_zeros=True)
+    ones = jax.tree.map(jnp.ones_like, argument)
+    jax.eval_shape(lambda value, tangent: jax.jvp(lambda x: look(function(x)), (value,), (tangent,)), argument, ones)
+    return any(moving)
 
 
 def _partition(

@@ -91,7 +91,7 @@ def vector_scaled(counts: jax.Array, gamma: float = 0.3, tau: float = 1.0) -> Lo
       tau: strength of the adjustment.
 
     References:
-      Kini et al., Label-imbalanced and group-sensitive classification under overparameterization, NeurIPS 2021 (VS-loss).
+      Kini et al., Label-imbalanced and group-sensitive classification under overparameterization, NeurIPS 2021 (VS).
       Ye et al., Identifying and compensating for feature deviation in imbalanced deep learning, arXiv:2001.01385, 2020.
     """
     counts = jnp.asarray(counts, jnp.float32)

@@ -13,7 +13,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
-from jax.custom_derivatives import SymbolicZero
 
 from mfm_jax.errors import UserError
 from mfm_jax.types import ApplyFn, Batch, BilevelState, Modulate, PyTree, no_modulation
@@ -124,7 +123,8 @@ class Pass:
         """
 
         def one(part: Batch) -> tuple[tuple[jax.Array, dict[str, jax.Array]], PyTree]:
-            modulate, kept = modulate_by(part.label), {}
+            modulate = modulate_by(part.label)
+            kept: dict[str, jax.Array] = {}
 
             def keep(site: str, features: jax.Array) -> jax.Array:
                 features = modulate(site, features)
@@ -191,11 +191,17 @@ class Pass:
         return {self.switch: train == (self.switch == "train")} if self.switch else {}
 
     def mean(self, values: jax.Array, batch: Batch) -> jax.Array:
-        """Returns the mean of `values [B, ...]` over the whole batch, on however many devices; by its weights if any."""
+        """Returns the mean of `values [B, ...]` over the whole batch, on however many devices; by weights if any."""
         if batch.weight is not None:
             weight = batch.weight.astype(values.dtype)
             values = values * weight.reshape(-1, *[1] * (values.ndim - 1))
         mean = values.mean(axis=0)
+        return jax.lax.pmean(mean, self.axis_name) if self.axis_name else mean
+
+    def mean_product(self, left: jax.Array, right: jax.Array, batch: Batch) -> jax.Array:
+        """Returns the mean of the outer products of `left [B, K]` and `right [B, C]` over the whole batch, `[K, C]`."""
+        left = left if batch.weight is None else left * batch.weight.astype(left.dtype)[:, None]
+        mean = left.T @ right / len(left)
         return jax.lax.pmean(mean, self.axis_name) if self.axis_name else mean
 
     def log_mean_exp(self, values: jax.Array, batch: Batch) -> jax.Array:
@@ -212,22 +218,3 @@ class Pass:
         """Returns the global norm of a tree; `by_example`, of one that is split over the devices as the batch is."""
         norm = optax.tree.norm(tree)
         return jnp.sqrt(jax.lax.psum(norm**2, self.axis_name)) if by_example and self.axis_name else norm
-
-
-def depends(function: Callable[[PyTree], PyTree], argument: PyTree) -> bool:
-    """Returns whether any output of `function` has a derivative by `argument`, by tracing alone."""
-    moving: list[bool] = []
-
-    @jax.custom_jvp
-    def look(outputs: PyTree) -> PyTree:
-        return outputs
-
-    def note(primals: tuple[PyTree], tangents: tuple[PyTree]) -> tuple[PyTree, PyTree]:
-        leaves = jax.tree.leaves(tangents[0], is_leaf=lambda leaf: isinstance(leaf, SymbolicZero))
-        moving.extend(not isinstance(leaf, SymbolicZero) for leaf in leaves)
-        return primals[0], tangents[0]
-
-    look.defjvp(note, symbolic_zeros=True)
-    ones = jax.tree.map(jnp.ones_like, argument)
-    jax.eval_shape(lambda value, tangent: jax.jvp(lambda x: look(function(x)), (value,), (tangent,)), argument, ones)
-    return any(moving)

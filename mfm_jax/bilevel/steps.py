@@ -39,10 +39,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mfm_jax.bilevel import losses, passes
+from mfm_jax.bilevel import losses
 from mfm_jax.bilevel import outer as outer_lib
 from mfm_jax.bilevel.auxiliary import Auxiliary
-from mfm_jax.bilevel.hypergrad import HypergradFn, MetaLoss, TrainLoss, Update, mixed_mode
+from mfm_jax.bilevel.hypergrad import HypergradFn, MetaLoss, TrainLoss, Update, depends, mixed_mode
 from mfm_jax.bilevel.outer import MetaLearner
 from mfm_jax.bilevel.passes import Pass
 from mfm_jax.types import Batch, BilevelState, FeatureLoss, LossFn, Metrics, Modulator, PyTree
@@ -273,7 +273,7 @@ def halves(
             logits, features = found
             of_example = loss.at(state.step, features["pooled"]) if isinstance(loss, FeatureLoss) else loss
             value = mean(learner.weigh(phi, _example_losses(of_example, logits, batch, weights), mean))
-            memory = {}
+            memory: dict[str, PyTree] = {}
             for one in beside:
                 term, memory[one.name] = one.loss(params, state.memory[one.name], logits, features, batch, forward)
                 value = value + term
@@ -326,14 +326,12 @@ def _plain_averages(
     What the training pass has `written` are the plain ones if the modulation cannot reach them; otherwise a plain pass
     is run.
     """
-    if passes.depends(lambda phi: train_loss(state.params, phi)[1][1], phi):
+    if depends(lambda phi: train_loss(state.params, phi)[1][1], phi):
         return forward.averages(state, state.params, batch)
     return written
 
 
-def _advance(
-    state: BilevelState, updated: tuple[PyTree, PyTree], batch_stats: PyTree, memory: PyTree
-) -> BilevelState:
+def _advance(state: BilevelState, updated: tuple[PyTree, PyTree], batch_stats: PyTree, memory: PyTree) -> BilevelState:
     params, opt_state = updated
     return state.replace(
         step=state.step + 1, params=params, opt_state=opt_state, batch_stats=batch_stats, memory=memory

@@ -83,7 +83,7 @@ def _head(config: Config) -> Iterator[str]:
     head, name = config.method.head, config.method.name
     if head == "own":
         return
-    if name in ("crt", "lws", "smote", "posthoc_la", "tau_norm", "sampling_free"):
+    if config.method.linear:
         yield f"method.head = {head!r}: {name} sets or trains a linear one; leave it out, or choose another method"
     if head == "simplex" and config.model.tune == "head":
         yield "model.tune = 'head': with method.head = 'simplex' nothing of it is trained; choose another of the two"

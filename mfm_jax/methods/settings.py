@@ -20,6 +20,7 @@ Name = Literal[Loss, "dice", "sampling_free", Sampled, Staged, "posthoc_la", "ta
 _DEFERRED = {"drw", "ldam_drw", "influence_balanced"}  # weights that act in the second part of the epochs alone
 _BASES = {"metasaug": "drw"}  # of the meta learners that were published with another loss than cross-entropy
 _PER_BATCH = {"l2rw"}  # weights of examples that belong to one batch
+_LINEAR = {"crt", "lws", "smote", "posthoc_la", "tau_norm", "sampling_free"}  # what they set or train of the head
 _KEPT = {"mfm_frozen": "long_tail"}  # the shipped modulator that a method keeps (`workdir.modulators`)
 
 
@@ -33,6 +34,9 @@ class Method:
         float, Bounds(0), "logit_adjusted, vector_scaling, lade, posthoc_la: strength of prior; tau_norm: power of norm"
     ] = 1.0
     label_smoothing: Annotated[float, Bounds(0, 1), "any method; 0 = off"] = 0.0
+    proco_weight: Annotated[float, Bounds(0), "any method: of the probabilistic contrastive loss; 0 = off"] = 0.0
+    proco_temperature: Annotated[float, Bounds(0.01), "proco_weight: divides the cosines"] = 0.1
+    proco_features: Annotated[int, Bounds(8), "proco_weight: dimensions in which classes are contrasted"] = 128
     focal_gamma: Annotated[float, Bounds(0), "focal; 0 = cross-entropy"] = 2.0
     weighting: Annotated[
         Literal["effective_number", "inverse_frequency", "sqrt_frequency"],
@@ -89,6 +93,11 @@ class Method:
     def meta_learned(self) -> bool:
         """Whether something learns from the meta set."""
         return self.name in get_args(MetaLearned)
+
+    @property
+    def linear(self) -> bool:
+        """Whether it sets or trains a last layer that has to be linear."""
+        return self.name in _LINEAR
 
     @property
     def kept(self) -> str:

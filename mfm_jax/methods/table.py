@@ -98,7 +98,7 @@ def objective(config: Config) -> Method:
 
 
 def head(config: Config) -> Literal["linear", "cosine", "simplex"]:
-    """Returns what the classifier's last layer is: as `method.head` says, or as that of the method whose loss is trained."""
+    """Returns what the last layer is: as `method.head` says, or as that of the method whose loss is trained."""
     if config.method.head == "own":
         return "cosine" if objective(config).cosine_head else "linear"
     return config.method.head

@@ -33,7 +33,7 @@ from mfm_jax.models import own, pretrained, stacked
 from mfm_jax.models.own import Adapted
 from mfm_jax.training import preflight, recipe, weights
 from mfm_jax.training.recipe import Recipe
-from mfm_jax.types import ApplyFn, Batch, BilevelState, FeatureLoss, Modulate, Modulator, PyTree
+from mfm_jax.types import PROJECTION, ApplyFn, Batch, BilevelState, FeatureLoss, Modulate, Modulator, PyTree
 
 _Chain: TypeAlias = optax.GradientTransformation
 _Shape = tuple[int, ...]
@@ -161,7 +161,9 @@ def _starts(
             return learner.init(key) if learner else {}
 
         moves = method.retraining or (learner and not config.frozen)
-        state = bilevel.init_state(jax.random.split(key)[1], variables, rules.tx, init_phi, phi_tx if moves else None)
+        params_key, state_key = jax.random.split(key)
+        variables = {**variables, "params": _with_projection(params_key, variables["params"], rules)}
+        state = bilevel.init_state(state_key, variables, rules.tx, init_phi, phi_tx if moves else None)
         return state.replace(memory={one.name: one.init() for one in rules.beside})
 
     def init_pretrained(*, whole: bool = False) -> BilevelState:
@@ -176,6 +178,12 @@ def _starts(
     # One program: hundreds of small operations otherwise, each compiled alone.
     drawn = parallel.jit_once(lambda key: start(fresh(key), key))
     return functools.partial(fresh, key), functools.partial(drawn, key), init_pretrained
+
+
+def _with_projection(key: jax.Array, params: PyTree, rules: Recipe) -> PyTree:
+    """Returns the classifier's `params` with what a loss of the batch trains beside it."""
+    made = [one.projection(jax.random.fold_in(key, 1), params) for one in rules.beside if one.projection]
+    return {**params, PROJECTION: made[0]} if made else params
 
 
 def _channels(

@@ -53,6 +53,7 @@ def _head(config: Config, seen: Seen) -> Iterator[str]:
         f"method.name = {name!r}": method.prior_bias or method.retraining or method.posthoc or reads,
         f"the head of {name!r} or its method.base": config.method.head == "own" and table.head(config) == "cosine",
         f"method.head = {config.method.head!r}": config.method.head != "own",
+        f"method.proco_weight = {config.method.proco_weight}": config.method.proco_weight,
         "model.tune = 'head'": config.model.tune == "head",
         "meta.virtual = 'head'": method.learner and config.meta.virtual == "head",
     }
@@ -65,7 +66,9 @@ def _sites(config: Config, seen: Seen) -> Iterator[str]:
     method, objective, name = METHODS[config.method.name], table.objective(config), config.method.name
     needed = [*(config.sites if method.modulates else ()), *(one for one in method.needs if one != "head")]
     synthetic = bool(method.retraining and method.retraining.synthetic)
-    needed += ["pooled"] * bool(synthetic or table.head(config) != "linear" or objective.later)
+    needed += ["pooled"] * bool(
+        synthetic or table.head(config) != "linear" or objective.later or config.method.proco_weight
+    )
     for site in (site for site in dict.fromkeys(needed) if site not in seen.sites):
         yield (
             f"method.name = {name!r}: needs the site {site!r}, and your module calls {', '.join(seen.sites) or 'none'};"

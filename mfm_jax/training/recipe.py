@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from mfm_jax import models
-from mfm_jax.bilevel import ClassWeights, MetaRule, losses, optim
+from mfm_jax.bilevel import ClassWeights, MetaRule, contrast, losses, optim
 from mfm_jax.bilevel.auxiliary import Auxiliary
 from mfm_jax.config import Config
 from mfm_jax.data import LongTailData, batches
@@ -115,8 +115,12 @@ def _loss(config: Config, objective: Method, counts: jax.Array, begin: int) -> L
 
 
 def _beside(config: Config, objective: Method, counts: jax.Array) -> tuple[Auxiliary, ...]:
-    found = objective.beside and objective.beside(config, counts)
-    return (found,) if found else ()
+    chosen = config.method
+    found = [objective.beside(config, counts) if objective.beside else None]
+    if chosen.proco_weight:
+        options = (config.train.batch_size, chosen.proco_weight, chosen.proco_temperature, chosen.proco_features)
+        found.append(contrast.proco(counts, *options))
+    return tuple(one for one in found if one)
 
 
 def _class_weights(config: Config, objective: Method, counts: jax.Array, begin: int) -> ClassWeights | None:
