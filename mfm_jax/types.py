@@ -11,6 +11,7 @@ import jax
 from flax import struct
 
 PyTree = Any
+PROJECTION = "projection"  # of the classifier's parameters, what a loss of the batch trains and no test has
 
 
 class Modulate(Protocol):
@@ -23,6 +24,15 @@ class LossFn(Protocol):
     """`(logits [B, K], labels int32 [B]) -> loss of each example, [B]`, in nats for the cross-entropy family."""
 
     def __call__(self, logits: jax.Array, labels: jax.Array, /) -> jax.Array: ...
+
+
+class FeatureLoss(NamedTuple):
+    """A loss of each example that reads the features at the site `pooled`, too, and may change with the step.
+
+    at: `(step int32 scalar, features [B, C]) -> LossFn`.
+    """
+
+    at: Callable[[jax.Array, jax.Array], LossFn]
 
 
 # Scalars of one step, by name: `loss`, `accuracy`, `grad_norm`, and of a meta-step those below.
@@ -85,4 +95,5 @@ class BilevelState(struct.PyTreeNode):
     opt_state: PyTree  # classifier's optax state
     phi: PyTree  # outer parameters: a modulator's, another meta learner's, or what a second stage trains
     phi_opt_state: PyTree  # its optax state
+    memory: PyTree = struct.field(default_factory=dict)  # what losses of the whole batch keep, by their names
     average: PyTree = ()  # an `Average`; () where what is trained is tested

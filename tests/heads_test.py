@@ -5,10 +5,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import Small
+from helpers import Small, configured
 
+from mfm_jax import data as data_lib
 from mfm_jax.bilevel import losses
+from mfm_jax.errors import UserError
 from mfm_jax.methods import heads, smote
+from mfm_jax.training import experiment as experiment_lib
+from mfm_jax.types import Batch
 
 MODULE = Small(3, 4)
 IMAGE = jax.random.normal(jax.random.key(0), (5, 8, 8, 3))
@@ -67,6 +71,67 @@ def test_cosine_head(variables):
     kernel = np.asarray(variables["params"]["head"]["kernel"])
     cosines = features @ kernel / np.linalg.norm(features, axis=1)[:, None] / np.linalg.norm(kernel, axis=0)[None, :]
     chex.assert_trees_all_close(found, 30 * cosines, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("channels", "classes"), [(8, 5), (4, 5), (64, 10), (1, 2)])
+def test_simplex_vectors_have_length_one_and_equal_angles(channels, classes):
+    found = heads.simplex(channels, classes)
+    assert found.shape == (channels, classes)
+    want = (classes * np.eye(classes) - 1) / (classes - 1)
+    np.testing.assert_allclose(found.T @ found, want, atol=1e-12)
+    np.testing.assert_array_equal(found, heads.simplex(channels, classes))
+
+
+def test_there_is_no_simplex_of_five_in_three_dimensions():
+    with pytest.raises(UserError, match=r"method.head = 'simplex': 5 classes need 4 features, the model has 3; raise"):
+        heads.simplex(3, 5)
+
+
+def test_fixed_head_reads_and_trains_no_weights_of_its_own(variables):
+    apply = heads.cosine(MODULE.apply, 30.0, fixed=True)
+    features = np.asarray(heads.features(MODULE.apply)(variables, IMAGE))
+    want = 30 * (features / np.linalg.norm(features, axis=1)[:, None]) @ heads.simplex(features.shape[1], 3)
+    chex.assert_trees_all_close(apply(variables, IMAGE), want.astype(np.float32), rtol=1e-4, atol=1e-4)
+
+    def loss(params):
+        return losses.cross_entropy(apply({**variables, "params": params}, IMAGE), jnp.zeros(5, jnp.int32)).mean()
+
+    slope = jax.grad(loss)(variables["params"])
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(slope["head"]))
+    assert np.any(slope["stage1"]["kernel"])
+
+
+@pytest.mark.usefixtures("quick_runs")
+def test_cosine_head_of_cross_entropy_is_ldam_without_margins():
+    steps = []
+    for config in (configured("ce", method__head="cosine"), configured("ldam", method__ldam_margin=0.0)):
+        data = data_lib.build(config)
+        experiment = experiment_lib.build(config, data)
+        batch = Batch(jnp.asarray(data.train_images[:40], jnp.float32) / 16, jnp.asarray(data.train_labels[:40]))
+        state, _ = jax.jit(experiment.plain_step)(experiment.init(), batch)
+        steps.append((state.params, experiment.tested.probabilities(state, batch.image)))
+    chex.assert_trees_all_equal(*steps)
+
+
+@pytest.mark.usefixtures("quick_runs")
+def test_a_simplex_that_cannot_be_is_refused_before_training():
+    config = configured("ce", method__head="simplex")  # eight features for ten classes
+    with pytest.raises(UserError, match="10 classes need 9 features, the model has 8"):
+        experiment_lib.build(config, data_lib.build(config))
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "message"),
+    [
+        ("crt", {"method__head": "cosine"}, "method.head = 'cosine': crt sets or trains a linear one"),
+        ("posthoc_la", {"method__head": "simplex"}, "method.head = 'simplex': posthoc_la sets or trains"),
+        ("ce", {"method__head": "simplex", "model__tune": "head"}, "model.tune = 'head': with method.head = 'simplex'"),
+        ("mfm", {"method__head": "simplex", "meta__virtual": "head"}, "meta.virtual = 'head': with method.head"),
+    ],
+)
+def test_heads_that_do_not_go_together(name, fields, message):
+    with pytest.raises(UserError, match=message):
+        configured(name, **fields)
 
 
 def test_head_on_stored_features_is_the_network_and_runs_none_of_it(variables):

@@ -21,10 +21,10 @@ ORDER = (  # the files of a line import those of the lines above it alone
     "data.list_text data.longtail data.manifest data.pictures data.walk fields machine.cluster machine.parallel "
     "machine.trace models.hub_cache models.lowering models.native models.stacked models.tuning workdir.integrity "
     "workdir.ownership",
-    "config.own data.decode data.depth data.labels data.spelling data.streaming evaluation.conformal "
+    "bilevel.auxiliary config.own data.decode data.depth data.labels data.spelling data.streaming evaluation.conformal "
     "evaluation.intervals evaluation.metrics machine.interruption machine.versions methods.heads methods.settings "
     "models.convolution models.vit",
-    "config.groups data.lists evaluation.mistakes evaluation.suspects models.imagenet models.resnet",
+    "bilevel.contrast config.groups data.lists evaluation.mistakes evaluation.suspects models.imagenet models.resnet",
     "config.consistency config.continuation config.lookup models.catalog",
     "config.parameters config.schema models",
     "config",

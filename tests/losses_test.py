@@ -26,6 +26,7 @@ LOSSES = {
     "focal": losses.focal(2.0),
     "ldam": losses.ldam(COUNTS, 0.5, 3.0),
     "dice": losses.dice(0.5),
+    "vector_scaled": losses.vector_scaled(COUNTS, 0.3, 1.5),
     "smoothed": losses.smoothed(losses.focal(1.0), 0.2),
     "temperature": losses.with_temperature(losses.generalized_cross_entropy, 2.0),
 }
@@ -63,6 +64,21 @@ class LossValues(chex.TestCase):
         chex.assert_trees_all_close(
             out, np.array([math.log((6 + 2**0.5) / 2**0.5), math.log(3)], np.float32), rtol=1e-5
         )
+
+    @chex.variants(with_jit=True, without_jit=True)
+    def test_vector_scaling(self):
+        # The factors are 1, 1/2, 1/4 at gamma = 1/2, the terms n e^(delta z) 16, 4 sqrt 2, 5^(1/4), and 64, 8, 8^(1/4).
+        out = self.variant(losses.vector_scaled(np.array([16, 4, 1]), 0.5, 1.0))(LOGITS, LABELS)
+        first, second = (16, 4 * 2**0.5, 5**0.25), (64, 8, 8**0.25)
+        want = [math.log(sum(first) / first[1]), math.log(sum(second) / second[2])]
+        chex.assert_trees_all_close(out, np.array(want, np.float32), rtol=1e-5)
+
+    @chex.variants(with_jit=True, without_jit=True)
+    def test_influence_balanced(self):
+        # p = 1/4 and 1/2, so |p - y| = 3/2 and 1; |h| = 3 and 1/2: 9 ln 4 / (9/2 + 1/2), 9 ln 2 / (1/2 + 1/2).
+        features = np.array([[1.0, -2.0], [0.5, 0.0]], np.float32)
+        out = self.variant(losses.influence_balanced(features, 9.0, 0.5))(LOGITS, LABELS)
+        chex.assert_trees_all_close(out, np.array([1.8 * math.log(4), 9 * math.log(2)], np.float32), rtol=1e-6)
 
     @chex.variants(with_jit=True, without_jit=True)
     def test_dice(self):
@@ -123,6 +139,45 @@ def test_what_reduces_to_the_cross_entropy(row, label):
     chex.assert_trees_all_equal(scaled, losses.cross_entropy(30 * logits, labels))
     p = np.exp(-np.float64(plain))
     np.testing.assert_allclose(losses.dice(0.0)(logits, labels), 1 - (2 * p + 1) / (p + 2), atol=1e-5)
+
+
+@settings(deadline=None, max_examples=30)
+@given(finite_logits, st.integers(0, 2), st.lists(st.integers(1, 5000), min_size=3, max_size=3), st.floats(0, 2))
+def test_vector_scaling_without_factors_is_the_logit_adjusted_loss(row, label, counts, tau):
+    logits, labels, n = np.array([row], np.float32), np.array([label], np.int32), np.array(counts)
+    adjusted = losses.logit_adjusted(n, tau)(logits, labels)
+    chex.assert_trees_all_equal(losses.vector_scaled(n, 0.0, tau)(logits, labels), adjusted)
+    chex.assert_trees_all_equal(losses.vector_scaled(n, 0.0, 0.0)(logits, labels), losses.cross_entropy(logits, labels))
+
+
+def test_class_dependent_temperatures_divide_the_logits():
+    cooled = LOGITS / (COUNTS.max() / COUNTS) ** 0.3
+    want = losses.cross_entropy(cooled.astype(np.float32), LABELS)
+    chex.assert_trees_all_close(losses.vector_scaled(COUNTS, 0.3, 0.0)(LOGITS, LABELS), want, rtol=1e-5)
+
+
+def test_influence_is_the_size_of_the_gradient_by_the_last_layer():
+    features = np.array([[1.0, -2.0], [0.5, 0.3]], np.float32)
+
+    def nats(kernel, i):
+        return losses.cross_entropy((features @ kernel)[i : i + 1], LABELS[i : i + 1])[0]
+
+    kernel = jax.random.normal(jax.random.key(0), (2, 3))
+    sizes = np.array([np.abs(jax.grad(nats)(kernel, i)).sum() for i in range(2)])
+    logits = features @ kernel
+    found = losses.influence_balanced(features, 2.0, 0.0)(logits, LABELS)
+    chex.assert_trees_all_close(found, 2 * losses.cross_entropy(logits, LABELS) / sizes, rtol=1e-4)
+
+
+def test_influence_of_what_is_learned_has_a_finite_gradient():
+    learned, labels = np.array([[60.0, 0.0]], np.float32), np.array([0], np.int32)
+
+    def value(logits, features):
+        return losses.influence_balanced(features)(logits, labels)[0]
+
+    for features in (np.zeros((1, 3), np.float32), np.ones((1, 3), np.float32)):
+        chex.assert_tree_all_finite(jax.grad(value, argnums=(0, 1))(learned, features))
+        chex.assert_tree_all_finite(jax.jacfwd(jax.grad(value))(learned, features))
 
 
 def test_ldam_holds_the_rarest_class_furthest():

@@ -42,8 +42,10 @@ ALL = list(METHODS)
 STAGED = get_args(Staged)
 # One of each kind for the quick tier, the others in the slow. A sampler and what is done after training show in whole
 # runs; their steps are those of plain training.
-STEPS = ("mfm", "ce", "ldam_drw", "crt", "smote", "meta_weight_net", "l2rw", "metasaug")
-ON_DEVICES = ("crt", "smote", "meta_weight_net", "metasaug")  # `parallel_test` has mfm with class weights, and l2rw
+LOSSES = ("ldam_drw", "influence_balanced", "lade")
+STEPS = ("mfm", "ce", *LOSSES, "crt", "smote", "meta_weight_net", "l2rw", "metasaug")
+# `parallel_test` has mfm with class weights, and l2rw.
+ON_DEVICES = ("influence_balanced", "lade", "crt", "smote", "meta_weight_net", "metasaug")
 BY_STEP, BY_DEVICES, BY_KIND = (
     [name if name in quick else slow(name) for name in ALL]
     for quick in (STEPS, ON_DEVICES, (*STEPS, "progressive", "two_phase", "posthoc_la", "mfm_frozen"))

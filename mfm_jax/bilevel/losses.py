@@ -75,6 +75,36 @@ def logit_adjusted(counts: jax.Array, tau: float = 1.0) -> LossFn:
     return loss
 
 
+def vector_scaled(counts: jax.Array, gamma: float = 0.3, tau: float = 1.0) -> LossFn:
+    """Returns the vector-scaling loss `-log softmax(delta * logits + tau * log prior)[y]`.
+
+    `delta_k = (n_k / n_max)^gamma`: the logits of rare classes count for less while training, so that the classifier
+    makes them larger. With `gamma = 0` it is the logit-adjusted loss; with `tau = 0` it is the loss of class-dependent
+    temperatures `1 / delta_k` (CDT), with both the cross-entropy. The defaults are those of its authors' code.
+
+    >>> vector_scaled(jnp.array([4, 1]), gamma=0.5, tau=0.0)(jnp.array([[0.0, 2.0]]), jnp.array([1]))
+    Array([0.313...], dtype=float32)
+
+    Args:
+      counts: training images of each class, `[K]`, all at least 1.
+      gamma: power of the counts in the factor of a logit.
+      tau: strength of the adjustment.
+
+    References:
+      Kini et al., Label-imbalanced and group-sensitive classification under overparameterization, NeurIPS 2021 (VS).
+      Ye et al., Identifying and compensating for feature deviation in imbalanced deep learning, arXiv:2001.01385, 2020.
+    """
+    counts = jnp.asarray(counts, jnp.float32)
+    scale = ((counts / counts.max()) ** gamma)[None, :]
+    adjusted = logit_adjusted(counts, tau)
+
+    def loss(logits: jax.Array, labels: jax.Array) -> jax.Array:
+        _check(logits, labels)
+        return adjusted(logits * scale.astype(logits.dtype), labels)
+
+    return loss
+
+
 def focal(gamma: float = 2.0) -> LossFn:
     """Returns the focal loss `-(1 - p_y)^gamma log p_y`: images that are classified well count for little.
 
@@ -121,6 +151,31 @@ def ldam(counts: jax.Array, max_margin: float = 0.5, scale: float = 30.0) -> Los
         _check(logits, labels)
         own = jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype)
         return cross_entropy(logits + own * offset.astype(logits.dtype)[None, :], labels)
+
+    return loss
+
+
+def influence_balanced(features: jax.Array, alpha: float = 1000.0, epsilon: float = 1e-3) -> LossFn:
+    """Returns the influence-balanced loss `alpha ce / (|p - y|_1 |h|_1 + epsilon)`, of examples with the `features` h.
+
+    The denominator is the size of the cross-entropy's gradient by the last layer's weights: examples that hold the
+    boundary where it is count for less. As in the authors' code, it is not a constant of the gradient.
+
+    Args:
+      features: `[B, C]`, what the last layer reads.
+      alpha: factor of the loss.
+      epsilon: keeps the denominator from 0.
+
+    References:
+      Park et al., Influence-balanced loss for imbalanced visual classification, ICCV 2021 (IB loss).
+    """
+    length = jnp.abs(features).sum(axis=-1)
+
+    def loss(logits: jax.Array, labels: jax.Array) -> jax.Array:
+        chex.assert_equal_shape([length, labels])
+        nats = cross_entropy(logits, labels)
+        # The other classes have together what the label lacks of 1.
+        return alpha * nats / (-2 * jnp.expm1(-nats) * length.astype(nats.dtype) + epsilon)
 
     return loss
 

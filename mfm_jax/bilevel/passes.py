@@ -5,7 +5,7 @@ over all devices, whatever part of the batch this one has.
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -93,7 +93,21 @@ class Pass:
     def logits(
         self, state: BilevelState, params: PyTree, batch: Batch, modulate_by: ModulateBy = plain, *, train: bool
     ) -> tuple[jax.Array, PyTree]:
-        """Returns logits `[B, K]` and the running averages afterwards.
+        """Returns logits `[B, K]` and the running averages afterwards; arguments and errors are those of `outputs`."""
+        (logits, _), averages = self.outputs(state, params, batch, modulate_by, train=train)
+        return logits, averages
+
+    def outputs(
+        self,
+        state: BilevelState,
+        params: PyTree,
+        batch: Batch,
+        modulate_by: ModulateBy = plain,
+        *,
+        train: bool,
+        sites: Collection[str] = (),
+    ) -> tuple[tuple[jax.Array, dict[str, jax.Array]], PyTree]:
+        """Returns logits `[B, K]` with the features `[B, ..., C]` at `sites`, modulated, and the running averages.
 
         Args:
           state: its key and step seed the random streams, its `batch_stats` are the averages so far.
@@ -101,21 +115,33 @@ class Pass:
           batch: whose images are passed.
           modulate_by: the modulation, by the labels of the images that pass together.
           train: normalise by the batch's own statistics; otherwise by the averages, which do not change.
+          sites: whose features are returned, of those that the module calls.
 
         Raises:
           UserError: images of integers (in a tree: of uint8, or none that is floating point), or batch statistics in a
             network without a `switch`.
         """
 
-        def one(part: Batch) -> tuple[jax.Array, PyTree]:
-            return self._whole(state, params, part, modulate_by(part.label), train=train)
+        def one(part: Batch) -> tuple[tuple[jax.Array, dict[str, jax.Array]], PyTree]:
+            modulate = modulate_by(part.label)
+            kept: dict[str, jax.Array] = {}
+
+            def keep(site: str, features: jax.Array) -> jax.Array:
+                features = modulate(site, features)
+                if site in sites:
+                    kept[site] = features
+                return features
+
+            logits, averages = self._whole(state, params, part, keep, train=train)
+            return (logits, kept), averages
 
         if self.parts == 1:
             return one(batch)
         split = jax.tree.map(lambda leaf: leaf.reshape(self.parts, -1, *leaf.shape[1:]), batch)
         # Within a scan a checkpoint is kept by every backend: what lives at once is one part's activations.
-        _, (logits, averages) = jax.lax.scan(jax.checkpoint(lambda _, part: (None, one(part))), None, split)
-        return logits.reshape(-1, logits.shape[-1]), jax.tree.map(lambda leaf: leaf.mean(0), averages)
+        _, (outputs, averages) = jax.lax.scan(jax.checkpoint(lambda _, part: (None, one(part))), None, split)
+        outputs = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), outputs)
+        return outputs, jax.tree.map(lambda leaf: leaf.mean(0), averages)
 
     def _whole(
         self, state: BilevelState, params: PyTree, batch: Batch, modulate: Modulate, *, train: bool
@@ -165,9 +191,24 @@ class Pass:
         return {self.switch: train == (self.switch == "train")} if self.switch else {}
 
     def mean(self, values: jax.Array, batch: Batch) -> jax.Array:
-        """Returns the mean of `values [B]` over the whole batch, on however many devices; by its weights if any."""
-        mean = (values if batch.weight is None else values * batch.weight.astype(values.dtype)).mean()
+        """Returns the mean of `values [B, ...]` over the whole batch, on however many devices; by weights if any."""
+        if batch.weight is not None:
+            weight = batch.weight.astype(values.dtype)
+            values = values * weight.reshape(-1, *[1] * (values.ndim - 1))
+        mean = values.mean(axis=0)
         return jax.lax.pmean(mean, self.axis_name) if self.axis_name else mean
+
+    def mean_product(self, left: jax.Array, right: jax.Array, batch: Batch) -> jax.Array:
+        """Returns the mean of the outer products of `left [B, K]` and `right [B, C]` over the whole batch, `[K, C]`."""
+        left = left if batch.weight is None else left * batch.weight.astype(left.dtype)[:, None]
+        mean = left.T @ right / len(left)
+        return jax.lax.pmean(mean, self.axis_name) if self.axis_name else mean
+
+    def log_mean_exp(self, values: jax.Array, batch: Batch) -> jax.Array:
+        """Returns the log of the mean of `exp(values [B, ...])` over the whole batch, as `mean` takes it."""
+        largest = jax.lax.stop_gradient(values).max(axis=0)
+        largest = jax.lax.pmax(largest, self.axis_name) if self.axis_name else largest
+        return largest + jnp.log(self.mean(jnp.exp(values - largest[None]), batch))
 
     def accuracy(self, logits: jax.Array, batch: Batch) -> jax.Array:
         """Returns the share of the batch whose largest logit is the label's."""

@@ -31,7 +31,7 @@ are averaged over that mesh axis before they are differentiated, so that every d
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple, Protocol
 
 import chex
@@ -42,11 +42,12 @@ import optax
 from mfm_jax.bilevel import losses
 from mfm_jax.bilevel import outer as outer_lib
 from mfm_jax.bilevel import sharpness as sharpness_lib
+from mfm_jax.bilevel.auxiliary import Auxiliary
 from mfm_jax.bilevel.hypergrad import HypergradFn, MetaLoss, TrainLoss, Update, depends, mixed_mode, through
 from mfm_jax.bilevel.outer import MetaLearner
 from mfm_jax.bilevel.passes import Pass
 from mfm_jax.bilevel.sharpness import Sharpness
-from mfm_jax.types import Batch, BilevelState, LossFn, Metrics, Modulator, PyTree
+from mfm_jax.types import Batch, BilevelState, FeatureLoss, LossFn, Metrics, Modulator, PyTree
 
 
 class Step(Protocol):
@@ -114,13 +115,14 @@ def init_state(
 
 def make_step(
     forward: Pass,
-    loss: LossFn,
+    loss: LossFn | FeatureLoss,
     tx: optax.GradientTransformation,
     governed: Modulator | MetaLearner,
     phi_tx: optax.GradientTransformation,
     rule: MetaRule = MetaRule(),  # noqa: B008 (immutable)
     *,
     class_weights: ClassWeights | None = None,
+    beside: Sequence[Auxiliary] = (),
     sharpness: Sharpness | None = None,
 ) -> Step:
     """Returns the step `(state, batch, meta_batch) -> (state, metrics)`, which updates w and phi.
@@ -133,6 +135,7 @@ def make_step(
       phi_tx: phi's optax chain.
       rule: how the meta-step is taken.
       class_weights: multiply each example's loss by its class's weight at this step; None for no weights.
+      beside: losses of the whole batch that are added to the mean of the examples'.
       sharpness: where the gradient is taken (`sharpness`); None for at w. The meta-gradient goes through it.
 
     Raises:
@@ -144,7 +147,7 @@ def make_step(
     learner = outer_lib.of(governed)
     if learner.per_batch and rule.lagged:
         raise ValueError("lagged = True: the weights belong to one batch, the next step cannot use them")
-    two_halves = halves(forward, loss, tx, learner, class_weights)
+    two_halves = halves(forward, loss, tx, learner, class_weights, beside)
     outer = optax.with_extra_args_support(phi_tx)
 
     def step(state: BilevelState, batch: Batch, meta_batch: Batch) -> tuple[BilevelState, Metrics]:
@@ -164,7 +167,7 @@ def make_step(
             (value, aux), inner_grad = gradient(state.params, phi)
             updated = update(inner_grad)
         averages = _plain_averages(forward, state, phi, batch, train_loss, aux[1])
-        new_state = _advance(state, updated, averages).replace(
+        new_state = _advance(state, updated, averages, aux[2]).replace(
             phi=state.phi if learner.per_batch else phi, phi_opt_state=phi_opt_state
         )
         metrics = {
@@ -196,11 +199,12 @@ def _meta_loss(forward: Pass, rule: MetaRule, state: BilevelState, batch: Batch,
 
 def make_plain_step(
     forward: Pass,
-    loss: LossFn,
+    loss: LossFn | FeatureLoss,
     tx: optax.GradientTransformation,
     governed: Modulator | MetaLearner | None = None,
     *,
     class_weights: ClassWeights | None = None,
+    beside: Sequence[Auxiliary] = (),
     sharpness: Sharpness | None = None,
 ) -> PlainStep:
     """Returns the step `(state, batch) -> (state, metrics)` that updates w alone.
@@ -211,15 +215,15 @@ def make_plain_step(
     """
     learner = outer_lib.of(governed)
     learner = outer_lib.NOTHING if learner.per_batch else learner
-    two_halves = halves(forward, loss, tx, learner, class_weights)
+    two_halves = halves(forward, loss, tx, learner, class_weights, beside)
 
     def step(state: BilevelState, batch: Batch) -> tuple[BilevelState, Metrics]:
         train_loss, update = two_halves(state, batch)
         gradient = sharpness_lib.gradient(train_loss, sharpness)
-        (value, (accuracy, written)), grad = gradient(state.params, state.phi)
-        averages = _plain_averages(forward, state, state.phi, batch, train_loss, written)
-        metrics = {"loss": value, "accuracy": accuracy, "grad_norm": optax.tree.norm(grad)}
-        return _advance(state, update(grad), averages), metrics
+        (value, aux), grad = gradient(state.params, state.phi)
+        averages = _plain_averages(forward, state, state.phi, batch, train_loss, aux[1])
+        metrics = {"loss": value, "accuracy": aux[0], "grad_norm": optax.tree.norm(grad)}
+        return _advance(state, update(grad), averages, aux[2]), metrics
 
     return step
 
@@ -253,15 +257,18 @@ def make_retrain_step(
 
 def halves(
     forward: Pass,
-    loss: LossFn,
+    loss: LossFn | FeatureLoss,
     tx: optax.GradientTransformation,
     learner: MetaLearner,
     class_weights: ClassWeights | None = None,
+    beside: Sequence[Auxiliary] = (),
 ) -> Callable[[BilevelState, Batch], tuple[TrainLoss, Update]]:
     """Returns `(state, batch) -> (train_loss, update)`, the two halves that every training step is made of.
 
-    `train_loss` takes a third argument, too: what each class's loss counts, [K].
+    `train_loss` gives, beside the loss, the accuracy, the running averages and `BilevelState.memory` afterwards. It
+    takes a third argument, too: what each class's loss counts, [K].
     """
+    sites = {site for one in beside for site in one.sites} | ({"pooled"} if isinstance(loss, FeatureLoss) else set())
 
     def build(state: BilevelState, batch: Batch) -> tuple[TrainLoss, Update]:
         chex.assert_equal_shape_prefix(jax.tree.leaves(batch), 1)
@@ -270,14 +277,21 @@ def halves(
 
         def train_loss(
             params: PyTree, phi: PyTree, counted: jax.Array | None = None
-        ) -> tuple[jax.Array, tuple[jax.Array, PyTree]]:
+        ) -> tuple[jax.Array, tuple[jax.Array, PyTree, PyTree]]:
             modulate_by, check_sites = outer_lib.noting(learner, functools.partial(learner.modulate, phi, params))
-            logits, averages = forward.logits(state, params, batch, modulate_by, train=True)
+            found, averages = forward.outputs(state, params, batch, modulate_by, train=True, sites=sites)
             check_sites()
-            values = learner.weigh(phi, _example_losses(loss, logits, batch, weights), mean)
+            logits, features = found
+            of_example = loss.at(state.step, features["pooled"]) if isinstance(loss, FeatureLoss) else loss
+            values = learner.weigh(phi, _example_losses(of_example, logits, batch, weights), mean)
             if counted is not None:
                 values = values * _of_labels(lambda labels: counted.astype(values.dtype)[labels], batch)
-            return mean(values), (forward.accuracy(logits, batch), averages)
+            value = mean(values)
+            memory: dict[str, PyTree] = {}
+            for one in beside:
+                term, memory[one.name] = one.loss(params, state.memory[one.name], logits, features, batch, forward)
+                value = value + term
+            return value, (forward.accuracy(logits, batch), averages, memory)
 
         def update(grads: PyTree) -> tuple[PyTree, PyTree]:
             changes, opt_state = tx.update(grads, state.opt_state, state.params)
@@ -336,9 +350,11 @@ def _plain_averages(
     return written
 
 
-def _advance(state: BilevelState, updated: tuple[PyTree, PyTree], batch_stats: PyTree) -> BilevelState:
+def _advance(state: BilevelState, updated: tuple[PyTree, PyTree], batch_stats: PyTree, memory: PyTree) -> BilevelState:
     params, opt_state = updated
-    return state.replace(step=state.step + 1, params=params, opt_state=opt_state, batch_stats=batch_stats)
+    return state.replace(
+        step=state.step + 1, params=params, opt_state=opt_state, batch_stats=batch_stats, memory=memory
+    )
 
 
 def _active(params: PyTree, groups: tuple[str, ...] | None) -> PyTree | None:

@@ -11,6 +11,7 @@ from mfm_jax.fields import names_own
 def problems(config: Config) -> Iterator[str]:
     """Yields a line for every rule that `config` breaks."""
     yield from _modulation(config)
+    yield from _head(config)
     yield from _own_method(config)
     yield from _own_module(config)
     if config.model.tune == "adapters" and config.model.name != "vit_b16":
@@ -78,6 +79,19 @@ def _modulation(config: Config) -> Iterator[str]:
         )
     if modulation.use_count and "network" not in forms:
         yield f"modulation.use_count = True: only the form 'network' joins the count to its input, not {min(forms)!r}"
+
+
+def _head(config: Config) -> Iterator[str]:
+    """A last layer that the method sets or trains in another way, or that has nothing to train."""
+    head, name = config.method.head, config.method.name
+    if head == "own":
+        return
+    if config.method.linear:
+        yield f"method.head = {head!r}: {name} sets or trains a linear one; leave it out, or choose another method"
+    if head == "simplex" and config.model.tune == "head":
+        yield "model.tune = 'head': with method.head = 'simplex' nothing of it is trained; choose another of the two"
+    if head == "simplex" and config.method.meta_learned and config.meta.virtual == "head":
+        yield "meta.virtual = 'head': with method.head = 'simplex' nothing of it moves; choose another of the two"
 
 
 def _scanned(config: Config) -> Iterator[str]:

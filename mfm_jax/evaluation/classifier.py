@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mfm_jax.bilevel.auxiliary import without_projection
 from mfm_jax.config import Config, Own
 from mfm_jax.data import LongTailData, augment, batches, sizes
 from mfm_jax.errors import UserError
@@ -139,7 +140,7 @@ def _check_same(module: Adapted, config: Config, facts: Facts, state: BilevelSta
     now = own.seen(module, facts.image_shape, len(facts.class_names), field).params
     shapes = [
         {jax.tree_util.keystr(path): np.shape(leaf) for path, leaf in jax.tree.leaves_with_path(tree)}
-        for tree in (state.params, now)
+        for tree in (without_projection(state.params), now)
     ]
     for name in sorted(shapes[0].keys() | shapes[1].keys()):
         then, now = (str(list(shape[name])) if name in shape else "absent" for shape in shapes)

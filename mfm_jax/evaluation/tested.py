@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mfm_jax import models
-from mfm_jax.bilevel import averaging
+from mfm_jax.bilevel import auxiliary, averaging
 from mfm_jax.bilevel.passes import Pass
 from mfm_jax.config import Config
 from mfm_jax.data import batches
@@ -79,9 +79,11 @@ def dtype(config: Config) -> Literal["float32", "bfloat16"]:
 
 
 def applied(config: Config, module: nn.Module) -> ApplyFn:
-    """Returns the module's `apply`, with the layers that are not tuned frozen, and with a cosine head if it has one."""
+    """Returns the module's `apply`, with the layers that are not tuned frozen, and with a normalised head if any."""
     apply = module.apply if config.model.tune == "all" else models.frozen(module.apply, config.model.tune)
-    return heads.cosine(apply, config.method.ldam_scale) if table.objective(config).cosine_head else apply
+    apply = auxiliary.classifier_alone(apply) if config.method.proco_weight else apply
+    head = table.head(config)
+    return apply if head == "linear" else heads.cosine(apply, config.method.ldam_scale, fixed=head == "simplex")
 
 
 def _tested_params(
@@ -89,9 +91,10 @@ def _tested_params(
 ) -> Callable[[BilevelState], PyTree]:
     def params(state: BilevelState) -> PyTree:
         state = averaging.tested(state)
+        trained = auxiliary.without_projection(state.params)
         if method.retraining:
-            attached, begun = method.retraining.attach(state.params, state.phi), state.step > retrain_from
-            return jax.tree.map(lambda new, old: jnp.where(begun, new, old), attached, state.params)
-        return method.posthoc(config, counts, state.params) if method.posthoc else state.params
+            attached, begun = method.retraining.attach(trained, state.phi), state.step > retrain_from
+            return jax.tree.map(lambda new, old: jnp.where(begun, new, old), attached, trained)
+        return method.posthoc(config, counts, trained) if method.posthoc else trained
 
     return params

@@ -4,13 +4,16 @@ Everything here maps parameters to parameters of the same form, so what is teste
 `cosine` and `on_features` wrap the module's `apply`.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mfm_jax.bilevel.losses import log_prior
+from mfm_jax.errors import UserError
 from mfm_jax.types import ApplyFn, Modulate, PyTree, no_modulation
 
 
@@ -64,19 +67,22 @@ def fresh(key: jax.Array, params: PyTree) -> PyTree:
     return {"kernel": jax.nn.initializers.he_normal()(key, kernel.shape, kernel.dtype), "bias": jnp.zeros_like(bias)}
 
 
-def cosine(apply_fn: ApplyFn, scale: float) -> ApplyFn:
+def cosine(apply_fn: ApplyFn, scale: float, *, fixed: bool = False) -> ApplyFn:
     """Returns `apply_fn` with a cosine classifier: logits `scale * cos(features, weights of class k)`, no bias.
 
     The module's own `pooled` features and head weights are divided by their norms on the way, in training and at test
-    time alike.
+    time alike. With `fixed` the weights are those of `simplex`, and the module's own are not read.
 
     References:
       Cao et al., Learning imbalanced datasets with label-distribution-aware margin loss, NeurIPS 2019, section 3.1.
+      Yang et al., Inducing neural collapse in imbalanced learning: do we really need a learnable classifier at the end
+      of deep neural network?, NeurIPS 2022 (fixed weights).
     """
 
     def apply(variables: PyTree, image: jax.Array, *, modulate: Modulate = no_modulation, **options: Any) -> PyTree:
         params = variables["params"]
-        unit = _with_head(params, kernel=cosine_kernel(params, scale), bias=jnp.zeros_like(params["head"]["bias"]))
+        kernel, bias = cosine_kernel(params, scale, fixed=fixed), jnp.zeros_like(params["head"]["bias"])
+        unit = _with_head(params, kernel=kernel, bias=bias)
 
         def normalize(site: str, features: jax.Array) -> jax.Array:
             features = modulate(site, features)
@@ -87,10 +93,44 @@ def cosine(apply_fn: ApplyFn, scale: float) -> ApplyFn:
     return apply
 
 
-def cosine_kernel(params: PyTree, scale: float) -> jax.Array:
+def cosine_kernel(params: PyTree, scale: float, *, fixed: bool = False) -> jax.Array:
     """Returns the weights that a cosine classifier multiplies unit features with: each class's of length `scale`."""
     kernel: jax.Array = params["head"]["kernel"]
+    if fixed:
+        return jnp.asarray(scale * simplex(*kernel.shape), kernel.dtype)
     return scale * kernel / _norms(kernel)[None, :]
+
+
+def simplex(channels: int, classes: int) -> np.ndarray:
+    """Returns unit vectors as far from each other as so many can be, `[C, K]`: of each two the cosine is -1 / (K - 1).
+
+    They are `sqrt(K / (K - 1)) U (I - 1 1^T / K)`, U with orthonormal columns: a simplex equiangular tight frame. Its
+    rotation is random and always the same.
+
+    Raises:
+      UserError: `channels < classes - 1`, where there is none.
+
+    References:
+      Yang et al., NeurIPS 2022, definition 1.
+    """
+    if channels < classes - 1:
+        raise UserError(
+            f"method.head = 'simplex': {classes} classes need {classes - 1} features, the model has {channels};"
+            " raise model.width, or use 'cosine'"
+        )
+    corners = np.eye(classes) - 1 / classes
+    # Orthonormal coordinates in the hyperplane that the corners span.
+    across = _orthonormal(corners[:, : classes - 1])
+    rotated = _orthonormal(np.random.default_rng(0).normal(size=(channels, classes - 1)))
+    found: np.ndarray = math.sqrt(classes / (classes - 1)) * rotated @ (across.T @ corners)
+    return found
+
+
+def _orthonormal(matrix: np.ndarray) -> np.ndarray:
+    """Returns Q of the QR factors with a positive diagonal of R, which are unique, whatever library finds them."""
+    q, r = np.linalg.qr(matrix)
+    found: np.ndarray = q * np.sign(np.diag(r))
+    return found
 
 
 def on_features(apply_fn: ApplyFn, image_shape: tuple[int, ...]) -> ApplyFn:

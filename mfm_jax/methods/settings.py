@@ -8,19 +8,21 @@ from typing import Annotated, Literal, get_args
 
 from mfm_jax.fields import OWN, Bounds
 
+Adjusted = Literal["logit_adjusted", "vector_scaling", "cdt", "lade"]
 # A loss that can stand under a meta learner, too.
-Loss = Literal["ce", "drw", "focal", "class_balanced", "ldam", "ldam_drw", "logit_adjusted", "own_loss"]
+Loss = Literal["ce", "drw", "focal", "class_balanced", "influence_balanced", "ldam", "ldam_drw", Adjusted, "own_loss"]
 Sampled = Literal["oversample", "undersample", "sqrt_sample", "progressive"]
 # A second stage gets the last part of the epochs and its own learning-rate schedule.
 Staged = Literal["two_phase", "crt", "lws", "smote"]
 MetaLearned = Literal["mfm", "mfm_frozen", "meta_weight_net", "l2rw", "l2ac", "metasaug", "own_learner"]
 Name = Literal[Loss, "dice", "sampling_free", Sampled, Staged, "posthoc_la", "tau_norm", MetaLearned]
 
-_DEFERRED = {"drw", "ldam_drw"}  # class weights that act in the second part of the epochs alone
+_DEFERRED = {"drw", "ldam_drw", "influence_balanced"}  # weights that act in the second part of the epochs alone
 _BASES = {"metasaug": "drw"}  # of the meta learners that were published with another loss than cross-entropy
 _PER_BATCH = {"l2rw"}  # weights of examples that belong to one batch
 _COSINE = {"ldam", "ldam_drw"}  # losses of a classifier that compares directions
 _FINE_TUNED = {"two_phase"}  # second stages that train the whole classifier
+_LINEAR = {"crt", "lws", "smote", "posthoc_la", "tau_norm", "sampling_free"}  # what they set or train of the head
 _KEPT = {"mfm_frozen": "long_tail"}  # the shipped modulator that a method keeps (`workdir.modulators`)
 
 
@@ -30,22 +32,36 @@ class Method:
 
     name: Annotated[Name, "the method"] = "mfm"
     base: Annotated[Literal["own", Loss], "the loss under a meta learner; own = as the method says"] = "own"
-    tau: Annotated[float, Bounds(0), "logit_adjusted, posthoc_la: strength of prior; tau_norm: power of norm"] = 1.0
+    tau: Annotated[
+        float, Bounds(0), "logit_adjusted, vector_scaling, lade, posthoc_la: strength of prior; tau_norm: power of norm"
+    ] = 1.0
     label_smoothing: Annotated[float, Bounds(0, 1), "any method; 0 = off"] = 0.0
+    proco_weight: Annotated[float, Bounds(0), "any method: of the probabilistic contrastive loss; 0 = off"] = 0.0
+    proco_temperature: Annotated[float, Bounds(0.01), "proco_weight: divides the cosines"] = 0.1
+    proco_features: Annotated[int, Bounds(8), "proco_weight: dimensions in which classes are contrasted"] = 128
     focal_gamma: Annotated[float, Bounds(0), "focal; 0 = cross-entropy"] = 2.0
     weighting: Annotated[
         Literal["effective_number", "inverse_frequency", "sqrt_frequency"],
         "class_balanced, drw, ldam_drw: class weights",
     ] = "effective_number"
     effective_beta: Annotated[float, Bounds(0, 0.999999), "weighting effective_number; 0 = no weights"] = 0.9999
+    vs_gamma: Annotated[float, Bounds(0), "vector_scaling, cdt: power of counts in a logit's factor; 0 = none"] = 0.3
+    lade_weight: Annotated[float, Bounds(0), "lade: of the regulariser; 0 = logit_adjusted"] = 0.1
+    ib_alpha: Annotated[float, Bounds(1e-3), "influence_balanced: factor of the loss in the second part"] = 1000.0
     ldam_margin: Annotated[float, Bounds(0), "ldam, ldam_drw: margin of the rarest class, in cosines"] = 0.5
-    ldam_scale: Annotated[float, Bounds(1), "ldam, ldam_drw: factor of the cosines"] = 30.0
+    ldam_scale: Annotated[float, Bounds(1), "ldam, ldam_drw, method.head: factor of the cosines"] = 30.0
+    head: Annotated[
+        Literal["own", "cosine", "simplex"],
+        "last layer: cosine = normalised, simplex = that and fixed; own = as the method says",
+    ] = "own"
     dice_alpha: Annotated[float, Bounds(0), "dice; 0 = the plain Dice loss"] = 0.1
     sampling: Annotated[
         Literal["own", "natural", "square_root", "square_root_later", "balanced", "balanced_later", "progressive"],
         "any method: how often classes are drawn; own = as the method says",
     ] = "own"
-    first_stage: Annotated[float, Bounds(0.01, 0.99), "drw, ldam_drw, two stages, *_later: first part of epochs"] = 0.8
+    first_stage: Annotated[
+        float, Bounds(0.01, 0.99), "drw, ldam_drw, influence_balanced, two stages, *_later: first part of epochs"
+    ] = 0.8
     pretrain: Annotated[Literal["oversample", "undersample"], "two_phase: the first phase's sampling"] = "oversample"
     smote_neighbors: Annotated[int, Bounds(1), "smote: nearest neighbours to interpolate to"] = 5
     hidden: Annotated[int, Bounds(1), "meta_weight_net, l2ac: hidden units"] = 100
@@ -89,6 +105,11 @@ class Method:
     def meta_learned(self) -> bool:
         """Whether something learns from the meta set."""
         return self.name in get_args(MetaLearned)
+
+    @property
+    def linear(self) -> bool:
+        """Whether it sets or trains a last layer that has to be linear."""
+        return self.name in _LINEAR
 
     @property
     def kept(self) -> str:

@@ -7,14 +7,16 @@ governs. Data, budget, model, optimizer and evaluation are the same for all, and
 `docs/methods.md` has a paragraph on each, with its formula, cost and use.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from mfm_jax.bilevel import losses, modulation, outer
+from mfm_jax.bilevel import auxiliary, losses, modulation, outer
+from mfm_jax.bilevel.auxiliary import Auxiliary
 from mfm_jax.bilevel.outer import MetaLearner
 from mfm_jax.config import Config
 from mfm_jax.methods import heads, learners, own, sampling
@@ -54,6 +56,9 @@ class Method:
     """One way of training. `counts` are the training images of each class, `[K]`.
 
     loss: `(config, counts) -> LossFn`, the per-example training loss.
+    later: `(config, features [B, C]) -> LossFn`, the one in its place from the second stage on, by the features at
+      `pooled`; None for the same throughout.
+    beside: `(config, counts) -> Auxiliary`, a loss of the whole batch that is added; None for none.
     weights: `(config, counts) -> [K]`, what each class's loss is multiplied by; None for no weights.
     deferred: the weights act from the second stage on.
     sampler: how often each class is drawn, by epoch.
@@ -70,6 +75,8 @@ class Method:
     """
 
     loss: Callable[[Config, jax.Array], LossFn] = lambda config, counts: losses.cross_entropy
+    later: Callable[[Config, jax.Array], LossFn] | None = None
+    beside: Callable[[Config, jax.Array], Auxiliary | None] | None = None
     weights: Callable[[Config, jax.Array], jax.Array] | None = None
     deferred: bool = False
     sampler: Sampler = sampling.natural
@@ -90,8 +97,24 @@ def objective(config: Config) -> Method:
     return METHODS[config.method.trained]
 
 
+def head(config: Config) -> Literal["linear", "cosine", "simplex"]:
+    """Returns what the last layer is: as `method.head` says, or as that of the method whose loss is trained."""
+    if config.method.head == "own":
+        return "cosine" if objective(config).cosine_head else "linear"
+    return config.method.head
+
+
 def _ldam(config: Config, counts: jax.Array) -> LossFn:
     return losses.ldam(counts, config.method.ldam_margin, config.method.ldam_scale)
+
+
+def _vector_scaling(config: Config, counts: jax.Array) -> LossFn:
+    return losses.vector_scaled(counts, config.method.vs_gamma, config.method.tau)
+
+
+def _label_distribution(config: Config, counts: jax.Array) -> Auxiliary | None:
+    weight = config.method.lade_weight
+    return auxiliary.label_distribution(counts, weight) if weight else None
 
 
 def _class_weights(config: Config, counts: jax.Array) -> jax.Array:
@@ -112,9 +135,10 @@ def _prior_entropy_weights(config: Config, counts: jax.Array) -> jax.Array:
 
 def _metasaug(config: Config, counts: jax.Array, channels: Mapping[str, int]) -> MetaLearner:
     size, strength = (len(counts), channels["pooled"]), config.method.isda_strength
-    if objective(config).cosine_head:
-        return learners.metasaug(*size, strength, lambda params: heads.cosine_kernel(params, config.method.ldam_scale))
-    return learners.metasaug(*size, strength)
+    if (last := head(config)) == "linear":
+        return learners.metasaug(*size, strength)
+    kernel = functools.partial(heads.cosine_kernel, scale=config.method.ldam_scale, fixed=last == "simplex")
+    return learners.metasaug(*size, strength, kernel)
 
 
 def modulator(config: Config, counts: jax.Array, channels: Mapping[str, int]) -> Modulator:
@@ -151,6 +175,7 @@ _LWS = Retraining(
 _BETAS = {"method.effective_beta": Choice((0.9, 0.99, 0.999, 0.9999))}
 _MARGIN = {"method.ldam_margin": Span(0.1, 0.8)}
 _TAU = {"method.tau": Span(0.25, 2.5)}
+_GAMMA = {"method.vs_gamma": Span(0.0, 0.5)}
 _STAGE = {"method.first_stage": Span(0.5, 0.95)}
 _META = {"meta.learning_rate": Span(1e-3, 1.0, log=True)}
 
@@ -162,6 +187,19 @@ METHODS = {
     ),
     "class_balanced": Method(weights=_class_weights, search=_BETAS),
     "drw": Method(weights=_class_weights, deferred=True, search={**_BETAS, **_STAGE}),
+    "vector_scaling": Method(_vector_scaling, search={**_GAMMA, **_TAU}),
+    "cdt": Method(lambda config, counts: losses.vector_scaled(counts, config.method.vs_gamma, 0.0), search=_GAMMA),
+    "lade": Method(
+        lambda config, counts: losses.logit_adjusted(counts, config.method.tau),
+        beside=_label_distribution,
+        search={**_TAU, "method.lade_weight": Span(0.01, 1.0, log=True)},
+    ),
+    "influence_balanced": Method(
+        later=lambda config, features: losses.influence_balanced(features, config.method.ib_alpha),
+        weights=lambda config, counts: losses.frequency_weights(counts),
+        deferred=True,
+        search={**_STAGE, "method.ib_alpha": Span(30.0, 30_000.0, log=True)},
+    ),
     "ldam": Method(_ldam, cosine_head=True, search=_MARGIN),
     "ldam_drw": Method(_ldam, cosine_head=True, weights=_class_weights, deferred=True, search={**_MARGIN, **_STAGE}),
     "logit_adjusted": Method(lambda config, counts: losses.logit_adjusted(counts, config.method.tau), search=_TAU),

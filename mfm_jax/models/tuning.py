@@ -4,7 +4,7 @@ from typing import Any
 
 import jax
 
-from mfm_jax.types import ApplyFn, PyTree
+from mfm_jax.types import PROJECTION, ApplyFn, PyTree
 
 
 def trained(params: PyTree, tune: str) -> PyTree:
@@ -14,7 +14,7 @@ def trained(params: PyTree, tune: str) -> PyTree:
         del leaf
         names = [key.key for key in path]
         in_adapter = any(name.startswith("adapter") for name in names)
-        return tune == "all" or names[0] == "head" or (tune == "adapters" and in_adapter)
+        return tune == "all" or names[0] in ("head", PROJECTION) or (tune == "adapters" and in_adapter)
 
     return jax.tree_util.tree_map_with_path(chosen, params)
 

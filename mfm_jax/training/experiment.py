@@ -8,7 +8,7 @@ import dataclasses
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import flax.linen as nn
 import jax
@@ -33,7 +33,7 @@ from mfm_jax.models import own, pretrained, stacked
 from mfm_jax.models.own import Adapted
 from mfm_jax.training import preflight, recipe, weights
 from mfm_jax.training.recipe import Recipe
-from mfm_jax.types import ApplyFn, Batch, BilevelState, Modulate, Modulator, PyTree
+from mfm_jax.types import PROJECTION, ApplyFn, Batch, BilevelState, FeatureLoss, Modulate, Modulator, PyTree
 
 _Chain: TypeAlias = optax.GradientTransformation
 _Shape = tuple[int, ...]
@@ -95,6 +95,8 @@ def build(config: Config, data: LongTailData, mesh: Mesh | None = None) -> Exper
     plain, rules = tested.of(config, data.counts), recipe.of(config, data)
     image = jnp.zeros((1, *data.train_images.shape[1:]), jnp.float32)
     channels = _channels(config, plain.module, image, data.num_classes, mesh)
+    if table.head(config) == "simplex":
+        heads.simplex(channels["pooled"], data.num_classes)  # refuses, before anything is compiled, what it cannot be
     learner = method.learner(config, counts, channels) if method.learner else None
     schedule = optim.meta_schedule(config.meta, config.optim, config.train.epochs, rules.steps_per_epoch)
     phi_tx = learner.optimizer(schedule) if learner else rules.second_tx
@@ -159,13 +161,15 @@ def _starts(
             return learner.init(key) if learner else {}
 
         moves = method.retraining or (learner and not config.frozen)
-        state = bilevel.init_state(jax.random.split(key)[1], variables, rules.tx, init_phi, phi_tx if moves else None)
+        params_key, state_key = jax.random.split(key)
+        variables = {**variables, "params": _with_projection(params_key, variables["params"], rules)}
+        state = bilevel.init_state(state_key, variables, rules.tx, init_phi, phi_tx if moves else None)
         if rules.averaging:
             state = state.replace(average=averaging.begun(rules.averaging, state.params, state.batch_stats))
-        return state
+        return state.replace(memory={one.name: one.init() for one in rules.beside})
 
     def init_pretrained(*, whole: bool = False) -> BilevelState:
-        new, model, normalized = parallel.jit_once(fresh)(key), config.model, table.objective(config).cosine_head
+        new, model, normalized = parallel.jit_once(fresh)(key), config.model, table.head(config) != "linear"
         new = (new["params"], new.get("batch_stats", {}))
         if model.init_from:
             found = weights.of_run(config, data.class_names, *new)
@@ -178,6 +182,12 @@ def _starts(
     # One program: hundreds of small operations otherwise, each compiled alone.
     drawn = parallel.jit_once(lambda key: start(fresh(key), key))
     return functools.partial(fresh, key), functools.partial(drawn, key), init_pretrained
+
+
+def _with_projection(key: jax.Array, params: PyTree, rules: Recipe) -> PyTree:
+    """Returns the classifier's `params` with what a loss of the batch trains beside it."""
+    made = [one.projection(jax.random.fold_in(key, 1), params) for one in rules.beside if one.projection]
+    return {**params, PROJECTION: made[0]} if made else params
 
 
 def _channels(
@@ -224,16 +234,14 @@ def _steps(
     config: Config, forward: Pass, rules: Recipe, learner: MetaLearner | None, phi_tx: _Chain, image_shape: _Shape
 ) -> tuple[PlainStep, Step | None, PlainStep | None]:
     """Returns the plain step, the meta-step and a second stage's, None for what the run has not."""
-    method, weights, meta_step, retrain_step = METHODS[config.method.name], rules.class_weights, None, None
-    plain_step = bilevel.make_plain_step(
-        forward, rules.loss, rules.tx, learner, class_weights=weights, sharpness=rules.sharpness
-    )
+    method, meta_step, retrain_step = METHODS[config.method.name], None, None
+    terms: dict[str, Any] = {"class_weights": rules.class_weights, "beside": rules.beside, "sharpness": rules.sharpness}
+    plain_step = bilevel.make_plain_step(forward, rules.loss, rules.tx, learner, **terms)
     if learner and not config.frozen:
         rule = recipe.meta_rule(config)
-        meta_step = bilevel.make_step(
-            forward, rules.loss, rules.tx, learner, phi_tx, rule, class_weights=weights, sharpness=rules.sharpness
-        )
+        meta_step = bilevel.make_step(forward, rules.loss, rules.tx, learner, phi_tx, rule, **terms)
     if method.retraining:
+        assert not isinstance(rules.loss, FeatureLoss)
         # No backward pass goes through the network, so its passes need not be in parts.
         forward = dataclasses.replace(forward, parts=1)
         if method.retraining.synthetic:

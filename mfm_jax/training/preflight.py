@@ -65,11 +65,13 @@ def check_start(config: Config, drawn: PyTree, found: PyTree) -> None:
 
 def _head(config: Config, seen: Seen) -> Iterator[str]:
     """What reads or trains the last layer."""
-    method, objective, name = METHODS[config.method.name], table.objective(config), config.method.name
+    method, name = METHODS[config.method.name], config.method.name
     reads = "head" in method.needs
     asking = {
         f"method.name = {name!r}": method.prior_bias or method.retraining or method.posthoc or reads,
-        f"the head of {name!r} or its method.base": objective.cosine_head,
+        f"the head of {name!r} or its method.base": config.method.head == "own" and table.head(config) == "cosine",
+        f"method.head = {config.method.head!r}": config.method.head != "own",
+        f"method.proco_weight = {config.method.proco_weight}": config.method.proco_weight,
         "model.tune = 'head'": config.model.tune == "head",
         "meta.virtual = 'head'": method.learner and config.meta.virtual == "head",
         f"optim.head_max_norm = {config.optim.head_max_norm}": config.optim.head_max_norm,
@@ -81,10 +83,12 @@ def _head(config: Config, seen: Seen) -> Iterator[str]:
 
 def _sites(config: Config, seen: Seen) -> Iterator[str]:
     """Where features are modulated or read."""
-    method, name = METHODS[config.method.name], config.method.name
+    method, objective, name = METHODS[config.method.name], table.objective(config), config.method.name
     needed = [*(config.sites if method.modulates else ()), *(one for one in method.needs if one != "head")]
     synthetic = bool(method.retraining and method.retraining.synthetic)
-    needed += ["pooled"] * (synthetic or table.objective(config).cosine_head)
+    needed += ["pooled"] * bool(
+        synthetic or table.head(config) != "linear" or objective.later or config.method.proco_weight
+    )
     for site in (site for site in dict.fromkeys(needed) if site not in seen.sites):
         yield (
             f"method.name = {name!r}: needs the site {site!r}, and your module calls {', '.join(seen.sites) or 'none'};"

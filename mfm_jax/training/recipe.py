@@ -8,14 +8,15 @@ import jax.numpy as jnp
 import optax
 
 from mfm_jax import models
-from mfm_jax.bilevel import ClassWeights, MetaRule, averaging, losses, optim, sharpness
+from mfm_jax.bilevel import ClassWeights, MetaRule, averaging, contrast, losses, optim, sharpness
+from mfm_jax.bilevel.auxiliary import Auxiliary
 from mfm_jax.bilevel.averaging import Averaging
 from mfm_jax.bilevel.sharpness import Sharpness
 from mfm_jax.config import Config
 from mfm_jax.data import LongTailData, batches
 from mfm_jax.methods import sampling, table
 from mfm_jax.methods.table import METHODS, Method
-from mfm_jax.types import LossFn
+from mfm_jax.types import FeatureLoss, LossFn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +24,7 @@ class Recipe:
     """The training of one run.
 
     loss: of an example.
+    beside: losses of the whole batch that are added.
     class_weights: what each class's loss is multiplied by, by step; None for no weights.
     tx: the classifier's optax chain.
     second_tx: of what a second stage trains.
@@ -34,7 +36,8 @@ class Recipe:
     total_steps: steps in the run.
     """
 
-    loss: LossFn
+    loss: LossFn | FeatureLoss
+    beside: tuple[Auxiliary, ...]
     class_weights: ClassWeights | None
     tx: optax.GradientTransformation
     second_tx: optax.GradientTransformation
@@ -54,13 +57,11 @@ def of(config: Config, data: LongTailData) -> Recipe:
     tx = optim.classifier(config.optim, first, counts)
     if config.model.tune != "all":
         tx = optim.only(tx, lambda params: models.trained(params, config.model.tune))
-    loss = objective.loss(config, counts)
-    if config.method.label_smoothing:
-        loss = losses.smoothed(loss, config.method.label_smoothing)
-    total = config.train.epochs * per_epoch
+    total, begin = config.train.epochs * per_epoch, config.second_stage * per_epoch
     return Recipe(
-        loss=loss,
-        class_weights=_class_weights(config, objective, counts, per_epoch),
+        loss=_loss(config, objective, counts, begin),
+        beside=_beside(config, objective, counts),
+        class_weights=_class_weights(config, objective, counts, begin),
         tx=tx,
         second_tx=optim.classifier(config.optim, second, counts),
         sharpness=_sharpness(config, counts),
@@ -120,10 +121,37 @@ def _sharpness(config: Config, counts: jax.Array) -> Sharpness | None:
     return Sharpness(rho) if rho else None
 
 
-def _class_weights(config: Config, objective: Method, counts: jax.Array, per_epoch: int) -> ClassWeights | None:
+def _loss(config: Config, objective: Method, counts: jax.Array, begin: int) -> LossFn | FeatureLoss:
+    """Returns the loss of an example; `begin` is the first step of the second stage."""
+
+    def smoothed(loss: LossFn) -> LossFn:
+        amount = config.method.label_smoothing
+        return losses.smoothed(loss, amount) if amount else loss
+
+    first, later = smoothed(objective.loss(config, counts)), objective.later
+    if later is None:
+        return first
+
+    def at(step: jax.Array, features: jax.Array) -> LossFn:
+        second = smoothed(later(config, features))
+        return lambda logits, labels: jnp.where(step >= begin, second(logits, labels), first(logits, labels))
+
+    return FeatureLoss(at)
+
+
+def _beside(config: Config, objective: Method, counts: jax.Array) -> tuple[Auxiliary, ...]:
+    chosen = config.method
+    found = [objective.beside(config, counts) if objective.beside else None]
+    if chosen.proco_weight:
+        options = (config.train.batch_size, chosen.proco_weight, chosen.proco_temperature, chosen.proco_features)
+        found.append(contrast.proco(counts, *options))
+    return tuple(one for one in found if one)
+
+
+def _class_weights(config: Config, objective: Method, counts: jax.Array, begin: int) -> ClassWeights | None:
     if objective.weights is None:
         return None
-    weights, begin = objective.weights(config, counts), config.second_stage * per_epoch * objective.deferred
+    weights, begin = objective.weights(config, counts), begin * objective.deferred
     return lambda step: jnp.where(step >= begin, weights, jnp.ones_like(weights))
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from mfm_jax.bilevel.auxiliary import without_projection
 from mfm_jax.config import Config
 from mfm_jax.errors import UserError
 from mfm_jax.evaluation import facts
@@ -46,7 +47,8 @@ def of_run(config: Config, class_names: Sequence[str], params: PyTree, batch_sta
         )
     fresh = _why_fresh(config, its_config, class_names, its_names)
     ours = flatten_dict({"params": params, "batch_stats": batch_stats}, sep=".")
-    theirs = flatten_dict({"params": state.params, "batch_stats": state.batch_stats}, sep=".")
+    tested = without_projection(state.params)
+    theirs = flatten_dict({"params": tested, "batch_stats": state.batch_stats}, sep=".")
     for name, leaf in ours.items():
         if (fresh and name.startswith("params.head.")) or ("adapter" in name and name not in theirs):
             theirs[name] = leaf
@@ -70,7 +72,8 @@ def _why_fresh(config: Config, its_config: Config, names: Sequence[str], its_nam
         return f"that run has {len(its_names)} classes, this one {len(names)}"
     if other := [(a, b) for a, b in zip(its_names, names, strict=True) if a != b]:
         return "the classes are others, such as {!r} there and {!r} here".format(*other[0])
-    normalized = [table.objective(one).cosine_head for one in (its_config, config)]
-    if normalized[0] != normalized[1]:
-        return f"that run's is {'normalised' if normalized[0] else 'linear'}, that of {config.method.name} is not"
+    theirs, ours = map(table.head, (its_config, config))
+    if theirs != ours:
+        words = {"linear": "linear", "cosine": "normalised", "simplex": "a simplex"}
+        return f"that run's is {words[theirs]}, that of {config.method.name} is not"
     return ""
