@@ -34,6 +34,7 @@ ORDER = (  # the files of a line import those of the lines above it alone
     "evaluation.gallery workdir.checkpoint workdir.loggers workdir.stored",
     "bilevel.steps command data.arrays data.files data.tfds methods.learners methods.own workdir.finished workdir.logs "
     "workdir.modulators",
+    "bilevel.views",
     "bilevel data.assembly methods.table pages.style",
     "check data evaluation.tested pages.comparison_figures pages.figures pages.mistakes",
     "evaluation.facts pages.comparison pages.report training.inputs training.preflight training.progress "

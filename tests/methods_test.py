@@ -42,8 +42,9 @@ ALL = list(METHODS)
 STAGED = get_args(Staged)
 # One of each kind for the quick tier, the others in the slow. A sampler and what is done after training show in whole
 # runs; their steps are those of plain training.
-STEPS = ("mfm", "ce", "ldam_drw", "crt", "smote", "meta_weight_net", "l2rw", "metasaug")
-ON_DEVICES = ("crt", "smote", "meta_weight_net", "metasaug")  # `parallel_test` has mfm with class weights, and l2rw
+STEPS = ("mfm", "ce", "ldam_drw", "crt", "smote", "meta_weight_net", "l2rw", "metasaug", "glmc")
+# `parallel_test` has mfm with class weights, and l2rw.
+ON_DEVICES = ("crt", "smote", "meta_weight_net", "metasaug", "glmc")
 BY_STEP, BY_DEVICES, BY_KIND = (
     [name if name in quick else slow(name) for name in ALL]
     for quick in (STEPS, ON_DEVICES, (*STEPS, "progressive", "two_phase", "posthoc_la", "mfm_frozen"))
@@ -182,6 +183,8 @@ def stepped(config, data, mesh=None, *, absent: bool = False, mixed: bool = Fals
     batch, meta_batch = Batch(image, label), Batch(meta_image, jnp.asarray(data.meta_labels[:size]))
     if mixed:
         batch = Batch(image, label, label[::-1], jnp.linspace(0.5, 1.0, size))
+    if config.method.second_view:
+        batch = batch._replace(second=batch._replace(image=image[:, ::-1]))
     arguments = {"plain": (batch,)}
     if method.learner:
         arguments["meta"] = (batch, meta_batch)

@@ -10,3 +10,5 @@ from mfm_jax.bilevel.steps import init_state as init_state
 from mfm_jax.bilevel.steps import make_plain_step as make_plain_step
 from mfm_jax.bilevel.steps import make_retrain_step as make_retrain_step
 from mfm_jax.bilevel.steps import make_step as make_step
+from mfm_jax.bilevel.views import Projection as Projection
+from mfm_jax.bilevel.views import make_views_step as make_views_step

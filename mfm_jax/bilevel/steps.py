@@ -184,7 +184,7 @@ def _meta_loss(forward: Pass, rule: MetaRule, state: BilevelState, batch: Batch,
             statistics = forward.statistics(state, jax.lax.stop_gradient(params), batch)
             measured = state.replace(batch_stats=statistics)
         logits, _ = forward.logits(measured, params, meta_batch, train=rule.bn == "batch")
-        return forward.mean(_example_losses(rule.loss, logits, meta_batch), meta_batch), None
+        return forward.mean(example_losses(rule.loss, logits, meta_batch), meta_batch), None
 
     return meta_loss
 
@@ -233,7 +233,7 @@ def make_retrain_step(
     def step(state: BilevelState, batch: Batch) -> tuple[BilevelState, Metrics]:
         def train_loss(phi: PyTree) -> tuple[jax.Array, jax.Array]:
             logits, _ = forward.logits(state, attach(state.params, phi), batch, train=False)
-            return forward.mean(_example_losses(loss, logits, batch), batch), forward.accuracy(logits, batch)
+            return forward.mean(example_losses(loss, logits, batch), batch), forward.accuracy(logits, batch)
 
         (value, accuracy), grad = jax.value_and_grad(train_loss, has_aux=True)(state.phi)
         changes, phi_opt_state = tx.update(grad, state.phi_opt_state, state.phi)
@@ -262,7 +262,7 @@ def halves(
             modulate_by, check_sites = outer_lib.noting(learner, functools.partial(learner.modulate, phi, params))
             logits, averages = forward.logits(state, params, batch, modulate_by, train=True)
             check_sites()
-            values = learner.weigh(phi, _example_losses(loss, logits, batch, weights), mean)
+            values = learner.weigh(phi, example_losses(loss, logits, batch, weights), mean)
             return mean(values), (forward.accuracy(logits, batch), averages)
 
         def update(grads: PyTree) -> tuple[PyTree, PyTree]:
@@ -286,7 +286,7 @@ def _agreement(grad: PyTree, opt_state: PyTree) -> jax.Array:
     return jnp.where(length > 0, optax.tree.vdot(grad, mean) / jnp.where(length > 0, length, 1), 0)
 
 
-def _example_losses(loss: LossFn, logits: jax.Array, batch: Batch, class_weights: jax.Array | None = None) -> jax.Array:
+def example_losses(loss: LossFn, logits: jax.Array, batch: Batch, class_weights: jax.Array | None = None) -> jax.Array:
     """Returns the loss of each example, `[B]`; on mixed labels, the mixture of the two labels' losses.
 
     It is NaN where the label is no class: a gather would take another one in silence.

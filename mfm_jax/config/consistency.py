@@ -20,13 +20,15 @@ def problems(config: Config) -> Iterator[str]:
         )
     yield from _scanned(config)
     yield from _per_batch(config)
+    yield from _mixed_views(config)
     yield from _unread(config.data)
     if config.augment.crop == "resized" and config.data.source not in ("folder", "list"):
         yield (
             f"augment.crop = 'resized': needs whole pictures, which only data.source = 'folder' or 'list' has, not"
             f" {config.data.source!r}; use 'shift'"
         )
-    if config.augment.partners != "batch" and not (config.augment.mixup or config.augment.cutmix):
+    mixes = config.augment.mixup or config.augment.cutmix or config.method.mixed_views
+    if config.augment.partners != "batch" and not mixes:
         yield (
             f"augment.partners = {config.augment.partners!r}: not read without partners; set augment.mixup or"
             " augment.cutmix, or leave it out"
@@ -105,6 +107,23 @@ def _per_batch(config: Config) -> Iterator[str]:
         yield (
             f"optim.clip_norm = {config.optim.clip_norm}: {config.method.name}'s virtual step starts from a gradient of"
             " zero, where clipping has no derivative; set it to 0"
+        )
+
+
+def _mixed_views(config: Config) -> Iterator[str]:
+    """What a method that mixes images for itself, and compares the two mixtures, does not go with."""
+    if not config.method.mixed_views:
+        return
+    for field in ("mixup", "cutmix"):
+        if value := getattr(config.augment, field):
+            yield (
+                f"augment.{field} = {value}: {config.method.name} mixes images for itself, by method.mixing; set the"
+                " field to 0"
+            )
+    if config.train.accumulate > 1:
+        yield (
+            f"train.accumulate = {config.train.accumulate}: {config.method.name} compares features of the whole batch;"
+            " set it to 1"
         )
 
 

@@ -14,12 +14,13 @@ Sampled = Literal["oversample", "undersample", "sqrt_sample", "progressive"]
 # A second stage gets the last part of the epochs and its own learning-rate schedule.
 Staged = Literal["two_phase", "crt", "lws", "smote"]
 MetaLearned = Literal["mfm", "mfm_frozen", "meta_weight_net", "l2rw", "l2ac", "metasaug", "own_learner"]
-Name = Literal[Loss, "dice", "sampling_free", Sampled, Staged, "posthoc_la", "tau_norm", MetaLearned]
+Name = Literal[Loss, "dice", "sampling_free", "glmc", Sampled, Staged, "posthoc_la", "tau_norm", MetaLearned]
 
 _DEFERRED = {"drw", "ldam_drw"}  # class weights that act in the second part of the epochs alone
 _BASES = {"metasaug": "drw"}  # of the meta learners that were published with another loss than cross-entropy
 _PER_BATCH = {"l2rw"}  # weights of examples that belong to one batch
 _KEPT = {"mfm_frozen": "long_tail"}  # the shipped modulator that a method keeps (`workdir.modulators`)
+_MIXED_VIEWS = {"glmc"}  # that train on two mixtures of each pair of images
 
 
 @dataclass(frozen=True)
@@ -33,12 +34,15 @@ class Method:
     focal_gamma: Annotated[float, Bounds(0), "focal; 0 = cross-entropy"] = 2.0
     weighting: Annotated[
         Literal["effective_number", "inverse_frequency", "sqrt_frequency"],
-        "class_balanced, drw, ldam_drw: class weights",
+        "class_balanced, drw, ldam_drw, glmc: class weights",
     ] = "effective_number"
     effective_beta: Annotated[float, Bounds(0, 0.999999), "weighting effective_number; 0 = no weights"] = 0.9999
     ldam_margin: Annotated[float, Bounds(0), "ldam, ldam_drw: margin of the rarest class, in cosines"] = 0.5
     ldam_scale: Annotated[float, Bounds(1), "ldam, ldam_drw: factor of the cosines"] = 30.0
     dice_alpha: Annotated[float, Bounds(0), "dice; 0 = the plain Dice loss"] = 0.1
+    mixing: Annotated[float, Bounds(0.01), "glmc: shares of its two mixtures from Beta(mixing, mixing)"] = 0.5
+    consistency: Annotated[float, Bounds(0), "glmc: what the agreement of the views counts; 0 = mixtures alone"] = 4.0
+    consistency_size: Annotated[int, Bounds(1), "glmc: numbers that features are projected to"] = 128
     sampling: Annotated[
         Literal["own", "natural", "square_root", "square_root_later", "balanced", "balanced_later", "progressive"],
         "any method: how often classes are drawn; own = as the method says",
@@ -71,7 +75,7 @@ class Method:
     @property
     def planned(self) -> bool:
         """Whether what it does in an epoch depends on how many there are in all."""
-        return self.staged or self.deferred or "progressive" in (self.name, self.sampling)
+        return self.staged or self.deferred or self.mixed_views or "progressive" in (self.name, self.sampling)
 
     @property
     def meta_learned(self) -> bool:
@@ -82,6 +86,16 @@ class Method:
     def kept(self) -> str:
         """The shipped modulator that it keeps unchanged, reading no meta set; "" where there is none."""
         return _KEPT.get(self.name, "")
+
+    @property
+    def mixed_views(self) -> bool:
+        """Whether it mixes each pair of images twice, in two ways, and compares the two."""
+        return self.name in _MIXED_VIEWS
+
+    @property
+    def second_view(self) -> bool:
+        """Whether a training batch has a second view of its images (`Batch.second`)."""
+        return self.mixed_views
 
     @property
     def per_batch(self) -> bool:

@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mfm_jax.bilevel import losses, modulation, outer
+from mfm_jax.bilevel import losses, modulation, outer, views
 from mfm_jax.bilevel.outer import MetaLearner
+from mfm_jax.bilevel.views import Projection
 from mfm_jax.config import Config
 from mfm_jax.methods import heads, learners, own, sampling
 from mfm_jax.methods.sampling import Sampler
@@ -56,11 +57,13 @@ class Method:
     loss: `(config, counts) -> LossFn`, the per-example training loss.
     weights: `(config, counts) -> [K]`, what each class's loss is multiplied by; None for no weights.
     deferred: the weights act from the second stage on.
+    cumulative: the weights set in with the square of the epoch.
     sampler: how often each class is drawn, by epoch.
     cosine_head: the classifier compares directions (`heads.cosine`).
     prior_bias: the head's bias starts at the log prior.
     fine_tune: the second stage starts the learning-rate schedule again, at a tenth.
     retraining: the second stage's, where it has one on a frozen classifier.
+    projection: `(config, channels by site) -> Projection`, what the two views of an image are compared behind.
     posthoc: `(config, counts, params) -> params` that are tested; None for those that were trained.
     learner: `(config, counts, channels by site) -> MetaLearner`, what the meta set governs; None for none.
     modulates: that learner is a modulator, which can be frozen and taken to another run.
@@ -72,11 +75,13 @@ class Method:
     loss: Callable[[Config, jax.Array], LossFn] = lambda config, counts: losses.cross_entropy
     weights: Callable[[Config, jax.Array], jax.Array] | None = None
     deferred: bool = False
+    cumulative: bool = False
     sampler: Sampler = sampling.natural
     cosine_head: bool = False
     prior_bias: bool = False
     fine_tune: bool = False
     retraining: Retraining | None = None
+    projection: Callable[[Config, Mapping[str, int]], Projection] | None = None
     posthoc: Callable[[Config, jax.Array, PyTree], PyTree] | None = None
     learner: Callable[[Config, jax.Array, Mapping[str, int]], MetaLearner] | None = None
     modulates: bool = False
@@ -108,6 +113,10 @@ def _prior_entropy_weights(config: Config, counts: jax.Array) -> jax.Array:
     log_prior = losses.log_prior(counts)
     entropy = -jnp.sum(jnp.exp(log_prior) * log_prior)
     return jnp.full_like(log_prior, jnp.log(len(log_prior)) / entropy)
+
+
+def _glmc(config: Config, channels: Mapping[str, int]) -> Projection:
+    return views.linear(channels["pooled"], config.method.consistency_size, config.method.consistency)
 
 
 def _metasaug(config: Config, counts: jax.Array, channels: Mapping[str, int]) -> MetaLearner:
@@ -150,6 +159,7 @@ _LWS = Retraining(
 
 _BETAS = {"method.effective_beta": Choice((0.9, 0.99, 0.999, 0.9999))}
 _MARGIN = {"method.ldam_margin": Span(0.1, 0.8)}
+_CONSISTENCY = {"method.consistency": Span(1.0, 10.0, log=True)}
 _TAU = {"method.tau": Span(0.25, 2.5)}
 _STAGE = {"method.first_stage": Span(0.5, 0.95)}
 _META = {"meta.learning_rate": Span(1e-3, 1.0, log=True)}
@@ -168,6 +178,7 @@ METHODS = {
     "dice": Method(
         lambda config, _: losses.dice(config.method.dice_alpha), search={"method.dice_alpha": Span(0.01, 1.0, log=True)}
     ),
+    "glmc": Method(weights=_class_weights, cumulative=True, projection=_glmc, search=_CONSISTENCY),
     "own_loss": Method(own.loss),
     "sampling_free": Method(weights=_prior_entropy_weights, prior_bias=True),
     # Sampling.

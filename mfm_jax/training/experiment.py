@@ -21,6 +21,7 @@ from mfm_jax.bilevel import modulation, optim, passes
 from mfm_jax.bilevel.outer import MetaLearner
 from mfm_jax.bilevel.passes import Pass
 from mfm_jax.bilevel.steps import PlainStep, Step
+from mfm_jax.bilevel.views import Projection, make_views_step
 from mfm_jax.config import Config
 from mfm_jax.data import LongTailData
 from mfm_jax.errors import failing
@@ -37,6 +38,7 @@ from mfm_jax.types import ApplyFn, Batch, BilevelState, Modulate, Modulator, PyT
 
 _Chain: TypeAlias = optax.GradientTransformation
 _Shape = tuple[int, ...]
+_Governed: TypeAlias = MetaLearner | Projection | None  # what phi belongs to, but for a second stage
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,7 @@ def build(config: Config, data: LongTailData, mesh: Mesh | None = None) -> Exper
     image = jnp.zeros((1, *data.train_images.shape[1:]), jnp.float32)
     channels = _channels(config, plain.module, image, data.num_classes, mesh)
     learner = method.learner(config, counts, channels) if method.learner else None
+    projection = method.projection(config, channels) if method.projection else None
     schedule = optim.meta_schedule(config.meta, config.optim, config.train.epochs, rules.steps_per_epoch)
     phi_tx = learner.optimizer(schedule) if learner else rules.second_tx
     scans = config.model.scan_blocks
@@ -104,8 +107,8 @@ def build(config: Config, data: LongTailData, mesh: Mesh | None = None) -> Exper
     if mesh:
         forward = dataclasses.replace(forward, apply=_on_mesh(config, module, mesh), axis_name=parallel.AXIS)
 
-    fresh, init, init_pretrained = _starts(config, data, plain.module, learner, rules.tx, phi_tx)
-    plain_step, meta_step, retrain_step = _steps(config, forward, rules, learner, phi_tx, image.shape[1:])
+    fresh, init, init_pretrained = _starts(config, data, plain.module, projection or learner, rules.tx, phi_tx)
+    plain_step, meta_step, retrain_step = _steps(config, forward, rules, projection or learner, phi_tx, image.shape[1:])
     if mesh:
         plain_step = parallel.shard_step(plain_step, mesh, 1)
         meta_step = meta_step and parallel.shard_step(meta_step, mesh, 2)
@@ -127,7 +130,7 @@ def build(config: Config, data: LongTailData, mesh: Mesh | None = None) -> Exper
         features=lambda state, image: extract({"params": state.params, "batch_stats": state.batch_stats}, image),
         apply=plain.apply,
         modulator=learner.modulator if learner else None,
-        phi_kind=learner.kind if learner else "second stage" if method.retraining else "",
+        phi_kind=_kind(config, learner),
         learning_rate=rules.learning_rate,
         steps_per_epoch=rules.steps_per_epoch,
         total_steps=rules.total_steps,
@@ -136,8 +139,16 @@ def build(config: Config, data: LongTailData, mesh: Mesh | None = None) -> Exper
     )
 
 
+def _kind(config: Config, learner: MetaLearner | None) -> str:
+    """Returns what phi is, in a word."""
+    method = METHODS[config.method.name]
+    if learner:
+        return learner.kind
+    return "second stage" if method.retraining else "projection" if method.projection else ""
+
+
 def _starts(
-    config: Config, data: LongTailData, module: nn.Module, learner: MetaLearner | None, tx: _Chain, phi_tx: _Chain
+    config: Config, data: LongTailData, module: nn.Module, governed: _Governed, tx: _Chain, phi_tx: _Chain
 ) -> tuple[Callable[[], PyTree], Callable[[], BilevelState], Callable[..., BilevelState]]:
     """Returns what makes the module's variables at random, the state of these, and that of stored weights."""
     method = METHODS[config.method.name]
@@ -156,9 +167,9 @@ def _starts(
         def init_phi(key: jax.Array) -> PyTree:
             if method.retraining:
                 return method.retraining.init(key, variables["params"])
-            return learner.init(key) if learner else {}
+            return governed.init(key) if governed else {}
 
-        moves = method.retraining or (learner and not config.frozen)
+        moves = method.retraining or method.projection or (governed and not config.frozen)
         return bilevel.init_state(jax.random.split(key)[1], variables, tx, init_phi, phi_tx if moves else None)
 
     def init_pretrained(*, whole: bool = False) -> BilevelState:
@@ -216,14 +227,17 @@ def _trace(config: Config, init: Callable[[], BilevelState], step: Callable[...,
 
 
 def _steps(
-    config: Config, forward: Pass, rules: Recipe, learner: MetaLearner | None, phi_tx: _Chain, image_shape: _Shape
+    config: Config, forward: Pass, rules: Recipe, governed: _Governed, phi_tx: _Chain, image_shape: _Shape
 ) -> tuple[PlainStep, Step | None, PlainStep | None]:
     """Returns the plain step, the meta-step and a second stage's, None for what the run has not."""
     method, weights, meta_step, retrain_step = METHODS[config.method.name], rules.class_weights, None, None
-    plain_step = bilevel.make_plain_step(forward, rules.loss, rules.tx, learner, class_weights=weights)
-    if learner and not config.frozen:
+    if isinstance(governed, Projection):
+        step = make_views_step(forward, rules.loss, rules.tx, governed, phi_tx, class_weights=weights)
+        return step, None, None
+    plain_step = bilevel.make_plain_step(forward, rules.loss, rules.tx, governed, class_weights=weights)
+    if governed and not config.frozen:
         rule = recipe.meta_rule(config)
-        meta_step = bilevel.make_step(forward, rules.loss, rules.tx, learner, phi_tx, rule, class_weights=weights)
+        meta_step = bilevel.make_step(forward, rules.loss, rules.tx, governed, phi_tx, rule, class_weights=weights)
     if method.retraining:
         # No backward pass goes through the network, so its passes need not be in parts.
         forward = dataclasses.replace(forward, parts=1)

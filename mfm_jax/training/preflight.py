@@ -64,7 +64,7 @@ def _sites(config: Config, seen: Seen) -> Iterator[str]:
     method, name = METHODS[config.method.name], config.method.name
     needed = [*(config.sites if method.modulates else ()), *(one for one in method.needs if one != "head")]
     synthetic = bool(method.retraining and method.retraining.synthetic)
-    needed += ["pooled"] * (synthetic or table.objective(config).cosine_head)
+    needed += ["pooled"] * bool(synthetic or method.projection or table.objective(config).cosine_head)
     for site in (site for site in dict.fromkeys(needed) if site not in seen.sites):
         yield (
             f"method.name = {name!r}: needs the site {site!r}, and your module calls {', '.join(seen.sites) or 'none'};"

@@ -98,7 +98,10 @@ def _schedules(config: Config, method: Method, per_epoch: int) -> tuple[optax.Sc
 def _class_weights(config: Config, objective: Method, counts: jax.Array, per_epoch: int) -> ClassWeights | None:
     if objective.weights is None:
         return None
-    weights, begin = objective.weights(config, counts), config.second_stage * per_epoch * objective.deferred
+    weights = objective.weights(config, counts)
+    if objective.cumulative:
+        return lambda step: 1 + (step // per_epoch / config.train.epochs) ** 2 * (weights - 1)
+    begin = config.second_stage * per_epoch * objective.deferred
     return lambda step: jnp.where(step >= begin, weights, jnp.ones_like(weights))
 
 
