@@ -97,6 +97,7 @@ def programs(spec: Spec, method: str, devices: int, **overrides: Any) -> list[tu
     config.method.name, config.meta.lagged = method, method != "l2rw"
     config.train.batch_size, config.meta.batch_size = spec.batch, spec.meta_batch
     config.update_from_flattened_dict(overrides)
+    resolved = config_lib.resolve(config)
     counts = longtail.class_counts(500, spec.classes, config.data.imbalance_factor)
     # Of the data, `experiment.build` reads only shapes and counts.
     each = -(-spec.meta_batch // spec.classes)
@@ -110,14 +111,17 @@ def programs(spec: Spec, method: str, devices: int, **overrides: Any) -> list[tu
         manifest={"splits": splits, "meta_images_per_class": each},
     )
     mesh = parallel.data_mesh(jax.devices()[:devices])
-    experiment = experiment_lib.build(config_lib.resolve(config), data, mesh)
+    experiment = experiment_lib.build(resolved, data, mesh)
     state = jax.eval_shape(experiment.init)
 
     def batch(size: int) -> Batch:
         image = (size, *images.shape[1:])
         return Batch(jax.ShapeDtypeStruct(image, jnp.float32), jax.ShapeDtypeStruct((size,), jnp.int32))
 
-    given = {"plain": [batch(spec.batch)], "meta": [batch(spec.batch), batch(spec.meta_batch)]}
+    training = batch(spec.batch)
+    if resolved.method.second_view:
+        training = training._replace(second=training)
+    given = {"plain": [training], "meta": [training, batch(spec.meta_batch)]}
     features = batch(spec.batch)._replace(image=jax.ShapeDtypeStruct((spec.batch, 4 * spec.width), jnp.float32))
     given["retrain"] = [features] if experiment.synthetic else given["plain"]
     steps = {kind: getattr(experiment, f"{kind}_step") for kind in given}

@@ -54,7 +54,8 @@ def no_modulation(site: str, features: jax.Array) -> jax.Array:
 class Batch(NamedTuple):
     """Examples as the classifier sees them.
 
-    `partner` and `share` are there where examples were mixed in pairs, `weight` where the batch was padded.
+    `partner` and `share` are there where examples were mixed in pairs, `weight` where the batch was padded, `second`
+    where a loss compares two views of the same images.
     """
 
     image: PyTree  # [B, H, W, C] floating point, normalised; or what else the module takes, a dict of [B, ...] too
@@ -62,6 +63,14 @@ class Batch(NamedTuple):
     partner: jax.Array | None = None  # [B] int32, label of the image that was mixed in
     share: jax.Array | None = None  # [B], what `label` has of the mixture, 1/2 to 1; `partner` has the rest
     weight: jax.Array | None = None  # [B], of mean 1: what an example counts in every mean over the batch
+    second: "Batch | None" = None  # the same examples in another draw of the augmentation, in the same order; no weight
+
+    @property
+    def views(self) -> tuple["Batch", ...]:
+        """The batch, or both views, each a batch of its own with the weights of the first."""
+        if self.second is None:
+            return (self,)
+        return self._replace(second=None), self.second._replace(weight=self.weight)
 
 
 class Modulator(NamedTuple):

@@ -34,7 +34,7 @@ def lade(logits, labels, weights=None):
 
 
 def found(logits, batch, forward=FORWARD):
-    term, memory = auxiliary.label_distribution(COUNTS, 0.1).loss({}, {}, logits, {}, batch, forward)
+    term, memory = auxiliary.label_distribution(COUNTS, 0.1).loss({}, {}, [auxiliary.Seen(batch, logits, {})], forward)
     assert memory == {}
     return term
 
@@ -104,7 +104,9 @@ def test_lade_without_weight_is_the_logit_adjusted_loss():
     logits, _ = Pass(experiment.apply).logits(state, state.params, batch, train=True)
     gap = steps[2][1]["loss"] - steps[1][1]["loss"]
     counts = experiment_counts("lade")
-    term = auxiliary.label_distribution(counts, 0.1).loss({}, {}, logits, {}, batch, Pass(experiment.apply))[0]
+    term = auxiliary.label_distribution(counts, 0.1).loss(
+        {}, {}, [auxiliary.Seen(batch, logits, {})], Pass(experiment.apply)
+    )[0]
     np.testing.assert_allclose(gap, term, rtol=1e-3)
 
 

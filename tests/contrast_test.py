@@ -71,10 +71,12 @@ def test_derivatives_in_float64():
 def stepped(memory, features, labels, counts, batch_size, weight=None, forward=FORWARD):
     """Returns the loss and the memory after a batch of features, projected by nothing."""
     beside = contrast.proco(counts, batch_size, 1.0, 0.5, size=8)
-    params = {PROJECTION: contrast.new_projection(jax.random.key(5), {"head": {"kernel": jnp.zeros((4, 3))}}, 8)}
+    projection = contrast.new_projection(jax.random.key(5), {"head": {"kernel": jnp.zeros((4, 3))}}, 8)
+    params = {PROJECTION: {"proco": projection}}
     batch = Batch(features, labels, weight=weight)
-    made = contrast.project(params[PROJECTION], features)
-    return beside.loss(params, memory or beside.init(), None, {"pooled": features}, batch, forward), np.asarray(made)
+    made = contrast.project(projection, features)
+    seen = auxiliary.Seen(batch, jnp.zeros(()), {"pooled": features})
+    return beside.loss(params, memory or beside.init(), [seen], forward), np.asarray(made)
 
 
 def test_running_means_by_hand():
@@ -140,8 +142,8 @@ def test_weight_zero_is_the_plain_method_and_another_forms_the_features_too():
     assert (states[0].memory, set(states[2].memory)) == ({}, {"proco"})
     plain, contrasted = states[0].params, states[2].params
     assert np.abs(plain["stage3"]["kernel"] - contrasted["stage3"]["kernel"]).max() > 1e-5
-    start = arrays(experiment.init()).params[PROJECTION]["out"]["kernel"]
-    assert np.abs(contrasted[PROJECTION]["out"]["kernel"] - start).max() > 1e-5
+    start = arrays(experiment.init()).params[PROJECTION]["proco"]["out"]["kernel"]
+    assert np.abs(contrasted[PROJECTION]["proco"]["out"]["kernel"] - start).max() > 1e-5
 
 
 @pytest.mark.parametrize("name", ["ce", "mfm", "ldam"])

@@ -91,7 +91,7 @@ def problem(form: str, sites: tuple[str, ...], optimizer: str, dtype: str):
     _, opt_state = tx.update(jax.tree.map(lambda p: 0.1 * p, state.params), state.opt_state, state.params)
     state = state.replace(opt_state=opt_state)
     forward = Pass.of(net)
-    build = bilevel.halves(forward, losses.cross_entropy, tx, learner)
+    build = bilevel.halves(forward, bilevel.Objective(losses.cross_entropy), tx, learner)
     train_loss, update = build(state, Batch(image, LABELS))
 
     def meta_loss(params):

@@ -24,7 +24,8 @@ ORDER = (  # the files of a line import those of the lines above it alone
     "bilevel.auxiliary config.own data.decode data.depth data.labels data.spelling data.streaming evaluation.conformal "
     "evaluation.intervals evaluation.metrics machine.interruption machine.versions methods.heads methods.settings "
     "models.convolution models.vit",
-    "bilevel.contrast config.groups data.lists evaluation.mistakes evaluation.suspects models.imagenet models.resnet",
+    "bilevel.agreement bilevel.contrast config.groups data.lists evaluation.mistakes evaluation.suspects "
+    "models.imagenet models.resnet",
     "config.consistency config.continuation config.lookup models.catalog",
     "config.parameters config.schema models",
     "config",
@@ -33,8 +34,9 @@ ORDER = (  # the files of a line import those of the lines above it alone
     "models.pretrained training.anomalies workdir.files",
     "bilevel.outer bilevel.sharpness data.batches data.checking data.digits data.given data.kept data.numbers data.own "
     "evaluation.gallery workdir.checkpoint workdir.loggers workdir.stored",
-    "bilevel.steps command data.arrays data.files data.tfds methods.learners methods.own workdir.finished workdir.logs "
-    "workdir.modulators",
+    "bilevel.objective command data.arrays data.files data.tfds methods.learners methods.own workdir.finished "
+    "workdir.logs workdir.modulators",
+    "bilevel.steps",
     "bilevel data.assembly methods.table pages.style",
     "check data evaluation.tested pages.comparison_figures pages.figures pages.mistakes",
     "evaluation.facts pages.comparison pages.report training.inputs training.preflight training.progress "

@@ -186,7 +186,7 @@ def test_class_weights_follow_the_step():
     state = state_of(None, tx, None)
     weights = jnp.array([4.0, 0.0, 0.0, 0.0])
     weights_at = lambda step: jnp.where(step >= 3, weights, jnp.ones(CLASSES))  # noqa: E731
-    step = jax.jit(bilevel.make_plain_step(FORWARD, losses.cross_entropy, tx, class_weights=weights_at))
+    step = jax.jit(bilevel.make_plain_step(FORWARD, bilevel.Objective(losses.cross_entropy, weights_at), tx))
     variables = {"params": state.params, "batch_stats": state.batch_stats}
     logits, _ = MODULE.apply(variables, batch(0).image, train=True, mutable=["batch_stats"])
     values = losses.cross_entropy(logits, LABELS)

@@ -42,10 +42,10 @@ ALL = list(METHODS)
 STAGED = get_args(Staged)
 # One of each kind for the quick tier, the others in the slow. A sampler and what is done after training show in whole
 # runs; their steps are those of plain training.
-LOSSES = ("ldam_drw", "influence_balanced", "lade")
+LOSSES = ("ldam_drw", "influence_balanced", "lade", "glmc")
 STEPS = ("mfm", "ce", *LOSSES, "crt", "smote", "meta_weight_net", "l2rw", "metasaug")
 # `parallel_test` has mfm with class weights, and l2rw.
-ON_DEVICES = ("influence_balanced", "lade", "crt", "smote", "meta_weight_net", "metasaug")
+ON_DEVICES = ("influence_balanced", "lade", "glmc", "crt", "smote", "meta_weight_net", "metasaug")
 BY_STEP, BY_DEVICES, BY_KIND = (
     [name if name in quick else slow(name) for name in ALL]
     for quick in (STEPS, ON_DEVICES, (*STEPS, "progressive", "two_phase", "posthoc_la", "mfm_frozen"))
@@ -184,6 +184,8 @@ def stepped(config, data, mesh=None, *, absent: bool = False, mixed: bool = Fals
     batch, meta_batch = Batch(image, label), Batch(meta_image, jnp.asarray(data.meta_labels[:size]))
     if mixed:
         batch = Batch(image, label, label[::-1], jnp.linspace(0.5, 1.0, size))
+    if config.method.second_view:
+        batch = batch._replace(second=batch._replace(image=image[:, ::-1]))
     arguments = {"plain": (batch,)}
     if method.learner:
         arguments["meta"] = (batch, meta_batch)

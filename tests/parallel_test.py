@@ -192,6 +192,8 @@ def one_step(experiment, config, data, kind):
         return Batch(jnp.asarray(images[:size], jnp.float32) / 16, jnp.asarray(labels[:size]))
 
     given = [batch(data.train_images, data.train_labels, config.train.batch_size)]
+    if config.method.second_view:
+        given = [given[0]._replace(second=given[0]._replace(image=given[0].image[:, ::-1]))]
     if kind == "meta":
         given.append(batch(data.meta_images, data.meta_labels, config.meta.batch_size))
     if kind == "retrain" and experiment.synthetic:

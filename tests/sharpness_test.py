@@ -113,7 +113,8 @@ def test_a_plain_step(share, mixed):
         batch = batch._replace(partner=batch.label[::-1], share=jnp.linspace(0.5, 1.0, 6))
     wanted = Sharpness(0.3, None if share is None else jnp.array(share))
     forward = Pass(net_apply)
-    found, metrics = jax.jit(bilevel.make_plain_step(forward, losses.cross_entropy, tx, sharpness=wanted))(state, batch)
+    objective = bilevel.Objective(losses.cross_entropy, sharpness=wanted)
+    found, metrics = jax.jit(bilevel.make_plain_step(forward, objective, tx))(state, batch)
     without, at = jax.jit(bilevel.make_plain_step(forward, losses.cross_entropy, tx))(state, batch)
     partner, part = (batch.partner, batch.share) if mixed else (batch.label, jnp.ones(6))
 
@@ -139,8 +140,12 @@ def test_a_plain_step(share, mixed):
 def test_without_it_the_step_is_the_plain_program():
     state, tx, batch = problem()
     programs = [
-        str(jax.make_jaxpr(bilevel.make_plain_step(Pass(net_apply), losses.cross_entropy, tx, **given))(state, batch))
-        for given in ({}, {"sharpness": None}, {"sharpness": Sharpness(0.1)})
+        str(jax.make_jaxpr(bilevel.make_plain_step(Pass(net_apply), given, tx))(state, batch))
+        for given in (
+            losses.cross_entropy,
+            bilevel.Objective(losses.cross_entropy),
+            bilevel.Objective(losses.cross_entropy, sharpness=Sharpness(0.1)),
+        )
     ]
     assert programs[0] == programs[1] != programs[2]
     assert recipe._sharpness(configured("ce", optim__sam_rho=0.0), COUNTS) is None

@@ -136,7 +136,7 @@ def both_routes(module, apply, variables, tx, modulator):
     state = bilevel.init_state(jax.random.key(0), variables, tx, modulator.init)
     phi = jax.tree.map(lambda leaf: leaf + 0.2 * jnp.cos(jnp.arange(leaf.size).reshape(leaf.shape)), state.phi)
     forward = Pass(apply)
-    build = bilevel.halves(forward, losses.cross_entropy, tx, outer.of(modulator))
+    build = bilevel.halves(forward, bilevel.Objective(losses.cross_entropy), tx, outer.of(modulator))
 
     def meta_loss(state, params):
         logits, _ = forward.logits(state, params, Batch(IMAGES[1], LABELS), train=False)

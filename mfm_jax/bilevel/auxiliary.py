@@ -1,6 +1,6 @@
 """Losses of a whole batch, which are added to the mean of its examples' losses."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -11,21 +11,22 @@ from mfm_jax.bilevel.passes import Pass
 from mfm_jax.types import PROJECTION, ApplyFn, Batch, PyTree
 
 
+class Seen(NamedTuple):
+    """What a training pass over a batch gives, or over one of its views."""
+
+    batch: Batch
+    logits: jax.Array  # [B, K]
+    features: Mapping[str, jax.Array]  # [B, ..., C] by site, of the sites that are asked for
+
+
 class BatchLoss(Protocol):
-    """`(params, memory, logits [B, K], features by site, batch, forward) -> (scalar, memory afterwards)`.
+    """`(params, memory, seen of each view, forward) -> (scalar, memory afterwards)`.
 
     Means are taken by `forward`, over the whole batch, on however many devices it is.
     """
 
     def __call__(
-        self,
-        params: PyTree,
-        memory: PyTree,
-        logits: jax.Array,
-        features: Mapping[str, jax.Array],
-        batch: Batch,
-        forward: Pass,
-        /,
+        self, params: PyTree, memory: PyTree, seen: Sequence[Seen], forward: Pass, /
     ) -> tuple[jax.Array, PyTree]: ...
 
 
@@ -40,7 +41,8 @@ class Auxiliary(NamedTuple):
     loss: see `BatchLoss`.
     sites: whose features it reads.
     init: `() -> memory`, what it keeps from step to step, outside of the gradient; an empty dict for nothing.
-    projection: `(key, params) -> PyTree`, what it trains beside the classifier, `PROJECTION` of its parameters.
+    projection: `(key, params) -> PyTree`, what it trains beside the classifier: `PROJECTION`, by its name, of the
+      classifier's parameters.
     """
 
     name: str
@@ -91,15 +93,9 @@ def label_distribution(counts: jax.Array, weight: float = 0.1, spread: float = 0
     """
     log_pi = log_prior(counts)
 
-    def loss(
-        params: PyTree,
-        memory: PyTree,
-        logits: jax.Array,
-        features: Mapping[str, jax.Array],
-        batch: Batch,
-        forward: Pass,
-    ) -> tuple[jax.Array, PyTree]:
-        del params, features
+    def loss(params: PyTree, memory: PyTree, seen: Sequence[Seen], forward: Pass) -> tuple[jax.Array, PyTree]:
+        del params
+        batch, logits, _ = seen[0]
         prior = jnp.exp(log_pi).astype(logits.dtype)
         labels = soft_labels(batch, len(prior)).astype(logits.dtype)
         share = forward.mean(labels, batch)

@@ -14,16 +14,17 @@ References:
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 
-from mfm_jax.bilevel.auxiliary import Auxiliary, soft_labels
+from mfm_jax.bilevel.auxiliary import Auxiliary, Seen, soft_labels
 from mfm_jax.bilevel.losses import log_prior
 from mfm_jax.bilevel.passes import Pass
 from mfm_jax.types import PROJECTION, Batch, PyTree
 
+NAME = "proco"
 _HIDDEN = 512
 _LARGEST = 1e5  # kappa, of a class whose features are all the same
 
@@ -52,16 +53,9 @@ def proco(
     def init() -> PyTree:
         return {"mean": jnp.zeros((classes, size)), "amount": jnp.zeros(classes)}
 
-    def loss(
-        params: PyTree,
-        memory: PyTree,
-        logits: jax.Array,
-        features: Mapping[str, jax.Array],
-        batch: Batch,
-        forward: Pass,
-    ) -> tuple[jax.Array, PyTree]:
-        del logits
-        unit = project(params[PROJECTION], features["pooled"])
+    def loss(params: PyTree, memory: PyTree, seen: Sequence[Seen], forward: Pass) -> tuple[jax.Array, PyTree]:
+        batch, _, features = seen[0]
+        unit = project(params[PROJECTION][NAME], features["pooled"])
         labels = soft_labels(batch, classes).astype(unit.dtype)
         contrast = log_moment(memory["mean"], unit, temperature) + log_pi.astype(unit.dtype)[None, :]
         values = -(labels * jax.nn.log_softmax(contrast)).sum(axis=-1)
@@ -74,7 +68,7 @@ def proco(
         part = jnp.minimum(share / jnp.where(amount > 0, amount, 1), 1)[:, None]
         return {"mean": memory["mean"] + part * (new - memory["mean"]), "amount": amount}
 
-    return Auxiliary("proco", loss, ("pooled",), init, functools.partial(new_projection, size=size))
+    return Auxiliary(NAME, loss, ("pooled",), init, functools.partial(new_projection, size=size))
 
 
 def new_projection(key: jax.Array, params: PyTree, size: int) -> PyTree:

@@ -190,6 +190,12 @@ class Pass:
     def _mode(self, train: bool) -> dict[str, Any]:
         return {self.switch: train == (self.switch == "train")} if self.switch else {}
 
+    def of_each_device(self, tree: PyTree) -> PyTree:
+        """Returns `tree` as each device's own, so that the gradient of several passes is summed over them once."""
+        if self.axis_name is None:
+            return tree
+        return jax.tree.map(lambda leaf: jax.lax.pcast(leaf, self.axis_name, to="varying"), tree)
+
     def mean(self, values: jax.Array, batch: Batch) -> jax.Array:
         """Returns the mean of `values [B, ...]` over the whole batch, on however many devices; by weights if any."""
         if batch.weight is not None:

@@ -31,22 +31,20 @@ are averaged over that mesh axis before they are differentiated, so that every d
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Literal, NamedTuple, Protocol
 
-import chex
 import jax
 import jax.numpy as jnp
 import optax
 
 from mfm_jax.bilevel import losses
+from mfm_jax.bilevel import objective as objective_lib
 from mfm_jax.bilevel import outer as outer_lib
-from mfm_jax.bilevel import sharpness as sharpness_lib
-from mfm_jax.bilevel.auxiliary import Auxiliary
-from mfm_jax.bilevel.hypergrad import HypergradFn, MetaLoss, TrainLoss, Update, depends, mixed_mode, through
+from mfm_jax.bilevel.hypergrad import HypergradFn, MetaLoss, TrainLoss, depends, mixed_mode, through
+from mfm_jax.bilevel.objective import Objective, example_losses, halves
 from mfm_jax.bilevel.outer import MetaLearner
 from mfm_jax.bilevel.passes import Pass
-from mfm_jax.bilevel.sharpness import Sharpness
 from mfm_jax.types import Batch, BilevelState, FeatureLoss, LossFn, Metrics, Modulator, PyTree
 
 
@@ -60,10 +58,6 @@ class PlainStep(Protocol):
     """A training step without one: updates w, or what a second stage trains."""
 
     def __call__(self, state: BilevelState, batch: Batch, /) -> tuple[BilevelState, Metrics]: ...
-
-
-# step int32 scalar -> weight of each class's loss, [K]
-ClassWeights = Callable[[jax.Array], jax.Array]
 
 
 class MetaRule(NamedTuple):
@@ -115,28 +109,21 @@ def init_state(
 
 def make_step(
     forward: Pass,
-    loss: LossFn | FeatureLoss,
+    loss: LossFn | FeatureLoss | Objective,
     tx: optax.GradientTransformation,
     governed: Modulator | MetaLearner,
     phi_tx: optax.GradientTransformation,
     rule: MetaRule = MetaRule(),  # noqa: B008 (immutable)
-    *,
-    class_weights: ClassWeights | None = None,
-    beside: Sequence[Auxiliary] = (),
-    sharpness: Sharpness | None = None,
 ) -> Step:
     """Returns the step `(state, batch, meta_batch) -> (state, metrics)`, which updates w and phi.
 
     Args:
       forward: the classifier's pass; `Pass.of(module)` for a Flax module.
-      loss: the per-example training loss.
+      loss: of an example, or all that is minimised.
       tx: the classifier's optax chain; the meta-gradient goes through it.
       governed: a modulator from `modulation`, or another meta learner.
       phi_tx: phi's optax chain.
       rule: how the meta-step is taken.
-      class_weights: multiply each example's loss by its class's weight at this step; None for no weights.
-      beside: losses of the whole batch that are added to the mean of the examples'.
-      sharpness: where the gradient is taken (`sharpness`); None for at w. The meta-gradient goes through it.
 
     Raises:
       ValueError: `lagged` with a meta learner whose phi belongs to one batch; at the first call, a virtual group that
@@ -147,7 +134,8 @@ def make_step(
     learner = outer_lib.of(governed)
     if learner.per_batch and rule.lagged:
         raise ValueError("lagged = True: the weights belong to one batch, the next step cannot use them")
-    two_halves = halves(forward, loss, tx, learner, class_weights, beside)
+    objective = objective_lib.of(loss)
+    two_halves = halves(forward, objective, tx, learner)
     outer = optax.with_extra_args_support(phi_tx)
 
     def step(state: BilevelState, batch: Batch, meta_batch: Batch) -> tuple[BilevelState, Metrics]:
@@ -155,8 +143,9 @@ def make_step(
         meta_loss = _meta_loss(forward, rule, state, batch, meta_batch)
         active = _active(state.params, rule.virtual_groups)
         before = learner.per_batch(batch.label) if learner.per_batch else state.phi
-        gradient = sharpness_lib.gradient(train_loss, sharpness)
-        route = functools.partial(through, gradient) if sharpness else functools.partial(rule.hypergrad, train_loss)
+        gradient = objective.gradient(train_loss)
+        exact = functools.partial(through, gradient) if objective.sharpness else None
+        route = exact or functools.partial(rule.hypergrad, train_loss)
         found = route(meta_loss, update, state.params, before, active)
         mean = functools.partial(forward.mean, batch=batch)
         changes, phi_opt_state = outer.update(found.grad, state.phi_opt_state, before, mean=mean)
@@ -192,20 +181,16 @@ def _meta_loss(forward: Pass, rule: MetaRule, state: BilevelState, batch: Batch,
             statistics = forward.statistics(state, jax.lax.stop_gradient(params), batch)
             measured = state.replace(batch_stats=statistics)
         logits, _ = forward.logits(measured, params, meta_batch, train=rule.bn == "batch")
-        return forward.mean(_example_losses(rule.loss, logits, meta_batch), meta_batch), None
+        return forward.mean(example_losses(rule.loss, logits, meta_batch), meta_batch), None
 
     return meta_loss
 
 
 def make_plain_step(
     forward: Pass,
-    loss: LossFn | FeatureLoss,
+    loss: LossFn | FeatureLoss | Objective,
     tx: optax.GradientTransformation,
     governed: Modulator | MetaLearner | None = None,
-    *,
-    class_weights: ClassWeights | None = None,
-    beside: Sequence[Auxiliary] = (),
-    sharpness: Sharpness | None = None,
 ) -> PlainStep:
     """Returns the step `(state, batch) -> (state, metrics)` that updates w alone.
 
@@ -215,12 +200,12 @@ def make_plain_step(
     """
     learner = outer_lib.of(governed)
     learner = outer_lib.NOTHING if learner.per_batch else learner
-    two_halves = halves(forward, loss, tx, learner, class_weights, beside)
+    objective = objective_lib.of(loss)
+    two_halves = halves(forward, objective, tx, learner)
 
     def step(state: BilevelState, batch: Batch) -> tuple[BilevelState, Metrics]:
         train_loss, update = two_halves(state, batch)
-        gradient = sharpness_lib.gradient(train_loss, sharpness)
-        (value, aux), grad = gradient(state.params, state.phi)
+        (value, aux), grad = objective.gradient(train_loss)(state.params, state.phi)
         averages = _plain_averages(forward, state, state.phi, batch, train_loss, aux[1])
         metrics = {"loss": value, "accuracy": aux[0], "grad_norm": optax.tree.norm(grad)}
         return _advance(state, update(grad), averages, aux[2]), metrics
@@ -244,7 +229,7 @@ def make_retrain_step(
     def step(state: BilevelState, batch: Batch) -> tuple[BilevelState, Metrics]:
         def train_loss(phi: PyTree) -> tuple[jax.Array, jax.Array]:
             logits, _ = forward.logits(state, attach(state.params, phi), batch, train=False)
-            return forward.mean(_example_losses(loss, logits, batch), batch), forward.accuracy(logits, batch)
+            return forward.mean(example_losses(loss, logits, batch), batch), forward.accuracy(logits, batch)
 
         (value, accuracy), grad = jax.value_and_grad(train_loss, has_aux=True)(state.phi)
         changes, phi_opt_state = tx.update(grad, state.phi_opt_state, state.phi)
@@ -253,53 +238,6 @@ def make_retrain_step(
         return state.replace(step=state.step + 1, phi=phi, phi_opt_state=phi_opt_state), metrics
 
     return step
-
-
-def halves(
-    forward: Pass,
-    loss: LossFn | FeatureLoss,
-    tx: optax.GradientTransformation,
-    learner: MetaLearner,
-    class_weights: ClassWeights | None = None,
-    beside: Sequence[Auxiliary] = (),
-) -> Callable[[BilevelState, Batch], tuple[TrainLoss, Update]]:
-    """Returns `(state, batch) -> (train_loss, update)`, the two halves that every training step is made of.
-
-    `train_loss` gives, beside the loss, the accuracy, the running averages and `BilevelState.memory` afterwards. It
-    takes a third argument, too: what each class's loss counts, [K].
-    """
-    sites = {site for one in beside for site in one.sites} | ({"pooled"} if isinstance(loss, FeatureLoss) else set())
-
-    def build(state: BilevelState, batch: Batch) -> tuple[TrainLoss, Update]:
-        chex.assert_equal_shape_prefix(jax.tree.leaves(batch), 1)
-        weights = class_weights(state.step) if class_weights else None
-        mean = functools.partial(forward.mean, batch=batch)
-
-        def train_loss(
-            params: PyTree, phi: PyTree, counted: jax.Array | None = None
-        ) -> tuple[jax.Array, tuple[jax.Array, PyTree, PyTree]]:
-            modulate_by, check_sites = outer_lib.noting(learner, functools.partial(learner.modulate, phi, params))
-            found, averages = forward.outputs(state, params, batch, modulate_by, train=True, sites=sites)
-            check_sites()
-            logits, features = found
-            of_example = loss.at(state.step, features["pooled"]) if isinstance(loss, FeatureLoss) else loss
-            values = learner.weigh(phi, _example_losses(of_example, logits, batch, weights), mean)
-            if counted is not None:
-                values = values * _of_labels(lambda labels: counted.astype(values.dtype)[labels], batch)
-            value = mean(values)
-            memory: dict[str, PyTree] = {}
-            for one in beside:
-                term, memory[one.name] = one.loss(params, state.memory[one.name], logits, features, batch, forward)
-                value = value + term
-            return value, (forward.accuracy(logits, batch), averages, memory)
-
-        def update(grads: PyTree) -> tuple[PyTree, PyTree]:
-            changes, opt_state = tx.update(grads, state.opt_state, state.params)
-            return optax.apply_updates(state.params, changes), opt_state
-
-        return train_loss, update
-
-    return build
 
 
 def _agreement(grad: PyTree, opt_state: PyTree) -> jax.Array:
@@ -312,29 +250,6 @@ def _agreement(grad: PyTree, opt_state: PyTree) -> jax.Array:
         return jnp.zeros((), jnp.float32)
     length = optax.tree.norm(grad) * optax.tree.norm(mean)
     return jnp.where(length > 0, optax.tree.vdot(grad, mean) / jnp.where(length > 0, length, 1), 0)
-
-
-def _example_losses(loss: LossFn, logits: jax.Array, batch: Batch, class_weights: jax.Array | None = None) -> jax.Array:
-    """Returns the loss of each example, `[B]`; on mixed labels, the mixture of the two labels' losses.
-
-    It is NaN where the label is no class: a gather would take another one in silence.
-    """
-
-    def losses_of(labels: jax.Array) -> jax.Array:
-        values = loss(logits, labels)
-        values = jnp.where((labels >= 0) & (labels < logits.shape[-1]), values, jnp.nan)
-        return values if class_weights is None else values * class_weights.astype(values.dtype)[labels]
-
-    return _of_labels(losses_of, batch)
-
-
-def _of_labels(value: Callable[[jax.Array], jax.Array], batch: Batch) -> jax.Array:
-    """Returns `value(labels)`, [B], of the batch's labels; of mixed ones, the mixture of the two."""
-    own = value(batch.label)
-    if batch.partner is None or batch.share is None:
-        return own
-    share = batch.share.astype(own.dtype)
-    return share * own + (1 - share) * value(batch.partner)
 
 
 def _plain_averages(

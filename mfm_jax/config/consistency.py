@@ -21,13 +21,15 @@ def problems(config: Config) -> Iterator[str]:
         )
     yield from _scanned(config)
     yield from _per_batch(config)
+    yield from _mixed_views(config)
     yield from _unread(config.data)
     if config.augment.crop == "resized" and config.data.source not in ("folder", "list"):
         yield (
             f"augment.crop = 'resized': needs whole pictures, which only data.source = 'folder' or 'list' has, not"
             f" {config.data.source!r}; use 'shift'"
         )
-    if config.augment.partners != "batch" and not (config.augment.mixup or config.augment.cutmix):
+    mixes = config.augment.mixup or config.augment.cutmix or config.method.mixed_views
+    if config.augment.partners != "batch" and not mixes:
         yield (
             f"augment.partners = {config.augment.partners!r}: not read without partners; set augment.mixup or"
             " augment.cutmix, or leave it out"
@@ -36,7 +38,7 @@ def problems(config: Config) -> Iterator[str]:
         yield f"train.spike_factor = {config.train.spike_factor}: allowed: more than 1, or 0 for none"
     yield from _stages(config)
     yield from _averages(config)
-    yield from _head(config)
+    yield from _lengths(config)
     yield from _sharpness(config)
     yield from _restarts(config)
     names = config.train.logger_names
@@ -125,6 +127,18 @@ def _per_batch(config: Config) -> Iterator[str]:
         )
 
 
+def _mixed_views(config: Config) -> Iterator[str]:
+    """What a method that mixes images for itself, and compares the two mixtures, does not go with."""
+    if not config.method.mixed_views:
+        return
+    for field in ("mixup", "cutmix"):
+        if value := getattr(config.augment, field):
+            yield (
+                f"augment.{field} = {value}: {config.method.name} mixes images for itself, by method.mixing; set the"
+                " field to 0"
+            )
+
+
 def _own_method(config: Config) -> Iterator[str]:
     """A loss or meta learner of the user's own that is not named, or that nothing reads."""
     method = config.method
@@ -203,13 +217,14 @@ def _averages(config: Config) -> Iterator[str]:
         )
 
 
-def _head(config: Config) -> Iterator[str]:
+def _lengths(config: Config) -> Iterator[str]:
     """Bounds of the last layer's weights where they have no length."""
     for name in ("head_max_norm", "head_decay"):
         if (value := getattr(config.optim, name)) and config.method.cosine:
             yield (
                 f"optim.{name} = {value}: the last layer of {config.method.trained} compares directions, so that the"
-                " length of its weights says nothing; leave it out, or choose another method.name or method.base"
+                " length of its weights says nothing; leave it out, or choose another method.name, method.base or"
+                " method.head"
             )
 
 
@@ -221,6 +236,8 @@ def _sharpness(config: Config) -> Iterator[str]:
         yield f"{asked[0]}: not read without optim.sam_rho; set that, or leave it out"
     if len(asked) > 1:
         yield f"{asked[0]}: so does {asked[1]} say which classes; leave one of them out"
+    if asked and config.method.of_batch:
+        yield f"{asked[0]}: a loss of the whole batch, as {config.method.trained} has here, is no class's; leave it out"
     if optim.sam_rho and config.method.per_batch:
         yield (
             f"optim.sam_rho = {optim.sam_rho}: {config.method.name}'s virtual step starts from a gradient of zero,"

@@ -103,35 +103,32 @@ def _box(begin: jax.Array, end: jax.Array, height: int, width: int) -> jax.Array
 
 
 Labelled = tuple[jax.Array, jax.Array]  # images [B, ...], labels int32 [B]
+# What `types.Batch` has: images, labels, labels of the partners, shares of the labels.
+Mixture = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
 
 
 def mixed(
     key: jax.Array, images: jax.Array, labels: jax.Array, settings: Augment, partners: Labelled | None = None
-) -> tuple[jax.Array, ...]:
+) -> Mixture:
     """Returns the batch under `mixup` and `cutmix`, as set, one of them at least.
 
     With `cutmix`, half of the images get a box; the others are mixed up, or stay as they are with the share 1.
     `partners`, where given, are mixed in instead of others of the batch.
-
-    Returns:
-      (images, labels, labels of the partners, shares): what `types.Batch` has.
     """
-    if settings.mixup:
-        blended = mixup(key, images, labels, settings.mixup, partners)
-    else:
-        blended = images, labels, jnp.ones(len(images), jnp.float32)
-    blended = blended[0], labels, *blended[1:]
+    whole = images, labels, jnp.ones(len(images), jnp.float32)
+    image, other, share = mixup(key, images, labels, settings.mixup, partners) if settings.mixup else whole
     if not settings.cutmix:
-        return blended
+        return image, labels, other, share
     cut = cutmix(jax.random.fold_in(key, 2), images, labels, settings.cutmix, partners)
     chosen = jax.random.bernoulli(jax.random.fold_in(key, 3), shape=(len(images),))
-    pairs = zip(cut, blended, strict=True)
-    return tuple(jnp.where(chosen.reshape(-1, *(1,) * (one.ndim - 1)), one, other) for one, other in pairs)
+    where = chosen.reshape(-1, *(1,) * (image.ndim - 1))
+    first, second, part = (jnp.where(chosen, *pair) for pair in zip(cut[1:], (labels, other, share), strict=True))
+    return jnp.where(where, cut[0], image), first, second, part
 
 
 def mixup(
     key: jax.Array, images: jax.Array, labels: jax.Array, alpha: float, partners: Labelled | None = None
-) -> tuple[jax.Array, ...]:
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Returns each image mixed with a random one of the batch, seldom itself: `share x_i + (1 - share) x_j`.
 
     The share is drawn for each pair from Beta(alpha, alpha) and, as a pair has no order, taken as the larger part: the
@@ -146,15 +143,13 @@ def mixup(
     """
     pair_key, share_key = jax.random.split(key)
     others, other_labels = partners or _shuffled(pair_key, images, labels)
-    drawn = jax.random.beta(share_key, alpha, alpha, (len(images),), jnp.float32)
-    share = jnp.maximum(drawn, 1 - drawn)
-    part = share.astype(images.dtype).reshape(-1, *(1,) * (images.ndim - 1))
-    return part * images + (1 - part) * others, other_labels, share
+    share = _larger(jax.random.beta(share_key, alpha, alpha, (len(images),), jnp.float32))
+    return _blended(images, others, share), other_labels, share
 
 
 def cutmix(
     key: jax.Array, images: jax.Array, labels: jax.Array, alpha: float, partners: Labelled | None = None
-) -> tuple[jax.Array, ...]:
+) -> Mixture:
     """Returns each image with a box of a random one of the batch, seldom itself, in the same place.
 
     The box has the image's shape, `sqrt(1 - s)` of each side with s from Beta(alpha, alpha), in whole pixels, and its
@@ -167,18 +162,57 @@ def cutmix(
       Yun et al., CutMix: regularization strategy to train strong classifiers with localizable features, ICCV 2019,
       section 3.1.
     """
-    count, height, width, _ = images.shape
     pair_key, share_key, place_key = jax.random.split(key, 3)
     others, other_labels = partners or _shuffled(pair_key, images, labels)
-    side = jnp.sqrt(1 - jax.random.beta(share_key, alpha, alpha, (count,), jnp.float32))[:, None]
-    sizes = jnp.array([[height, width]], jnp.int32)
-    half = (side * sizes.astype(jnp.float32)).astype(jnp.int32) // 2
-    middle = jax.random.randint(place_key, (count, 2), 0, sizes, jnp.int32)
-    box = jax.vmap(lambda begin, end: _box(begin, end, height, width))(middle - half, middle + half)
-    share = 1 - box.sum((1, 2), dtype=jnp.int32).astype(jnp.float32) / (height * width)
+    drawn = jax.random.beta(share_key, alpha, alpha, (len(images),), jnp.float32)
+    pasted, share = _pasted(place_key, images, others, drawn)
     more = share >= 0.5
     first, second = jnp.where(more, labels, other_labels), jnp.where(more, other_labels, labels)
-    return jnp.where(box[..., None], others, images), first, second, jnp.where(more, share, 1 - share)
+    return pasted, first, second, jnp.where(more, share, 1 - share)
+
+
+def mixed_views(
+    key: jax.Array, views: jax.Array, labels: jax.Array, alpha: float, partners: Labelled | None = None
+) -> tuple[Mixture, Mixture]:
+    """Returns two mixtures of the same pairs: the first views mixed up, the second with a box of the partner's.
+
+    The shares of the mixup are drawn as `mixup` draws them, and the box has the size that leaves an image the same
+    share; what of it leads outside is cut off, and a label's share is again the part of the pixels.
+
+    `views` are `[B, 2, H, W, C]`, `labels` int32 `[B]`, and `partners`, where given, of the same form. Returns of each
+    mixture (images, labels, labels of the partners, shares of the images `[B]` float32): what `types.Batch` has.
+
+    References:
+      Du et al., Global and local mixture consistency cumulative learning for long-tailed visual recognitions, CVPR
+      2023 (global and local mixture consistency).
+    """
+    pair_key, share_key, place_key = jax.random.split(key, 3)
+    others, other_labels = partners or _shuffled(pair_key, views, labels)
+    share = _larger(jax.random.beta(share_key, alpha, alpha, (len(views),), jnp.float32))
+    blended = _blended(views[:, 0], others[:, 0], share)
+    pasted, kept = _pasted(place_key, views[:, 1], others[:, 1], share)
+    return (blended, labels, other_labels, share), (pasted, labels, other_labels, kept)
+
+
+def _larger(drawn: jax.Array) -> jax.Array:
+    return jnp.maximum(drawn, 1 - drawn)
+
+
+def _blended(images: jax.Array, others: jax.Array, share: jax.Array) -> jax.Array:
+    part = share.astype(images.dtype).reshape(-1, *(1,) * (images.ndim - 1))
+    return part * images + (1 - part) * others
+
+
+def _pasted(key: jax.Array, images: jax.Array, others: jax.Array, kept: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns images with boxes of others, of `sqrt(1 - kept)` of each side, and the part of the pixels they keep."""
+    count, height, width, _ = images.shape
+    side = jnp.sqrt(1 - kept)[:, None]
+    sizes = jnp.array([[height, width]], jnp.int32)
+    half = (side * sizes.astype(jnp.float32)).astype(jnp.int32) // 2
+    middle = jax.random.randint(key, (count, 2), 0, sizes, jnp.int32)
+    box = jax.vmap(lambda begin, end: _box(begin, end, height, width))(middle - half, middle + half)
+    share = 1 - box.sum((1, 2), dtype=jnp.int32).astype(jnp.float32) / (height * width)
+    return jnp.where(box[..., None], others, images), share
 
 
 def _shuffled(key: jax.Array, images: jax.Array, labels: jax.Array) -> Labelled:

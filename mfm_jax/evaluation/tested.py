@@ -81,7 +81,7 @@ def dtype(config: Config) -> Literal["float32", "bfloat16"]:
 def applied(config: Config, module: nn.Module) -> ApplyFn:
     """Returns the module's `apply`, with the layers that are not tuned frozen, and with a normalised head if any."""
     apply = module.apply if config.model.tune == "all" else models.frozen(module.apply, config.model.tune)
-    apply = auxiliary.classifier_alone(apply) if config.method.proco_weight else apply
+    apply = auxiliary.classifier_alone(apply) if config.method.projects else apply
     head = table.head(config)
     return apply if head == "linear" else heads.cosine(apply, config.method.ldam_scale, fixed=head == "simplex")
 

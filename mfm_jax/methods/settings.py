@@ -10,7 +10,8 @@ from mfm_jax.fields import OWN, Bounds
 
 Adjusted = Literal["logit_adjusted", "vector_scaling", "cdt", "lade"]
 # A loss that can stand under a meta learner, too.
-Loss = Literal["ce", "drw", "focal", "class_balanced", "influence_balanced", "ldam", "ldam_drw", Adjusted, "own_loss"]
+Weighted = Literal["class_balanced", "drw", "influence_balanced", "glmc"]
+Loss = Literal["ce", "focal", Weighted, "ldam", "ldam_drw", Adjusted, "own_loss"]
 Sampled = Literal["oversample", "undersample", "sqrt_sample", "progressive"]
 # A second stage gets the last part of the epochs and its own learning-rate schedule.
 Staged = Literal["two_phase", "crt", "lws", "smote"]
@@ -24,6 +25,8 @@ _COSINE = {"ldam", "ldam_drw"}  # losses of a classifier that compares direction
 _FINE_TUNED = {"two_phase"}  # second stages that train the whole classifier
 _LINEAR = {"crt", "lws", "smote", "posthoc_la", "tau_norm", "sampling_free"}  # what they set or train of the head
 _KEPT = {"mfm_frozen": "long_tail"}  # the shipped modulator that a method keeps (`workdir.modulators`)
+_OF_BATCH = {"lade"}  # that have a loss of the whole batch
+_MIXED_VIEWS = {"glmc"}  # that train on two mixtures of each pair of images
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ class Method:
     focal_gamma: Annotated[float, Bounds(0), "focal; 0 = cross-entropy"] = 2.0
     weighting: Annotated[
         Literal["effective_number", "inverse_frequency", "sqrt_frequency"],
-        "class_balanced, drw, ldam_drw: class weights",
+        "class_balanced, drw, ldam_drw, glmc: class weights",
     ] = "effective_number"
     effective_beta: Annotated[float, Bounds(0, 0.999999), "weighting effective_number; 0 = no weights"] = 0.9999
     vs_gamma: Annotated[float, Bounds(0), "vector_scaling, cdt: power of counts in a logit's factor; 0 = none"] = 0.3
@@ -55,6 +58,9 @@ class Method:
         "last layer: cosine = normalised, simplex = that and fixed; own = as the method says",
     ] = "own"
     dice_alpha: Annotated[float, Bounds(0), "dice; 0 = the plain Dice loss"] = 0.1
+    mixing: Annotated[float, Bounds(0.01), "glmc: shares of its two mixtures from Beta(mixing, mixing)"] = 0.5
+    consistency: Annotated[float, Bounds(0), "glmc: what the agreement of the views counts; 0 = mixtures alone"] = 4.0
+    consistency_size: Annotated[int, Bounds(1), "glmc: numbers that features are projected to"] = 128
     sampling: Annotated[
         Literal["own", "natural", "square_root", "square_root_later", "balanced", "balanced_later", "progressive"],
         "any method: how often classes are drawn; own = as the method says",
@@ -89,7 +95,7 @@ class Method:
     @property
     def cosine(self) -> bool:
         """Whether the last layer compares directions, so that its weights have no length."""
-        return self.trained in _COSINE
+        return self.head != "own" or self.trained in _COSINE
 
     @property
     def deferred(self) -> bool:
@@ -99,7 +105,7 @@ class Method:
     @property
     def planned(self) -> bool:
         """Whether what it does in an epoch depends on how many there are in all."""
-        return self.staged or self.deferred or "progressive" in (self.name, self.sampling)
+        return self.staged or self.deferred or self.mixed_views or "progressive" in (self.name, self.sampling)
 
     @property
     def meta_learned(self) -> bool:
@@ -115,6 +121,26 @@ class Method:
     def kept(self) -> str:
         """The shipped modulator that it keeps unchanged, reading no meta set; "" where there is none."""
         return _KEPT.get(self.name, "")
+
+    @property
+    def mixed_views(self) -> bool:
+        """Whether it mixes each pair of images twice, in two ways, and compares the two."""
+        return self.trained in _MIXED_VIEWS
+
+    @property
+    def second_view(self) -> bool:
+        """Whether a training batch has a second view of its images (`Batch.second`)."""
+        return self.mixed_views
+
+    @property
+    def projects(self) -> bool:
+        """Whether a loss of the whole batch trains a projection of the features beside the classifier."""
+        return self.mixed_views or self.proco_weight > 0
+
+    @property
+    def of_batch(self) -> bool:
+        """Whether a loss of the whole batch is trained beside that of the examples."""
+        return self.projects or self.trained in _OF_BATCH
 
     @property
     def per_batch(self) -> bool:

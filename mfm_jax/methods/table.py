@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mfm_jax.bilevel import auxiliary, losses, modulation, outer
+from mfm_jax.bilevel import agreement, auxiliary, losses, modulation, outer
 from mfm_jax.bilevel.auxiliary import Auxiliary
 from mfm_jax.bilevel.outer import MetaLearner
 from mfm_jax.config import Config
@@ -61,6 +61,7 @@ class Method:
     beside: `(config, counts) -> Auxiliary`, a loss of the whole batch that is added; None for none.
     weights: `(config, counts) -> [K]`, what each class's loss is multiplied by; None for no weights.
     deferred: the weights act from the second stage on.
+    cumulative: the weights set in with the square of the epoch.
     sampler: how often each class is drawn, by epoch.
     cosine_head: the classifier compares directions (`heads.cosine`).
     prior_bias: the head's bias starts at the log prior.
@@ -79,6 +80,7 @@ class Method:
     beside: Callable[[Config, jax.Array], Auxiliary | None] | None = None
     weights: Callable[[Config, jax.Array], jax.Array] | None = None
     deferred: bool = False
+    cumulative: bool = False
     sampler: Sampler = sampling.natural
     cosine_head: bool = False
     prior_bias: bool = False
@@ -133,6 +135,11 @@ def _prior_entropy_weights(config: Config, counts: jax.Array) -> jax.Array:
     return jnp.full_like(log_prior, jnp.log(len(log_prior)) / entropy)
 
 
+def _agreement(config: Config, counts: jax.Array) -> Auxiliary:
+    del counts
+    return agreement.of_views(config.method.consistency, config.method.consistency_size)
+
+
 def _metasaug(config: Config, counts: jax.Array, channels: Mapping[str, int]) -> MetaLearner:
     size, strength = (len(counts), channels["pooled"]), config.method.isda_strength
     if (last := head(config)) == "linear":
@@ -174,6 +181,7 @@ _LWS = Retraining(
 
 _BETAS = {"method.effective_beta": Choice((0.9, 0.99, 0.999, 0.9999))}
 _MARGIN = {"method.ldam_margin": Span(0.1, 0.8)}
+_CONSISTENCY = {"method.consistency": Span(1.0, 10.0, log=True)}
 _TAU = {"method.tau": Span(0.25, 2.5)}
 _GAMMA = {"method.vs_gamma": Span(0.0, 0.5)}
 _STAGE = {"method.first_stage": Span(0.5, 0.95)}
@@ -206,6 +214,7 @@ METHODS = {
     "dice": Method(
         lambda config, _: losses.dice(config.method.dice_alpha), search={"method.dice_alpha": Span(0.01, 1.0, log=True)}
     ),
+    "glmc": Method(weights=_class_weights, cumulative=True, beside=_agreement, search=_CONSISTENCY),
     "own_loss": Method(own.loss),
     "sampling_free": Method(weights=_prior_entropy_weights, prior_bias=True),
     # Sampling.

@@ -8,7 +8,7 @@ import dataclasses
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import flax.linen as nn
 import jax
@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 
 from mfm_jax import bilevel
 from mfm_jax.bilevel import averaging, modulation, optim, passes
+from mfm_jax.bilevel.objective import Objective
 from mfm_jax.bilevel.outer import MetaLearner
 from mfm_jax.bilevel.passes import Pass
 from mfm_jax.bilevel.steps import PlainStep, Step
@@ -162,11 +163,11 @@ def _starts(
 
         moves = method.retraining or (learner and not config.frozen)
         params_key, state_key = jax.random.split(key)
-        variables = {**variables, "params": _with_projection(params_key, variables["params"], rules)}
+        variables = {**variables, "params": _with_projection(params_key, variables["params"], rules.objective)}
         state = bilevel.init_state(state_key, variables, rules.tx, init_phi, phi_tx if moves else None)
         if rules.averaging:
             state = state.replace(average=averaging.begun(rules.averaging, state.params, state.batch_stats))
-        return state.replace(memory={one.name: one.init() for one in rules.beside})
+        return state.replace(memory={one.name: one.init() for one in rules.objective.beside})
 
     def init_pretrained(*, whole: bool = False) -> BilevelState:
         new, model, normalized = parallel.jit_once(fresh)(key), config.model, table.head(config) != "linear"
@@ -184,10 +185,14 @@ def _starts(
     return functools.partial(fresh, key), functools.partial(drawn, key), init_pretrained
 
 
-def _with_projection(key: jax.Array, params: PyTree, rules: Recipe) -> PyTree:
-    """Returns the classifier's `params` with what a loss of the batch trains beside it."""
-    made = [one.projection(jax.random.fold_in(key, 1), params) for one in rules.beside if one.projection]
-    return {**params, PROJECTION: made[0]} if made else params
+def _with_projection(key: jax.Array, params: PyTree, objective: Objective) -> PyTree:
+    """Returns the classifier's `params` with what losses of the batch train beside it, by their names."""
+    made = {
+        one.name: one.projection(jax.random.fold_in(key, i + 1), params)
+        for i, one in enumerate(objective.beside)
+        if one.projection
+    }
+    return {**params, PROJECTION: made} if made else params
 
 
 def _channels(
@@ -235,18 +240,17 @@ def _steps(
 ) -> tuple[PlainStep, Step | None, PlainStep | None]:
     """Returns the plain step, the meta-step and a second stage's, None for what the run has not."""
     method, meta_step, retrain_step = METHODS[config.method.name], None, None
-    terms: dict[str, Any] = {"class_weights": rules.class_weights, "beside": rules.beside, "sharpness": rules.sharpness}
-    plain_step = bilevel.make_plain_step(forward, rules.loss, rules.tx, learner, **terms)
+    plain_step = bilevel.make_plain_step(forward, rules.objective, rules.tx, learner)
     if learner and not config.frozen:
-        rule = recipe.meta_rule(config)
-        meta_step = bilevel.make_step(forward, rules.loss, rules.tx, learner, phi_tx, rule, **terms)
+        meta_step = bilevel.make_step(forward, rules.objective, rules.tx, learner, phi_tx, recipe.meta_rule(config))
     if method.retraining:
-        assert not isinstance(rules.loss, FeatureLoss)
+        loss = rules.objective.loss
+        assert not isinstance(loss, FeatureLoss)
         # No backward pass goes through the network, so its passes need not be in parts.
         forward = dataclasses.replace(forward, parts=1)
         if method.retraining.synthetic:
             forward = dataclasses.replace(forward, apply=heads.on_features(forward.apply, image_shape))
-        retrain_step = bilevel.make_retrain_step(forward, rules.loss, phi_tx, method.retraining.attach)
+        retrain_step = bilevel.make_retrain_step(forward, loss, phi_tx, method.retraining.attach)
     if rules.averaging:
         plain_step = averaging.averaged(plain_step, rules.averaging)
         meta_step = meta_step and averaging.averaged(meta_step, rules.averaging)

@@ -30,6 +30,7 @@ from mfm_jax.types import META_METRICS, Batch, BilevelState, Metrics, PyTree
 Kind = Literal["meta", "plain", "retrain"]  # of a step: updates w and phi, w alone, or what a second stage trains
 KINDS: tuple[Kind, ...] = get_args(Kind)
 _SETTLING_IMAGES = 2000  # 500 to 2,000 measured alike on CIFAR-10
+_SECOND = 2**31 - 1  # folded into a batch's key: smaller numbers give keys of its examples
 
 
 class LoopState(struct.PyTreeNode):
@@ -94,15 +95,40 @@ def _training_batch(keys: jax.Array, data: Input, step: jax.Array, config: Confi
     examples = inputs.training(data, step)
     if isinstance(data, Features):
         return Batch(*examples)
-    batch, settings = _prepared(keys[0], examples, data, config), config.augment
-    if not (settings.mixup or settings.cutmix):
+    batch, settings = _views(keys[0], examples, data, config), config.augment
+    if not (settings.mixup or settings.cutmix or config.method.mixed_views):
         return batch
     partners = None
     if settings.partners == "balanced":
         index_key, augment_key = (jax.random.fold_in(keys[3], which) for which in (4, 5))
         drawn = inputs.balanced(data, index_key, len(batch.label), mesh)
-        partners = _prepared(augment_key, drawn, data, config)[:2]
-    return Batch(*augment.mixed(keys[3], batch.image, batch.label, settings, partners))
+        partners = _views(augment_key, drawn, data, config)
+    if config.method.mixed_views:
+        return _mixed_views(keys[3], batch, partners, config.method.mixing)
+    given = partners and (partners.image, partners.label)
+    mixed = Batch(*augment.mixed(keys[3], batch.image, batch.label, settings, given))
+    return mixed._replace(second=batch.second)
+
+
+def _mixed_views(key: jax.Array, batch: Batch, partners: Batch | None, alpha: float) -> Batch:
+    """Returns the mixtures of `augment.mixed_views`: the first as the batch, the other as its second view."""
+
+    def both(one: Batch) -> augment.Labelled:
+        return jnp.stack([view.image for view in one.views], axis=1), one.label
+
+    first, second = augment.mixed_views(key, *both(batch), alpha, partners and both(partners))
+    return Batch(*first)._replace(second=Batch(*second))
+
+
+def _views(key: jax.Array, examples: Examples, data: Input, config: Config) -> Batch:
+    """Returns images as `_prepared` does, and a second view of them where the method compares two.
+
+    Of streamed pictures both are views of the part that was read.
+    """
+    batch = _prepared(key, examples, data, config)
+    if not config.method.second_view:
+        return batch
+    return batch._replace(second=_prepared(jax.random.fold_in(key, _SECOND), examples, data, config))
 
 
 def _prepared(key: jax.Array, examples: Examples, data: Input, config: Config) -> Batch:

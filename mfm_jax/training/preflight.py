@@ -87,7 +87,7 @@ def _sites(config: Config, seen: Seen) -> Iterator[str]:
     needed = [*(config.sites if method.modulates else ()), *(one for one in method.needs if one != "head")]
     synthetic = bool(method.retraining and method.retraining.synthetic)
     needed += ["pooled"] * bool(
-        synthetic or table.head(config) != "linear" or objective.later or config.method.proco_weight
+        synthetic or table.head(config) != "linear" or objective.later or config.method.projects
     )
     for site in (site for site in dict.fromkeys(needed) if site not in seen.sites):
         yield (

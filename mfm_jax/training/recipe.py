@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import optax
 
 from mfm_jax import models
-from mfm_jax.bilevel import ClassWeights, MetaRule, averaging, contrast, losses, optim, sharpness
+from mfm_jax.bilevel import MetaRule, averaging, contrast, losses, optim, sharpness
 from mfm_jax.bilevel.auxiliary import Auxiliary
 from mfm_jax.bilevel.averaging import Averaging
+from mfm_jax.bilevel.objective import ClassWeights, Objective
 from mfm_jax.bilevel.sharpness import Sharpness
 from mfm_jax.config import Config
 from mfm_jax.data import LongTailData, batches
@@ -23,12 +24,9 @@ from mfm_jax.types import FeatureLoss, LossFn
 class Recipe:
     """The training of one run.
 
-    loss: of an example.
-    beside: losses of the whole batch that are added.
-    class_weights: what each class's loss is multiplied by, by step; None for no weights.
+    objective: what is minimised.
     tx: the classifier's optax chain.
     second_tx: of what a second stage trains.
-    sharpness: where the classifier's gradient is taken; None for at the weights themselves.
     averaging: how the weights that are tested follow those that are trained; None where they are these.
     learning_rate: schedule to report, by step.
     order: `(key, epoch) -> int32 [steps_per_epoch, B]`, the examples of each batch of an epoch.
@@ -36,12 +34,9 @@ class Recipe:
     total_steps: steps in the run.
     """
 
-    loss: LossFn | FeatureLoss
-    beside: tuple[Auxiliary, ...]
-    class_weights: ClassWeights | None
+    objective: Objective
     tx: optax.GradientTransformation
     second_tx: optax.GradientTransformation
-    sharpness: Sharpness | None
     averaging: Averaging | None
     learning_rate: optax.Schedule
     order: Callable[[jax.Array, int], jax.Array]
@@ -51,7 +46,7 @@ class Recipe:
 
 def of(config: Config, data: LongTailData) -> Recipe:
     """Returns the recipe of a run of `config` on `data`."""
-    method, objective, counts = METHODS[config.method.name], table.objective(config), jnp.asarray(data.counts)
+    method, trained, counts = METHODS[config.method.name], table.objective(config), jnp.asarray(data.counts)
     per_epoch = batches.steps_per_epoch(len(data.train_labels), config.train.batch_size)
     first, second, learning_rate = _schedules(config, method, per_epoch)
     tx = optim.classifier(config.optim, first, counts)
@@ -59,12 +54,14 @@ def of(config: Config, data: LongTailData) -> Recipe:
         tx = optim.only(tx, lambda params: models.trained(params, config.model.tune))
     total, begin = config.train.epochs * per_epoch, config.second_stage * per_epoch
     return Recipe(
-        loss=_loss(config, objective, counts, begin),
-        beside=_beside(config, objective, counts),
-        class_weights=_class_weights(config, objective, counts, begin),
+        objective=Objective(
+            _loss(config, trained, counts, begin),
+            _class_weights(config, trained, counts, per_epoch),
+            _beside(config, trained, counts),
+            _sharpness(config, counts),
+        ),
         tx=tx,
         second_tx=optim.classifier(config.optim, second, counts),
-        sharpness=_sharpness(config, counts),
         averaging=_averaging(config, per_epoch),
         learning_rate=learning_rate,
         order=_order(config, method, data),
@@ -121,14 +118,14 @@ def _sharpness(config: Config, counts: jax.Array) -> Sharpness | None:
     return Sharpness(rho) if rho else None
 
 
-def _loss(config: Config, objective: Method, counts: jax.Array, begin: int) -> LossFn | FeatureLoss:
+def _loss(config: Config, trained: Method, counts: jax.Array, begin: int) -> LossFn | FeatureLoss:
     """Returns the loss of an example; `begin` is the first step of the second stage."""
 
     def smoothed(loss: LossFn) -> LossFn:
         amount = config.method.label_smoothing
         return losses.smoothed(loss, amount) if amount else loss
 
-    first, later = smoothed(objective.loss(config, counts)), objective.later
+    first, later = smoothed(trained.loss(config, counts)), trained.later
     if later is None:
         return first
 
@@ -139,19 +136,22 @@ def _loss(config: Config, objective: Method, counts: jax.Array, begin: int) -> L
     return FeatureLoss(at)
 
 
-def _beside(config: Config, objective: Method, counts: jax.Array) -> tuple[Auxiliary, ...]:
+def _beside(config: Config, trained: Method, counts: jax.Array) -> tuple[Auxiliary, ...]:
     chosen = config.method
-    found = [objective.beside(config, counts) if objective.beside else None]
+    found = [trained.beside(config, counts) if trained.beside else None]
     if chosen.proco_weight:
         options = (config.train.batch_size, chosen.proco_weight, chosen.proco_temperature, chosen.proco_features)
         found.append(contrast.proco(counts, *options))
     return tuple(one for one in found if one)
 
 
-def _class_weights(config: Config, objective: Method, counts: jax.Array, begin: int) -> ClassWeights | None:
-    if objective.weights is None:
+def _class_weights(config: Config, trained: Method, counts: jax.Array, per_epoch: int) -> ClassWeights | None:
+    if trained.weights is None:
         return None
-    weights, begin = objective.weights(config, counts), begin * objective.deferred
+    weights = trained.weights(config, counts)
+    if trained.cumulative:
+        return lambda step: 1 + (step // per_epoch / config.train.epochs) ** 2 * (weights - 1)
+    begin = config.second_stage * per_epoch * trained.deferred
     return lambda step: jnp.where(step >= begin, weights, jnp.ones_like(weights))
 
 
