@@ -6,8 +6,8 @@ r"""A queue of runs at full size, which stops at the time given and goes on on a
 
 and on the next machine the same with `--from=kept` in front of an empty `--workdir`. The order is that of worth: MFM,
 logit adjustment as tuned, CE and logit adjustment as published with seed 0, then with the other seeds; then likewise
-the strong recipes (AutoAugment and Cutout), the shipped curve and the modulated features, and LDAM-DRW, Meta-Weight-Net
-and MetaSAug. Every `--config.group.field=value` holds for all of them.
+the shipped curve and the modulated features; LDAM-DRW, Meta-Weight-Net and MetaSAug; and `INGREDIENTS`, each under
+three of these methods, for `--config=configs/cifar10_lt_strong.py`. Every `--config.group.field=value` holds for all of them.
 
 `table.md` and `table.csv` in the workdir have a row for each run, and are written anew when one has ended. `--pack`
 keeps what is worth carrying in a few small archives: `results.tar.gz`, written anew with the tables, of the tables and
@@ -68,16 +68,24 @@ FIRST = (
     Row("ce", "ce"),
     Row("logit_adjusted_natural", "logit_adjusted", {"method.sampling": "natural", "method.tau": 1.0}),
 )
-# As in configs/cifar10_lt_strong.py.
-AUGMENTED: study.Values = {"augment.policy": "autoaugment", "augment.cutout": 16}
-STRONG = tuple(
-    Row(f"{row.name}_strong", row.method, {**row.values, **AUGMENTED})
-    for row in FIRST
-    if row.name in ("mfm", "logit_adjusted_natural", "ce")
-)
 FORMS = (Row("mfm_frozen", "mfm_frozen"), Row("mfm_features", "mfm", study.FEATURES))
 THEN = (*(Row(name, name, study.CHOSEN[name]) for name in study.PEERS), Row("metasaug", "metasaug"))
-TIERS = (FIRST, STRONG, FORMS, THEN)
+# What the strong recipes are made of, each alone beside what the config has: under LA as published, MFM and CE.
+INGREDIENTS: dict[str, study.Values] = {
+    "ema": {"optim.ema": 0.999},
+    "cutmix": {"augment.cutmix": 1.0},
+    "cutmix_balanced": {"augment.cutmix": 1.0, "augment.partners": "balanced"},
+    "proco": {"method.proco_weight": 1.0},
+    "sam": {"optim.sam_rho": 0.1},
+    "max_norm": {"optim.head_max_norm": 1.0},
+}
+MIXED = tuple(
+    Row(f"{row.name}_{name}", row.method, {**row.values, **values})
+    for name, values in INGREDIENTS.items()
+    for row in (FIRST[3], FIRST[0], FIRST[2])
+)
+MIXED += (Row("mfm_glmc", "mfm", {"method.base": "glmc"}),)
+TIERS = (FIRST, FORMS, THEN, MIXED)
 NAMES = tuple(row.name for tier in TIERS for row in tier)
 
 

@@ -3,7 +3,6 @@
 import importlib
 import json
 import os
-import runpy
 import shutil
 import subprocess
 import sys
@@ -27,14 +26,19 @@ def full():
 def test_the_queue_is_in_the_order_of_worth(full, tmp_path):
     planned = full.queue(config_lib.default(), tmp_path, full.NAMES, [0, 1], "packed/cifar10.npz")
     first = ("mfm", "logit_adjusted", "ce", "logit_adjusted_natural")
-    strong = ("mfm_strong", "ce_strong", "logit_adjusted_natural_strong")
     forms = ("mfm_frozen", "mfm_features")
     then = ("ldam_drw", "meta_weight_net", "metasaug")
-    assert [one.run.label for one in planned] == [
-        f"{name} seed {seed}" for names in (first, strong, forms, then) for seed in (0, 1) for name in names
+    mixed = [
+        f"{name}_{ingredient}"
+        for ingredient in ("ema", "cutmix", "cutmix_balanced", "proco", "sam", "max_norm")
+        for name in ("logit_adjusted_natural", "mfm", "ce")
     ]
-    recipe = config_lib.resolve(runpy.run_path("configs/cifar10_lt_strong.py")["get_config"]())
-    assert planned[8].run.config.augment == recipe.augment
+    assert [one.run.label for one in planned] == [
+        f"{name} seed {seed}"
+        for names in (first, forms, then, [*mixed, "mfm_glmc"])
+        for seed in (0, 1)
+        for name in names
+    ]
     tuned, published = (planned[i].run.config.method for i in (1, 3))
     assert (tuned.name, tuned.sampling, tuned.tau) == ("logit_adjusted", "square_root_later", 0.75)
     assert (published.name, published.sampling, published.tau) == ("logit_adjusted", "natural", 1.0)
