@@ -7,7 +7,8 @@ r"""A queue of runs at full size, which stops at the time given and goes on on a
 and on the next machine the same with `--from=kept` in front of an empty `--workdir`. The order is that of worth: MFM,
 logit adjustment as tuned, CE and logit adjustment as published with seed 0, then with the other seeds; then likewise
 the shipped curve and the modulated features; LDAM-DRW, Meta-Weight-Net and MetaSAug; and `INGREDIENTS`, each under
-three of these methods, for `--config=configs/cifar10_lt_strong.py`. Every `--config.group.field=value` holds for all of them.
+three of these methods, for `--config=configs/cifar10_lt_strong.py`. Every `--config.group.field=value` holds for all of
+them.
 
 `table.md` and `table.csv` in the workdir have a row for each run, and are written anew when one has ended. `--pack`
 keeps what is worth carrying in a few small archives: `results.tar.gz`, written anew with the tables, of the tables and
