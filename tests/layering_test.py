@@ -25,7 +25,7 @@ ORDER = (  # the files of a line import those of the lines above it alone
     "evaluation.intervals evaluation.metrics machine.interruption machine.versions methods.heads methods.settings "
     "models.convolution models.vit",
     "bilevel.agreement bilevel.contrast config.groups data.lists evaluation.mistakes evaluation.suspects "
-    "models.imagenet models.resnet",
+    "models.densenet models.efficientnet models.imagenet models.resnet models.wide_resnet",
     "config.consistency config.continuation config.lookup models.catalog",
     "config.parameters config.schema models",
     "config",
@@ -33,7 +33,7 @@ ORDER = (  # the files of a line import those of the lines above it alone
     "bilevel.optim data.augment data.listing data.sources evaluation.health methods.sampling "
     "models.pretrained training.anomalies workdir.files",
     "bilevel.outer bilevel.sharpness data.batches data.checking data.digits data.given data.kept data.numbers data.own "
-    "evaluation.gallery workdir.checkpoint workdir.loggers workdir.stored",
+    "data.pretext evaluation.gallery workdir.checkpoint workdir.loggers workdir.stored",
     "bilevel.objective command data.arrays data.files data.tfds methods.learners methods.own workdir.finished "
     "workdir.logs workdir.modulators",
     "bilevel.steps",

@@ -3,8 +3,9 @@
 import itertools
 import re
 from collections.abc import Iterator
+from typing import get_args
 
-from mfm_jax.config.groups import FORMS, LOGGERS, Config, Data
+from mfm_jax.config.groups import FORMS, LOGGERS, Config, Data, OtherSmall
 from mfm_jax.fields import names_own
 
 
@@ -23,6 +24,7 @@ def problems(config: Config) -> Iterator[str]:
     yield from _per_batch(config)
     yield from _mixed_views(config)
     yield from _unread(config.data)
+    yield from _pretext(config)
     if config.augment.crop == "resized" and config.data.source not in ("folder", "list"):
         yield (
             f"augment.crop = 'resized': needs whole pictures, which only data.source = 'folder' or 'list' has, not"
@@ -44,6 +46,11 @@ def problems(config: Config) -> Iterator[str]:
     names = config.train.logger_names
     if not set(names) <= set(LOGGERS) or len(set(names)) != len(names):
         yield f"train.loggers = {config.train.loggers!r}: expected some of {', '.join(LOGGERS)}, comma-separated"
+    if config.model.pretrained and config.model.name in get_args(OtherSmall):
+        yield (
+            f"model.pretrained = {config.model.pretrained!r}: no files are read for model.name = {config.model.name!r};"
+            " leave it out, or start from a run by model.init_from"
+        )
     if config.model.pretrained and config.model.init_from:
         yield (
             f"model.init_from = {config.model.init_from!r}: so does model.pretrained = {config.model.pretrained!r} set"
@@ -101,6 +108,8 @@ def _scanned(config: Config) -> Iterator[str]:
     if not config.model.scan_blocks:
         return
     name, fsdp, off = config.model.name, config.parallel.fsdp, "or leave model.scan_blocks out"
+    if name in ("efficientnet_b0", "densenet_bc100"):
+        yield f"model.scan_blocks = True: {name} is not made of equal blocks; choose a ResNet or ViT, {off}"
     if name in ("resnet8", "resnet10"):
         yield f"model.scan_blocks = True: the stages of {name} have no equal blocks; choose a deeper network, {off}"
     if fsdp > 1:
@@ -165,6 +174,15 @@ def _own_module(config: Config) -> Iterator[str]:
         yield (
             f"meta.virtual = 'last_stage': not known of model.name = {model.name!r}, your own; choose 'all', or 'head'"
             " for a module with a layer of that name"
+        )
+
+
+def _pretext(config: Config) -> Iterator[str]:
+    """A first stage whose labels are not the classes."""
+    if config.data.pretext != "none" and config.method.name != "ce":
+        yield (
+            f"data.pretext = {config.data.pretext!r}: its labels have no long tail, and method.name ="
+            f" {config.method.name!r} acts on one; set method.name = 'ce'"
         )
 
 

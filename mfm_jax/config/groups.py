@@ -59,6 +59,10 @@ class Data:
         int, Bounds(0), MAY_CHANGE, "processes that decode: the check, streaming, a TFDS set's first reading; 0 = none"
     ] = 2
     manifest: Annotated[str, MAY_CHANGE, "reuse this split manifest; '' = draw a split"] = ""
+    pretext: Annotated[
+        Literal["none", "rotation"],
+        "a first stage for model.init_from: labels are not the classes, but how images were turned",
+    ] = "none"
 
     @property
     def validates(self) -> bool:
@@ -94,7 +98,9 @@ class Augment:
 
 
 SmallResNet = Literal["resnet32", "resnet8", "resnet20", "resnet44", "resnet56"]  # for 16 to 64 pixels a side
-LargeModel = Literal["resnet10", "resnet18", "resnet50", "resnet101", "resnet152", "resnext50", "vit_b16"]  # for 224
+OtherSmall = Literal["wrn28_10", "densenet_bc100"]  # for the same
+LargeResNet = Literal["resnet10", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnext50"]  # for 224
+LargeModel = Literal[LargeResNet, "efficientnet_b0", "vit_b16"]
 SMALL_RESNETS = get_args(SmallResNet)
 LOGGERS = ("tensorboard", "wandb", "mlflow")
 
@@ -103,8 +109,8 @@ LOGGERS = ("tensorboard", "wandb", "mlflow")
 class Model:
     """The classifier (see `models`)."""
 
-    name: Annotated[Literal[SmallResNet, LargeModel], OWN, "the architecture"] = "resnet32"
-    width: Annotated[int, Bounds(0), "channels of the stem or a token; 0 = 16 for small ResNets, 64 large, 768 ViT"] = 0
+    name: Annotated[Literal[SmallResNet, OtherSmall, LargeModel], OWN, "the architecture"] = "resnet32"
+    width: Annotated[int, Bounds(0), "channels of the stem or a token; 0 = as published"] = 0
     pretrained: Annotated[
         str, "initial weights: .safetensors, .npz, PyTorch state dict, or timm/NAME; the head may differ"
     ] = ""
