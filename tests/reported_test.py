@@ -6,6 +6,7 @@
 import csv
 import json
 import re
+import statistics
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -16,6 +17,7 @@ RESULTS = ROOT / "docs" / "results"
 README, STUDY, PLANKTON = (
     path.read_text(encoding="utf-8") for path in (ROOT / "README.md", RESULTS / "study.md", RESULTS / "plankton.md")
 )
+RECIPES = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
 METHODS = {
     "cross-entropy": "ce",
     "Meta-Weight-Net": "meta_weight_net",
@@ -166,6 +168,35 @@ def test_full_size_in_words():
     assert f"in bfloat16, MFM has {mfm_half} % and logit adjustment as published {untuned} %" in words
     words = " ".join((ROOT / "docs" / "index.md").read_text(encoding="utf-8").split())
     assert f"MFM has {mfm} % with two seeds, and CE {ce} % with one" in words
+
+
+def test_the_ingredients_of_strong_recipes():
+    rows = {(row["method"], row["ingredient"]): row for row in stored("strong.csv")}
+    names = ("", "ema", "cutmix", "cutmix_balanced", "proco", "sam", "max_norm")
+    found = table(RECIPES, "## What each ingredient adds")
+    for ingredient, (_, *cells) in zip(names, found, strict=True):
+        for method in ("mfm", "logit_adjusted_natural", "ce"):
+            row = rows.pop((method, ingredient))
+            measures = [row[name] for name in ("validation", "balanced_accuracy", "ece")]
+            assert all(rounded(cell, measure) for cell, measure in zip(cells[:3], measures, strict=True)), ingredient
+            cells = cells[3:]
+    assert not rows
+
+
+def test_the_strong_recipe_at_full_size():
+    found = {}
+    for row in stored("cifar10_lt_full.csv"):
+        found.setdefault(row["method"], []).append((float(row["balanced_accuracy"]), float(row["ece"])))
+    names = ("mfm", "logit_adjusted_natural")
+    tested = table(RECIPES, "## AutoAugment and Cutout, 200 epochs")
+    for name, (_, before, after, difference, *errors) in zip(names, tested, strict=True):
+        pairs = found[f"{name} bfloat16"], found[f"{name} strong bfloat16"]
+        for cell, runs in zip((before, after), pairs, strict=True):
+            values = [accuracy for accuracy, _ in runs]
+            assert cell == f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
+        gain = statistics.mean(after - before for (before, _), (after, _) in zip(*pairs, strict=True))
+        assert difference.startswith(f"{gain:.1f} [")
+        assert errors == [f"{statistics.mean(error for _, error in runs):.1f}" for runs in pairs]
 
 
 def test_the_transfer_to_the_digits():
