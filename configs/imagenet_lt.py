@@ -4,7 +4,8 @@
 
 FOLDER holds ImageNet's `train/` and `val/` (ILSVRC 2012) and the three lists of Liu et al., "Large-Scale Long-Tailed
 Recognition in an Open World" (arXiv:1904.05160), `ImageNet_LT_train.txt`, `_val.txt` and `_test.txt`. ResNet-50 from
-scratch, 90 epochs, as "Decoupling Representation and Classifier" (arXiv:1910.09217) trains. The meta set is redrawn
+scratch, 90 epochs, as "Decoupling Representation and Classifier" (arXiv:1910.09217) trains, and RandAugment, as later
+recipes have it (docs/recipes.md). The meta set is redrawn
 from the training set every epoch, 5 images a class, as many as the rarest has.
 
 Wants a GPU. No accuracy has been measured with it.
@@ -26,6 +27,7 @@ def get_config():
     config.data.workers = 8
     config.augment.crop = "resized"
     config.augment.color_jitter = 0.4
+    config.augment.policy = "randaugment"
     config.model.name = "resnet50"
     config.optim.reference_batch_size = 256
     config.train.epochs = 90

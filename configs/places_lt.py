@@ -27,6 +27,7 @@ def get_config():
     config.data.workers = 8
     config.augment.crop = "resized"
     config.augment.color_jitter = 0.4
+    config.augment.policy = "randaugment"
     config.model.name = "resnet152"
     config.model.remat = True
     config.optim.learning_rate = 0.02
