@@ -95,7 +95,7 @@ class Planned(NamedTuple):
 
     row: Row
     seed: int
-    run: runs.Run
+    run: runs.Task
 
 
 def queue(config: Any, workdir: Path, names: Sequence[str], seeds: Sequence[int], data: str = "") -> list[Planned]:
@@ -113,7 +113,7 @@ def queue(config: Any, workdir: Path, names: Sequence[str], seeds: Sequence[int]
             for row in (row for row in rows if row.name in names):
                 fields = tune.with_values(compare.run_fields(config, row.method, seed), {**shared, **row.values})
                 folder = workdir / row.name / f"seed{seed}"
-                run = runs.Run(f"{row.name} seed {seed}", config_lib.resolve(fields), folder)
+                run = runs.Task(f"{row.name} seed {seed}", config_lib.resolve(fields), folder)
                 planned.append(Planned(row, seed, run))
     return planned
 
@@ -129,7 +129,7 @@ def main(argv: Sequence[str]) -> int:
     planned = queue(command.config(), workdir, names, compare._seeds(flags.FLAGS.seeds), _DATA.value)
     failed: dict[Path, str] = {}
 
-    def ended(group: Sequence[runs.Run], outcomes: Sequence[runs.Outcome]) -> None:
+    def ended(group: Sequence[runs.Task], outcomes: Sequence[runs.Outcome]) -> None:
         failed.update({run.workdir: one.error for run, one in zip(group, outcomes, strict=True) if one.error})
         record(planned, workdir, failed)
 

@@ -126,14 +126,14 @@ def main(argv: Sequence[str]) -> int:
     return 1 if failed else 0
 
 
-def runs_of(row: Row, config: Any, workdir: Path) -> list[runs.Run]:
+def runs_of(row: Row, config: Any, workdir: Path) -> list[runs.Task]:
     """Returns the runs of a row, one for each seed."""
     planned = []
     for seed in range(row.seeds):
         values = {"data.imbalance_factor": row.factor, **row.values}
         fields = tune.with_values(compare.run_fields(config, row.method, seed), values)
         folder = workdir / f"factor{row.factor:g}" / row.name / f"seed{seed}"
-        planned.append(runs.Run(f"{row.name}, factor {row.factor:g}, seed {seed}", config_lib.resolve(fields), folder))
+        planned.append(runs.Task(f"{row.name}, factor {row.factor:g}, seed {seed}", config_lib.resolve(fields), folder))
     return planned
 
 

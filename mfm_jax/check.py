@@ -46,7 +46,7 @@ def check(config: ml_collections.ConfigDict, workdir: Path, command: str = "") -
             f"data.source = {data.source!r}: --mode=check looks at files, with data.source = 'folder' or 'list'; what"
             " this source gives is checked when it is read"
         )
-    found = listing.load(data)
+    found = listing.read(data)
     checked = checking.check(found, data.workers)
     usable = found.without([path for path, fact in zip(found.paths, checked.facts, strict=True) if not fact])
     sound = files.Sound(usable, [fact for fact in checked.facts if fact], [], [])

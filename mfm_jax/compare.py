@@ -127,7 +127,7 @@ def run_all(
     for (method, seed), fields in given.items():
         if method not in failed:
             resolved = config_lib.resolve(tune.with_values(fields, best[method]))
-            planned.append((method, runs.Run(f"{method} seed {seed}", resolved, workdir / method / f"seed{seed}")))
+            planned.append((method, runs.Task(f"{method} seed {seed}", resolved, workdir / method / f"seed{seed}")))
     planned.sort(key=lambda pair: methods.index(pair[0]) if together else 0)
     groups = itertools.groupby(planned, key=lambda pair: pair[0] if together else pair[1].label)
     outcomes = runs.train_all([[run for _, run in group] for _, group in groups], jobs)

@@ -95,7 +95,7 @@ def load(tensors, folder, name="resnet8", width=W, classes=K, **options):
     np.savez(path, **tensors)
     module = models.create(name, classes, width)
     new = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
-    return module, pretrained.load(path, new["params"], new["batch_stats"], name, **options)
+    return module, pretrained.of_file(path, new["params"], new["batch_stats"], name, **options)
 
 
 @pytest.mark.parametrize(
@@ -130,7 +130,7 @@ def test_a_checkpoint_as_training_code_saves_it(tmp_path):
     torch.save({"epoch": 200, "arch": "resnet8", "best_acc1": torch.tensor(80.0), "state_dict": state}, path)
     module, loaded = load(tensors, tmp_path)
     new = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
-    chex.assert_trees_all_equal(pretrained.load(path, new["params"], new["batch_stats"], "resnet8"), loaded)
+    chex.assert_trees_all_equal(pretrained.of_file(path, new["params"], new["batch_stats"], "resnet8"), loaded)
 
 
 # --- heads ------------------------------------------------------------------------------------------

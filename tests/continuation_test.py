@@ -283,7 +283,7 @@ def test_a_run_is_extended_twice_and_among_others(copy):
         copy.results.write_text(f"[{epochs}]")
         copy.claim(config)
         assert not copy.is_finished(config)
-        assert runs._planned([runs.Run("again", config, copy.path)]).outcomes is None  # it is to be trained
+        assert runs._planned([runs.Task("again", config, copy.path)]).outcomes is None  # it is to be trained
         copy.begin(config, {}, {})
         assert not copy.results.exists()
     earlier = {path.name: path.read_text() for path in copy.path.glob("results-of*")}

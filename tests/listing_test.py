@@ -229,12 +229,12 @@ def test_a_column_of_groups_comes_before_the_pattern(pets):
 
 def test_load_takes_what_the_config_names(pets):
     file = str(written(pets, "cat/a.jpg 0\ndog/a.jpg 1")["train"])
-    assert len(listing.load(Data(source="folder", root=str(pets))).paths) == 4
-    assert len(listing.load(Data(source="list", root=str(pets), train_list=file)).paths) == 2
+    assert len(listing.read(Data(source="folder", root=str(pets))).paths) == 4
+    assert len(listing.read(Data(source="list", root=str(pets), train_list=file)).paths) == 2
     with pytest.raises(UserError, match=r"data\.root: missing"):
-        listing.load(Data(source="folder"))
+        listing.read(Data(source="folder"))
     with pytest.raises(UserError, match=r"data\.train_list: missing"):
-        listing.load(Data(source="list", root=str(pets)))
+        listing.read(Data(source="list", root=str(pets)))
 
 
 def test_names_that_are_not_utf_8_are_kept_as_they_are(tmp_path):

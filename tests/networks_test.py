@@ -171,7 +171,7 @@ def test_logits_are_those_of_an_efficientnet_whose_weights_are_named_as_torchvis
     new = jax.eval_shape(module.init, jax.random.key(0), IMAGES)
     start = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), new)
     given = start["params"], start["batch_stats"], "efficientnet_b0"
-    pair = pretrained.load(tmp_path / "weights.pth", *given, whole=True)
+    pair = pretrained.of_file(tmp_path / "weights.pth", *given, whole=True)
     found = jax.jit(module.apply)(dict(zip(("params", "batch_stats"), pair, strict=True)), IMAGES)
     chex.assert_trees_all_close(found, expected, rtol=1e-4, atol=1e-5)
 

@@ -130,7 +130,7 @@ def load(tensors, folder, module=VIT, name="vit_b16", shape=(1, 16, 16, 3)):
     path = folder / "weights.safetensors"
     safetensors.numpy.save_file(tensors, path)
     start = variables_of(module, shape)
-    params, batch_stats = pretrained.load(path, start["params"], start.get("batch_stats", {}), name)
+    params, batch_stats = pretrained.of_file(path, start["params"], start.get("batch_stats", {}), name)
     chex.assert_trees_all_equal_shapes_and_dtypes(
         {"params": params, "batch_stats": batch_stats}, {"batch_stats": {}, **start}
     )
@@ -252,20 +252,20 @@ def test_another_architecture_is_refused(tmp_path):
 
 def test_files_that_cannot_be_read(tmp_path):
     with pytest.raises(UserError, match="no such file"):
-        pretrained.load(tmp_path / "none.npz", {}, {}, "resnet50")
+        pretrained.of_file(tmp_path / "none.npz", {}, {}, "resnet50")
     np.savez(tmp_path / "words.npz", arch="resnet50")
     for name in ("damaged.safetensors", "damaged.npz"):
         (tmp_path / name).write_bytes(b"\x07" * 50)
     for name in ("damaged.safetensors", "damaged.npz", "words.npz"):
         with pytest.raises(UserError, match=f"{name}.*: cannot be read"):
-            pretrained.load(tmp_path / name, {}, {}, "resnet50")
+            pretrained.of_file(tmp_path / name, {}, {}, "resnet50")
 
 
 def test_torch_files_without_torch_say_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)  # as if it were not installed
     (tmp_path / "weights.pth").write_bytes(b"")
     with pytest.raises(UserError, match="needs PyTorch: install the extra `bench`, or convert"):
-        pretrained.load(tmp_path / "weights.pth", {}, {}, "resnet50")
+        pretrained.of_file(tmp_path / "weights.pth", {}, {}, "resnet50")
 
 
 # --- in a run ---------------------------------------------------------------------------------------
@@ -356,7 +356,7 @@ def test_logits_are_those_of_pytorch(kind, wrapper, tmp_path):
     torch.save({wrapper: state} if wrapper else state, tmp_path / "weights.pth")
     new = variables_of(ours, (1, 32, 32, 3))
     name = "vit_b16" if "vit" in kind else "resnet50"
-    params, batch_stats = pretrained.load(tmp_path / "weights.pth", new["params"], new.get("batch_stats", {}), name)
+    params, batch_stats = pretrained.of_file(tmp_path / "weights.pth", new["params"], new.get("batch_stats", {}), name)
     images = np.random.default_rng(1).normal(size=(3, 32, 32, 3)).astype(np.float32)
     with torch.no_grad():
         expected = theirs(torch.from_numpy(images.transpose(0, 3, 1, 2))).numpy()
@@ -396,7 +396,7 @@ def test_every_tensor_of_timm_has_its_place(name, monkeypatch):
     tensors = {key: np.broadcast_to(np.float32(0), shape) for key, shape in shapes.items()}
     monkeypatch.setattr(pretrained, "_read", lambda path: tensors)
     new = variables_of(models.create(name, 1000, 0), (1, 224, 224, 3))
-    found = pretrained.load("weights.safetensors", new["params"], new.get("batch_stats", {}), name, whole=True)
+    found = pretrained.of_file("weights.safetensors", new["params"], new.get("batch_stats", {}), name, whole=True)
     chex.assert_trees_all_equal_shapes(found, (new["params"], new.get("batch_stats", {})))
 
 
@@ -455,7 +455,7 @@ def test_the_normalisation_that_weights_want_is_told(mean, std, told, cache, tmp
     safetensors.numpy.save_file({name: np.zeros(shape, np.float32) for name, shape in shapes.items()}, path)
     (path.parent / "config.json").write_text(json.dumps({"pretrained_cfg": {"mean": mean, "std": std}}))
     new = variables_of(models.create("resnet18", 1000, 0), (1, 64, 64, 3))
-    pretrained.load("timm/resnet18.a1_in1k", new["params"], new["batch_stats"], "resnet18")
+    pretrained.of_file("timm/resnet18.a1_in1k", new["params"], new["batch_stats"], "resnet18")
     assert f"pretrained weights: timm/resnet18.a1_in1k; {told}" in capsys.readouterr().err
     (path.parent / "config.json").unlink()
     assert hub_cache.normalization(path) == ""
@@ -470,7 +470,8 @@ def test_logits_are_those_of_timm_at_full_size(name, cache):
     saved.save_file(theirs.state_dict(), cached(f"{TIMM_NAMES[name]}.mine", cache))
     module, side = models.create(name, K, 0), 224 if name == "vit_b16" else 96
     new = variables_of(module, (1, side, side, 3))
-    pair = pretrained.load(f"timm/{TIMM_NAMES[name]}.mine", new["params"], new.get("batch_stats", {}), name, whole=True)
+    given = new["params"], new.get("batch_stats", {})
+    pair = pretrained.of_file(f"timm/{TIMM_NAMES[name]}.mine", *given, name, whole=True)
     images = np.random.default_rng(1).normal(size=(2, side, side, 3)).astype(np.float32)
     with torch.no_grad():
         expected = theirs(torch.from_numpy(images.transpose(0, 3, 1, 2))).numpy()

@@ -22,11 +22,11 @@ from mfm_jax.training import train
 from mfm_jax.workdir.files import Workdir
 
 
-def run(tmp_path, name: str, **overrides) -> runs.Run:
+def run(tmp_path, name: str, **overrides) -> runs.Task:
     config = tiny(
         data__val_images_per_class=0, augment__pad=0, method__name="ce", model__name="own_parts:Tiny", model__width=0
     )
-    return runs.Run(name, config_lib.resolve(overridden(config, **overrides)), tmp_path / name)
+    return runs.Task(name, config_lib.resolve(overridden(config, **overrides)), tmp_path / name)
 
 
 def test_a_failed_method_is_shown_and_the_others_are_compared(tmp_path, monkeypatch, capsys):
@@ -182,7 +182,7 @@ from mfm_jax.machine import interruption
 from mfm_jax.study import runs
 given = config.resolve(json.loads(sys.argv[1]))
 try:
-    runs.train_all([[runs.Run(name, given, Path(sys.argv[2]) / name)] for name in ("one", "two", "three")], jobs=2)
+    runs.train_all([[runs.Task(name, given, Path(sys.argv[2]) / name)] for name in ("one", "two", "three")], jobs=2)
 except interruption.Interrupted as interrupted:
     print(interrupted)
     sys.exit(75)

@@ -39,7 +39,7 @@ def load(config: Data, *, whole: bool) -> Source:
     constant seed: the same test images for every `data.seed`. Copies of one picture count as a group, so that a split
     that is made does not divide them.
     """
-    return source(config, _sound(config, listing.load(config)), whole=whole)
+    return source(config, _sound(config, listing.read(config)), whole=whole)
 
 
 def source(config: Data, sound: "Sound", *, whole: bool) -> Source:

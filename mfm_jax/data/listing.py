@@ -80,7 +80,7 @@ class Listing:
         return lines
 
 
-def load(config: Data) -> Listing:
+def read(config: Data) -> Listing:
     """Lists the pictures that `config` names: `data.source` is "folder" or "list"; lists may lie in `data.root`.
 
     Raises:

@@ -101,7 +101,7 @@ _VIT = (
 _OTHERS = {"efficientnet_b0": _EFFICIENT, "vit_b16": _VIT}
 
 
-def load(
+def of_file(
     path: str | Path,
     params: PyTree,
     batch_stats: PyTree,

@@ -46,7 +46,7 @@ def deal(labels: np.ndarray, copies: Sequence[object], folds: int, seed: int) ->
     return fold
 
 
-def train(planned: Sequence[runs.Run], jobs: int) -> None:
+def train(planned: Sequence[runs.Task], jobs: int) -> None:
     """Trains the folds that `plan` returned, `jobs` at a time; finished ones stay, interrupted ones go on.
 
     Raises:
@@ -58,7 +58,7 @@ def train(planned: Sequence[runs.Run], jobs: int) -> None:
             raise UserError(f"{run.label} failed: {outcome.error}")
 
 
-def plan(config: Config, data: LongTailData, fold: np.ndarray, folder: Path) -> list[runs.Run]:
+def plan(config: Config, data: LongTailData, fold: np.ndarray, folder: Path) -> list[runs.Task]:
     """Writes a manifest for each fold to `folder`, made if absent; returns the runs to train there.
 
     `config` and `data` are the run's, `fold` is what `deal` returned for the images in `dealt`.
@@ -76,7 +76,7 @@ def plan(config: Config, data: LongTailData, fold: np.ndarray, folder: Path) -> 
             data=dataclasses.replace(config.data, manifest=str(place), **settings),
             eval=dataclasses.replace(config.eval, test=False),
         )
-        planned.append(runs.Run(f"fold {number}", of_fold, folder / f"fold{number}"))
+        planned.append(runs.Task(f"fold {number}", of_fold, folder / f"fold{number}"))
     return planned
 
 

@@ -48,7 +48,7 @@ _LINE_SECONDS = 30  # a log has a line as often
 _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"  # programs read from the cache included
 
 
-class Run(NamedTuple):
+class Task(NamedTuple):
     """What to train, where, and what to call it."""
 
     label: str
@@ -67,7 +67,7 @@ class Outcome(NamedTuple):
 class _Job:
     """The runs of one process on their way: waiting, then with a process, then with an outcome for each."""
 
-    runs: Sequence[Run]
+    runs: Sequence[Task]
     cores: Sequence[int] = ()
     process: subprocess.Popen[bytes] | None = None
     outcomes: list[Outcome] | None = None
@@ -111,12 +111,12 @@ class _Job:
 
 
 def train_all(
-    groups: Sequence[Sequence[Run]],
+    groups: Sequence[Sequence[Task]],
     jobs: int = 1,
     *,
     seconds: float = math.inf,
     patience: float = math.inf,
-    ended: Callable[[Sequence[Run], Sequence[Outcome]], None] = lambda runs, outcomes: None,
+    ended: Callable[[Sequence[Task], Sequence[Outcome]], None] = lambda runs, outcomes: None,
 ) -> list[Outcome]:
     """Trains every run and returns their outcomes in the same order, those of a group next to each other.
 
@@ -167,7 +167,7 @@ def train_all(
     return [outcome for job in planned for outcome in job.outcomes or ()]
 
 
-def _planned(runs: Sequence[Run]) -> _Job:
+def _planned(runs: Sequence[Task]) -> _Job:
     """Returns the job, with its outcomes if all of its runs have finished before, or one cannot begin."""
     try:
         for run in runs:
@@ -179,7 +179,7 @@ def _planned(runs: Sequence[Run]) -> _Job:
         return _Job(runs, outcomes=[Outcome(None, str(error))] * len(runs))
 
 
-def _read(run: Run) -> Outcome:
+def _read(run: Task) -> Outcome:
     return Outcome(read_object(Workdir(run.workdir).results))
 
 

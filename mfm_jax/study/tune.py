@@ -50,7 +50,7 @@ def tune(method: str, fields: Fields, trials: int, folder: Path, jobs: int = 1) 
         asked = [study.ask() for _ in range(min(jobs, trials - len(study.trials)))]
         planned = [
             [
-                runs.Run(
+                runs.Task(
                     f"{method} trial {trial.number + 1}/{trials}",
                     config_lib.resolve(with_values(unread, _proposed(trial, space))),
                     folder / f"trial{trial.number}",

@@ -175,7 +175,7 @@ def _starts(
         if model.init_from:
             found = weights.of_run(config, data.class_names, *new)
         else:
-            found = pretrained.load(model.pretrained, *new, model.name, normalized_head=normalized, whole=whole)
+            found = pretrained.of_file(model.pretrained, *new, model.name, normalized_head=normalized, whole=whole)
         if model.start_share:
             preflight.check_start(config, new[0], found[0])
         return parallel.jit_once(start)(dict(zip(("params", "batch_stats"), found, strict=True)), key)
