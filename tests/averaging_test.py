@@ -153,6 +153,13 @@ def test_the_average_is_evaluated_selected_stored_and_started_from(tmp_path):
     chex.assert_trees_all_equal(arrays(begun.params), state.average.params)
 
 
+def test_a_network_without_batch_statistics_is_averaged_and_loaded(tmp_path):
+    config = configured("ce", model__name="own_parts:Bare", model__width=0, **EMA)
+    state = run(config, tmp_path)
+    assert state.average.batch_stats == {}
+    chex.assert_trees_all_equal(classifier.load(tmp_path).variables["params"], state.average.params)
+
+
 def test_statistics_are_taken_anew_for_both(tmp_path):
     config = configured("ce", **EMA)
     data = data_lib.build(config)

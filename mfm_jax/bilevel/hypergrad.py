@@ -128,9 +128,10 @@ def through(
     phi: PyTree,
     active: PyTree | None = None,
 ) -> Hypergrad:
-    """Returns the meta-gradient of a step whose optimizer gets any function of w and phi, such as SAM's; exact.
+    """Returns the meta-gradient of a step whose optimizer gets any function of w and phi, such as SAM's.
 
-    Reverse mode through `gradient`; the other arguments are those of `HypergradFn`.
+    Reverse mode through `gradient`; the other arguments are those of `HypergradFn`. What a learner reads without its
+    gradient counts as a constant, wherever it is read: at weights that move with phi this leaves a term out.
     """
     select, merge = _partition(params, active)
 

@@ -34,7 +34,7 @@ class Objective(NamedTuple):
     loss: of an example.
     class_weights: multiply each example's loss by its class's weight at this step; None for no weights.
     beside: losses of the whole batch that are added to the mean of the examples'.
-    sharpness: where the gradient is taken (`sharpness`); None for at w. The meta-gradient goes through it.
+    sharpness: where the gradient is taken (`sharpness`); None for at w. The meta-gradient goes `through` it.
     """
 
     loss: LossFn | FeatureLoss
