@@ -104,5 +104,5 @@ class BilevelState(struct.PyTreeNode):
     opt_state: PyTree  # classifier's optax state
     phi: PyTree  # outer parameters: a modulator's, another meta learner's, or what a second stage trains
     phi_opt_state: PyTree  # its optax state
-    memory: PyTree = struct.field(default_factory=dict)  # what losses of the whole batch keep, by their names
     average: PyTree = ()  # an `Average`; () where what is trained is tested
+    memory: PyTree = struct.field(default_factory=dict)  # what losses of the whole batch keep, by their names

@@ -90,7 +90,7 @@ class TestParameters:
     @pytest.mark.parametrize(
         ("params", "message"),
         [
-            ({"method": "mfn"}, "method.name = 'mfn': allowed: ce, "),
+            ({"method": "mfn"}, "method.name = 'mfn': allowed: cdt, ce, "),
             ({"epochs": 0}, "train.epochs = 0: allowed: 1 or more"),
             ({"random_state": 2**31}, "train.seed = 2147483648: allowed"),
             ({"validation_fraction": 1.0}, "data.val_fraction = 1.0: allowed: 0 to 0.9"),

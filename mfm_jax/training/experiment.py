@@ -96,7 +96,7 @@ def build(config: Config, data: LongTailData, mesh: Mesh | None = None) -> Exper
     plain, rules = tested.of(config, data.counts), recipe.of(config, data)
     image = jnp.zeros((1, *data.train_images.shape[1:]), jnp.float32)
     channels = _channels(config, plain.module, image, data.num_classes, mesh)
-    if table.head(config) == "simplex":
+    if config.method.head == "simplex":
         heads.simplex(channels["pooled"], data.num_classes)  # refuses, before anything is compiled, what it cannot be
     learner = method.learner(config, counts, channels) if method.learner else None
     schedule = optim.meta_schedule(config.meta, config.optim, config.train.epochs, rules.steps_per_epoch)
