@@ -67,6 +67,14 @@ class Modulator(NamedTuple):
     sites: tuple[str, ...]
 
 
+class Average(struct.PyTreeNode):
+    """Weights beside those that are trained, for the classifier that is tested (see `bilevel.averaging`)."""
+
+    params: PyTree  # like the classifier's
+    batch_stats: PyTree  # of the tested classifier
+    share: jax.Array  # scalar: what these weights are of the tested ones; those that are trained are the rest
+
+
 class BilevelState(struct.PyTreeNode):
     """All that changes from step to step. A plain run has empty `phi` and `phi_opt_state`."""
 
@@ -77,3 +85,4 @@ class BilevelState(struct.PyTreeNode):
     opt_state: PyTree  # classifier's optax state
     phi: PyTree  # outer parameters: a modulator's, another meta learner's, or what a second stage trains
     phi_opt_state: PyTree  # its optax state
+    average: PyTree = ()  # an `Average`; () where what is trained is tested

@@ -34,6 +34,7 @@ def problems(config: Config) -> Iterator[str]:
     if 0 < config.train.spike_factor <= 1:
         yield f"train.spike_factor = {config.train.spike_factor}: allowed: more than 1, or 0 for none"
     yield from _stages(config)
+    yield from _averages(config)
     yield from _restarts(config)
     names = config.train.logger_names
     if not set(names) <= set(LOGGERS) or len(set(names)) != len(names):
@@ -166,6 +167,26 @@ def _stages(config: Config) -> Iterator[str]:
         )
 
 
+def _averages(config: Config) -> Iterator[str]:
+    """Weights that are tested in the place of those that are trained."""
+    fields = {"optim.ema": config.optim.ema, "optim.swa_from": config.optim.swa_from}
+    fields["model.start_share"] = config.model.start_share
+    asked = [f"{field} = {value}" for field, value in fields.items() if value]
+    if len(asked) > 1:
+        yield f"{asked[0]}: so does {asked[1]} say what is tested; leave one of them out"
+    if config.model.start_share and not (config.model.pretrained or config.model.init_from):
+        yield (
+            f"model.start_share = {config.model.start_share}: weights at random have no share in what is tested; set"
+            " model.pretrained or model.init_from, or leave it out"
+        )
+    epochs = config.second_stage if config.method.retrains else config.train.epochs
+    if config.optim.swa_from and config.swa_begins >= epochs:
+        yield (
+            f"optim.swa_from = {config.optim.swa_from}: begins after epoch {config.swa_begins}, and the classifier is"
+            f" trained for {epochs}; choose a smaller part or more epochs"
+        )
+
+
 def _restarts(config: Config) -> Iterator[str]:
     text, first, last = config.optim.restarts, config.optim.warmup_epochs, config.train.epochs
     if not re.fullmatch(r"([0-9]{1,9}(, *[0-9]{1,9})*)?", text):
@@ -177,3 +198,5 @@ def _restarts(config: Config) -> Iterator[str]:
         )
     elif text and config.method.planned:
         yield f"optim.restarts = {text!r}: {config.method.name} has one plan for all of train.epochs; leave it empty"
+    elif text and config.optim.swa_from:
+        yield f"optim.restarts = {text!r}: optim.swa_from is a part of all of train.epochs; leave one of them out"

@@ -65,6 +65,8 @@ def problem(changed: Sequence[Change], config: Config) -> str:
         return f"{begun}, which train.max_steps = {config.train.max_steps} ends; for {epochs.now}, choose a new one"
     if config.method.planned:
         return f"{begun}, which {config.method.name} divides into parts; for {epochs.now}, choose a new one"
+    if config.optim.swa_from:
+        return f"{begun}, of which optim.swa_from is a part; for {epochs.now}, choose a new one"
     restarts = others["optim.restarts"].before if "optim.restarts" in others else config.optim.restarts
     wanted = f"{restarts},{epochs.before}".removeprefix(",")
     if config.optim.restarts.replace(" ", "") == wanted.replace(" ", ""):

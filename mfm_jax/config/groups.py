@@ -109,6 +109,7 @@ class Model:
         str, "initial weights: .safetensors, .npz, PyTorch state dict, or timm/NAME; the head may differ"
     ] = ""
     init_from: Annotated[str, "run folder whose classifier to start from, not its phi; the head may differ"] = ""
+    start_share: Annotated[float, Bounds(0, 1), "share of the initial weights in those that are tested; 0 = off"] = 0.0
     tune: Annotated[Literal["all", "head", "adapters"], "what is trained; adapters: of a ViT, and the head"] = "all"
     adapter_size: Annotated[int, Bounds(1), "tune adapters: hidden units of each"] = 64
     remat: Annotated[bool, "compute activations again in the backward pass: less memory, a third more time"] = False
@@ -161,6 +162,8 @@ class Optim:
     momentum: Annotated[float, Bounds(0, 0.9999), "Nesterov momentum of SGD, b1 of AdamW"] = 0.9
     weight_decay: Annotated[float, Bounds(0), "of SGD added to the gradient, of AdamW decoupled"] = 5e-4
     clip_norm: Annotated[float, Bounds(0), "clip the gradient's global norm to this; 0 = off"] = 0.0
+    ema: Annotated[float, Bounds(0, 0.99999), "test the running mean of weights, of this decay a step; 0 = off"] = 0.0
+    swa_from: Annotated[float, Bounds(0, 0.99), "test the mean of epochs after this part of the epochs; 0 = off"] = 0.0
     schedule: Annotated[Literal["cosine", "step", "constant"], "of the learning rate after the warm-up"] = "cosine"
     warmup_epochs: Annotated[int, Bounds(0), "epochs of a linear warm-up"] = 0
     restarts: Annotated[str, "epochs, comma-separated, after which the schedule begins anew: of an extended run"] = ""
@@ -272,6 +275,11 @@ class Config:
     def second_stage(self) -> int:
         """The epoch at which the second stage, or a deferred weighting, begins: at least one epoch before it."""
         return max(round(self.method.first_stage * self.train.epochs), 1)
+
+    @property
+    def swa_begins(self) -> int:
+        """The epoch after which weights enter an equal mean (`optim.swa_from`)."""
+        return max(round(self.optim.swa_from * self.train.epochs), 1)
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
         """Returns nested plain dicts, ready for JSON."""

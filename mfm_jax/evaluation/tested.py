@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mfm_jax import models
+from mfm_jax.bilevel import averaging
 from mfm_jax.bilevel.passes import Pass
 from mfm_jax.config import Config
 from mfm_jax.data import batches
@@ -23,7 +24,7 @@ class Tested(NamedTuple):
 
     module: the Flax module.
     apply: `(variables, image, modulate=, train=) -> logits`, the module's own or with a head of the method's.
-    params: `state -> params`.
+    params: `state -> params`, averaged where the run averages them.
     of_params: `(params, batch_stats, image) -> [B, K]`, the probabilities, of those parameters.
     """
 
@@ -34,7 +35,13 @@ class Tested(NamedTuple):
 
     def probabilities(self, state: BilevelState, image: jax.Array) -> jax.Array:
         """Returns the probabilities `[B, K]` for normalised images `[B, H, W, C]`."""
-        return self.of_params(self.params(state), state.batch_stats, image)
+        return self.of_params(self.params(state), averaging.tested(state).batch_stats, image)
+
+
+def variables(state: BilevelState) -> PyTree:
+    """Returns `params` and `batch_stats` of the classifier that is tested, without what is done to its head."""
+    state = averaging.tested(state)
+    return {"params": state.params, "batch_stats": state.batch_stats}
 
 
 def of(config: Config, counts: np.ndarray) -> Tested:
@@ -81,6 +88,7 @@ def _tested_params(
     config: Config, method: Method, counts: jax.Array, retrain_from: int
 ) -> Callable[[BilevelState], PyTree]:
     def params(state: BilevelState) -> PyTree:
+        state = averaging.tested(state)
         if method.retraining:
             attached, begun = method.retraining.attach(state.params, state.phi), state.step > retrain_from
             return jax.tree.map(lambda new, old: jnp.where(begun, new, old), attached, state.params)

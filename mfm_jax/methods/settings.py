@@ -19,6 +19,7 @@ Name = Literal[Loss, "dice", "sampling_free", Sampled, Staged, "posthoc_la", "ta
 _DEFERRED = {"drw", "ldam_drw"}  # class weights that act in the second part of the epochs alone
 _BASES = {"metasaug": "drw"}  # of the meta learners that were published with another loss than cross-entropy
 _PER_BATCH = {"l2rw"}  # weights of examples that belong to one batch
+_FINE_TUNED = {"two_phase"}  # second stages that train the whole classifier
 _KEPT = {"mfm_frozen": "long_tail"}  # the shipped modulator that a method keeps (`workdir.modulators`)
 
 
@@ -55,6 +56,11 @@ class Method:
     def staged(self) -> bool:
         """Whether a second stage follows, with a learning-rate schedule of its own."""
         return self.name in get_args(Staged)
+
+    @property
+    def retrains(self) -> bool:
+        """Whether the second stage leaves all of the classifier but its last layer as it is."""
+        return self.staged and self.name not in _FINE_TUNED
 
     @property
     def trained(self) -> str:

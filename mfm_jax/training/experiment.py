@@ -17,7 +17,7 @@ import optax
 from jax.sharding import Mesh
 
 from mfm_jax import bilevel
-from mfm_jax.bilevel import modulation, optim, passes
+from mfm_jax.bilevel import averaging, modulation, optim, passes
 from mfm_jax.bilevel.outer import MetaLearner
 from mfm_jax.bilevel.passes import Pass
 from mfm_jax.bilevel.steps import PlainStep, Step
@@ -104,7 +104,7 @@ def build(config: Config, data: LongTailData, mesh: Mesh | None = None) -> Exper
     if mesh:
         forward = dataclasses.replace(forward, apply=_on_mesh(config, module, mesh), axis_name=parallel.AXIS)
 
-    fresh, init, init_pretrained = _starts(config, data, plain.module, learner, rules.tx, phi_tx)
+    fresh, init, init_pretrained = _starts(config, data, plain.module, learner, rules, phi_tx)
     plain_step, meta_step, retrain_step = _steps(config, forward, rules, learner, phi_tx, image.shape[1:])
     if mesh:
         plain_step = parallel.shard_step(plain_step, mesh, 1)
@@ -124,7 +124,7 @@ def build(config: Config, data: LongTailData, mesh: Mesh | None = None) -> Exper
         synthetic=bool(method.retraining and method.retraining.synthetic),
         order=rules.order,
         tested=plain,
-        features=lambda state, image: extract({"params": state.params, "batch_stats": state.batch_stats}, image),
+        features=lambda state, image: extract(tested.variables(state), image),
         apply=plain.apply,
         modulator=learner.modulator if learner else None,
         phi_kind=learner.kind if learner else "second stage" if method.retraining else "",
@@ -137,7 +137,7 @@ def build(config: Config, data: LongTailData, mesh: Mesh | None = None) -> Exper
 
 
 def _starts(
-    config: Config, data: LongTailData, module: nn.Module, learner: MetaLearner | None, tx: _Chain, phi_tx: _Chain
+    config: Config, data: LongTailData, module: nn.Module, learner: MetaLearner | None, rules: Recipe, phi_tx: _Chain
 ) -> tuple[Callable[[], PyTree], Callable[[], BilevelState], Callable[..., BilevelState]]:
     """Returns what makes the module's variables at random, the state of these, and that of stored weights."""
     method = METHODS[config.method.name]
@@ -159,7 +159,10 @@ def _starts(
             return learner.init(key) if learner else {}
 
         moves = method.retraining or (learner and not config.frozen)
-        return bilevel.init_state(jax.random.split(key)[1], variables, tx, init_phi, phi_tx if moves else None)
+        state = bilevel.init_state(jax.random.split(key)[1], variables, rules.tx, init_phi, phi_tx if moves else None)
+        if rules.averaging:
+            state = state.replace(average=averaging.begun(rules.averaging, state.params, state.batch_stats))
+        return state
 
     def init_pretrained(*, whole: bool = False) -> BilevelState:
         new, model, normalized = parallel.jit_once(fresh)(key), config.model, table.objective(config).cosine_head
@@ -168,6 +171,8 @@ def _starts(
             found = weights.of_run(config, data.class_names, *new)
         else:
             found = pretrained.load(model.pretrained, *new, model.name, normalized_head=normalized, whole=whole)
+        if model.start_share:
+            preflight.check_start(config, new[0], found[0])
         return parallel.jit_once(start)(dict(zip(("params", "batch_stats"), found, strict=True)), key)
 
     # One program: hundreds of small operations otherwise, each compiled alone.
@@ -230,4 +235,8 @@ def _steps(
         if method.retraining.synthetic:
             forward = dataclasses.replace(forward, apply=heads.on_features(forward.apply, image_shape))
         retrain_step = bilevel.make_retrain_step(forward, rules.loss, phi_tx, method.retraining.attach)
+    if rules.averaging:
+        plain_step = averaging.averaged(plain_step, rules.averaging)
+        meta_step = meta_step and averaging.averaged(meta_step, rules.averaging)
+        retrain_step = retrain_step and averaging.on_tested(retrain_step)
     return plain_step, meta_step, retrain_step

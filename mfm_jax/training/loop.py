@@ -15,6 +15,7 @@ import numpy as np
 from flax import struct
 from jax.sharding import Mesh
 
+from mfm_jax.bilevel import averaging
 from mfm_jax.bilevel.passes import Pass
 from mfm_jax.config import Config, Train
 from mfm_jax.data import augment
@@ -197,6 +198,8 @@ def _zero_sums(experiment: Experiment, train: Train) -> Metrics:
 def make_settle(experiment: Experiment) -> Callable[[BilevelState, Input], BilevelState]:
     """Returns `(state, data) -> state` with the batch statistics that its classifier has now, for testing and storing.
 
+    So has an average of weights its own, which are not those of the weights that are trained.
+
     They are the mean over the epoch's first batches, about 2,000 images, as sampled, not augmented; running
     averages are those of the last ten steps' networks and images. Streamed images are not there to be seen again;
     those runs keep the averages.
@@ -212,14 +215,20 @@ def make_settle(experiment: Experiment) -> Callable[[BilevelState, Input], Bilev
         found = forward.statistics(state, state.params, Batch(augment.normalize(image, data.mean, data.std), label))
         return jax.tree.map(jnp.add, total, found)
 
-    def settle(state: BilevelState, data: Input) -> BilevelState:
-        if not isinstance(data, ResidentSet) or not state.batch_stats:
-            return state
+    def statistics(state: BilevelState, data: ResidentSet) -> PyTree:
         chosen = data.order[: -(-_SETTLING_IMAGES // data.order.shape[1])]
         total = jax.tree.map(jnp.zeros_like, state.batch_stats)
         for index in chosen:
             total = added(total, state, data, index)
-        return state.replace(batch_stats=jax.tree.map(lambda leaf: leaf / len(chosen), total))
+        return jax.tree.map(lambda leaf: leaf / len(chosen), total)
+
+    def settle(state: BilevelState, data: Input) -> BilevelState:
+        if not isinstance(data, ResidentSet) or not state.batch_stats:
+            return state
+        if state.average:
+            average = state.average.replace(batch_stats=statistics(averaging.tested(state), data))
+            state = state.replace(average=average)
+        return state.replace(batch_stats=statistics(state.replace(average=()), data))
 
     return settle
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+import numpy as np
 from jax.sharding import Mesh
 
 from mfm_jax.config import Config
@@ -12,6 +13,7 @@ from mfm_jax.machine import parallel
 from mfm_jax.methods import table
 from mfm_jax.methods.table import METHODS, Method, modulating
 from mfm_jax.models.own import Adapted, Seen
+from mfm_jax.types import PyTree
 
 
 def check(config: Config, data: LongTailData, mesh: Mesh | None) -> None:
@@ -29,6 +31,7 @@ def check(config: Config, data: LongTailData, mesh: Mesh | None) -> None:
         *_devices(config, devices),
         *_parts(config, mesh, streamed, has_meta_step=method.learner is not None),
         *_frozen(config, method),
+        *_unsettled(config, streamed=streamed),
     )
     if problems:
         raise UserError("; ".join(problems))
@@ -43,6 +46,20 @@ def check_own(config: Config, module: Adapted, seen: Seen, mesh: Mesh | None) ->
     problems = (*_head(config, seen), *_sites(config, seen), *_averages(config, module, seen, mesh))
     if problems:
         raise UserError("; ".join(problems))
+
+
+def check_start(config: Config, drawn: PyTree, found: PyTree) -> None:
+    """Checks that the weights that a run starts from have the head, too; `drawn` are parameters at random.
+
+    Raises:
+      UserError: the head of `found` is that of `drawn`, which has no share in what is tested.
+    """
+    kernels = [tree["head"]["kernel"] for tree in (drawn, found) if "head" in tree]
+    if kernels and np.array_equal(*kernels):
+        raise UserError(
+            f"model.start_share = {config.model.start_share}: the head starts fresh, and weights at random have no"
+            " share in what is tested; start from weights with a head of these classes, or leave it out"
+        )
 
 
 def _head(config: Config, seen: Seen) -> Iterator[str]:
@@ -100,6 +117,16 @@ def _frozen(config: Config, method: Method) -> Iterator[str]:
         yield f"meta.freeze = True: {name} would learn nothing from the meta set; only {modulating()} can"
     elif not config.modulator_from:
         yield "meta.freeze = True: would keep a modulator that does nothing; set modulation.init_from"
+
+
+def _unsettled(config: Config, *, streamed: bool) -> Iterator[str]:
+    """Averages of weights whose batch statistics nothing would take."""
+    for field, value in (("optim.swa_from", config.optim.swa_from), ("model.start_share", config.model.start_share)):
+        if value and streamed and config.model.name != "vit_b16":
+            yield (
+                f"{field} = {value}: batch statistics of the tested weights need all images at once; raise"
+                " data.resident_mb, or leave it out"
+            )
 
 
 def _images(config: Config, method: Method, shape: tuple[int, ...], streamed: bool) -> Iterator[str]:

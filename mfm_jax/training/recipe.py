@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import optax
 
 from mfm_jax import models
-from mfm_jax.bilevel import ClassWeights, MetaRule, losses, optim
+from mfm_jax.bilevel import ClassWeights, MetaRule, averaging, losses, optim
+from mfm_jax.bilevel.averaging import Averaging
 from mfm_jax.config import Config
 from mfm_jax.data import LongTailData, batches
 from mfm_jax.methods import sampling, table
@@ -24,6 +25,7 @@ class Recipe:
     class_weights: what each class's loss is multiplied by, by step; None for no weights.
     tx: the classifier's optax chain.
     second_tx: of what a second stage trains.
+    averaging: how the weights that are tested follow those that are trained; None where they are these.
     learning_rate: schedule to report, by step.
     order: `(key, epoch) -> int32 [steps_per_epoch, B]`, the examples of each batch of an epoch.
     steps_per_epoch: batches in an epoch.
@@ -34,6 +36,7 @@ class Recipe:
     class_weights: ClassWeights | None
     tx: optax.GradientTransformation
     second_tx: optax.GradientTransformation
+    averaging: Averaging | None
     learning_rate: optax.Schedule
     order: Callable[[jax.Array, int], jax.Array]
     steps_per_epoch: int
@@ -57,6 +60,7 @@ def of(config: Config, data: LongTailData) -> Recipe:
         class_weights=_class_weights(config, objective, counts, per_epoch),
         tx=tx,
         second_tx=optim.classifier(config.optim, second),
+        averaging=_averaging(config, per_epoch),
         learning_rate=learning_rate,
         order=_order(config, method, data),
         steps_per_epoch=per_epoch,
@@ -93,6 +97,14 @@ def _schedules(config: Config, method: Method, per_epoch: int) -> tuple[optax.Sc
     second = optim.schedule(again, config.train.epochs - part, per_epoch)
     joined = optax.join_schedules([first, second], [part * per_epoch])
     return (joined, joined, joined) if method.fine_tune else (first, second, joined)
+
+
+def _averaging(config: Config, per_epoch: int) -> Averaging | None:
+    if config.optim.ema:
+        return averaging.exponential(config.optim.ema)
+    if config.optim.swa_from:
+        return averaging.equal(config.swa_begins * per_epoch, per_epoch)
+    return averaging.start(config.model.start_share) if config.model.start_share else None
 
 
 def _class_weights(config: Config, objective: Method, counts: jax.Array, per_epoch: int) -> ClassWeights | None:

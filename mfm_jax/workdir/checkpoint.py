@@ -22,10 +22,11 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
+from mfm_jax.bilevel import averaging
 from mfm_jax.config import Checkpoint
 from mfm_jax.errors import UserError
 from mfm_jax.machine import cluster
-from mfm_jax.types import BilevelState, PyTree
+from mfm_jax.types import Average, BilevelState, PyTree
 from mfm_jax.workdir import integrity
 from mfm_jax.workdir.files import Workdir
 
@@ -132,7 +133,7 @@ class Checkpointer:
         """Returns (state, record) of `step`, of the state what the tested classifier is made of, on one device.
 
         The shapes are the checkpoint's own, so that neither the data nor the optimizers need be known. The state has no
-        optimizer's state and another key.
+        optimizer's state, no average beside the tested weights, and another key.
 
         Raises:
           UserError: the checkpoint is damaged.
@@ -141,12 +142,15 @@ class Checkpointer:
         path, place = self._folder / str(step) / "state", jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         with ocp.PyTreeCheckpointer() as reader:
             saved = reader.metadata(path).item_metadata.tree["bilevel"]
-            wanted = {name: saved.get(name, {}) for name in ("step", "params", "batch_stats", "phi")}
+            wanted = {name: saved.get(name) or {} for name in ("step", "params", "batch_stats", "phi", "average")}
             like = {"bilevel": jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), wanted)}
             arguments = ocp.checkpoint_utils.construct_restore_args(like)
             found = reader.restore(path, item=like, restore_args=arguments, partial_restore=True)
         record = self._manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore()))["record"]
-        return BilevelState(key=jax.random.key(0), opt_state=(), phi_opt_state=(), **found["bilevel"]), record
+        average = found["bilevel"].pop("average")
+        state = BilevelState(key=jax.random.key(0), opt_state=(), phi_opt_state=(), **found["bilevel"])
+        average = {"batch_stats": {}} | average if average else {}
+        return averaging.tested(state.replace(average=Average(**average) if average else ())), record
 
     def wait(self) -> None:
         """Blocks until what was saved is on disk, or has failed with a warning."""
