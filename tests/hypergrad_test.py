@@ -13,7 +13,7 @@ import pytest
 from helpers import slow
 
 from mfm_jax import bilevel
-from mfm_jax.bilevel import hypergrad, losses, modulation, outer
+from mfm_jax.bilevel import balancing, hypergrad, losses, modulation, outer
 from mfm_jax.bilevel.passes import Pass
 from mfm_jax.methods import learners
 from mfm_jax.types import Batch, Modulate, no_modulation
@@ -21,6 +21,7 @@ from mfm_jax.types import Batch, Modulate, no_modulation
 CLASSES, BATCH = 4, 12
 SITES = ("stem", "stage1", "pooled", "logits")
 COUNTS = jnp.array([500, 120, 40, 7])
+BOUND = 1.0
 LABELS = jnp.arange(BATCH, dtype=jnp.int32) % CLASSES
 
 OPTIMIZERS = {
@@ -28,6 +29,7 @@ OPTIMIZERS = {
     "nesterov_decay": lambda: optax.chain(optax.add_decayed_weights(5e-4), optax.sgd(0.1, 0.9, nesterov=True)),
     "clipped": lambda: optax.chain(optax.clip_by_global_norm(0.5), optax.sgd(0.1, 0.9)),
     "adamw": lambda: optax.adamw(0.01, weight_decay=1e-2, eps_root=1e-8),
+    "bounded": lambda: optax.chain(optax.sgd(0.1, 0.9), balancing.max_norm(BOUND)),  # of the head's weight vectors
 }
 # The other meta learners, which have no sites to choose; the head of the net below reads 6 + 2 features.
 LEARNERS = {
@@ -174,13 +176,20 @@ def test_mixed_mode_equals_central_difference(form, sites, optimizer):
         np.testing.assert_allclose(exact, numeric, rtol=1e-6)
 
 
+def test_the_bound_in_these_tests_is_reached_by_some_classes_and_not_by_others():
+    found = found_by(hypergrad.mixed_mode, "frequency", ("logits",), "bounded", "float32")
+    lengths = np.linalg.norm(found.updated[0]["head"]["kernel"], axis=0)
+    assert lengths.max() == pytest.approx(BOUND, rel=1e-5)
+    assert lengths.min() < 0.99 * BOUND
+
+
 def test_dead_unit_has_zero_gradient_and_adam_stays_finite():
     mixed = found_by(hypergrad.mixed_mode, "direct", ("pooled",), "adamw", "float32")
     assert not np.any(mixed.inner_grad["dead"]["kernel"])
     chex.assert_tree_all_finite(mixed.grad)
 
 
-@pytest.mark.parametrize("optimizer", [slow("nesterov_decay"), "adamw"])
+@pytest.mark.parametrize("optimizer", [slow("nesterov_decay"), "adamw", "bounded"])
 def test_restricted_virtual_step(optimizer):
     with jax.enable_x64(True):
         case = ("direct", SITES, optimizer, "float64")

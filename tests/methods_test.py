@@ -236,6 +236,8 @@ def test_the_table_and_the_config_have_the_same_names():
         learner = method.learner and method.learner(config, counts, channels)
         assert settings.per_batch == bool(learner and learner.per_batch)
         assert settings.deferred == objective(config).deferred
+        assert settings.cosine == objective(config).cosine_head
+        assert settings.retrains == bool(method.retraining)
 
 
 def test_the_loss_under_a_meta_learner():

@@ -380,6 +380,8 @@ def test_a_module_that_is_none(module, message, data):
         ({"method__name": "ldam"}, "needs the last layer.*'pooled'"),
         ({"method__name": "posthoc_la"}, "method.name = 'posthoc_la': needs the last layer"),
         ({"model__tune": "head"}, "model.tune = 'head': needs the last layer"),
+        ({"optim__head_max_norm": 1.0}, "optim.head_max_norm = 1.0: needs the last layer"),
+        ({"optim__head_decay": 0.1}, "optim.head_decay = 0.1: needs the last layer"),
         ({"method__name": "meta_weight_net", "meta__virtual": "head"}, "meta.virtual = 'head': needs the last layer"),
         ({"meta__virtual": "last_stage"}, "meta.virtual = 'last_stage': not known of model.name = 'own_parts:Bare'"),
         ({"model__remat": True}, "model.remat = True: .* has no field `remat`"),

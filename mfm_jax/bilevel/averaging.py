@@ -38,7 +38,7 @@ def exponential(decay: float) -> Averaging:
     The first 1 / (1 - decay) steps have an equal mean, so that the weights at random count no longer than others.
 
     References:
-      Tarvainen and Valpola, Mean teachers are better role models, NeurIPS 2017 (evaluation by it, and its ramp up).
+      Tarvainen and Valpola, Mean teachers are better role models, NeurIPS 2017 (evaluation by the running mean of weights).
     """
 
     def rate(step: jax.Array) -> jax.Array:
@@ -67,7 +67,8 @@ def start(share: float) -> Averaging:
     """Returns the interpolation of the trained weights with those at the start, which are `share` of what is tested.
 
     References:
-      Wortsman et al., Robust fine-tuning of zero-shot models, CVPR 2022, eq. 1 with alpha = 1 - share (WiSE-FT).
+      Wortsman et al., Robust fine-tuning of zero-shot models, CVPR 2022 (WiSE-FT; its alpha is
+      1 - share).
     """
     return Averaging(jnp.zeros_like, jnp.ones_like, share)
 

@@ -9,8 +9,10 @@ import dataclasses
 import itertools
 from collections.abc import Callable
 
+import jax
 import optax
 
+from mfm_jax.bilevel import balancing
 from mfm_jax.config import Meta, Optim
 from mfm_jax.types import PyTree
 
@@ -65,17 +67,30 @@ def _part(config: Optim, epochs: int, steps_per_epoch: int) -> optax.Schedule:
     return optax.join_schedules([rise, main], [warmup])
 
 
-def classifier(config: Optim, learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
-    """Returns the classifier's chain: clip, then SGD (Nesterov, L2 decay in the gradient) or AdamW."""
+def classifier(
+    config: Optim, learning_rate: optax.ScalarOrSchedule, counts: jax.Array | None = None
+) -> optax.GradientTransformation:
+    """Returns the classifier's chain: clip, then SGD (Nesterov, L2 decay in the gradient) or AdamW, then MaxNorm.
+
+    The decay of the last layer by classes, which alone reads `counts` `[K]`, goes where the other decay does.
+
+    Raises:
+      ValueError: that decay without counts.
+    """
+    decays = [optax.add_decayed_weights(config.weight_decay)]
+    if config.head_decay:
+        if counts is None:
+            raise ValueError("head_decay: needs counts, the training images of each class")
+        decays.append(balancing.class_decay(config.head_decay, counts))
     if config.name == "sgd":
-        steps = [
-            optax.add_decayed_weights(config.weight_decay),
-            optax.sgd(learning_rate, config.momentum, nesterov=True),
-        ]
+        steps = [*decays, optax.sgd(learning_rate, config.momentum, nesterov=True)]
     else:
-        steps = [optax.adamw(learning_rate, b1=config.momentum, weight_decay=config.weight_decay, eps_root=EPS_ROOT)]
+        adam = optax.scale_by_adam(b1=config.momentum, eps_root=EPS_ROOT)
+        steps = [optax.chain(adam, *decays, optax.scale_by_learning_rate(learning_rate))]  # AdamW
     if config.clip_norm:
         steps.insert(0, optax.clip_by_global_norm(config.clip_norm))
+    if config.head_max_norm:
+        steps.append(balancing.max_norm(config.head_max_norm))
     return optax.chain(*steps)
 
 

@@ -35,6 +35,7 @@ def problems(config: Config) -> Iterator[str]:
         yield f"train.spike_factor = {config.train.spike_factor}: allowed: more than 1, or 0 for none"
     yield from _stages(config)
     yield from _averages(config)
+    yield from _head(config)
     yield from _restarts(config)
     names = config.train.logger_names
     if not set(names) <= set(LOGGERS) or len(set(names)) != len(names):
@@ -185,6 +186,16 @@ def _averages(config: Config) -> Iterator[str]:
             f"optim.swa_from = {config.optim.swa_from}: begins after epoch {config.swa_begins}, and the classifier is"
             f" trained for {epochs}; choose a smaller part or more epochs"
         )
+
+
+def _head(config: Config) -> Iterator[str]:
+    """Bounds of the last layer's weights where they have no length."""
+    for name in ("head_max_norm", "head_decay"):
+        if (value := getattr(config.optim, name)) and config.method.cosine:
+            yield (
+                f"optim.{name} = {value}: the last layer of {config.method.trained} compares directions, so that the"
+                " length of its weights says nothing; leave it out, or choose another method.name or method.base"
+            )
 
 
 def _restarts(config: Config) -> Iterator[str]:

@@ -19,6 +19,7 @@ Name = Literal[Loss, "dice", "sampling_free", Sampled, Staged, "posthoc_la", "ta
 _DEFERRED = {"drw", "ldam_drw"}  # class weights that act in the second part of the epochs alone
 _BASES = {"metasaug": "drw"}  # of the meta learners that were published with another loss than cross-entropy
 _PER_BATCH = {"l2rw"}  # weights of examples that belong to one batch
+_COSINE = {"ldam", "ldam_drw"}  # losses of a classifier that compares directions
 _FINE_TUNED = {"two_phase"}  # second stages that train the whole classifier
 _KEPT = {"mfm_frozen": "long_tail"}  # the shipped modulator that a method keeps (`workdir.modulators`)
 
@@ -68,6 +69,11 @@ class Method:
         if not self.meta_learned:
             return self.name
         return _BASES.get(self.name, "ce") if self.base == "own" else self.base
+
+    @property
+    def cosine(self) -> bool:
+        """Whether the last layer compares directions, so that its weights have no length."""
+        return self.trained in _COSINE
 
     @property
     def deferred(self) -> bool:

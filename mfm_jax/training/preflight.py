@@ -71,6 +71,8 @@ def _head(config: Config, seen: Seen) -> Iterator[str]:
         f"the head of {name!r} or its method.base": objective.cosine_head,
         "model.tune = 'head'": config.model.tune == "head",
         "meta.virtual = 'head'": method.learner and config.meta.virtual == "head",
+        f"optim.head_max_norm = {config.optim.head_max_norm}": config.optim.head_max_norm,
+        f"optim.head_decay = {config.optim.head_decay}": config.optim.head_decay,
     }
     for field in (field for field, asks in asking.items() if asks and not seen.has_head):
         yield f"{field}: needs the last layer; call your module's last nn.Dense `head`, with a bias, or choose another"

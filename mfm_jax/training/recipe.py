@@ -48,7 +48,7 @@ def of(config: Config, data: LongTailData) -> Recipe:
     method, objective, counts = METHODS[config.method.name], table.objective(config), jnp.asarray(data.counts)
     per_epoch = batches.steps_per_epoch(len(data.train_labels), config.train.batch_size)
     first, second, learning_rate = _schedules(config, method, per_epoch)
-    tx = optim.classifier(config.optim, first)
+    tx = optim.classifier(config.optim, first, counts)
     if config.model.tune != "all":
         tx = optim.only(tx, lambda params: models.trained(params, config.model.tune))
     loss = objective.loss(config, counts)
@@ -59,7 +59,7 @@ def of(config: Config, data: LongTailData) -> Recipe:
         loss=loss,
         class_weights=_class_weights(config, objective, counts, per_epoch),
         tx=tx,
-        second_tx=optim.classifier(config.optim, second),
+        second_tx=optim.classifier(config.optim, second, counts),
         averaging=_averaging(config, per_epoch),
         learning_rate=learning_rate,
         order=_order(config, method, data),
