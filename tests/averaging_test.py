@@ -272,7 +272,7 @@ def test_streamed_images_leave_no_statistics_to_take(options, tmp_path):
     natural = {"data__protocol": "natural", "data__imbalance_factor": 1.0, "train__batch_size": 20}
     settings = natural | {"data__source": "npz", "data__root": str(tmp_path / "a.npz"), "data__resident_mb": 0}
     config = configured("ce", **settings, **options)
-    with pytest.raises(UserError, match="batch statistics of the tested weights need all images at once; raise data.re"):
+    with pytest.raises(UserError, match="batch statistics of the tested weights need all images at once; raise data"):
         experiment_lib.build(config, data_lib.build(config))
     vit = changed(config, model={"name": "vit_b16"})
     assert not list(preflight._unsettled(vit, streamed=True))

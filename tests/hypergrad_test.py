@@ -13,8 +13,9 @@ import pytest
 from helpers import slow
 
 from mfm_jax import bilevel
-from mfm_jax.bilevel import balancing, hypergrad, losses, modulation, outer
+from mfm_jax.bilevel import balancing, hypergrad, losses, modulation, outer, sharpness
 from mfm_jax.bilevel.passes import Pass
+from mfm_jax.bilevel.sharpness import Sharpness
 from mfm_jax.methods import learners
 from mfm_jax.types import Batch, Modulate, no_modulation
 
@@ -219,3 +220,67 @@ def test_hand_computed_scalar():
         chex.assert_trees_all_close(
             (found.grad, found.inner_grad, found.updated[0], found.meta[0]), (12.0, 50.0, -3.0, 18.0), rtol=1e-6
         )
+
+
+def climbing(kind: str) -> Sharpness:
+    return Sharpness(0.2, None if kind == "all" else jnp.array([0.1, 0.4, 1.0, 1.0]))
+
+
+@pytest.mark.parametrize(
+    ("kind", "form", "optimizer"),
+    [
+        ("all", "frequency", "nesterov_decay"),
+        ("by_class", "frequency", "bounded"),
+        slow("all", "network_attached", "adamw"),
+        slow("by_class", "metasaug", "clipped"),
+    ],
+)
+def test_the_way_through_a_gradient_up_the_loss_equals_the_central_difference(kind, form, optimizer):
+    """The perturbation moves with phi, too."""
+    with jax.enable_x64(True):
+        train_loss, meta_loss, update, params, phi = problem(form, SITES, optimizer, "float64")
+        gradient = sharpness.gradient(train_loss, climbing(kind))
+        found = jax.jit(functools.partial(hypergrad.through, gradient, meta_loss, update))(params, phi)
+        direction = jax.tree.map(lambda g: g / optax.tree.norm(found.grad), found.grad)
+
+        @jax.jit
+        def objective(eps):
+            there = jax.tree.map(lambda p, d: p + eps * d, phi, direction)
+            return meta_loss(update(gradient(params, there)[1])[0])[0]
+
+        differences = [(objective(e) - objective(-e)) / (2 * e) for e in (1e-4, 5e-5)]
+        numeric = (4 * differences[1] - differences[0]) / 3
+        np.testing.assert_allclose(optax.tree.vdot(found.grad, direction), numeric, rtol=1e-6)
+        # The plain step has another.
+        plain = found_by(hypergrad.mixed_mode, form, SITES, optimizer, "float64")
+        assert relative(found.grad, plain.grad) > 1e-3
+
+
+def test_what_a_learner_reads_without_gradient_is_held_at_the_weights_up_the_loss_too():
+    """L_train = sum_i a_i(phi) [w_i] w_i, [w] read without gradient, so that g = a(phi) (w + rho a w / |a w|).
+
+    The direction up the loss moves with phi; the w that is read there counts as a constant.
+    """
+    w, rho, eps = jnp.array([2.0, -1.0]), 0.5, 1e-5
+
+    def slopes(phi):
+        return jnp.stack([phi, phi**2])
+
+    def train_loss(w, phi):
+        return jnp.sum(slopes(phi) * jax.lax.stop_gradient(w) * w), None
+
+    def objective(phi, read):
+        return meta_loss(w - 0.1 * slopes(phi) * read)[0]
+
+    def meta_loss(w):
+        return jnp.sum((w - 3.0) ** 2), None
+
+    with jax.enable_x64(True):
+        w, phi = w.astype(jnp.float64), jnp.float64(1.5)
+        up = slopes(phi) * w
+        read = w + rho * up / jnp.linalg.norm(up)
+        gradient = sharpness.gradient(train_loss, Sharpness(rho))
+        found = hypergrad.through(gradient, meta_loss, lambda g: (w - 0.1 * g, None), w, phi)
+        np.testing.assert_allclose(found.updated[0], w - 0.1 * slopes(phi) * read, rtol=1e-12)
+        numeric = (objective(phi + eps, read) - objective(phi - eps, read)) / (2 * eps)
+        np.testing.assert_allclose(found.grad, numeric, rtol=1e-8)

@@ -31,7 +31,7 @@ ORDER = (  # the files of a line import those of the lines above it alone
     "data.policies data.sizes models.own",
     "bilevel.optim data.augment data.listing data.sources evaluation.health methods.sampling "
     "models.pretrained training.anomalies workdir.files",
-    "bilevel.outer data.batches data.checking data.digits data.given data.kept data.numbers data.own "
+    "bilevel.outer bilevel.sharpness data.batches data.checking data.digits data.given data.kept data.numbers data.own "
     "evaluation.gallery workdir.checkpoint workdir.loggers workdir.stored",
     "bilevel.steps command data.arrays data.files data.tfds methods.learners methods.own workdir.finished workdir.logs "
     "workdir.modulators",

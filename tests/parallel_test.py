@@ -110,8 +110,8 @@ def assert_same(found, expected, tolerance: float, floor: float = 1e-6):
 _on_one: dict = {}
 
 
-def check_trajectory(name, batch, devices, fsdp=1, steps=STEPS):
-    config = several_epochs(name, batch)
+def check_trajectory(name, batch, devices, fsdp=1, steps=STEPS, **overrides):
+    config = several_epochs(name, batch, **overrides)
     if (config, steps) not in _on_one:
         _on_one[config, steps] = trajectory(config, None, steps).bilevel
     loop = trajectory(config, parallel.data_mesh(jax.devices()[:devices], fsdp), steps)
@@ -284,6 +284,17 @@ def test_local_batch_norm_cannot_be_padded(tiny):
         config = several_epochs("mfm", batch, parallel__batch_norm="local", meta__bn=meta_bn)
         with pytest.raises(UserError, match=f"batch_norm = 'local': {field} does not divide by 4 devices; use a multi"):
             experiment_lib.build(config, data_of(config), parallel.data_mesh(jax.devices()[:4]))
+
+
+@pytest.mark.parametrize("fsdp", [1, slow(2)])
+@pytest.mark.parametrize("average", [{"optim__ema": 0.9}, slow({"optim__swa_from": 0.2})])
+def test_options_of_the_weights_are_the_same_on_several_devices(average, fsdp, wide):
+    """An average, a bound that is reached, a decay by classes, and a gradient up the loss of rare classes."""
+    rare = {"optim__sam_rho": 0.1, "optim__sam_below": 20}
+    options = {"optim__head_max_norm": 0.4, "optim__head_decay": 0.01} | rare | average
+    loop = check_trajectory("mfm", 91, 8, fsdp, steps=6, **options)
+    lengths = np.linalg.norm(loop.bilevel.params["head"]["kernel"], axis=0)
+    assert lengths.max() == pytest.approx(0.4)
 
 
 # --- the axis `model` -----------------------------------------------------------------------------

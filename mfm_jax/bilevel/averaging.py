@@ -38,7 +38,7 @@ def exponential(decay: float) -> Averaging:
     The first 1 / (1 - decay) steps have an equal mean, so that the weights at random count no longer than others.
 
     References:
-      Tarvainen and Valpola, Mean teachers are better role models, NeurIPS 2017 (evaluation by the running mean of weights).
+      Tarvainen and Valpola, Mean teachers are better role models, NeurIPS 2017 (evaluation by such a mean).
     """
 
     def rate(step: jax.Array) -> jax.Array:

@@ -14,7 +14,9 @@ since d/dphi <g(phi), v> = (d/dw grad_phi L_train) v. The last line is one tange
 program that grad_phi needs: for a site near the output, a tangent forward pass and next to nothing behind it. The
 primal of that pass is the inner gradient's own forward pass (`jax.linearize` shares it).
 
-Neither function knows about models, batches or modulation: losses and the update come as pure functions.
+`through` is reverse mode through a step that does not descend along grad_w L_train itself.
+
+No function here knows about models, batches or modulation: losses and the update come as pure functions.
 
 References:
   Pearlmutter, Fast exact multiplication by the Hessian, Neural Computation 1994 (forward over reverse).
@@ -25,11 +27,15 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import jax
+import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 
 from mfm_jax.types import PyTree
 
 # (params, phi) -> (scalar loss, aux)
-TrainLoss = Callable[[PyTree, PyTree], tuple[jax.Array, Any]]
+TrainLoss = Callable[..., tuple[jax.Array, Any]]
+# (params, phi) -> ((scalar loss, aux), what the optimizer gets)
+Gradient = Callable[..., tuple[tuple[jax.Array, Any], PyTree]]
 # params -> (scalar loss, aux)
 MetaLoss = Callable[[PyTree], tuple[jax.Array, Any]]
 # grads -> (new params, aux); aux holds the new optimizer state
@@ -97,7 +103,7 @@ def mixed_mode(
     _, tangent_of_grad, (train, inner_grad) = jax.linearize(modulation_grad, select(params), has_aux=True)
     new_params, pull_back, update_aux = jax.vjp(update, inner_grad, has_aux=True)
     meta, meta_grad = jax.value_and_grad(lambda leaves: meta_loss(merge(leaves)), has_aux=True)(select(new_params))
-    zeros = jax.tree.map(jax.numpy.zeros_like, new_params)
+    zeros = jax.tree.map(jnp.zeros_like, new_params)
     (v,) = pull_back(_partition(zeros, active)[1](meta_grad))
     return Hypergrad(tangent_of_grad(select(v)), train, meta, inner_grad, (new_params, update_aux))
 
@@ -111,10 +117,26 @@ def reverse_over_reverse(
     active: PyTree | None = None,
 ) -> Hypergrad:
     """Returns the meta-gradient by reverse over reverse mode: slower, plainer; the oracle for `mixed_mode`."""
+    return through(jax.value_and_grad(train_loss, has_aux=True), meta_loss, update, params, phi, active)
+
+
+def through(
+    gradient: Gradient,
+    meta_loss: MetaLoss,
+    update: Update,
+    params: PyTree,
+    phi: PyTree,
+    active: PyTree | None = None,
+) -> Hypergrad:
+    """Returns the meta-gradient of a step whose optimizer gets any function of w and phi, such as SAM's.
+
+    Reverse mode through `gradient`; the other arguments are those of `HypergradFn`. What a learner reads without its
+    gradient counts as a constant, wherever it is read: at weights that move with phi this leaves a term out.
+    """
     select, merge = _partition(params, active)
 
     def objective(phi: PyTree) -> tuple[jax.Array, Any]:
-        train, inner_grad = jax.value_and_grad(train_loss, has_aux=True)(params, phi)
+        train, inner_grad = gradient(params, phi)
         held = _partition(jax.lax.stop_gradient(inner_grad), active)[1](select(inner_grad))
         updated = update(held)
         meta = meta_loss(merge(select(updated[0])))
@@ -122,6 +144,25 @@ def reverse_over_reverse(
 
     grad, rest = jax.grad(objective, has_aux=True)(phi)
     return Hypergrad(grad, *rest)
+
+
+def depends(function: Callable[[PyTree], PyTree], argument: PyTree) -> bool:
+    """Returns whether any output of `function` has a derivative by `argument`, by tracing alone."""
+    moving: list[bool] = []
+
+    @jax.custom_jvp
+    def look(outputs: PyTree) -> PyTree:
+        return outputs
+
+    def note(primals: tuple[PyTree], tangents: tuple[PyTree]) -> tuple[PyTree, PyTree]:
+        leaves = jax.tree.leaves(tangents[0], is_leaf=lambda leaf: isinstance(leaf, SymbolicZero))
+        moving.extend(not isinstance(leaf, SymbolicZero) for leaf in leaves)
+        return primals[0], tangents[0]
+
+    look.defjvp(note, symbolic_zeros=True)
+    ones = jax.tree.map(jnp.ones_like, argument)
+    jax.eval_shape(lambda value, tangent: jax.jvp(lambda x: look(function(x)), (value,), (tangent,)), argument, ones)
+    return any(moving)
 
 
 def _partition(

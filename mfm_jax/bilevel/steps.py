@@ -38,13 +38,14 @@ import chex
 import jax
 import jax.numpy as jnp
 import optax
-from jax.custom_derivatives import SymbolicZero
 
 from mfm_jax.bilevel import losses
 from mfm_jax.bilevel import outer as outer_lib
-from mfm_jax.bilevel.hypergrad import HypergradFn, MetaLoss, TrainLoss, Update, mixed_mode
+from mfm_jax.bilevel import sharpness as sharpness_lib
+from mfm_jax.bilevel.hypergrad import HypergradFn, MetaLoss, TrainLoss, Update, depends, mixed_mode, through
 from mfm_jax.bilevel.outer import MetaLearner
 from mfm_jax.bilevel.passes import Pass
+from mfm_jax.bilevel.sharpness import Sharpness
 from mfm_jax.types import Batch, BilevelState, LossFn, Metrics, Modulator, PyTree
 
 
@@ -120,6 +121,7 @@ def make_step(
     rule: MetaRule = MetaRule(),  # noqa: B008 (immutable)
     *,
     class_weights: ClassWeights | None = None,
+    sharpness: Sharpness | None = None,
 ) -> Step:
     """Returns the step `(state, batch, meta_batch) -> (state, metrics)`, which updates w and phi.
 
@@ -131,6 +133,7 @@ def make_step(
       phi_tx: phi's optax chain.
       rule: how the meta-step is taken.
       class_weights: multiply each example's loss by its class's weight at this step; None for no weights.
+      sharpness: where the gradient is taken (`sharpness`); None for at w. The meta-gradient goes `through` it.
 
     Raises:
       ValueError: `lagged` with a meta learner whose phi belongs to one batch; at the first call, a virtual group that
@@ -149,14 +152,16 @@ def make_step(
         meta_loss = _meta_loss(forward, rule, state, batch, meta_batch)
         active = _active(state.params, rule.virtual_groups)
         before = learner.per_batch(batch.label) if learner.per_batch else state.phi
-        found = rule.hypergrad(train_loss, meta_loss, update, state.params, before, active)
+        gradient = sharpness_lib.gradient(train_loss, sharpness)
+        route = functools.partial(through, gradient) if sharpness else functools.partial(rule.hypergrad, train_loss)
+        found = route(meta_loss, update, state.params, before, active)
         mean = functools.partial(forward.mean, batch=batch)
         changes, phi_opt_state = outer.update(found.grad, state.phi_opt_state, before, mean=mean)
         phi = optax.apply_updates(before, changes)
 
         (value, aux), inner_grad, updated = found.train, found.inner_grad, found.updated
         if not rule.lagged:
-            (value, aux), inner_grad = jax.value_and_grad(train_loss, has_aux=True)(state.params, phi)
+            (value, aux), inner_grad = gradient(state.params, phi)
             updated = update(inner_grad)
         averages = _plain_averages(forward, state, phi, batch, train_loss, aux[1])
         new_state = _advance(state, updated, averages).replace(
@@ -196,6 +201,7 @@ def make_plain_step(
     governed: Modulator | MetaLearner | None = None,
     *,
     class_weights: ClassWeights | None = None,
+    sharpness: Sharpness | None = None,
 ) -> PlainStep:
     """Returns the step `(state, batch) -> (state, metrics)` that updates w alone.
 
@@ -209,7 +215,8 @@ def make_plain_step(
 
     def step(state: BilevelState, batch: Batch) -> tuple[BilevelState, Metrics]:
         train_loss, update = two_halves(state, batch)
-        (value, (accuracy, written)), grad = jax.value_and_grad(train_loss, has_aux=True)(state.params, state.phi)
+        gradient = sharpness_lib.gradient(train_loss, sharpness)
+        (value, (accuracy, written)), grad = gradient(state.params, state.phi)
         averages = _plain_averages(forward, state, state.phi, batch, train_loss, written)
         metrics = {"loss": value, "accuracy": accuracy, "grad_norm": optax.tree.norm(grad)}
         return _advance(state, update(grad), averages), metrics
@@ -251,18 +258,25 @@ def halves(
     learner: MetaLearner,
     class_weights: ClassWeights | None = None,
 ) -> Callable[[BilevelState, Batch], tuple[TrainLoss, Update]]:
-    """Returns `(state, batch) -> (train_loss, update)`, the two halves that every training step is made of."""
+    """Returns `(state, batch) -> (train_loss, update)`, the two halves that every training step is made of.
+
+    `train_loss` takes a third argument, too: what each class's loss counts, [K].
+    """
 
     def build(state: BilevelState, batch: Batch) -> tuple[TrainLoss, Update]:
         chex.assert_equal_shape_prefix(jax.tree.leaves(batch), 1)
         weights = class_weights(state.step) if class_weights else None
         mean = functools.partial(forward.mean, batch=batch)
 
-        def train_loss(params: PyTree, phi: PyTree) -> tuple[jax.Array, tuple[jax.Array, PyTree]]:
+        def train_loss(
+            params: PyTree, phi: PyTree, counted: jax.Array | None = None
+        ) -> tuple[jax.Array, tuple[jax.Array, PyTree]]:
             modulate_by, check_sites = outer_lib.noting(learner, functools.partial(learner.modulate, phi, params))
             logits, averages = forward.logits(state, params, batch, modulate_by, train=True)
             check_sites()
             values = learner.weigh(phi, _example_losses(loss, logits, batch, weights), mean)
+            if counted is not None:
+                values = values * _of_labels(lambda labels: counted.astype(values.dtype)[labels], batch)
             return mean(values), (forward.accuracy(logits, batch), averages)
 
         def update(grads: PyTree) -> tuple[PyTree, PyTree]:
@@ -297,11 +311,16 @@ def _example_losses(loss: LossFn, logits: jax.Array, batch: Batch, class_weights
         values = jnp.where((labels >= 0) & (labels < logits.shape[-1]), values, jnp.nan)
         return values if class_weights is None else values * class_weights.astype(values.dtype)[labels]
 
-    own = losses_of(batch.label)
+    return _of_labels(losses_of, batch)
+
+
+def _of_labels(value: Callable[[jax.Array], jax.Array], batch: Batch) -> jax.Array:
+    """Returns `value(labels)`, [B], of the batch's labels; of mixed ones, the mixture of the two."""
+    own = value(batch.label)
     if batch.partner is None or batch.share is None:
         return own
     share = batch.share.astype(own.dtype)
-    return share * own + (1 - share) * losses_of(batch.partner)
+    return share * own + (1 - share) * value(batch.partner)
 
 
 def _plain_averages(
@@ -312,28 +331,9 @@ def _plain_averages(
     What the training pass has `written` are the plain ones if the modulation cannot reach them; otherwise a plain pass
     is run.
     """
-    if _depends(lambda phi: train_loss(state.params, phi)[1][1], phi):
+    if depends(lambda phi: train_loss(state.params, phi)[1][1], phi):
         return forward.averages(state, state.params, batch)
     return written
-
-
-def _depends(function: Callable[[PyTree], PyTree], argument: PyTree) -> bool:
-    """Returns whether any output of `function` has a derivative by `argument`, by tracing alone."""
-    moving: list[bool] = []
-
-    @jax.custom_jvp
-    def look(outputs: PyTree) -> PyTree:
-        return outputs
-
-    def note(primals: tuple[PyTree], tangents: tuple[PyTree]) -> tuple[PyTree, PyTree]:
-        leaves = jax.tree.leaves(tangents[0], is_leaf=lambda leaf: isinstance(leaf, SymbolicZero))
-        moving.extend(not isinstance(leaf, SymbolicZero) for leaf in leaves)
-        return primals[0], tangents[0]
-
-    look.defjvp(note, symbolic_zeros=True)
-    ones = jax.tree.map(jnp.ones_like, argument)
-    jax.eval_shape(lambda value, tangent: jax.jvp(lambda x: look(function(x)), (value,), (tangent,)), argument, ones)
-    return any(moving)
 
 
 def _advance(state: BilevelState, updated: tuple[PyTree, PyTree], batch_stats: PyTree) -> BilevelState:

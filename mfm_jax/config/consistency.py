@@ -36,6 +36,7 @@ def problems(config: Config) -> Iterator[str]:
     yield from _stages(config)
     yield from _averages(config)
     yield from _head(config)
+    yield from _sharpness(config)
     yield from _restarts(config)
     names = config.train.logger_names
     if not set(names) <= set(LOGGERS) or len(set(names)) != len(names):
@@ -196,6 +197,21 @@ def _head(config: Config) -> Iterator[str]:
                 f"optim.{name} = {value}: the last layer of {config.method.trained} compares directions, so that the"
                 " length of its weights says nothing; leave it out, or choose another method.name or method.base"
             )
+
+
+def _sharpness(config: Config) -> Iterator[str]:
+    optim = config.optim
+    of_classes = {"optim.sam_below": optim.sam_below, "optim.sam_focus": optim.sam_focus}
+    asked = [f"{field} = {value}" for field, value in of_classes.items() if value]
+    if asked and not optim.sam_rho:
+        yield f"{asked[0]}: not read without optim.sam_rho; set that, or leave it out"
+    if len(asked) > 1:
+        yield f"{asked[0]}: so does {asked[1]} say which classes; leave one of them out"
+    if optim.sam_rho and config.method.per_batch:
+        yield (
+            f"optim.sam_rho = {optim.sam_rho}: {config.method.name}'s virtual step starts from a gradient of zero,"
+            " which has no way up; set it to 0"
+        )
 
 
 def _restarts(config: Config) -> Iterator[str]:

@@ -164,6 +164,9 @@ class Optim:
     clip_norm: Annotated[float, Bounds(0), "clip the gradient's global norm to this; 0 = off"] = 0.0
     head_max_norm: Annotated[float, Bounds(0), "longest that a class's weights in the last layer may be; 0 = off"] = 0.0
     head_decay: Annotated[float, Bounds(0), "more weight decay of the last layer, of class k by n_k / n_max"] = 0.0
+    sam_rho: Annotated[float, Bounds(0), "SAM: take the gradient this far up the loss; 0 = off"] = 0.0
+    sam_below: Annotated[int, Bounds(0), "SAM of classes with fewer training images alone; 0 = of all"] = 0
+    sam_focus: Annotated[float, Bounds(0), "SAM of class k by (1 - n_k / N) to this power; 0 = of all alike"] = 0.0
     ema: Annotated[float, Bounds(0, 0.99999), "test the running mean of weights, of this decay a step; 0 = off"] = 0.0
     swa_from: Annotated[float, Bounds(0, 0.99), "test the mean of epochs after this part of the epochs; 0 = off"] = 0.0
     schedule: Annotated[Literal["cosine", "step", "constant"], "of the learning rate after the warm-up"] = "cosine"

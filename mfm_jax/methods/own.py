@@ -64,6 +64,7 @@ def learner(config: Config, counts: jax.Array, channels: Mapping[str, int]) -> M
         raise UserError(f"{field}: its init(key) fails: {in_a_line(error)}") from error
     if hasattr(phi, "shape"):  # a checkpoint holds a tree
         raise UserError(f"{field}: its phi is one array; put it in a dict")
-    if found.per_batch and (config.meta.lagged or config.optim.clip_norm):
-        raise UserError(f"{field}: its phi belongs to one batch; set meta.lagged = False and optim.clip_norm = 0")
+    if found.per_batch and (config.meta.lagged or config.optim.clip_norm or config.optim.sam_rho):
+        wanted = "meta.lagged = False, optim.clip_norm = 0 and optim.sam_rho = 0"
+        raise UserError(f"{field}: its phi belongs to one batch; set {wanted}")
     return found

@@ -225,10 +225,14 @@ def _steps(
 ) -> tuple[PlainStep, Step | None, PlainStep | None]:
     """Returns the plain step, the meta-step and a second stage's, None for what the run has not."""
     method, weights, meta_step, retrain_step = METHODS[config.method.name], rules.class_weights, None, None
-    plain_step = bilevel.make_plain_step(forward, rules.loss, rules.tx, learner, class_weights=weights)
+    plain_step = bilevel.make_plain_step(
+        forward, rules.loss, rules.tx, learner, class_weights=weights, sharpness=rules.sharpness
+    )
     if learner and not config.frozen:
         rule = recipe.meta_rule(config)
-        meta_step = bilevel.make_step(forward, rules.loss, rules.tx, learner, phi_tx, rule, class_weights=weights)
+        meta_step = bilevel.make_step(
+            forward, rules.loss, rules.tx, learner, phi_tx, rule, class_weights=weights, sharpness=rules.sharpness
+        )
     if method.retraining:
         # No backward pass goes through the network, so its passes need not be in parts.
         forward = dataclasses.replace(forward, parts=1)

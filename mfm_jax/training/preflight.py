@@ -32,6 +32,7 @@ def check(config: Config, data: LongTailData, mesh: Mesh | None) -> None:
         *_parts(config, mesh, streamed, has_meta_step=method.learner is not None),
         *_frozen(config, method),
         *_unsettled(config, streamed=streamed),
+        *_rare(config, data),
     )
     if problems:
         raise UserError("; ".join(problems))
@@ -129,6 +130,16 @@ def _unsettled(config: Config, *, streamed: bool) -> Iterator[str]:
                 f"{field} = {value}: batch statistics of the tested weights need all images at once; raise"
                 " data.resident_mb, or leave it out"
             )
+
+
+def _rare(config: Config, data: LongTailData) -> Iterator[str]:
+    """A bound of images that leaves no class, or all of them."""
+    below, least, most = config.optim.sam_below, int(data.counts.min()), int(data.counts.max())
+    if below and not least < below <= most:
+        yield (
+            f"optim.sam_below = {below}: the classes have {least} to {most} training images; choose from {least + 1} to"
+            f" {most}, or 0 for all classes"
+        )
 
 
 def _images(config: Config, method: Method, shape: tuple[int, ...], streamed: bool) -> Iterator[str]:

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import optax
 
 from mfm_jax import models
-from mfm_jax.bilevel import ClassWeights, MetaRule, averaging, losses, optim
+from mfm_jax.bilevel import ClassWeights, MetaRule, averaging, losses, optim, sharpness
 from mfm_jax.bilevel.averaging import Averaging
+from mfm_jax.bilevel.sharpness import Sharpness
 from mfm_jax.config import Config
 from mfm_jax.data import LongTailData, batches
 from mfm_jax.methods import sampling, table
@@ -25,6 +26,7 @@ class Recipe:
     class_weights: what each class's loss is multiplied by, by step; None for no weights.
     tx: the classifier's optax chain.
     second_tx: of what a second stage trains.
+    sharpness: where the classifier's gradient is taken; None for at the weights themselves.
     averaging: how the weights that are tested follow those that are trained; None where they are these.
     learning_rate: schedule to report, by step.
     order: `(key, epoch) -> int32 [steps_per_epoch, B]`, the examples of each batch of an epoch.
@@ -36,6 +38,7 @@ class Recipe:
     class_weights: ClassWeights | None
     tx: optax.GradientTransformation
     second_tx: optax.GradientTransformation
+    sharpness: Sharpness | None
     averaging: Averaging | None
     learning_rate: optax.Schedule
     order: Callable[[jax.Array, int], jax.Array]
@@ -60,6 +63,7 @@ def of(config: Config, data: LongTailData) -> Recipe:
         class_weights=_class_weights(config, objective, counts, per_epoch),
         tx=tx,
         second_tx=optim.classifier(config.optim, second, counts),
+        sharpness=_sharpness(config, counts),
         averaging=_averaging(config, per_epoch),
         learning_rate=learning_rate,
         order=_order(config, method, data),
@@ -105,6 +109,15 @@ def _averaging(config: Config, per_epoch: int) -> Averaging | None:
     if config.optim.swa_from:
         return averaging.equal(config.swa_begins * per_epoch, per_epoch)
     return averaging.start(config.model.start_share) if config.model.start_share else None
+
+
+def _sharpness(config: Config, counts: jax.Array) -> Sharpness | None:
+    rho = config.optim.sam_rho
+    if rho and config.optim.sam_below:
+        return sharpness.rare(rho, counts, config.optim.sam_below)
+    if rho and config.optim.sam_focus:
+        return sharpness.focal(rho, counts, config.optim.sam_focus)
+    return Sharpness(rho) if rho else None
 
 
 def _class_weights(config: Config, objective: Method, counts: jax.Array, per_epoch: int) -> ClassWeights | None:
