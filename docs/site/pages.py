@@ -38,6 +38,8 @@ MODULES = {
             "bilevel.outer",
             "bilevel.hypergrad",
             "bilevel.losses",
+            "bilevel.auxiliary",
+            "bilevel.contrast",
             "bilevel.optim",
         ),
     ),
