@@ -12,9 +12,12 @@ from mfm_jax import config, models
 from mfm_jax.bilevel import modulation
 from mfm_jax.config import SMALL_RESNETS
 from mfm_jax.errors import UserError
+from mfm_jax.models.densenet import DenseNet
+from mfm_jax.models.efficientnet import B0, EfficientNet, Plan, scaled
 from mfm_jax.models.imagenet import ResNet
 from mfm_jax.models.resnet import shortcut
 from mfm_jax.models.vit import VisionTransformer
+from mfm_jax.models.wide_resnet import WideResNet
 
 SITES = ("stem", "stage1", "stage2", "stage3", "pooled", "logits")
 LABELS = np.array([0, 2, 1, 2], np.int32)
@@ -236,11 +239,14 @@ def test_batch_norm_leaves_out_examples_of_weight_zero():
 
 # --- models for large images ----------------------------------------------------------------------
 
-# Small ones of each kind: plain blocks, bottlenecks in groups, a transformer.
+# Small ones of each kind: plain blocks, bottlenecks in groups, a transformer; and of the other families.
 SMALL = {
     "resnet": ResNet((1, 1), 3, 4),
     "resnext": ResNet((1, 1), 3, 4, bottleneck=True, groups=4),
     "vit": VisionTransformer(3, 8, depth=1, patch=8),
+    "wide": WideResNet(1, 3, 4, widen=2),
+    "dense": DenseNet(1, 3, 4),
+    "efficient": EfficientNet(3, 8, (Plan(1, 3, 1, 16, 1), Plan(2, 5, 2, 24, 6))),
 }
 LARGE_IMAGES = np.random.default_rng(2).normal(size=(4, 32, 32, 3)).astype(np.float32)
 STAGES = [(4, 8, 8, 4), (4, 8, 8, 4), (4, 4, 4, 8), (4, 8), (4, 3)]
@@ -248,6 +254,9 @@ SHAPES = {
     "resnet": STAGES,
     "resnext": [STAGES[0], *((*s[:-1], 4 * s[-1]) for s in STAGES[1:-1]), STAGES[-1]],
     "vit": [*[(4, 17, 8)] * 2, (4, 8), (4, 3)],
+    "wide": [(4, 32, 32, 4), (4, 32, 32, 8), (4, 16, 16, 16), (4, 8, 8, 32), (4, 32), (4, 3)],
+    "dense": [(4, 32, 32, 4), (4, 16, 16, 3), (4, 8, 8, 2), (4, 8, 8, 4), (4, 4), (4, 3)],
+    "efficient": [*[(4, 16, 16, 8)] * 2, (4, 8, 8, 8), (4, 320), (4, 3)],
 }
 
 
@@ -255,11 +264,13 @@ SHAPES = {
     ("name", "parameters"),
     [
         ("resnet18", 11_689_512),
+        ("resnet34", 21_797_672),
         ("resnet50", 25_557_032),
         ("resnext50", 25_028_904),
         ("resnet101", 44_549_160),
         ("resnet152", 60_192_808),
         ("vit_b16", 86_567_656),
+        ("efficientnet_b0", 5_288_548),
     ],
 )
 def test_models_for_large_images_have_the_published_number_of_parameters(name, parameters):
@@ -268,17 +279,62 @@ def test_models_for_large_images_have_the_published_number_of_parameters(name, p
     assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == parameters
 
 
+def conv_and_norm(inputs: int, outputs: int, side: int) -> int:
+    return side**2 * inputs * outputs + 2 * outputs
+
+
+def test_a_wide_resnet_has_the_published_number_of_parameters():
+    """36.5 million (their table 4); by hand, convolutions without bias and a norm in front of each but the stem."""
+    total, inputs = 9 * 3 * 16, 16
+    for channels in (160, 320, 640):
+        total += 2 * inputs + conv_and_norm(inputs, channels, 3) + 9 * channels**2 + inputs * channels
+        total += 3 * 2 * (2 * channels + 9 * channels**2)
+        inputs = channels
+    total += 2 * 640 + 640 * 10 + 10
+    shapes = shapes_of(models.create("wrn28_10", 10, 0))["params"]
+    assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == total == 36_479_194
+    layers = [path for path, leaf in jax.tree.leaves_with_path(shapes) if leaf.ndim > 1]
+    assert len(layers) == 28 + 1  # convolutions, the three shortcuts among them, and the head
+
+
+def test_a_densenet_has_the_published_number_of_parameters():
+    """0.8 million (their table 2: DenseNet-BC, k = 12, 100 layers)."""
+    total, channels, growth = 9 * 3 * 24, 24, 12
+    for stage in range(3):
+        for _ in range(16):
+            total += 2 * channels + conv_and_norm(channels, 4 * growth, 1) + 9 * 4 * growth * growth
+            channels += growth
+        total += 2 * channels
+        if stage < 2:
+            total += channels * (channels // 2)
+            channels //= 2
+    total += channels * 10 + 10
+    shapes = shapes_of(models.create("densenet_bc100", 10, 0))["params"]
+    assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == total == 769_162
+    layers = [path for path, leaf in jax.tree.leaves_with_path(shapes) if leaf.ndim > 1]
+    assert len(layers) == 100
+
+
+def test_an_efficientnet_is_scaled_in_eights():
+    assert [scaled(plan.channels, 32) for plan in B0] == [16, 24, 40, 80, 112, 192, 320]
+    # 1.1 times 16 is 17.6, of 24 26.4, of 1280 1408: to the next eight, but not below nine tenths.
+    assert [scaled(channels, 35.2) for channels in (16, 24, 1280)] == [16, 24, 1408]
+    assert scaled(24, 16) == 16  # 12 rounds to 16
+    assert scaled(40, 8) == 16  # 10 rounds to 8, which is too little
+
+
 @pytest.mark.parametrize("kind", SMALL)
 def test_sites_for_large_images_come_in_order_with_their_shapes(kind):
     seen, record = recording(jnp.shape)
     jax.eval_shape(lambda: SMALL[kind].init(jax.random.key(0), LARGE_IMAGES, modulate=record))
-    middle = ("block1",) if kind == "vit" else ("stage1", "stage2")
+    stages = range(1, len(SHAPES[kind]) - 2)
+    middle = [("block{}" if kind == "vit" else "stage{}").format(i) for i in stages]
     assert list(seen.items()) == list(zip(("stem", *middle, "pooled", "logits"), SHAPES[kind], strict=True))
 
 
 @pytest.mark.parametrize("name", config.FIELDS["model.name"].choices)
 def test_every_model_can_be_made_and_has_its_virtual_groups(name):
-    width = 16 if name == "resnext50" else 4
+    width = {"resnext50": 16, "efficientnet_b0": 8}.get(name, 4)
     params = shapes_of(models.create(name, 3, width, jnp.bfloat16, remat=True))["params"]
     groups = models.virtual_groups(name, "last_stage")
     assert {"head"} < set(groups) <= set(params)
@@ -298,7 +354,7 @@ def test_bfloat16_on_large_images(kind):
     assert (low != high).any()
 
 
-@pytest.mark.parametrize("kind", ["resnet", slow("cifar"), slow("resnext"), slow("vit")])
+@pytest.mark.parametrize("kind", ["resnet", *map(slow, ("cifar", "resnext", "vit", "wide", "dense", "efficient"))])
 def test_computing_activations_again_changes_no_gradient(kind):
     module = net() if kind == "cifar" else SMALL[kind]
     images = LARGE_IMAGES[:, :16, :16]
@@ -324,3 +380,7 @@ def test_sizes_that_do_not_divide_are_refused():
         models.create("vit_b16", 3, 100)
     with pytest.raises(UserError, match=r"^model.width = 8: resnext50 .* choose a multiple of 16, or 0$"):
         models.create("resnext50", 3, 8)
+    with pytest.raises(UserError, match=r"^model.width = 12: efficientnet_b0 .* choose a multiple of 8, or 0$"):
+        models.create("efficientnet_b0", 3, 12)
+    with pytest.raises(UserError, match=r"^model.width = 5: densenet_bc100 .* choose a multiple of 2, or 0$"):
+        models.create("densenet_bc100", 3, 5)

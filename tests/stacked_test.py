@@ -21,6 +21,7 @@ from mfm_jax.models import stacked
 from mfm_jax.models.imagenet import ResNet
 from mfm_jax.models.resnet import CifarResNet
 from mfm_jax.models.vit import VisionTransformer
+from mfm_jax.models.wide_resnet import WideResNet
 from mfm_jax.training import experiment as experiment_lib
 from mfm_jax.training import train
 from mfm_jax.types import Batch
@@ -31,6 +32,7 @@ NETWORKS = {
     "imagenet": (ResNet((3, 2), 10, width=2, bottleneck=True, **WIDE), 32),
     "remat": (CifarResNet(2, 10, width=2, remat=True, **WIDE), 8),
     "vit": (VisionTransformer(10, width=8, depth=2, patch=4, **WIDE), 8),
+    "wide": (WideResNet(3, 10, width=2, widen=2, **WIDE), 8),
 }
 
 

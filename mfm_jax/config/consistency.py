@@ -3,8 +3,9 @@
 import itertools
 import re
 from collections.abc import Iterator
+from typing import get_args
 
-from mfm_jax.config.groups import FORMS, LOGGERS, Config, Data
+from mfm_jax.config.groups import FORMS, LOGGERS, Config, Data, OtherSmall
 from mfm_jax.fields import names_own
 
 
@@ -40,6 +41,11 @@ def problems(config: Config) -> Iterator[str]:
     names = config.train.logger_names
     if not set(names) <= set(LOGGERS) or len(set(names)) != len(names):
         yield f"train.loggers = {config.train.loggers!r}: expected some of {', '.join(LOGGERS)}, comma-separated"
+    if config.model.pretrained and config.model.name in get_args(OtherSmall):
+        yield (
+            f"model.pretrained = {config.model.pretrained!r}: no files are read for model.name = {config.model.name!r};"
+            " leave it out, or start from a run by model.init_from"
+        )
     if config.model.pretrained and config.model.init_from:
         yield (
             f"model.init_from = {config.model.init_from!r}: so does model.pretrained = {config.model.pretrained!r} set"
@@ -84,6 +90,8 @@ def _scanned(config: Config) -> Iterator[str]:
     if not config.model.scan_blocks:
         return
     name, fsdp, off = config.model.name, config.parallel.fsdp, "or leave model.scan_blocks out"
+    if name in ("efficientnet_b0", "densenet_bc100"):
+        yield f"model.scan_blocks = True: {name} is not made of equal blocks; choose a ResNet or ViT, {off}"
     if name in ("resnet8", "resnet10"):
         yield f"model.scan_blocks = True: the stages of {name} have no equal blocks; choose a deeper network, {off}"
     if fsdp > 1:

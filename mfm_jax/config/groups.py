@@ -94,7 +94,9 @@ class Augment:
 
 
 SmallResNet = Literal["resnet32", "resnet8", "resnet20", "resnet44", "resnet56"]  # for 16 to 64 pixels a side
-LargeModel = Literal["resnet10", "resnet18", "resnet50", "resnet101", "resnet152", "resnext50", "vit_b16"]  # for 224
+OtherSmall = Literal["wrn28_10", "densenet_bc100"]  # for the same
+LargeResNet = Literal["resnet10", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnext50"]  # for 224
+LargeModel = Literal[LargeResNet, "efficientnet_b0", "vit_b16"]
 SMALL_RESNETS = get_args(SmallResNet)
 LOGGERS = ("tensorboard", "wandb", "mlflow")
 
@@ -103,8 +105,8 @@ LOGGERS = ("tensorboard", "wandb", "mlflow")
 class Model:
     """The classifier (see `models`)."""
 
-    name: Annotated[Literal[SmallResNet, LargeModel], OWN, "the architecture"] = "resnet32"
-    width: Annotated[int, Bounds(0), "channels of the stem or a token; 0 = 16 for small ResNets, 64 large, 768 ViT"] = 0
+    name: Annotated[Literal[SmallResNet, OtherSmall, LargeModel], OWN, "the architecture"] = "resnet32"
+    width: Annotated[int, Bounds(0), "channels of the stem or a token; 0 = as published"] = 0
     pretrained: Annotated[
         str, "initial weights: .safetensors, .npz, PyTorch state dict, or timm/NAME; the head may differ"
     ] = ""

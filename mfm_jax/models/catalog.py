@@ -5,9 +5,12 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 
 from mfm_jax.errors import UserError
+from mfm_jax.models.densenet import DenseNet
+from mfm_jax.models.efficientnet import EfficientNet
 from mfm_jax.models.imagenet import ResNet
 from mfm_jax.models.resnet import CifarResNet
 from mfm_jax.models.vit import VisionTransformer
+from mfm_jax.models.wide_resnet import WideResNet
 
 # 6 n + 2 layers: n blocks in each of three stages.
 _BLOCKS = {"resnet8": 1, "resnet20": 3, "resnet32": 5, "resnet44": 7, "resnet56": 9}
@@ -15,10 +18,20 @@ _BLOCKS = {"resnet8": 1, "resnet20": 3, "resnet32": 5, "resnet44": 7, "resnet56"
 _IMAGENET = {
     "resnet10": ((1, 1, 1, 1), False, 1),
     "resnet18": ((2, 2, 2, 2), False, 1),
+    "resnet34": ((3, 4, 6, 3), False, 1),
     "resnet50": ((3, 4, 6, 3), True, 1),
     "resnet101": ((3, 4, 23, 3), True, 1),
     "resnet152": ((3, 8, 36, 3), True, 1),
     "resnext50": ((3, 4, 6, 3), True, 32),
+}
+# The last groups of parameters below the head.
+_LAST = {
+    **dict.fromkeys(_BLOCKS, ("stage3",)),
+    **dict.fromkeys(_IMAGENET, ("stage4",)),
+    "wrn28_10": ("stage3", "norm"),
+    "densenet_bc100": ("stage3",),
+    "efficientnet_b0": ("stage7", "top", "top_norm"),
+    "vit_b16": ("block12", "norm"),
 }
 
 
@@ -36,13 +49,13 @@ def create(
     Args:
       name: as `config.Model.name` lists them.
       num_classes: K.
-      width: channels of the stem; 0 for the published number.
+      width: channels of the stem, or of a token; 0 for the published number.
       dtype: of the computation.
       remat: compute activations again in the backward pass.
       adapter_size: hidden units of the adapters of `vit_b16`; 0 for none.
 
     Raises:
-      UserError: a width that does not divide into the model's groups or heads.
+      UserError: a width that does not divide into the model's groups or heads, or is no multiple of what it rounds to.
     """
     if name in _BLOCKS:
         return CifarResNet(_BLOCKS[name], num_classes, width or 16, dtype, remat=remat)
@@ -50,6 +63,14 @@ def create(
         blocks, bottleneck, groups = _IMAGENET[name]
         _check_width(name, width, groups // 2)
         return ResNet(blocks, num_classes, width or 64, bottleneck, groups, dtype, remat=remat)
+    if name == "wrn28_10":
+        return WideResNet(4, num_classes, width or 16, dtype=dtype, remat=remat)
+    if name == "densenet_bc100":
+        _check_width(name, width, 2)
+        return DenseNet(16, num_classes, width or 24, dtype, remat=remat)
+    if name == "efficientnet_b0":
+        _check_width(name, width, 8)
+        return EfficientNet(num_classes, width or 32, dtype=dtype, remat=remat)
     _check_width(name, width if width >= 64 else 0, 64)
     return VisionTransformer(num_classes, width or 768, adapter_size=adapter_size, dtype=dtype, remat=remat)
 
@@ -61,5 +82,4 @@ def _check_width(name: str, width: int, unit: int) -> None:
 
 def virtual_groups(name: str, virtual: str) -> tuple[str, ...] | None:
     """Returns the top-level parameter groups of the model `name` that `meta.virtual` moves; None for all."""
-    last = ("stage3",) if name in _BLOCKS else ("stage4",) if name in _IMAGENET else ("block12", "norm")
-    return {"all": None, "head": ("head",), "last_stage": (*last, "head")}[virtual]
+    return {"all": None, "head": ("head",), "last_stage": (*_LAST.get(name, ()), "head")}[virtual]

@@ -17,6 +17,7 @@ from mfm_jax.errors import UserError
 # (`resnetblur50`, say), so a name counts as much as shapes do.
 _TIMM = {
     "resnet18": ("resnet18",),
+    "resnet34": ("resnet34",),
     "resnet50": ("resnet50",),
     "resnet101": ("resnet101",),
     "resnet152": ("resnet152",),

@@ -73,6 +73,22 @@ _CIFAR = (
     (r"/BatchNorm_(\d)/", lambda found: f"/bn{int(found[1]) + 1}/"),
     ("^head/", "linear/"),
 )
+# torchvision's names.
+_EFFICIENT = (
+    *_LEAVES,
+    ("^stem/", "features/0/0/"),
+    ("^stem_norm/", "features/0/1/"),
+    (r"^stage(\d)/block(\d+)/", r"features/\1/\2/block/"),
+    ("/expand(_norm)?/", lambda found: f"/0/{int(bool(found[1]))}/"),
+    ("/depthwise(_norm)?/", lambda found: f"/1/{int(bool(found[1]))}/"),
+    ("/squeeze/", "/2/fc1/"),
+    ("/excite/", "/2/fc2/"),
+    ("/project(_norm)?/", lambda found: f"/3/{int(bool(found[1]))}/"),
+    (r"^(features/1/\d+/block)/(\d)/", lambda found: f"{found[1]}/{int(found[2]) - 1}/"),  # which does not expand
+    ("^top/", "features/8/0/"),
+    ("^top_norm/", "features/8/1/"),
+    ("^head/", "classifier/1/"),
+)
 _VIT = (
     *_LEAVES,
     ("^stem/class_token$", "cls_token"),
@@ -82,6 +98,7 @@ _VIT = (
     (r"^(blocks/\d+)/(qkv|proj)/", r"\1/attn/\2/"),
     (r"^(blocks/\d+)/(fc[12])/", r"\1/mlp/\2/"),
 )
+_OTHERS = {"efficientnet_b0": _EFFICIENT, "vit_b16": _VIT}
 
 
 def load(
@@ -113,7 +130,7 @@ def load(
     """
     file = hub_cache.path_of(str(path), model_name)
     tensors = _read(file)
-    names = _VIT if model_name.startswith("vit") else _CIFAR if model_name in SMALL_RESNETS else _RESNET
+    names = _CIFAR if model_name in SMALL_RESNETS else _OTHERS.get(model_name, _RESNET)
     if names is _CIFAR and "linear.weight" not in tensors:
         tensors = {re.sub(r"^fc\.", "linear.", name): tensor for name, tensor in tensors.items()}
     _check_size(tensors, params, path, model_name)

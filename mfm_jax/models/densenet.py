@@ -1,0 +1,108 @@
+"""DenseNet-BC for small images (Huang et al. 2017), with named sites for the modulation.
+
+Sites, in order: `stem`, `stage1`, `stage2` (after the transition that halves channels and pixels), `stage3` (after the
+last norm and its ReLU), `pooled` (after global average pooling), `logits`.
+"""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from mfm_jax.models.convolution import convolution
+from mfm_jax.models.normalization import BatchNorm
+from mfm_jax.types import Modulate, no_modulation
+
+_kaiming = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
+
+
+def _conv(channels: int, kernel: int, dtype: DTypeLike, name: str) -> nn.Conv:
+    return nn.Conv(
+        channels,
+        (kernel, kernel),
+        padding=kernel // 2,
+        use_bias=False,
+        kernel_init=_kaiming,
+        conv_general_dilated=convolution,
+        dtype=dtype,
+        name=name,
+    )
+
+
+class Layer(nn.Module):
+    """A bottleneck of 1x1 and 3x3 convolutions, each behind norm and ReLU, whose `growth` channels join the input's."""
+
+    growth: int
+    dtype: DTypeLike
+    norm: functools.partial[BatchNorm]  # batch norm but for whether it trains
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool, weight: jax.Array | None) -> jax.Array:
+        norm = functools.partial(self.norm, not train)
+        y = _conv(4 * self.growth, 1, self.dtype, "conv1")(nn.relu(norm(name="norm1")(x, weight)))
+        y = _conv(self.growth, 3, self.dtype, "conv2")(nn.relu(norm(name="norm2")(y, weight)))
+        return jnp.concatenate([x, y], axis=-1)
+
+
+class Stage(nn.Module):
+    """`layers` layers, and unless it is the `last` stage a transition."""
+
+    layers: int
+    layer: functools.partial[Layer]
+    last: bool
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool, weight: jax.Array | None) -> jax.Array:
+        for i in range(self.layers):
+            x = self.layer(name=f"layer{i}")(x, train, weight)
+        norm, dtype = self.layer.keywords["norm"], self.layer.keywords["dtype"]
+        x = nn.relu(norm(not train, name="norm")(x, weight))
+        if self.last:
+            return x
+        return nn.avg_pool(_conv(x.shape[-1] // 2, 1, dtype, "transition")(x), (2, 2), strides=(2, 2))
+
+
+class DenseNet(nn.Module):
+    """DenseNet-BC of 6 n + 4 layers: a stem, three stages of n layers, transitions that halve the channels, a head.
+
+    Attributes:
+      layers: n, layers in each stage.
+      num_classes: K.
+      width: channels of the stem; a layer adds half of them.
+      dtype: of the computation; parameters, batch-norm statistics and logits are float32 (or wider).
+      axis_name: mesh axis over which batch norm averages its statistics; None keeps them local.
+      remat: keep only the layers' inputs for the backward pass and compute the rest again.
+
+    References:
+      Huang et al., Densely connected convolutional networks, CVPR 2017, section 3 (bottlenecks, compression 0.5).
+    """
+
+    layers: int
+    num_classes: int
+    width: int = 24
+    dtype: DTypeLike = jnp.float32
+    axis_name: str | None = None
+    remat: bool = False
+
+    @nn.compact
+    def __call__(
+        self,
+        image: jax.Array,
+        *,
+        train: bool = False,
+        modulate: Modulate = no_modulation,
+        weight: jax.Array | None = None,
+    ) -> jax.Array:
+        """Returns logits `[B, K]`; arguments as `resnet.CifarResNet` has them."""
+        norm = functools.partial(BatchNorm, axis_name=self.axis_name, dtype=self.dtype)
+        x = modulate("stem", _conv(self.width, 3, self.dtype, "stem")(image.astype(self.dtype)))
+        kind = nn.remat(Layer, static_argnums=2) if self.remat else Layer
+        layer = functools.partial(kind, self.width // 2, dtype=self.dtype, norm=norm)
+        for i in range(3):
+            site = f"stage{i + 1}"
+            x = modulate(site, Stage(self.layers, layer, i == 2, name=site)(x, train, weight))
+        x = modulate("pooled", x.mean(axis=(1, 2)))
+        logits = nn.Dense(self.num_classes, kernel_init=_kaiming, dtype=self.dtype, name="head")(x)
+        return modulate("logits", logits.astype(jnp.promote_types(logits.dtype, jnp.float32)))

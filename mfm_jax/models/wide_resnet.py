@@ -1,0 +1,120 @@
+"""Wide ResNets for small images (Zagoruyko and Komodakis 2016), with named sites for the modulation.
+
+Sites, in order: `stem`, `stage1`, `stage2` (sums, which the next block normalises), `stage3` (after the last norm and
+its ReLU), `pooled` (after global average pooling), `logits`. Norm and ReLU come before each convolution, and a block's
+shortcut projects where its channels change.
+"""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from mfm_jax.models import stacked
+from mfm_jax.models.convolution import convolution
+from mfm_jax.models.normalization import BatchNorm
+from mfm_jax.types import Modulate, no_modulation
+
+_kaiming = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
+
+
+def _conv(channels: int, kernel: int, stride: int, dtype: DTypeLike, name: str) -> nn.Conv:
+    return nn.Conv(
+        channels,
+        (kernel, kernel),
+        stride,
+        padding=kernel // 2,
+        use_bias=False,
+        kernel_init=_kaiming,
+        conv_general_dilated=convolution,
+        dtype=dtype,
+        name=name,
+    )
+
+
+class Block(nn.Module):
+    """Norm, ReLU and a 3x3 convolution, twice, beside a shortcut, which begins behind the first ReLU if it projects."""
+
+    channels: int
+    stride: int
+    dtype: DTypeLike
+    norm: functools.partial[BatchNorm]  # batch norm but for whether it trains
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool, weight: jax.Array | None) -> jax.Array:
+        norm = functools.partial(self.norm, not train)
+        active = nn.relu(norm(name="norm1")(x, weight))
+        y = _conv(self.channels, 3, self.stride, self.dtype, "conv1")(active)
+        y = _conv(self.channels, 3, 1, self.dtype, "conv2")(nn.relu(norm(name="norm2")(y, weight)))
+        if x.shape[-1] != self.channels:
+            x = _conv(self.channels, 1, self.stride, self.dtype, "shortcut")(active)
+        return x + y
+
+
+class Stage(nn.Module):
+    """`blocks` blocks, the first with the stride; `alone` as in `stacked.through`."""
+
+    blocks: int
+    alone: int
+    block: functools.partial[Block]
+    stride: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool, weight: jax.Array | None) -> jax.Array:
+        def block(i: int) -> nn.Module:
+            return self.block(stride=self.stride if i == 0 else 1, name=f"block{i}")
+
+        return stacked.through(block, self.blocks, self.alone, x, train, weight)
+
+
+class WideResNet(nn.Module):
+    """Wide ResNet of 6 n + 4 layers: a stem, three stages of n blocks, a norm, a head.
+
+    Attributes:
+      blocks: n, blocks in each stage.
+      num_classes: K.
+      width: channels of the stem.
+      widen: the stages have this times 1, 2 and 4 times `width` channels.
+      dtype: of the computation; parameters, batch-norm statistics and logits are float32 (or wider).
+      axis_name: mesh axis over which batch norm averages its statistics; None keeps them local.
+      remat: keep only the blocks' inputs for the backward pass and compute the rest again.
+      scan_blocks: one scanned body for a stage's equal blocks, whose variables are `stacked`.
+
+    References:
+      Zagoruyko and Komodakis, Wide residual networks, BMVC 2016, table 1 (without dropout).
+    """
+
+    blocks: int
+    num_classes: int
+    width: int = 16
+    widen: int = 10
+    dtype: DTypeLike = jnp.float32
+    axis_name: str | None = None
+    remat: bool = False
+    scan_blocks: bool = False
+
+    @nn.compact
+    def __call__(
+        self,
+        image: jax.Array,
+        *,
+        train: bool = False,
+        modulate: Modulate = no_modulation,
+        weight: jax.Array | None = None,
+    ) -> jax.Array:
+        """Returns logits `[B, K]`; arguments as `resnet.CifarResNet` has them."""
+        norm = functools.partial(BatchNorm, axis_name=self.axis_name, dtype=self.dtype)
+        x = modulate("stem", _conv(self.width, 3, 1, self.dtype, "stem")(image.astype(self.dtype)))
+        kind = nn.remat(Block, static_argnums=2) if self.remat else Block
+        alone = 1 if self.scan_blocks else self.blocks
+        for i in range(3):
+            site = f"stage{i + 1}"
+            block = functools.partial(kind, self.width * self.widen * 2**i, dtype=self.dtype, norm=norm)
+            x = Stage(self.blocks, alone, block, 2 if i else 1, name=site)(x, train, weight)
+            x = nn.relu(norm(not train, name="norm")(x, weight)) if i == 2 else x
+            x = modulate(site, x)
+        x = modulate("pooled", x.mean(axis=(1, 2)))
+        logits = nn.Dense(self.num_classes, kernel_init=_kaiming, dtype=self.dtype, name="head")(x)
+        return modulate("logits", logits.astype(jnp.promote_types(logits.dtype, jnp.float32)))
