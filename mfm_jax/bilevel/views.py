@@ -109,6 +109,7 @@ def make_views_step(
         weights = class_weights(state.step) if class_weights else None
 
         def train_loss(params: PyTree, phi: PyTree) -> tuple[jax.Array, tuple[jax.Array, PyTree]]:
+            params, phi = _of_each_device((params, phi), forward.axis_name)
             seen = [_seen(forward, state, params, view) for view in batch.views]
             values = [
                 forward.mean(example_losses(loss, one.logits, view, weights), view)
@@ -135,6 +136,13 @@ def make_views_step(
         return new_state, metrics
 
     return step
+
+
+def _of_each_device(tree: PyTree, axis_name: str | None) -> PyTree:
+    """Returns `tree` as each device's own, so that its gradient is summed over them once, and not once a view."""
+    if axis_name is None:
+        return tree
+    return jax.tree.map(lambda leaf: jax.lax.pcast(leaf, axis_name, to="varying"), tree)
 
 
 class _Seen(NamedTuple):
