@@ -130,6 +130,7 @@ NEEDED = {
     "resized": {"data": {"source": "folder"}},
     "adapters": {"model": {"name": "vit_b16"}},
     "balanced": {"augment": {"mixup": 0.4}},  # partners
+    "rotation": {"method": {"name": "ce"}},
     **{name: {"method": fields} for name, fields in OWN.items()},
 }
 

@@ -32,7 +32,7 @@ ORDER = (  # the files of a line import those of the lines above it alone
     "bilevel.optim data.augment data.listing data.sources evaluation.health methods.sampling "
     "models.pretrained training.anomalies workdir.files",
     "bilevel.outer data.batches data.checking data.digits data.given data.kept data.numbers data.own "
-    "evaluation.gallery workdir.checkpoint workdir.loggers workdir.stored",
+    "evaluation.gallery data.pretext workdir.checkpoint workdir.loggers workdir.stored",
     "bilevel.steps command data.arrays data.files data.tfds methods.learners methods.own workdir.finished workdir.logs "
     "workdir.modulators",
     "bilevel.views",

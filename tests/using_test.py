@@ -18,7 +18,7 @@ def test_the_document_runs(tmp_path):
     bare = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     environment = bare | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     steps = re.findall(r"^    ((?:python|mfm-jax) [^\n]*)$|^```python\n(.*?)^```$", DOCUMENT, re.MULTILINE | re.DOTALL)
-    assert len(steps) == 12
+    assert len(steps) == 14
     code, printed = "", ""
     for command, block in steps:
         code += block  # a block goes on from the one before

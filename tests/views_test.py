@@ -117,15 +117,15 @@ def test_the_second_view_on_several_devices_is_that_on_one(two_views):
 
 LABELS = jnp.arange(200, dtype=jnp.int32)
 # Every pixel tells which image and which view it comes from.
-VIEWS = jnp.broadcast_to(
-    LABELS.astype(jnp.float32)[:, None, None, None, None] + jnp.array([0.0, 1000.0]).reshape(1, 2, 1, 1, 1),
-    (200, 2, 12, 10, 3),
+VIEWS = tuple(
+    jnp.broadcast_to(LABELS.astype(jnp.float32)[:, None, None, None] + of_view, (200, 12, 10, 3))
+    for of_view in (0, 1000)
 )
 
 
 @pytest.mark.parametrize("given", [False, True])
 def test_the_two_mixtures_are_of_the_same_pairs_and_shares(given):
-    partners = (VIEWS + 500, LABELS + 500) if given else None
+    partners = (tuple(view + 500 for view in VIEWS), LABELS + 500) if given else None
     key = jax.random.key(4)
     (blended, *_), (pasted, *_) = first, second = augment.mixed_views(key, VIEWS, LABELS, 0.5, partners)
     pair_key, share_key, _ = jax.random.split(key, 3)

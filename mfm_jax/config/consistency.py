@@ -23,6 +23,7 @@ def problems(config: Config) -> Iterator[str]:
     yield from _per_batch(config)
     yield from _mixed_views(config)
     yield from _unread(config.data)
+    yield from _pretext(config)
     if config.augment.crop == "resized" and config.data.source not in ("folder", "list"):
         yield (
             f"augment.crop = 'resized': needs whole pictures, which only data.source = 'folder' or 'list' has, not"
@@ -161,6 +162,15 @@ def _own_module(config: Config) -> Iterator[str]:
         yield (
             f"meta.virtual = 'last_stage': not known of model.name = {model.name!r}, your own; choose 'all', or 'head'"
             " for a module with a layer of that name"
+        )
+
+
+def _pretext(config: Config) -> Iterator[str]:
+    """A first stage whose labels are not the classes."""
+    if config.data.pretext != "none" and config.method.name != "ce":
+        yield (
+            f"data.pretext = {config.data.pretext!r}: its labels have no long tail, and method.name ="
+            f" {config.method.name!r} acts on one; set method.name = 'ce'"
         )
 
 

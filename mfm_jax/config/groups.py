@@ -59,6 +59,10 @@ class Data:
         int, Bounds(0), MAY_CHANGE, "processes that decode: the check, streaming, a TFDS set's first reading; 0 = none"
     ] = 2
     manifest: Annotated[str, MAY_CHANGE, "reuse this split manifest; '' = draw a split"] = ""
+    pretext: Annotated[
+        Literal["none", "rotation"],
+        "a first stage for model.init_from: labels are not the classes, but how images were turned",
+    ] = "none"
 
     @property
     def validates(self) -> bool:

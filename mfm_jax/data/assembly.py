@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mfm_jax.config import Config
-from mfm_jax.data import arrays, digits, files, longtail, own, tfds
+from mfm_jax.data import arrays, digits, files, longtail, own, pretext, tfds
 from mfm_jax.data.longtail import Labelled, Split
 from mfm_jax.data.manifest import Records, check_leakage, make_manifest, read_manifest, redrawn
 from mfm_jax.data.sources import Images, Labels, Source, streamed_if_large
@@ -89,6 +89,8 @@ def build(config: Config) -> LongTailData:
     """
     source = _load(config)
     split, in_training, manifest = divided(config, source)
+    if config.data.pretext == "rotation":
+        source = pretext.turned(source)
     images, labels = source.train_images, source.train_labels
     train_images, train_labels = images[in_training], labels[in_training]
     mean, std = mean_std(config, source.name, train_images if split.redrawn else images[split.train])
@@ -120,6 +122,8 @@ def divided(config: Config, source: Source) -> tuple[Split, longtail.Ints, dict[
     if len(source.class_names) < 2:
         raise UserError(f"data: {source.name} has only one class, {source.class_names[0]!r}")
     split = _split(config, source)
+    if config.data.pretext == "rotation":
+        source = pretext.relabelled(source)
     in_training = split.train
     if config.data.train_on_meta:
         in_training = np.union1d(split.train, split.meta)

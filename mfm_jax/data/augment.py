@@ -76,6 +76,14 @@ def augment_batch(key: jax.Array, images: jax.Array, settings: Augment) -> jax.A
     return jax.vmap(one)(jax.random.split(key, images.shape[0]), images)
 
 
+def turned(images: jax.Array, quarters: jax.Array) -> jax.Array:
+    """Returns each of `images` `[B, S, S, C]` turned anticlockwise by `quarters` int32 `[B]`, of any sign."""
+    found, which = images, (quarters % 4)[:, None, None, None]
+    for k in (1, 2, 3):
+        found = jnp.where(which == k, jnp.rot90(images, k, axes=(1, 2)), found)
+    return found
+
+
 def cutout(key: jax.Array, images: jax.Array, side: int) -> jax.Array:
     """Returns images with a square of `side` pixels set to 0 in each, its middle anywhere, also where it leads outside.
 
@@ -103,6 +111,7 @@ def _box(begin: jax.Array, end: jax.Array, height: int, width: int) -> jax.Array
 
 
 Labelled = tuple[jax.Array, jax.Array]  # images [B, ...], labels int32 [B]
+Pair = tuple[jax.Array, jax.Array]  # of views [B, H, W, C] of the same images
 
 
 def mixed(
@@ -175,25 +184,28 @@ def cutmix(
 
 
 def mixed_views(
-    key: jax.Array, views: jax.Array, labels: jax.Array, alpha: float, partners: Labelled | None = None
+    key: jax.Array, views: Pair, labels: jax.Array, alpha: float, partners: tuple[Pair, jax.Array] | None = None
 ) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
     """Returns two mixtures of the same pairs: the first views mixed up, the second with a box of the partner's.
 
     The shares of the mixup are drawn as `mixup` draws them, and the box has the size that leaves an image the same
     share; what of it leads outside is cut off, and a label's share is again the part of the pixels.
 
-    `views` are `[B, 2, H, W, C]`, `labels` int32 `[B]`, and `partners`, where given, of the same form. Returns of each
-    mixture (images, labels, labels of the partners, shares of the images `[B]` float32): what `types.Batch` has.
+    Each of `views` is `[B, H, W, C]`, `labels` are int32 `[B]`, and `partners`, where given, both of these. Returns of
+    each mixture (images, labels, labels of the partners, shares of the images `[B]` float32): what `types.Batch` has.
 
     References:
       Du et al., Global and local mixture consistency cumulative learning for long-tailed visual recognitions, CVPR
       2023 (global and local mixture consistency).
     """
     pair_key, share_key, place_key = jax.random.split(key, 3)
-    others, other_labels = partners or _shuffled(pair_key, views, labels)
-    share = _larger(jax.random.beta(share_key, alpha, alpha, (len(views),), jnp.float32))
-    blended = _blended(views[:, 0], others[:, 0], share)
-    pasted, kept = _pasted(place_key, views[:, 1], others[:, 1], share)
+    if partners is None:
+        order = jax.random.permutation(pair_key, len(labels))
+        partners = (views[0][order], views[1][order]), labels[order]
+    others, other_labels = partners
+    share = _larger(jax.random.beta(share_key, alpha, alpha, (len(labels),), jnp.float32))
+    blended = _blended(views[0], others[0], share)
+    pasted, kept = _pasted(place_key, views[1], others[1], share)
     return (blended, labels, other_labels, share), (pasted, labels, other_labels, kept)
 
 

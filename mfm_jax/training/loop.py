@@ -30,6 +30,7 @@ Kind = Literal["meta", "plain", "retrain"]  # of a step: updates w and phi, w al
 KINDS: tuple[Kind, ...] = get_args(Kind)
 _SETTLING_IMAGES = 2000  # 500 to 2,000 measured alike on CIFAR-10
 _SECOND = 2**31 - 1  # folded into a batch's key: smaller numbers give keys of its examples
+_TURNS = 2**31 - 2  # the same
 
 
 class LoopState(struct.PyTreeNode):
@@ -112,8 +113,9 @@ def _training_batch(keys: jax.Array, data: Input, step: jax.Array, config: Confi
 def _mixed_views(key: jax.Array, batch: Batch, partners: Batch | None, alpha: float) -> Batch:
     """Returns the mixtures of `augment.mixed_views`: the first as the batch, the other as its second view."""
 
-    def both(one: Batch) -> augment.Labelled:
-        return jnp.stack([view.image for view in one.views], axis=1), one.label
+    def both(one: Batch) -> tuple[augment.Pair, jax.Array]:
+        first, second = one.views
+        return (first.image, second.image), one.label
 
     first, second = augment.mixed_views(key, *both(batch), alpha, partners and both(partners))
     return Batch(*first)._replace(second=Batch(*second))
@@ -124,19 +126,39 @@ def _views(key: jax.Array, examples: Examples, data: Input, config: Config) -> B
 
     Of streamed pictures both are views of the part that was read.
     """
-    batch = _prepared(key, examples, data, config)
     if not config.method.second_view:
-        return batch
-    return batch._replace(second=_prepared(jax.random.fold_in(key, _SECOND), examples, data, config))
+        return _prepared(key, examples, data, config)
+    keys = key, jax.random.fold_in(key, _SECOND)
+    drawn = [_augmented(one, examples, config) for one in keys]
+    # Normalised together: XLA may divide the same pixels with another last bit where a program does it twice.
+    both = augment.normalize(jnp.stack([images for images, _ in drawn], axis=1), data.mean, data.std)
+    first, second = (
+        Batch(_cut_out(one, both[:, i], config), labels)
+        for i, (one, (_, labels)) in enumerate(zip(keys, drawn, strict=True))
+    )
+    return first._replace(second=second)
 
 
 def _prepared(key: jax.Array, examples: Examples, data: Input, config: Config) -> Batch:
     """Returns images, augmented and normalised, with their labels."""
+    images, labels = _augmented(key, examples, config)
+    return Batch(_cut_out(key, augment.normalize(images, data.mean, data.std), config), labels)
+
+
+def _augmented(key: jax.Array, examples: Examples, config: Config) -> Examples:
+    """Returns images, augmented, with their labels."""
     images, labels = examples
-    images = augment.normalize(augment.augment_batch(key, images, config.augment), data.mean, data.std)
-    if config.augment.cutout:
-        images = augment.cutout(key, images, config.augment.cutout)
-    return Batch(images, labels)
+    if config.data.pretext == "rotation":  # augmented upright: a mirrored quarter turn is one the other way round
+        images = augment.turned(images, -labels)
+        labels = jax.random.randint(jax.random.fold_in(key, _TURNS), labels.shape, 0, 4, jnp.int32)
+    images = augment.augment_batch(key, images, config.augment)
+    if config.data.pretext == "rotation":
+        images = augment.turned(images, labels)
+    return images, labels
+
+
+def _cut_out(key: jax.Array, images: jax.Array, config: Config) -> jax.Array:
+    return augment.cutout(key, images, config.augment.cutout) if config.augment.cutout else images
 
 
 @jax.jit
