@@ -106,8 +106,8 @@ def _training_batch(keys: jax.Array, data: Input, step: jax.Array, config: Confi
     if config.method.mixed_views:
         return _mixed_views(keys[3], batch, partners, config.method.mixing)
     given = partners and (partners.image, partners.label)
-    mixed = Batch(*augment.mixed(keys[3], batch.image, batch.label, settings, given))
-    return mixed._replace(second=batch.second)
+    image, label, partner, share = augment.mixed(keys[3], batch.image, batch.label, settings, given)
+    return Batch(image, label, partner, share, second=batch.second)
 
 
 def _mixed_views(key: jax.Array, batch: Batch, partners: Batch | None, alpha: float) -> Batch:
@@ -117,8 +117,9 @@ def _mixed_views(key: jax.Array, batch: Batch, partners: Batch | None, alpha: fl
         first, second = one.views
         return (first.image, second.image), one.label
 
-    first, second = augment.mixed_views(key, *both(batch), alpha, partners and both(partners))
-    return Batch(*first)._replace(second=Batch(*second))
+    mixtures = augment.mixed_views(key, *both(batch), alpha, partners and both(partners))
+    first, second = (Batch(image, label, partner, share) for image, label, partner, share in mixtures)
+    return first._replace(second=second)
 
 
 def _views(key: jax.Array, examples: Examples, data: Input, config: Config) -> Batch:
