@@ -378,6 +378,7 @@ def test_a_module_that_is_none(module, message, data):
         ({"method__name": "metasaug", "method__first_stage": 0.5}, "needs the last layer.*'pooled'"),
         ({"method__name": "crt", "method__first_stage": 0.5}, "'crt': needs the last layer; call your module's last n"),
         ({"method__name": "ldam"}, "needs the last layer.*'pooled'"),
+        ({"method__name": "glmc"}, "method.name = 'glmc': needs the site 'pooled'"),
         ({"method__name": "posthoc_la"}, "method.name = 'posthoc_la': needs the last layer"),
         ({"model__tune": "head"}, "model.tune = 'head': needs the last layer"),
         ({"method__name": "meta_weight_net", "meta__virtual": "head"}, "meta.virtual = 'head': needs the last layer"),
