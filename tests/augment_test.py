@@ -106,6 +106,15 @@ def test_color_jitter_leaves_grey_pictures_grey_and_those_without_strength_alone
     chex.assert_trees_all_close(augment.color_jitter(KEYS[0], IMAGE[..., :1], 0.0), IMAGE[..., :1].astype(np.float32))
 
 
+def test_whether_an_image_is_mirrored_says_nothing_about_its_brightness():
+    """A key in common would have every mirrored image darker, or every one brighter."""
+    images = jnp.broadcast_to(jnp.array([[[50.0], [150.0]]]), (1000, 1, 2, 1))
+    found = np.asarray(batch(jax.random.key(5), images, Augment(pad=0, flip=True, color_jitter=0.4)))[:, 0, :, 0]
+    mirrored, brightness = found[:, 0] > found[:, 1], found.mean(axis=1)
+    assert 400 < mirrored.sum() < 600
+    assert abs(np.corrcoef(mirrored, brightness)[0, 1]) < 0.15  # five standard errors; 0.87 with the same key
+
+
 # --- keys -----------------------------------------------------------------------------------------
 
 

@@ -59,7 +59,10 @@ def _away_from(origin: jax.Array, image: jax.Array, factor: jax.Array) -> jax.Ar
 
 
 def augment_batch(key: jax.Array, images: jax.Array, settings: Augment) -> jax.Array:
-    """Returns `images` `[B, H, W, C]` under `crop_flip`, a policy and `color_jitter`, as set, each with its own key."""
+    """Returns `images` `[B, H, W, C]` under `crop_flip`, a policy and `color_jitter`, as set, each with its own key.
+
+    `split(key)[i]` is `fold_in(key, i)`: 0 and 1 are the keys of `crop_flip`, 2 is the policy's, 3 that of `cutout`.
+    """
     pad = settings.pad if settings.crop == "shift" else 0
     policy = policies.policy(settings, *images.shape[1:3]) if settings.policy != "none" else None
 
@@ -69,7 +72,7 @@ def augment_batch(key: jax.Array, images: jax.Array, settings: Augment) -> jax.A
             image = policies.apply(jax.random.fold_in(key, 2), image, policy)
         if not settings.color_jitter:
             return image
-        return color_jitter(jax.random.fold_in(key, 1), image, settings.color_jitter)
+        return color_jitter(jax.random.fold_in(key, 4), image, settings.color_jitter)
 
     if not (pad or settings.flip or policy or settings.color_jitter):
         return images
