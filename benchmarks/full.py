@@ -80,12 +80,15 @@ INGREDIENTS: dict[str, study.Values] = {
     "sam": {"optim.sam_rho": 0.1},
     "max_norm": {"optim.head_max_norm": 1.0},
 }
-MIXED = tuple(
-    Row(f"{row.name}_{name}", row.method, {**row.values, **values})
-    for name, values in INGREDIENTS.items()
-    for row in (FIRST[3], FIRST[0], FIRST[2])
+_MFM, _, _CE, _PUBLISHED = FIRST
+MIXED = (
+    *(
+        Row(f"{row.name}_{name}", row.method, {**row.values, **values})
+        for name, values in INGREDIENTS.items()
+        for row in (_PUBLISHED, _MFM, _CE)
+    ),
+    Row("mfm_glmc", "mfm", {"method.base": "glmc"}),
 )
-MIXED += (Row("mfm_glmc", "mfm", {"method.base": "glmc"}),)
 TIERS = (FIRST, FORMS, THEN, MIXED)
 NAMES = tuple(row.name for tier in TIERS for row in tier)
 

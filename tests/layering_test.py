@@ -23,9 +23,9 @@ ORDER = (  # the files of a line import those of the lines above it alone
     "workdir.ownership",
     "bilevel.auxiliary config.own data.decode data.depth data.labels data.spelling data.streaming evaluation.conformal "
     "evaluation.intervals evaluation.metrics machine.interruption machine.versions methods.heads methods.settings "
-    "models.convolution models.vit",
-    "bilevel.agreement bilevel.contrast config.groups data.lists evaluation.mistakes evaluation.suspects "
-    "models.densenet models.efficientnet models.imagenet models.resnet models.wide_resnet",
+    "models.convolution",
+    "bilevel.agreement bilevel.contrast config.groups data.lists evaluation.mistakes evaluation.suspects models.layers",
+    "models.densenet models.efficientnet models.imagenet models.resnet models.vit models.wide_resnet",
     "config.consistency config.continuation config.lookup models.catalog",
     "config.parameters config.schema models",
     "config",

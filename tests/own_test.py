@@ -379,6 +379,7 @@ def test_a_module_that_is_none(module, message, data):
         ({"method__name": "crt", "method__first_stage": 0.5}, "'crt': needs the last layer; call your module's last n"),
         ({"method__name": "ldam"}, "needs the last layer.*'pooled'"),
         ({"method__name": "glmc"}, "method.name = 'glmc': needs the site 'pooled'"),
+        ({"method__name": "glmc"}, "the projection of 'glmc': needs the last layer"),
         ({"method__name": "posthoc_la"}, "method.name = 'posthoc_la': needs the last layer"),
         ({"model__tune": "head"}, "model.tune = 'head': needs the last layer"),
         ({"optim__head_max_norm": 1.0}, "optim.head_max_norm = 1.0: needs the last layer"),

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from mfm_jax.bilevel.auxiliary import Auxiliary, Seen
+from mfm_jax.bilevel.auxiliary import Auxiliary, Seen, linear, new_layers
 from mfm_jax.bilevel.passes import Pass
 from mfm_jax.types import PROJECTION, PyTree
 
@@ -42,24 +42,14 @@ def new_projection(key: jax.Array, params: PyTree, size: int) -> PyTree:
 
     SimSiam has several layers of each; GLMC's code has these, and no batch norm between them.
     """
-    keys, he = jax.random.split(key), jax.nn.initializers.he_normal()
     kernel = params["head"]["kernel"]
-    inputs = {"project": kernel.shape[0], "predict": size}
-    return {
-        name: {"kernel": he(key, (width, size), kernel.dtype), "bias": jnp.zeros(size, kernel.dtype)}
-        for key, (name, width) in zip(keys, inputs.items(), strict=True)
-    }
+    return new_layers(key, {"project": (kernel.shape[0], size), "predict": (size, size)}, kernel.dtype)
 
 
 def project(projection: PyTree, features: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Returns (z, p), each `[B, size]`, of features `[B, C]`: the projection, and what is predicted from it."""
-
-    def layer(of: PyTree, x: jax.Array) -> jax.Array:
-        found: jax.Array = x @ of["kernel"] + of["bias"][None, :]
-        return found
-
-    z = layer(projection["project"], features.astype(projection["project"]["kernel"].dtype))
-    return z, layer(projection["predict"], z)
+    z = linear(projection["project"], features.astype(projection["project"]["kernel"].dtype))
+    return z, linear(projection["predict"], z)
 
 
 def disagreement(predicted: jax.Array, target: jax.Array) -> jax.Array:

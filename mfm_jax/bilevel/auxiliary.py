@@ -5,6 +5,7 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from mfm_jax.bilevel.losses import log_prior
 from mfm_jax.bilevel.passes import Pass
@@ -64,6 +65,21 @@ def classifier_alone(apply_fn: ApplyFn) -> ApplyFn:
         return apply_fn({**variables, "params": without_projection(variables["params"])}, image, **options)
 
     return apply
+
+
+def new_layers(key: jax.Array, sizes: Mapping[str, tuple[int, int]], dtype: DTypeLike) -> PyTree:
+    """Returns parameters of linear layers by name, each of `(inputs, outputs)`, to train beside a classifier."""
+    draw = jax.nn.initializers.he_normal()
+    return {
+        name: {"kernel": draw(key, size, dtype), "bias": jnp.zeros(size[1], dtype)}
+        for key, (name, size) in zip(jax.random.split(key, len(sizes)), sizes.items(), strict=True)
+    }
+
+
+def linear(layer: PyTree, x: jax.Array) -> jax.Array:
+    """Returns `[B, D]`, what one of `new_layers` makes of `x` `[B, C]`."""
+    found: jax.Array = x @ layer["kernel"] + layer["bias"][None, :]
+    return found
 
 
 def soft_labels(batch: Batch, classes: int) -> jax.Array:

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from mfm_jax.bilevel.auxiliary import Auxiliary, Seen, soft_labels
+from mfm_jax.bilevel.auxiliary import Auxiliary, Seen, linear, new_layers, soft_labels
 from mfm_jax.bilevel.losses import log_prior
 from mfm_jax.bilevel.passes import Pass
 from mfm_jax.types import PROJECTION, Batch, PyTree
@@ -73,22 +73,14 @@ def proco(
 
 def new_projection(key: jax.Array, params: PyTree, size: int) -> PyTree:
     """Returns the parameters of `project` at their start, from the classifier's `params` with a `head`."""
-    first, second = jax.random.split(key)
     kernel = params["head"]["kernel"]
-    shapes = {"hidden": (first, (kernel.shape[0], _HIDDEN)), "out": (second, (_HIDDEN, size))}
-    draw = jax.nn.initializers.he_normal()
-    return {
-        name: {"kernel": draw(key, shape, kernel.dtype), "bias": jnp.zeros(shape[1], kernel.dtype)}
-        for name, (key, shape) in shapes.items()
-    }
+    return new_layers(key, {"hidden": (kernel.shape[0], _HIDDEN), "out": (_HIDDEN, size)}, kernel.dtype)
 
 
 def project(projection: PyTree, features: jax.Array) -> jax.Array:
     """Returns unit vectors `[B, p]`, float32 or wider, of features `[B, C]`: a ReLU between two linear layers."""
     x = features.astype(jnp.promote_types(features.dtype, jnp.float32))
-    hidden, out = projection["hidden"], projection["out"]
-    x = jax.nn.relu(x @ hidden["kernel"] + hidden["bias"][None, :])
-    x = x @ out["kernel"] + out["bias"][None, :]
+    x = linear(projection["out"], jax.nn.relu(linear(projection["hidden"], x)))
     unit: jax.Array = x / jnp.sqrt(jnp.sum(x**2, axis=-1, keepdims=True) + 1e-12)
     return unit
 

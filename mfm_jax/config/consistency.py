@@ -143,7 +143,7 @@ def _mixed_views(config: Config) -> Iterator[str]:
     for field in ("mixup", "cutmix"):
         if value := getattr(config.augment, field):
             yield (
-                f"augment.{field} = {value}: {config.method.name} mixes images for itself, by method.mixing; set the"
+                f"augment.{field} = {value}: {config.method.trained} mixes images for itself, by method.mixing; set the"
                 " field to 0"
             )
 

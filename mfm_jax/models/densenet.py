@@ -11,24 +11,9 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from mfm_jax.models.convolution import convolution
+from mfm_jax.models import layers
 from mfm_jax.models.normalization import BatchNorm
 from mfm_jax.types import Modulate, no_modulation
-
-_kaiming = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
-
-
-def _conv(channels: int, kernel: int, dtype: DTypeLike, name: str) -> nn.Conv:
-    return nn.Conv(
-        channels,
-        (kernel, kernel),
-        padding=kernel // 2,
-        use_bias=False,
-        kernel_init=_kaiming,
-        conv_general_dilated=convolution,
-        dtype=dtype,
-        name=name,
-    )
 
 
 class Layer(nn.Module):
@@ -41,8 +26,8 @@ class Layer(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool, weight: jax.Array | None) -> jax.Array:
         norm = functools.partial(self.norm, not train)
-        y = _conv(4 * self.growth, 1, self.dtype, "conv1")(nn.relu(norm(name="norm1")(x, weight)))
-        y = _conv(self.growth, 3, self.dtype, "conv2")(nn.relu(norm(name="norm2")(y, weight)))
+        y = layers.conv(4 * self.growth, 1, dtype=self.dtype, name="conv1")(nn.relu(norm(name="norm1")(x, weight)))
+        y = layers.conv(self.growth, 3, dtype=self.dtype, name="conv2")(nn.relu(norm(name="norm2")(y, weight)))
         return jnp.concatenate([x, y], axis=-1)
 
 
@@ -61,7 +46,7 @@ class Stage(nn.Module):
         x = nn.relu(norm(not train, name="norm")(x, weight))
         if self.last:
             return x
-        return nn.avg_pool(_conv(x.shape[-1] // 2, 1, dtype, "transition")(x), (2, 2), strides=(2, 2))
+        return nn.avg_pool(layers.conv(x.shape[-1] // 2, 1, dtype=dtype, name="transition")(x), (2, 2), strides=(2, 2))
 
 
 class DenseNet(nn.Module):
@@ -97,12 +82,11 @@ class DenseNet(nn.Module):
     ) -> jax.Array:
         """Returns logits `[B, K]`; arguments as `resnet.CifarResNet` has them."""
         norm = functools.partial(BatchNorm, axis_name=self.axis_name, dtype=self.dtype)
-        x = modulate("stem", _conv(self.width, 3, self.dtype, "stem")(image.astype(self.dtype)))
+        x = modulate("stem", layers.conv(self.width, 3, dtype=self.dtype, name="stem")(image.astype(self.dtype)))
         kind = nn.remat(Layer, static_argnums=2) if self.remat else Layer
         layer = functools.partial(kind, self.width // 2, dtype=self.dtype, norm=norm)
         for i in range(3):
             site = f"stage{i + 1}"
             x = modulate(site, Stage(self.layers, layer, i == 2, name=site)(x, train, weight))
         x = modulate("pooled", x.mean(axis=(1, 2)))
-        logits = nn.Dense(self.num_classes, kernel_init=_kaiming, dtype=self.dtype, name="head")(x)
-        return modulate("logits", logits.astype(jnp.promote_types(logits.dtype, jnp.float32)))
+        return layers.head(self.num_classes, x, modulate, self.dtype, kernel_init=layers.kaiming)

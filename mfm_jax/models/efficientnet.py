@@ -14,12 +14,12 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from mfm_jax.models import layers
 from mfm_jax.models.convolution import convolution
 from mfm_jax.models.normalization import BatchNorm
 from mfm_jax.types import Modulate, no_modulation
 
 _kaiming = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
-_depthwise = nn.initializers.variance_scaling(2.0, "fan_in", "normal")  # of one channel each
 
 
 class Plan(NamedTuple):
@@ -56,22 +56,6 @@ def scaled(channels: int, width: int) -> int:
     return rounded if rounded >= 0.9 * wanted else rounded + 8
 
 
-def _conv(channels: int, kernel: int, stride: int = 1, *, name: str, dtype: DTypeLike, each: bool = False) -> nn.Conv:
-    """Returns a convolution without bias, padded as PyTorch pads; `each` channel for itself, or of all."""
-    return nn.Conv(
-        channels,
-        (kernel, kernel),
-        stride,
-        padding=kernel // 2,
-        feature_group_count=channels if each else 1,
-        use_bias=False,
-        kernel_init=_depthwise if each else _kaiming,
-        conv_general_dilated=jax.lax.conv_general_dilated if each else convolution,
-        dtype=dtype,
-        name=name,
-    )
-
-
 class Block(nn.Module):
     """An inverted bottleneck: expand, a depthwise convolution, squeeze and excitation, project; with the input added.
 
@@ -92,13 +76,15 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool, weight: jax.Array | None) -> jax.Array:
         norm, inputs = functools.partial(self.norm, not train), x.shape[-1]
+        conv = functools.partial(layers.conv, kernel_init=_kaiming, dtype=self.dtype)
         inner, y = inputs * self.expand, x
         if self.expand > 1:
-            y = nn.silu(norm(name="expand_norm")(_conv(inner, 1, name="expand", dtype=self.dtype)(y), weight))
-        depthwise = _conv(inner, self.kernel, self.stride, name="depthwise", dtype=self.dtype, each=True)
+            y = nn.silu(norm(name="expand_norm")(conv(inner, 1, name="expand")(y), weight))
+        # Each channel for itself: its fan-in is the kernel alone.
+        depthwise = conv(inner, self.kernel, self.stride, inner, kernel_init=layers.kaiming, name="depthwise")
         y = nn.silu(norm(name="depthwise_norm")(depthwise(y), weight))
         y = y * self._gate(y, max(inputs // 4, 1))
-        y = norm(name="project_norm")(_conv(self.channels, 1, name="project", dtype=self.dtype)(y), weight)
+        y = norm(name="project_norm")(conv(self.channels, 1, name="project")(y), weight)
         return x + y if x.shape == y.shape else y
 
     def _gate(self, y: jax.Array, squeezed: int) -> jax.Array:
@@ -108,20 +94,6 @@ class Block(nn.Module):
         )
         squeeze = nn.silu(dense(squeezed, name="squeeze")(y.mean(axis=(1, 2), keepdims=True)))
         return nn.sigmoid(dense(y.shape[-1], name="excite")(squeeze))
-
-
-class Stage(nn.Module):
-    """`blocks` blocks, the first with the stride."""
-
-    blocks: int
-    block: functools.partial[Block]
-    stride: int
-
-    @nn.compact
-    def __call__(self, x: jax.Array, train: bool, weight: jax.Array | None) -> jax.Array:
-        for i in range(self.blocks):
-            x = self.block(stride=self.stride if i == 0 else 1, name=f"block{i}")(x, train, weight)
-        return x
 
 
 class EfficientNet(nn.Module):
@@ -157,7 +129,7 @@ class EfficientNet(nn.Module):
     ) -> jax.Array:
         """Returns logits `[B, K]`; arguments as `resnet.CifarResNet` has them."""
         norm = functools.partial(BatchNorm, axis_name=self.axis_name, dtype=self.dtype)
-        conv = functools.partial(_conv, dtype=self.dtype)
+        conv = functools.partial(layers.conv, kernel_init=_kaiming, dtype=self.dtype)
         kind = nn.remat(Block, static_argnums=2) if self.remat else Block
         x = conv(self.width, 3, 2, name="stem")(image.astype(self.dtype))
         x = modulate("stem", nn.silu(norm(not train, name="stem_norm")(x, weight)))
@@ -171,8 +143,7 @@ class EfficientNet(nn.Module):
                 dtype=self.dtype,
                 norm=norm,
             )
-            x = modulate(site, Stage(plan.blocks, block, plan.stride, name=site)(x, train, weight))
+            x = modulate(site, layers.Stage(plan.blocks, plan.blocks, block, plan.stride, name=site)(x, train, weight))
         x = conv(scaled(TOP, self.width), 1, name="top")(x)
         x = modulate("pooled", nn.silu(norm(not train, name="top_norm")(x, weight)).mean(axis=(1, 2)))
-        logits = nn.Dense(self.num_classes, dtype=self.dtype, name="head")(x)
-        return modulate("logits", logits.astype(jnp.promote_types(logits.dtype, jnp.float32)))
+        return layers.head(self.num_classes, x, modulate, self.dtype)

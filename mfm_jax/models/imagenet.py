@@ -7,34 +7,15 @@ bottleneck sits in its 3x3 convolution (version 1.5).
 """
 
 import functools
-from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from mfm_jax.models import stacked
-from mfm_jax.models.convolution import convolution
+from mfm_jax.models import layers
 from mfm_jax.models.normalization import BatchNorm
 from mfm_jax.types import Modulate, no_modulation
-
-_kaiming = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
-
-
-def _conv(channels: int, kernel: int, stride: int = 1, groups: int = 1, **options: Any) -> nn.Conv:
-    """Returns a square convolution without bias, padded as PyTorch pads (`SAME` differs at stride 2)."""
-    return nn.Conv(
-        channels,
-        (kernel, kernel),
-        stride,
-        padding=kernel // 2,
-        feature_group_count=groups,
-        use_bias=False,
-        kernel_init=_kaiming,
-        conv_general_dilated=convolution if groups == 1 else jax.lax.conv_general_dilated,
-        **options,
-    )
 
 
 class Block(nn.Module):
@@ -56,7 +37,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool, weight: jax.Array | None) -> jax.Array:
-        conv = functools.partial(_conv, dtype=self.dtype)
+        conv = functools.partial(layers.conv, dtype=self.dtype)
         norm = functools.partial(self.norm, not train)
         if self.bottleneck:
             inner, outer = self.channels * (2 if self.groups > 1 else 1), 4 * self.channels
@@ -70,22 +51,6 @@ class Block(nn.Module):
         if y.shape != x.shape:
             x = norm(name="shortcut_norm")(conv(outer, 1, self.stride, name="shortcut")(x), weight)
         return nn.relu(y + x)
-
-
-class Stage(nn.Module):
-    """`blocks` blocks, the first with the stride; `alone` as in `stacked.through`."""
-
-    blocks: int
-    alone: int
-    block: functools.partial[Block]
-    stride: int
-
-    @nn.compact
-    def __call__(self, x: jax.Array, train: bool, weight: jax.Array | None) -> jax.Array:
-        def block(i: int) -> nn.Module:
-            return self.block(stride=self.stride if i == 0 else 1, name=f"block{i}")
-
-        return stacked.through(block, self.blocks, self.alone, x, train, weight)
 
 
 class ResNet(nn.Module):
@@ -128,7 +93,7 @@ class ResNet(nn.Module):
     ) -> jax.Array:
         """Returns logits `[B, K]`; arguments as `resnet.CifarResNet` has them."""
         norm = functools.partial(BatchNorm, axis_name=self.axis_name, dtype=self.dtype)
-        x = _conv(self.width, 7, 2, dtype=self.dtype, name="stem")(image.astype(self.dtype))
+        x = layers.conv(self.width, 7, 2, dtype=self.dtype, name="stem")(image.astype(self.dtype))
         x = norm(not train, name="stem_norm")(x, weight)
         x = modulate("stem", nn.max_pool(nn.relu(x), window_shape=(3, 3), strides=(2, 2), padding=((1, 1), (1, 1))))
         kind = nn.remat(Block, static_argnums=2) if self.remat else Block
@@ -138,7 +103,6 @@ class ResNet(nn.Module):
             )
             site = f"stage{i + 1}"
             alone = int(i > 0 or self.bottleneck) if self.scan_blocks else blocks  # the first may project
-            x = modulate(site, Stage(blocks, alone, block, 2 if i else 1, name=site)(x, train, weight))
+            x = modulate(site, layers.Stage(blocks, alone, block, 2 if i else 1, name=site)(x, train, weight))
         x = modulate("pooled", x.mean(axis=(1, 2)))
-        logits = nn.Dense(self.num_classes, kernel_init=_kaiming, dtype=self.dtype, name="head")(x)
-        return modulate("logits", logits.astype(jnp.promote_types(logits.dtype, jnp.float32)))
+        return layers.head(self.num_classes, x, modulate, self.dtype, kernel_init=layers.kaiming)

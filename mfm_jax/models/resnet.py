@@ -11,14 +11,13 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from mfm_jax.models import stacked
+from mfm_jax.models import layers, stacked
 from mfm_jax.models.convolution import convolution
 from mfm_jax.models.normalization import BatchNorm
 from mfm_jax.types import Modulate, no_modulation
 
-_kaiming = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
 _Conv3x3 = functools.partial(
-    nn.Conv, kernel_size=(3, 3), padding=1, use_bias=False, kernel_init=_kaiming, conv_general_dilated=convolution
+    nn.Conv, kernel_size=(3, 3), padding=1, use_bias=False, kernel_init=layers.kaiming, conv_general_dilated=convolution
 )
 
 
@@ -120,5 +119,4 @@ class CifarResNet(nn.Module):
             stage = Stage(self.blocks, alone, channels, stride, self.dtype, norm, self.remat, name=site)
             x = modulate(site, stage(x, train, weight))
         x = modulate("pooled", x.mean(axis=(1, 2)))
-        logits = nn.Dense(self.num_classes, kernel_init=_kaiming, dtype=self.dtype, name="head")(x)
-        return modulate("logits", logits.astype(jnp.promote_types(logits.dtype, jnp.float32)))
+        return layers.head(self.num_classes, x, modulate, self.dtype, kernel_init=layers.kaiming)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from mfm_jax.errors import UserError
-from mfm_jax.models import stacked
+from mfm_jax.models import layers, stacked
 from mfm_jax.types import Modulate, no_modulation
 
 _normal = nn.initializers.truncated_normal(0.02)
@@ -132,5 +132,4 @@ class VisionTransformer(nn.Module):
         if self.scan_blocks:
             x = modulate(f"block{self.depth}", stacked.through(block, self.depth, 0, x))
         x = nn.LayerNorm(use_fast_variance=False, dtype=self.dtype, name="norm")(x[:, 0])
-        logits = nn.Dense(self.num_classes, kernel_init=_normal, dtype=self.dtype, name="head")(modulate("pooled", x))
-        return modulate("logits", logits.astype(jnp.promote_types(logits.dtype, jnp.float32)))
+        return layers.head(self.num_classes, modulate("pooled", x), modulate, self.dtype, kernel_init=_normal)

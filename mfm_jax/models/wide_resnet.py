@@ -12,26 +12,9 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from mfm_jax.models import stacked
-from mfm_jax.models.convolution import convolution
+from mfm_jax.models import layers
 from mfm_jax.models.normalization import BatchNorm
 from mfm_jax.types import Modulate, no_modulation
-
-_kaiming = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
-
-
-def _conv(channels: int, kernel: int, stride: int, dtype: DTypeLike, name: str) -> nn.Conv:
-    return nn.Conv(
-        channels,
-        (kernel, kernel),
-        stride,
-        padding=kernel // 2,
-        use_bias=False,
-        kernel_init=_kaiming,
-        conv_general_dilated=convolution,
-        dtype=dtype,
-        name=name,
-    )
 
 
 class Block(nn.Module):
@@ -45,28 +28,13 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool, weight: jax.Array | None) -> jax.Array:
         norm = functools.partial(self.norm, not train)
+        conv = functools.partial(layers.conv, self.channels, dtype=self.dtype)
         active = nn.relu(norm(name="norm1")(x, weight))
-        y = _conv(self.channels, 3, self.stride, self.dtype, "conv1")(active)
-        y = _conv(self.channels, 3, 1, self.dtype, "conv2")(nn.relu(norm(name="norm2")(y, weight)))
+        y = conv(3, self.stride, name="conv1")(active)
+        y = conv(3, name="conv2")(nn.relu(norm(name="norm2")(y, weight)))
         if x.shape[-1] != self.channels:
-            x = _conv(self.channels, 1, self.stride, self.dtype, "shortcut")(active)
+            x = conv(1, self.stride, name="shortcut")(active)
         return x + y
-
-
-class Stage(nn.Module):
-    """`blocks` blocks, the first with the stride; `alone` as in `stacked.through`."""
-
-    blocks: int
-    alone: int
-    block: functools.partial[Block]
-    stride: int
-
-    @nn.compact
-    def __call__(self, x: jax.Array, train: bool, weight: jax.Array | None) -> jax.Array:
-        def block(i: int) -> nn.Module:
-            return self.block(stride=self.stride if i == 0 else 1, name=f"block{i}")
-
-        return stacked.through(block, self.blocks, self.alone, x, train, weight)
 
 
 class WideResNet(nn.Module):
@@ -106,15 +74,14 @@ class WideResNet(nn.Module):
     ) -> jax.Array:
         """Returns logits `[B, K]`; arguments as `resnet.CifarResNet` has them."""
         norm = functools.partial(BatchNorm, axis_name=self.axis_name, dtype=self.dtype)
-        x = modulate("stem", _conv(self.width, 3, 1, self.dtype, "stem")(image.astype(self.dtype)))
+        x = modulate("stem", layers.conv(self.width, 3, dtype=self.dtype, name="stem")(image.astype(self.dtype)))
         kind = nn.remat(Block, static_argnums=2) if self.remat else Block
         alone = 1 if self.scan_blocks else self.blocks
         for i in range(3):
             site = f"stage{i + 1}"
             block = functools.partial(kind, self.width * self.widen * 2**i, dtype=self.dtype, norm=norm)
-            x = Stage(self.blocks, alone, block, 2 if i else 1, name=site)(x, train, weight)
+            x = layers.Stage(self.blocks, alone, block, 2 if i else 1, name=site)(x, train, weight)
             x = nn.relu(norm(not train, name="norm")(x, weight)) if i == 2 else x
             x = modulate(site, x)
         x = modulate("pooled", x.mean(axis=(1, 2)))
-        logits = nn.Dense(self.num_classes, kernel_init=_kaiming, dtype=self.dtype, name="head")(x)
-        return modulate("logits", logits.astype(jnp.promote_types(logits.dtype, jnp.float32)))
+        return layers.head(self.num_classes, x, modulate, self.dtype, kernel_init=layers.kaiming)

@@ -72,6 +72,7 @@ def _head(config: Config, seen: Seen) -> Iterator[str]:
         f"the head of {name!r} or its method.base": config.method.head == "own" and table.head(config) == "cosine",
         f"method.head = {config.method.head!r}": config.method.head != "own",
         f"method.proco_weight = {config.method.proco_weight}": config.method.proco_weight,
+        f"the projection of {config.method.trained!r}": config.method.mixed_views,
         "model.tune = 'head'": config.model.tune == "head",
         "meta.virtual = 'head'": method.learner and config.meta.virtual == "head",
         f"optim.head_max_norm = {config.optim.head_max_norm}": config.optim.head_max_norm,
