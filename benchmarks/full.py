@@ -77,6 +77,8 @@ INGREDIENTS: dict[str, study.Values] = {
     "cutmix": {"augment.cutmix": 1.0},
     "cutmix_balanced": {"augment.cutmix": 1.0, "augment.partners": "balanced"},
     "proco": {"method.proco_weight": 1.0},
+    "bcl": {"method.bcl_weight": 0.5},
+    "sbcl": {"method.sbcl_weight": 0.5},
     "sam": {"optim.sam_rho": 0.1},
     "max_norm": {"optim.head_max_norm": 1.0},
 }

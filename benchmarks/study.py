@@ -12,6 +12,8 @@ Started again with the same folder it goes on where it was. Tiers (`--tiers=main
   others    factor 100, 1 seed: every other method at its defaults, untuned
   features  factor 100, 2 seeds: MFM as in configs/cifar10_lt_features.py, the pooled features modulated, too
   explained 1 seed: what the methods below CE lack, put right one at a time
+  contrast  factor 100, 1 seed: CE, logit adjustment and MFM as in main, beside a contrastive loss of pairs
+  pretext   factor 100, 1 seed: SimSiam, and the same three from its classifier
 
 `--max_seeds=1 --config.train.epochs=2` makes a trial of it; `--jobs=N` has N runs side by side. After each tier the
 rows that are there are written to WORKDIR/study.md, with differences paired by seed, and to `--csv`.
@@ -55,6 +57,7 @@ CHOSEN: dict[str, Values] = {
     "meta_weight_net": {"method.sampling": "square_root", "meta.learning_rate": 2e-3},
 }
 UNTUNED: dict[str, Values] = {"l2ac": {"meta.learning_rate": 2e-3}}  # its phi is a network, as Meta-Weight-Net's
+JITTERED: Values = {"augment.color_jitter": 0.4}  # otherwise its colours alone say which image a view is of
 FEATURES: Values = {"modulation.sites": "pooled:direct,logits:frequency"}
 MAIN = ("ce", "logit_adjusted", "mfm")
 PEERS = ("ldam_drw", "meta_weight_net")
@@ -73,13 +76,17 @@ class Row(NamedTuple):
 Finished = list[tuple[Row, Results]]
 
 
-def tiers(own_factor: float, source: str) -> dict[str, list[Row]]:
-    """Returns the rows of every tier; `source` is the run whose modulator is taken over."""
-    known, elsewhere = {"modulation.init_from": source}, (*MAIN, *PEERS, "mfm_frozen")
+def tiers(own_factor: float, workdir: Path, source: str = "") -> dict[str, list[Row]]:
+    """Returns the rows of every tier; `source` is the run whose modulator is taken over, main's seed 0 by default."""
+    source = source or str(workdir / "factor100" / "mfm" / "seed0")
+    known, elsewhere = {"modulation.init_from": source}, (*MAIN, *PEERS, "mfm_frozen", "simsiam")
     taken: dict[str, Values] = {"mfm_frozen": {**known, "meta.freeze": True}, "mfm_fine_tuned": known}
 
     def chosen(names: Sequence[str], factor: float, seeds: int) -> list[Row]:
         return [Row(name, name, factor, seeds, CHOSEN.get(name, {})) for name in names]
+
+    def varied(ending: str, values: Values) -> list[Row]:
+        return [row._replace(name=row.name + ending, values={**row.values, **values}) for row in chosen(MAIN, 100.0, 1)]
 
     def transferred(factor: float, seeds: int) -> list[Row]:
         return [Row(name, "mfm", factor, seeds, values) for name, values in taken.items()]
@@ -99,13 +106,18 @@ def tiers(own_factor: float, source: str) -> dict[str, list[Row]]:
             Row("l2rw_square_root", "l2rw", 100.0, 1, {"method.sampling": "square_root"}),
             *(Row(name, name, 10.0, 1) for name in ("undersample", "ce")),
         ],
+        "contrast": [row for one in ("bcl", "sbcl") for row in varied(f"_{one}", {f"method.{one}_weight": 0.5})],
+        "pretext": [
+            Row("simsiam", "simsiam", 100.0, 1, JITTERED),
+            *varied("_after_simsiam", {"model.init_from": str(workdir / "factor100" / "simsiam" / "seed0")}),
+        ],
     }
 
 
 def main(argv: Sequence[str]) -> int:
     del argv
     workdir, config = command.workdir(), command.config()
-    planned = tiers(config.data.imbalance_factor, _SOURCE.value or str(workdir / "factor100" / "mfm" / "seed0"))
+    planned = tiers(config.data.imbalance_factor, workdir, _SOURCE.value)
     finished: Finished = []
     failed: list[str] = []
     tables = ""

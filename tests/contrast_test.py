@@ -117,7 +117,7 @@ def test_a_padded_batch_is_the_batch():
 
 
 def proco(name="ce", **overrides):
-    return configured(name, method__proco_weight=0.5, method__proco_features=8, **overrides)
+    return configured(name, method__proco_weight=0.5, method__contrast_features=8, **overrides)
 
 
 def batches(data, size=40):
@@ -130,7 +130,7 @@ def batches(data, size=40):
 @pytest.mark.usefixtures("quick_runs")
 def test_weight_zero_is_the_plain_method_and_another_forms_the_features_too():
     states = []
-    off = {"method__proco_features": 8, "method__proco_temperature": 1.0}
+    off = {"method__contrast_features": 8, "method__contrast_temperature": 1.0}
     for config in (configured("ce"), configured("ce", **off), proco()):
         data = data_lib.build(config)
         experiment = experiment_lib.build(config, data)

@@ -30,7 +30,7 @@ def test_the_queue_is_in_the_order_of_worth(full, tmp_path):
     then = ("ldam_drw", "meta_weight_net", "metasaug")
     mixed = [
         f"{name}_{ingredient}"
-        for ingredient in ("ema", "cutmix", "cutmix_balanced", "proco", "sam", "max_norm")
+        for ingredient in ("ema", "cutmix", "cutmix_balanced", "proco", "bcl", "sbcl", "sam", "max_norm")
         for name in ("logit_adjusted_natural", "mfm", "ce")
     ]
     assert [one.run.label for one in planned] == [

@@ -25,7 +25,7 @@ ORDER = (  # the files of a line import those of the lines above it alone
     "evaluation.intervals evaluation.metrics machine.interruption machine.versions methods.heads methods.settings "
     "models.convolution",
     "bilevel.agreement bilevel.contrast config.groups data.lists evaluation.mistakes evaluation.suspects models.layers",
-    "models.densenet models.efficientnet models.imagenet models.resnet models.vit models.wide_resnet",
+    "bilevel.pairs models.densenet models.efficientnet models.imagenet models.resnet models.vit models.wide_resnet",
     "config.consistency config.continuation config.lookup models.catalog",
     "config.parameters config.schema models",
     "config",

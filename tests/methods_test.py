@@ -43,9 +43,9 @@ STAGED = get_args(Staged)
 # One of each kind for the quick tier, the others in the slow. A sampler and what is done after training show in whole
 # runs; their steps are those of plain training.
 LOSSES = ("ldam_drw", "influence_balanced", "lade", "glmc")
-STEPS = ("mfm", "ce", *LOSSES, "crt", "smote", "meta_weight_net", "l2rw", "metasaug")
+STEPS = ("mfm", "ce", *LOSSES, "crt", "simsiam", "smote", "meta_weight_net", "l2rw", "metasaug")
 # `parallel_test` has mfm with class weights, and l2rw.
-ON_DEVICES = ("influence_balanced", "lade", "glmc", "crt", "smote", "meta_weight_net", "metasaug")
+ON_DEVICES = ("influence_balanced", "lade", "glmc", "crt", "simsiam", "smote", "meta_weight_net", "metasaug")
 BY_STEP, BY_DEVICES, BY_KIND = (
     [name if name in quick else slow(name) for name in ALL]
     for quick in (STEPS, ON_DEVICES, (*STEPS, "progressive", "two_phase", "posthoc_la", "mfm_frozen"))

@@ -4,6 +4,7 @@ import csv
 import importlib
 import shlex
 import sys
+from pathlib import Path
 
 import pytest
 from helpers import benchmark
@@ -32,7 +33,7 @@ def results(balanced: float, tail: float, split: str = "test") -> dict:
 
 
 def test_every_row_is_a_run_of_its_own(study, tmp_path):
-    rows = [row for tier in study.tiers(100.0, "runs/source").values() for row in tier]
+    rows = [row for tier in study.tiers(100.0, Path("runs/study"), "runs/source").values() for row in tier]
     planned = [run for row in rows for run in study.runs_of(row, config_lib.default(), tmp_path)]
     assert len({run.label for run in planned}) == len(planned) - 10  # `borrowed` at 100 has ce's and mfm's of `main`
     frozen = next(run.config for run in planned if run.label == "mfm_frozen, factor 200, seed 1")

@@ -13,43 +13,85 @@ References:
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 
 from mfm_jax.bilevel.auxiliary import Auxiliary, Seen, linear, new_layers
 from mfm_jax.bilevel.passes import Pass
-from mfm_jax.types import PROJECTION, PyTree
+from mfm_jax.types import PROJECTION, Batch, PyTree
 
 NAME = "agreement"
 
+Normalize = Callable[[jax.Array], jax.Array]  # batch norm of [B, C]
+# (layers, features [B, C], batch norm) -> z and p, each [B, size]
+Projected = Callable[[PyTree, jax.Array, Normalize], tuple[jax.Array, jax.Array]]
+
 
 def of_views(weight: float, size: int) -> Auxiliary:
-    """Returns the loss of the module, `weight` times, with z and p of `size` numbers."""
+    """Returns the loss of the module, `weight` times, with z and p of `size` numbers.
 
-    def loss(params: PyTree, memory: PyTree, seen: Sequence[Seen], forward: Pass) -> tuple[jax.Array, PyTree]:
-        one, other = seen
-        z1, p1 = project(params[PROJECTION][NAME], one.features["pooled"])
-        z2, p2 = project(params[PROJECTION][NAME], other.features["pooled"])
-        return weight * forward.mean((disagreement(p1, z2) + disagreement(p2, z1)) / 2, one.batch), memory
-
-    return Auxiliary(NAME, loss, ("pooled",), projection=functools.partial(new_projection, size=size))
-
-
-def new_projection(key: jax.Array, params: PyTree, size: int) -> PyTree:
-    """Returns the parameters of `project` at their start, from the classifier's `params` with a `head`.
-
-    SimSiam has several layers of each; GLMC's code has these, and no batch norm between them.
+    h and q are a linear layer each, as in GLMC's code.
     """
-    kernel = params["head"]["kernel"]
-    return new_layers(key, {"project": (kernel.shape[0], size), "predict": (size, size)}, kernel.dtype)
+
+    def init(key: jax.Array, params: PyTree) -> PyTree:
+        kernel = params["head"]["kernel"]
+        return new_layers(key, {"project": (kernel.shape[0], size), "predict": (size, size)}, kernel.dtype)
+
+    def projected(layers: PyTree, x: jax.Array, normalize: Normalize) -> tuple[jax.Array, jax.Array]:
+        del normalize
+        z = linear(layers["project"], x)
+        return z, linear(layers["predict"], z)
+
+    return _between(projected, init, weight)
 
 
-def project(projection: PyTree, features: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns (z, p), each `[B, size]`, of features `[B, C]`: the projection, and what is predicted from it."""
-    z = linear(projection["project"], features.astype(projection["project"]["kernel"].dtype))
-    return z, linear(projection["predict"], z)
+def siamese(size: int) -> Auxiliary:
+    """Returns SimSiam's loss, of whose z and p a classifier learns without a label.
+
+    h has three layers of `size` units, each followed by batch norm without gain and bias, the first two by a ReLU; q
+    has two, with a quarter of the units and batch norm and a ReLU between. Without batch norm it learns little.
+
+    References:
+      Chen and He, Exploring simple Siamese representation learning, CVPR 2021, section 3.
+    """
+    narrow = max(size // 4, 1)
+
+    def init(key: jax.Array, params: PyTree) -> PyTree:
+        kernel = params["head"]["kernel"]
+        sizes = {"first": (kernel.shape[0], size), "second": (size, size), "third": (size, size)}
+        return new_layers(key, {**sizes, "narrow": (size, narrow), "predict": (narrow, size)}, kernel.dtype)
+
+    def projected(layers: PyTree, x: jax.Array, normalize: Normalize) -> tuple[jax.Array, jax.Array]:
+        for name in ("first", "second"):
+            x = jax.nn.relu(normalize(linear(layers[name], x)))
+        z = normalize(linear(layers["third"], x))
+        return z, linear(layers["predict"], jax.nn.relu(normalize(linear(layers["narrow"], z))))
+
+    return _between(projected, init)
+
+
+def _between(projected: Projected, init: Callable[[jax.Array, PyTree], PyTree], weight: float = 1.0) -> Auxiliary:
+    def loss(params: PyTree, memory: PyTree, seen: Sequence[Seen], forward: Pass) -> tuple[jax.Array, PyTree]:
+        layers = params[PROJECTION][NAME]
+        (z1, p1), (z2, p2) = (
+            projected(layers, _wide(one.features["pooled"], layers), functools.partial(_normalized, one.batch, forward))
+            for one in seen
+        )
+        return weight * forward.mean((disagreement(p1, z2) + disagreement(p2, z1)) / 2, seen[0].batch), memory
+
+    return Auxiliary(NAME, loss, ("pooled",), projection=init)
+
+
+def _wide(x: jax.Array, layers: PyTree) -> jax.Array:
+    return x.astype(jax.tree.leaves(layers)[0].dtype)
+
+
+def _normalized(batch: Batch, forward: Pass, x: jax.Array) -> jax.Array:
+    """Returns `x` `[B, C]` of mean 0 and variance 1 over the whole batch."""
+    centred = x - forward.mean(x, batch)[None]
+    return centred * jax.lax.rsqrt(forward.mean(centred**2, batch) + 1e-5)[None]
 
 
 def disagreement(predicted: jax.Array, target: jax.Array) -> jax.Array:

@@ -210,6 +210,13 @@ class Pass:
         mean = left.T @ right / len(left)
         return jax.lax.pmean(mean, self.axis_name) if self.axis_name else mean
 
+    def gathered(self, tree: PyTree) -> tuple[PyTree, jax.Array]:
+        """Returns `tree`, `[B, ...]`, of all devices one after the other, and where this one's rows begin in it."""
+        if self.axis_name is None:
+            return tree, jnp.zeros((), jnp.int32)
+        whole = jax.tree.map(lambda leaf: jax.lax.all_gather(leaf, self.axis_name, tiled=True), tree)
+        return whole, jax.lax.axis_index(self.axis_name) * len(jax.tree.leaves(tree)[0])
+
     def log_mean_exp(self, values: jax.Array, batch: Batch) -> jax.Array:
         """Returns the log of the mean of `exp(values [B, ...])` over the whole batch, as `mean` takes it."""
         largest = jax.lax.stop_gradient(values).max(axis=0)

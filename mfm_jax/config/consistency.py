@@ -137,7 +137,16 @@ def _per_batch(config: Config) -> Iterator[str]:
 
 
 def _mixed_views(config: Config) -> Iterator[str]:
-    """What a method that mixes images for itself, and compares the two mixtures, does not go with."""
+    """What does not go with a method that mixes images for itself, and with a contrast of single images."""
+    if config.method.pairs:
+        field = "bcl_weight" if config.method.bcl_weight else "sbcl_weight"
+        mixing = [f"augment.{one} = {value}" for one in ("mixup", "cutmix") if (value := getattr(config.augment, one))]
+        mixing += [f"the mixtures of {config.method.trained}"] * config.method.mixed_views
+        for mixed in mixing:
+            yield (
+                f"method.{field} = {getattr(config.method, field)}: contrasts images of one class each, not {mixed};"
+                " leave one of them out"
+            )
     if not config.method.mixed_views:
         return
     for field in ("mixup", "cutmix"):

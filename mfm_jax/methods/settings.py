@@ -14,7 +14,7 @@ Weighted = Literal["class_balanced", "drw", "influence_balanced", "glmc"]
 Loss = Literal["ce", "focal", Weighted, "ldam", "ldam_drw", Adjusted, "own_loss"]
 Sampled = Literal["oversample", "undersample", "sqrt_sample", "progressive"]
 # A second stage gets the last part of the epochs and its own learning-rate schedule.
-Staged = Literal["two_phase", "crt", "lws", "smote"]
+Staged = Literal["two_phase", "crt", "lws", "smote", "simsiam"]
 MetaLearned = Literal["mfm", "mfm_frozen", "meta_weight_net", "l2rw", "l2ac", "metasaug", "own_learner"]
 Name = Literal[Loss, "dice", "sampling_free", Sampled, Staged, "posthoc_la", "tau_norm", MetaLearned]
 
@@ -23,10 +23,19 @@ _BASES = {"metasaug": "drw"}  # of the meta learners that were published with an
 _PER_BATCH = {"l2rw"}  # weights of examples that belong to one batch
 _COSINE = {"ldam", "ldam_drw"}  # losses of a classifier that compares directions
 _FINE_TUNED = {"two_phase"}  # second stages that train the whole classifier
-_LINEAR = {"crt", "lws", "smote", "posthoc_la", "tau_norm", "sampling_free"}  # what they set or train of the head
+_LINEAR = {
+    "crt",
+    "lws",
+    "smote",
+    "posthoc_la",
+    "tau_norm",
+    "sampling_free",
+    "simsiam",
+}  # what they set or train of the head
 _KEPT = {"mfm_frozen": "long_tail"}  # the shipped modulator that a method keeps (`workdir.modulators`)
 _OF_BATCH = {"lade"}  # that have a loss of the whole batch
 _MIXED_VIEWS = {"glmc"}  # that train on two mixtures of each pair of images
+_AGREEING = {*_MIXED_VIEWS, "simsiam"}  # that compare two views of each image, by a projection
 
 
 @dataclass(frozen=True)
@@ -40,8 +49,13 @@ class Method:
     ] = 1.0
     label_smoothing: Annotated[float, Bounds(0, 1), "any method; 0 = off"] = 0.0
     proco_weight: Annotated[float, Bounds(0), "any method: of the probabilistic contrastive loss; 0 = off"] = 0.0
-    proco_temperature: Annotated[float, Bounds(0.01), "proco_weight: divides the cosines"] = 0.1
-    proco_features: Annotated[int, Bounds(8), "proco_weight: dimensions in which classes are contrasted"] = 128
+    bcl_weight: Annotated[float, Bounds(0), "any method: of the balanced contrastive loss of two views; 0 = off"] = 0.0
+    sbcl_weight: Annotated[
+        float, Bounds(0), "any method: of the subclass-balanced contrastive loss of two views; 0 = off"
+    ] = 0.0
+    sbcl_images: Annotated[int, Bounds(1), "sbcl_weight: images of a subclass"] = 50
+    contrast_temperature: Annotated[float, Bounds(0.01), "proco, bcl, sbcl: divides the cosines"] = 0.1
+    contrast_features: Annotated[int, Bounds(8), "proco, bcl, sbcl: dimensions in which examples are contrasted"] = 128
     focal_gamma: Annotated[float, Bounds(0), "focal; 0 = cross-entropy"] = 2.0
     weighting: Annotated[
         Literal["effective_number", "inverse_frequency", "sqrt_frequency"],
@@ -60,7 +74,7 @@ class Method:
     dice_alpha: Annotated[float, Bounds(0), "dice; 0 = the plain Dice loss"] = 0.1
     mixing: Annotated[float, Bounds(0.01), "glmc: shares of its two mixtures from Beta(mixing, mixing)"] = 0.5
     consistency: Annotated[float, Bounds(0), "glmc: what the agreement of the views counts; 0 = mixtures alone"] = 4.0
-    consistency_size: Annotated[int, Bounds(1), "glmc: numbers that features are projected to"] = 128
+    consistency_size: Annotated[int, Bounds(1), "glmc, simsiam: numbers that features are projected to"] = 128
     sampling: Annotated[
         Literal["own", "natural", "square_root", "square_root_later", "balanced", "balanced_later", "progressive"],
         "any method: how often classes are drawn; own = as the method says",
@@ -130,12 +144,17 @@ class Method:
     @property
     def second_view(self) -> bool:
         """Whether a training batch has a second view of its images (`Batch.second`)."""
-        return self.mixed_views
+        return self.trained in _AGREEING or self.pairs
+
+    @property
+    def pairs(self) -> bool:
+        """Whether the examples of a batch are contrasted with one another."""
+        return bool(self.bcl_weight or self.sbcl_weight)
 
     @property
     def projects(self) -> bool:
         """Whether a loss of the whole batch trains a projection of the features beside the classifier."""
-        return self.mixed_views or self.proco_weight > 0
+        return self.second_view or self.proco_weight > 0
 
     @property
     def of_batch(self) -> bool:

@@ -140,6 +140,11 @@ def _agreement(config: Config, counts: jax.Array) -> Auxiliary:
     return agreement.of_views(config.method.consistency, config.method.consistency_size)
 
 
+def _siamese(config: Config, counts: jax.Array) -> Auxiliary:
+    del counts
+    return agreement.siamese(config.method.consistency_size)
+
+
 def _metasaug(config: Config, counts: jax.Array, channels: Mapping[str, int]) -> MetaLearner:
     size, strength = (len(counts), channels["pooled"]), config.method.isda_strength
     if (last := head(config)) == "linear":
@@ -228,6 +233,14 @@ METHODS = {
     "lws": Method(sampler=sampling.balanced_later, retraining=_LWS, search=_STAGE),
     "smote": Method(
         retraining=_CRT._replace(synthetic=True), search={**_STAGE, "method.smote_neighbors": Choice((1, 3, 5, 10))}
+    ),
+    # No label counts in the first stage, which cross-entropy's weights of zero say; the second has no such weights.
+    "simsiam": Method(
+        weights=lambda config, counts: jnp.zeros(len(counts)),
+        beside=_siamese,
+        sampler=sampling.balanced_later,
+        retraining=_CRT,
+        search=_STAGE,
     ),
     # After training.
     "posthoc_la": Method(

@@ -67,11 +67,12 @@ def _head(config: Config, seen: Seen) -> Iterator[str]:
     """What reads or trains the last layer."""
     method, name = METHODS[config.method.name], config.method.name
     reads = "head" in method.needs
+    contrasts = {field: getattr(config.method, field) for field in ("proco_weight", "bcl_weight", "sbcl_weight")}
     asking = {
         f"method.name = {name!r}": method.prior_bias or method.retraining or method.posthoc or reads,
         f"the head of {name!r} or its method.base": config.method.head == "own" and table.head(config) == "cosine",
         f"method.head = {config.method.head!r}": config.method.head != "own",
-        f"method.proco_weight = {config.method.proco_weight}": config.method.proco_weight,
+        **{f"method.{field} = {value}": value for field, value in contrasts.items()},
         f"the projection of {config.method.trained!r}": config.method.mixed_views,
         "model.tune = 'head'": config.model.tune == "head",
         "meta.virtual = 'head'": method.learner and config.meta.virtual == "head",

@@ -5,10 +5,11 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from mfm_jax import models
-from mfm_jax.bilevel import MetaRule, averaging, contrast, losses, optim, sharpness
+from mfm_jax.bilevel import MetaRule, averaging, contrast, losses, optim, pairs, sharpness
 from mfm_jax.bilevel.auxiliary import Auxiliary
 from mfm_jax.bilevel.averaging import Averaging
 from mfm_jax.bilevel.objective import ClassWeights, Objective
@@ -139,9 +140,13 @@ def _loss(config: Config, trained: Method, counts: jax.Array, begin: int) -> Los
 def _beside(config: Config, trained: Method, counts: jax.Array) -> tuple[Auxiliary, ...]:
     chosen = config.method
     found = [trained.beside(config, counts) if trained.beside else None]
+    size, shared = config.train.batch_size, (chosen.contrast_temperature, chosen.contrast_features)
     if chosen.proco_weight:
-        options = (config.train.batch_size, chosen.proco_weight, chosen.proco_temperature, chosen.proco_features)
-        found.append(contrast.proco(counts, *options))
+        found.append(contrast.proco(counts, size, chosen.proco_weight, *shared))
+    if chosen.bcl_weight:
+        found.append(pairs.balanced(len(counts), chosen.bcl_weight, *shared))
+    if chosen.sbcl_weight:
+        found.append(pairs.by_subclasses(np.asarray(counts), size, chosen.sbcl_weight, *shared, chosen.sbcl_images))
     return tuple(one for one in found if one)
 
 
