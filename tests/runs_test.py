@@ -79,7 +79,7 @@ def test_side_by_side_gives_the_same_results_and_outlives_a_failure(tmp_path, ca
     out = capsys.readouterr().out
     assert out.splitlines()[0].startswith("seed0 and 1 more: epoch 0/2, log ")
     assert "seed0 and 1 more: done in" in out
-    assert "s; 2 of 2 done" in out
+    assert "; 2 of 2 done" in out
     alone = train.train_and_evaluate(group[0].config, tmp_path / "alone")
     np.testing.assert_allclose(good[0].results["last"]["test"]["nll"], alone["last"]["test"]["nll"], rtol=1e-3)
     monkeypatch.setattr(subprocess, "Popen", None)
