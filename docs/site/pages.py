@@ -40,6 +40,7 @@ MODULES = {
             "bilevel.losses",
             "bilevel.auxiliary",
             "bilevel.contrast",
+            "bilevel.pairs",
             "bilevel.agreement",
             "bilevel.objective",
             "bilevel.averaging",
