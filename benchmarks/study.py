@@ -14,8 +14,14 @@ Started again with the same folder it goes on where it was. Tiers (`--tiers=main
   explained 1 seed: what the methods below CE lack, put right one at a time
   contrast  factor 100, 1 seed: CE, logit adjustment and MFM as in main, beside a contrastive loss of pairs
   pretext   factor 100, 1 seed: SimSiam, and the same three from its classifier
+  noise     factor 100, 3 seeds: CE, MFM, Meta-Weight-Net, L2RW and RCAL with 0, 20 and 40 % wrong labels, symmetric
+  joint     the same of MFM with RCAL: features of the tier `noise`'s MFM, from the same seed, for RCAL's last layer
 
-`--max_seeds=1 --config.train.epochs=2` makes a trial of it; `--jobs=N` has N runs side by side. After each tier the
+The last two take a minute a run on one core, two side by side, with the words
+
+    --tiers=noise,joint --config.train.epochs=5 --csv=docs/results/noise.csv
+
+`--max_seeds=1 --config.train.epochs=2` makes a trial of it; `--jobs=N` has N runs side by side. After each row the
 rows that are there are written to WORKDIR/study.md, with differences paired by seed, and to `--csv`.
 """
 
@@ -37,6 +43,7 @@ from mfm_jax import config as config_lib
 from mfm_jax.methods.table import BUILT_IN
 from mfm_jax.pages import comparison
 from mfm_jax.study import runs, tune
+from mfm_jax.workdir.files import Workdir, read_object
 
 _TIERS = flags.DEFINE_list("tiers", ["main", "factors", "peers", "transfer"], "What to run.")
 _MAX_SEEDS = flags.DEFINE_integer("max_seeds", 5, "No row gets more seeds than this.")
@@ -61,6 +68,8 @@ JITTERED: Values = {"augment.color_jitter": 0.4}  # otherwise its colours alone 
 FEATURES: Values = {"modulation.sites": "pooled:direct,logits:frequency"}
 MAIN = ("ce", "logit_adjusted", "mfm")
 PEERS = ("ldam_drw", "meta_weight_net")
+NOISY = ("ce", "mfm", "meta_weight_net", "l2rw", "rcal")
+NOISES = (0.0, 0.2, 0.4)
 
 
 class Row(NamedTuple):
@@ -76,9 +85,8 @@ class Row(NamedTuple):
 Finished = list[tuple[Row, Results]]
 
 
-def tiers(own_factor: float, workdir: Path, source: str = "") -> dict[str, list[Row]]:
-    """Returns the rows of every tier; `source` is the run whose modulator is taken over, main's seed 0 by default."""
-    source = source or str(workdir / "factor100" / "mfm" / "seed0")
+def tiers(own_factor: float, source: str) -> dict[str, list[Row]]:
+    """Returns the rows of every tier; `source` is the run whose modulator is taken over."""
     known, elsewhere = {"modulation.init_from": source}, (*MAIN, *PEERS, "mfm_frozen", "simsiam")
     taken: dict[str, Values] = {"mfm_frozen": {**known, "meta.freeze": True}, "mfm_fine_tuned": known}
 
@@ -90,6 +98,16 @@ def tiers(own_factor: float, workdir: Path, source: str = "") -> dict[str, list[
 
     def transferred(factor: float, seeds: int) -> list[Row]:
         return [Row(name, "mfm", factor, seeds, values) for name, values in taken.items()]
+
+    def noisy(share: float) -> list[Row]:
+        noise: Values = {"data.label_noise": share} if share else {}
+        return [Row(name + _noise(share), name, 100.0, 3, {**CHOSEN.get(name, {}), **noise}) for name in NOISY]
+
+    def joint(share: float) -> Row:
+        # Of the first stage nothing is trained but a last layer, in whose place the second puts another.
+        first: Values = {"model.init_from": f"{{workdir}}/factor100/mfm{_noise(share)}/seed{{seed}}"}
+        values: Values = {**first, "model.tune": "head"} | ({"data.label_noise": share} if share else {})
+        return Row(f"mfm_rcal{_noise(share)}", "rcal", 100.0, 3, values)
 
     return {
         "main": chosen(MAIN, 100.0, 5),
@@ -109,40 +127,66 @@ def tiers(own_factor: float, workdir: Path, source: str = "") -> dict[str, list[
         "contrast": [row for one in ("bcl", "sbcl") for row in varied(f"_{one}", {f"method.{one}_weight": 0.5})],
         "pretext": [
             Row("simsiam", "simsiam", 100.0, 1, JITTERED),
-            *varied("_after_simsiam", {"model.init_from": str(workdir / "factor100" / "simsiam" / "seed0")}),
+            *varied("_after_simsiam", {"model.init_from": "{workdir}/factor100/simsiam/seed0"}),
         ],
+        "noise": [row for share in NOISES for row in noisy(share)],
+        "joint": [joint(share) for share in NOISES],
     }
+
+
+def _noise(share: float) -> str:
+    """Returns what tells the name of a row with wrong labels."""
+    return f"_noise{100 * share:g}" if share else ""
 
 
 def main(argv: Sequence[str]) -> int:
     del argv
     workdir, config = command.workdir(), command.config()
-    planned = tiers(config.data.imbalance_factor, workdir, _SOURCE.value)
+    planned = tiers(config.data.imbalance_factor, _SOURCE.value or "{workdir}/factor100/mfm/seed0")
     finished: Finished = []
     failed: list[str] = []
-    tables = ""
     for tier in _TIERS.value:
         rows = [row._replace(seeds=min(_MAX_SEEDS.value, row.seeds)) for row in planned[tier]]
         todo = [runs_of(row, config, workdir) for row in rows]
-        outcomes = iter(runs.train_all([[run] for group in todo for run in group], flags.FLAGS.jobs))
-        for row in rows:
-            found = [next(outcomes) for _ in range(row.seeds)]
-            failed += [f"{row.name}, seed {seed}: {one.error}" for seed, one in enumerate(found) if one.error]
-            finished.append((row, [one.results for one in found if one.results]))
-        finished = [(row, results) for row, results in finished if len(results) == row.seeds]
-        tables = markdown(finished)
-        (workdir / "study.md").write_text(tables)
-        if _CSV.value:
-            write_csv(finished, Path(_CSV.value))
-    print(tables, *(f"failed: {line}" for line in failed), sep="\n")
+        each = [run for group in todo for run in group]
+
+        def ended(*_: Any, now: tuple[list[Row], list[list[runs.Task]]] = (rows, todo)) -> None:
+            write([*finished, *there(*now)], workdir)
+
+        outcomes = runs.train_all([[run] for run in each], flags.FLAGS.jobs, ended=ended)
+        failed += [f"{run.label}: {one.error}" for run, one in zip(each, outcomes, strict=True) if one.error]
+        finished.extend(there(rows, todo))
+    write(finished, workdir)
+    print(markdown(finished), *(f"failed: {line}" for line in failed), sep="\n")
     return 1 if failed else 0
+
+
+def there(rows: Sequence[Row], todo: Sequence[Sequence[runs.Task]]) -> Finished:
+    """Returns the rows all of whose runs, `todo`, have finished."""
+    return [
+        (row, [read_object(Workdir(run.workdir).results) for run in group])
+        for row, group in zip(rows, todo, strict=True)
+        if all(Workdir(run.workdir).is_finished(run.config) for run in group)
+    ]
+
+
+def write(finished: Finished, workdir: Path) -> None:
+    """Writes the tables to the workdir and, where it is asked for, to the CSV file."""
+    (workdir / "study.md").write_text(markdown(finished))
+    if _CSV.value:
+        write_csv(finished, Path(_CSV.value))
+
+
+def filled(values: Values, **known: object) -> Values:
+    """Returns values with what is `known` of a run, such as `{seed}`, filled in."""
+    return {path: value.format(**known) if isinstance(value, str) else value for path, value in values.items()}
 
 
 def runs_of(row: Row, config: Any, workdir: Path) -> list[runs.Task]:
     """Returns the runs of a row, one for each seed."""
     planned = []
     for seed in range(row.seeds):
-        values = {"data.imbalance_factor": row.factor, **row.values}
+        values = {"data.imbalance_factor": row.factor, **filled(row.values, workdir=workdir, seed=seed)}
         fields = tune.with_values(compare.run_fields(config, row.method, seed), values)
         folder = workdir / f"factor{row.factor:g}" / row.name / f"seed{seed}"
         planned.append(runs.Task(f"{row.name}, factor {row.factor:g}, seed {seed}", config_lib.resolve(fields), folder))
@@ -195,9 +239,11 @@ def write_csv(finished: Finished, path: Path) -> None:
 
 def shell(row: Row) -> str:
     """Returns the command that trains the row by itself."""
-    values = {"data.imbalance_factor": row.factor, **row.values}
+    values = {"data.imbalance_factor": row.factor, **filled(row.values, workdir="WORKDIR", seed="SEED")}
+    each = any("SEED" in str(value) for value in values.values())  # what it starts from is another for each seed
+    seeds = "SEED" if each else ",".join(map(str, range(row.seeds)))
     source = config_flags.get_config_filename(flags.FLAGS["config"])
-    words = [f"--config={source}", f"--methods={row.method}", f"--seeds={','.join(map(str, range(row.seeds)))}"]
+    words = [f"--config={source}", f"--methods={row.method}", f"--seeds={seeds}"]
     words += [word for word in sys.argv[1:] if word.startswith("--config.")]
     words += [f"--config.{path}={value}" for path, value in values.items()]
     return shlex.join(["python", "-m", "mfm_jax.compare", *words, "--workdir=WORKDIR"])

@@ -68,7 +68,11 @@ def audit(workdir: Path, folds: int = 3, jobs: int = 1) -> tuple[list[Suspect], 
         held = np.flatnonzero(fold == number)
         probabilities[held] = _answers(images[held], classifier.load(one.workdir).probabilities)
     wrong = suspects.wrong_labels(probabilities[answered], labels[answered])
-    found = [one._replace(image=int(answered[one.image])) for one in wrong] + suspects.by_features(features, labels)
+    wrong = [one._replace(image=int(answered[one.image])) for one in wrong]
+    if len(data.wrong_labels):
+        changed = labels != data.true_labels[where]
+        print(f"of {changed.sum():,} labels made wrong, {changed[[one.image for one in wrong]].sum():,} are found")
+    found = wrong + suspects.by_features(features, labels)
     ids, files = data.manifest["splits"]["train"]["ids"], data.manifest.get("files")
     named = [files[ids[i]] if files else str(ids[i]) for i in where.tolist()]  # a path, or the number of a record
     rows = [_row(one, named, labels, probabilities, data.class_names) for one in found]

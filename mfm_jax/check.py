@@ -4,6 +4,7 @@ Nothing is decided here: the tables show what `data.listing` and `data.checking`
 written to the workdir, a row each. Needs no JAX.
 """
 
+import dataclasses
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -68,6 +69,8 @@ def _print_plan(console: Console, config: Config, sound: Sound, command: str, sk
 
     `skips`: there are others, which have to be left out first.
     """
+    # The labels that are there: wrong ones would be made of these.
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, label_noise=0.0))
     try:
         _, _, manifest = assembly.divided(config, files.source(config.data, sound, whole=True))
     except UserError as error:

@@ -21,6 +21,7 @@ from mfm_jax.evaluation.suspects import Suspect
 from mfm_jax.machine import disk
 from mfm_jax.pages import audit as page
 from mfm_jax.study import folds
+from mfm_jax.training import train
 from mfm_jax.workdir.files import Workdir
 
 # Folds
@@ -58,6 +59,7 @@ def test_every_fold_trains_on_every_class(classes, number, seed):
         {"data__train_on_meta": True, "method__name": "ce"},
         {"data__protocol": "full"},
         {"data__protocol": "natural", "data__val_images_per_class": 0, "data__val_fraction": 0.0},
+        {"data__label_noise": 0.3, "data__noise_kind": "confusion"},
     ],
     ids=lambda one: ",".join(map(str, one.values())),
 )
@@ -78,6 +80,7 @@ def test_the_folds_of_a_run_hold_out_each_image_once_and_are_split_as_planned(tm
         assert set(splits["train"]["ids"]) | set(splits["val"]["ids"]) == pool
         assert not of_fold.eval.test
         assert built.counts.all()
+        assert built.manifest.get("noise") == data.manifest.get("noise")
         answered += splits["val"]["ids"]
     assert len(answered) == len(set(answered)) == (fold >= 0).sum()
 
@@ -185,6 +188,22 @@ def test_an_audit_trains_folds_once_and_leaves_a_table_and_a_page(trained_run, t
     audit.audit(workdir, folds=2)
     assert sorted((path, path.stat().st_mtime_ns) for path in place.glob("folds2/fold?/results.json")) == done
     assert (place / "suspects.csv").read_text() == before
+
+
+def test_an_audit_counts_the_labels_made_wrong_that_it_finds(quick_runs, tmp_path, monkeypatch, capsys):
+    config = tiny(data__label_noise=0.3, method__name="ce", train__epochs=1, train__max_steps=2)
+    train.train_and_evaluate(config, tmp_path / "run", pages=False)
+    data = data_lib.build(config_lib.resolve(config))
+    monkeypatch.setattr(suspects, "installed", lambda: None)  # needs the extra `audit`
+    monkeypatch.setattr(suspects, "wrong_labels", lambda *_: [Suspect("label", i, 0.1) for i in range(40)])
+    monkeypatch.setattr(folds, "train", lambda planned, jobs: None)
+    monkeypatch.setattr(classifier, "load", lambda *_: plain)
+    plain = classifier.Classifier(None, config_lib.resolve(config), 2, None, lambda x: np.full((len(x), 10), 0.1))
+    plain = plain._replace(features=lambda x: x.reshape(len(x), -1) / 255)
+    audit.audit(tmp_path / "run", folds=2)
+    found = (data.train_labels != data.true_labels)[:40].sum()
+    assert 0 < found < 40
+    assert f"of {len(data.wrong_labels)} labels made wrong, {found} are found" in capsys.readouterr().out
 
 
 # The benchmark

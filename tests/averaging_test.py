@@ -127,7 +127,9 @@ def test_what_is_trained_takes_the_same_way(name, options, tmp_path, tmp_path_fa
     assert without.average == ()
 
 
-@pytest.mark.parametrize(("name", "options"), [("mfm", EMA), ("ce", SWA), ("crt", EMA), slow("smote", EMA)])
+@pytest.mark.parametrize(
+    ("name", "options"), [("mfm", EMA), ("ce", SWA), ("crt", EMA), slow("smote", EMA), slow("rcal", EMA)]
+)
 def test_interrupted_and_resumed_is_bit_identical(name, options, tmp_path):
     config = configured(name, train__epochs=4, **options)
     with stopped_at(7), pytest.raises(interruption.Interrupted, match="saved at step 7"):

@@ -40,8 +40,9 @@ def test_an_epoch_s_order_and_meta_table_are_put_beside_the_images():
     feed.close()
 
 
-def test_features_take_the_place_of_the_images_from_the_second_stage_on():
-    config = configured("smote")
+@pytest.mark.parametrize("name", ["smote", "rcal"])
+def test_features_take_the_place_of_the_images_from_the_second_stage_on(name):
+    config = configured(name)
     data, experiment, feed = made(config)
     state = experiment.init()
     assert not feed.is_shared

@@ -10,7 +10,7 @@ from helpers import Small, configured
 from mfm_jax import data as data_lib
 from mfm_jax.bilevel import losses
 from mfm_jax.errors import UserError
-from mfm_jax.methods import heads, smote
+from mfm_jax.methods import gaussians, heads, smote
 from mfm_jax.training import experiment as experiment_lib
 from mfm_jax.types import Batch
 
@@ -166,3 +166,54 @@ def test_smote_fills_every_class_with_points_between_its_own():
     chex.assert_trees_all_close(between, start + part[:, None] * (end - start), atol=1e-4)
     chex.assert_trees_all_equal(found, smote.oversample(features, labels, 5, 0)[0])
     assert not np.array_equal(found, smote.oversample(features, labels, 5, 1)[0])
+
+
+def gaussian(mean: list[float], variance: float, size: int) -> gaussians.Gaussian:
+    return gaussians.Gaussian(np.array(mean), variance * np.eye(len(mean)), size)
+
+
+def test_a_class_is_estimated_without_what_lies_apart():
+    found = gaussians.robust(np.array([[0, 0], [1, 0], [2, 0], [3, 0], [4, 0], [50, 50]], np.float32))
+    assert found.size == 5
+    assert found.mean.tolist() == [2, 0]
+    assert found.covariance.tolist() == [[2, 0], [0, 0]]
+    few = gaussians.robust(np.array([[0, 0], [4, 0], [50, 0]], np.float32))
+    assert (few.size, few.mean.tolist()) == (3, [18, 0])
+    assert gaussians.robust(np.ones((9, 2), np.float32)).size == 9  # copies have no density
+
+
+def test_rare_classes_borrow_from_the_frequent_ones_nearby():
+    own = [gaussian([0, 0], 1, 100), gaussian([4, 0], 3, 80), gaussian([1, 0], 2, 6)]  # 62 on average
+    ridge = 1 + 1e-4
+    kept, also, moved = gaussians.calibrated(own, 1, 0.25)
+    for before, after in ((own[0], kept), (own[1], also)):
+        assert after.mean.tolist() == before.mean.tolist()
+        chex.assert_trees_all_close(after.covariance, ridge * before.covariance)
+    chex.assert_trees_all_close(moved.mean, np.array([0.75, 0.0]))
+    chex.assert_trees_all_close(moved.covariance, 1.75 * ridge * np.eye(2))
+    # Distances 1 and 3, 2 on average: 100 exp(-1/2) = 60.653 and 80 exp(-3/2) = 17.850 are 0.77262 and 0.22738.
+    both = gaussians.calibrated(own, 5, 0.5)[2]
+    chex.assert_trees_all_close(both.mean, np.array([0.5 + 0.5 * 4 * 0.22738, 0.0]), atol=1e-4)
+    chex.assert_trees_all_close(both.covariance, (1 + 0.5 * (0.77262 + 3 * 0.22738)) * ridge * np.eye(2), atol=1e-4)
+    chex.assert_trees_all_close(gaussians.calibrated(own, 1, 0.0)[2].mean, own[2].mean)
+    single = [*own[:2], gaussian([1, 0], 0, 1)]
+    chex.assert_trees_all_close(gaussians.calibrated(single, 1, 0.25)[2].covariance, ridge * np.eye(2))
+
+
+def test_drawn_features_are_balanced_and_of_their_class():
+    random = np.random.default_rng(0)
+    labels = np.repeat(np.arange(3, dtype=np.int32), [3000, 2000, 1])
+    features = (random.normal(size=(5001, 2)) * [1, 2] + 10 * labels[:, None]).astype(np.float32)
+    features[:150] += 60  # wrong labels
+    found, found_labels = gaussians.drawn(features, labels, 1, 0.0, 0)
+    assert np.bincount(found_labels).tolist() == [3000] * 3
+    assert (found.dtype, found_labels.dtype, found.shape) == (np.float32, np.int32, (9000, 2))
+    for k in (0, 1):
+        own = found[found_labels == k]
+        chex.assert_trees_all_close(own.mean(axis=0), np.full(2, 10.0 * k, np.float32), atol=0.2)
+        chex.assert_trees_all_close(own.std(axis=0), np.array([1, 2], np.float32), rtol=0.15)  # the edge is left out
+    single = found[found_labels == 2]  # where its image is, spread as the nearest class
+    chex.assert_trees_all_close(single.mean(axis=0), features[-1], atol=0.2)
+    chex.assert_trees_all_close(single.std(axis=0), np.array([1, 2], np.float32), rtol=0.15)
+    chex.assert_trees_all_equal(found, gaussians.drawn(features, labels, 1, 0.0, 0)[0])
+    assert not np.array_equal(found, gaussians.drawn(features, labels, 1, 0.0, 1)[0])

@@ -43,9 +43,9 @@ STAGED = get_args(Staged)
 # One of each kind for the quick tier, the others in the slow. A sampler and what is done after training show in whole
 # runs; their steps are those of plain training.
 LOSSES = ("ldam_drw", "influence_balanced", "lade", "glmc")
-STEPS = ("mfm", "ce", *LOSSES, "crt", "simsiam", "smote", "meta_weight_net", "l2rw", "metasaug")
+STEPS = ("mfm", "ce", *LOSSES, "crt", "simsiam", "smote", "rcal", "meta_weight_net", "l2rw", "metasaug")
 # `parallel_test` has mfm with class weights, and l2rw.
-ON_DEVICES = ("influence_balanced", "lade", "glmc", "crt", "simsiam", "smote", "meta_weight_net", "metasaug")
+ON_DEVICES = ("influence_balanced", "lade", "glmc", "crt", "simsiam", "smote", "rcal", "meta_weight_net", "metasaug")
 BY_STEP, BY_DEVICES, BY_KIND = (
     [name if name in quick else slow(name) for name in ALL]
     for quick in (STEPS, ON_DEVICES, (*STEPS, "progressive", "two_phase", "posthoc_la", "mfm_frozen"))
@@ -254,8 +254,9 @@ def test_weights_of_one_batch_cannot_be_lagged():
         configured("l2rw", meta__lagged=True)
 
 
-def test_smote_ends_on_synthetic_features_under_any_sampling():
-    config = configured("smote", method__sampling="square_root", train__batch_size=50)
+@pytest.mark.parametrize("name", ["smote", "rcal"])
+def test_ends_on_synthetic_features_under_any_sampling(name):
+    config = configured(name, method__sampling="square_root", train__batch_size=50)
     data = data_lib.build(config)
     order = experiment_lib.build(config, data).order
     first, second = (np.asarray(order(jax.random.key(0), epoch)) for epoch in (0, 1))

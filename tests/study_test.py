@@ -33,14 +33,33 @@ def results(balanced: float, tail: float, split: str = "test") -> dict:
 
 
 def test_every_row_is_a_run_of_its_own(study, tmp_path):
-    rows = [row for tier in study.tiers(100.0, Path("runs/study"), "runs/source").values() for row in tier]
+    rows = [row for tier in study.tiers(100.0, "runs/source").values() for row in tier]
     planned = [run for row in rows for run in study.runs_of(row, config_lib.default(), tmp_path)]
-    assert len({run.label for run in planned}) == len(planned) - 10  # `borrowed` at 100 has ce's and mfm's of `main`
+    # `borrowed` at 100 has ce's and mfm's of `main`; `noise` without noise has 3 seeds of these and of `peers`, and one
+    # of each of the two that `others` has.
+    assert len({run.label for run in planned}) == len(planned) - 10 - 9 - 2
+    assert len({run.workdir: run.config for run in planned}) == len({run.label for run in planned})
+    configs = {run.label: run.config for run in planned}
+    assert all(run.config == configs[run.label] for run in planned)
     frozen = next(run.config for run in planned if run.label == "mfm_frozen, factor 200, seed 1")
     assert frozen.meta.freeze
     assert frozen.modulation.init_from == "runs/source"
     assert (frozen.data.imbalance_factor, frozen.train.seed) == (200.0, 1)
     assert {row.method for row in rows} == set(BUILT_IN)
+
+
+def test_rcal_after_mfm_starts_from_the_mfm_of_its_seed_and_noise(study, tmp_path):
+    rows = study.tiers(100.0, "")
+    mfm = {
+        run.workdir: run.config for row in rows["noise"] for run in study.runs_of(row, config_lib.default(), tmp_path)
+    }
+    joint = [run.config for row in rows["joint"] for run in study.runs_of(row, config_lib.default(), tmp_path)]
+    assert len(joint) == 9
+    for config in joint:
+        first = mfm[Path(config.model.init_from)]
+        assert (first.method.name, first.data.label_noise) == ("mfm", config.data.label_noise)
+        assert first.train.seed == config.train.seed
+    assert {config.data.label_noise for config in joint} == {0.0, 0.2, 0.4}
 
 
 def test_tables_by_hand(study, tmp_path, monkeypatch):

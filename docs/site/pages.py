@@ -51,9 +51,15 @@ MODULES = {
     ),
     "methods": (
         "The table of methods",
-        ("methods.table", "methods.learners", "methods.sampling", "methods.heads", "methods.smote"),
+        (
+            *("methods.table", "methods.learners", "methods.sampling", "methods.heads"),
+            *("methods.smote", "methods.gaussians"),
+        ),
     ),
-    "data": ("Data", ("data.longtail", "data.manifest", "data.assembly", "data.sources", "data.own", "data.batches")),
+    "data": (
+        "Data",
+        ("data.longtail", "data.noise", "data.manifest", "data.assembly", "data.sources", "data.own", "data.batches"),
+    ),
     "evaluation": (
         "Evaluation",
         ("evaluation.metrics", "evaluation.intervals", "evaluation.conformal", "evaluation.classifier"),

@@ -25,6 +25,7 @@ def problems(config: Config) -> Iterator[str]:
     yield from _mixed_views(config)
     yield from _unread(config.data)
     yield from _pretext(config)
+    yield from _noise(config.data)
     if config.augment.crop == "resized" and config.data.source not in ("folder", "list"):
         yield (
             f"augment.crop = 'resized': needs whole pictures, which only data.source = 'folder' or 'list' has, not"
@@ -193,6 +194,14 @@ def _pretext(config: Config) -> Iterator[str]:
             f"data.pretext = {config.data.pretext!r}: its labels have no long tail, and method.name ="
             f" {config.method.name!r} acts on one; set method.name = 'ce'"
         )
+
+
+def _noise(data: Data) -> Iterator[str]:
+    """Wrong labels where the labels are not the classes, or where there are none."""
+    if data.label_noise and data.pretext != "none":
+        yield f"data.label_noise = {data.label_noise:g}: data.pretext = {data.pretext!r} reads no class; set it to 0"
+    if data.noise_kind != "symmetric" and not data.label_noise:
+        yield f"data.noise_kind = {data.noise_kind!r}: not read without data.label_noise; set that, or leave it out"
 
 
 def _unread(data: Data) -> Iterator[str]:

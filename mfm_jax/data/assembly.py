@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mfm_jax.config import Config
-from mfm_jax.data import arrays, digits, files, longtail, own, pretext, tfds
+from mfm_jax.data import arrays, digits, files, longtail, noise, own, pretext, tfds
 from mfm_jax.data.longtail import Labelled, Split
 from mfm_jax.data.manifest import Records, check_leakage, make_manifest, read_manifest, redrawn
 from mfm_jax.data.sources import Images, Labels, Source, streamed_if_large
@@ -43,6 +43,7 @@ class LongTailData:
     class_names: tuple[str, ...]
     train_images: Images  # with `data.train_on_meta`, the meta images too
     train_labels: Labels
+    true_labels: Labels  # of the training images; without `data.label_noise`, `train_labels`
     meta_images: Images  # what `meta_table` indexes: the held-out meta set, or `train_images`
     meta_labels: Labels
     val_images: Images  # balanced, or as long-tailed as the data under `natural`; may be empty
@@ -58,6 +59,16 @@ class LongTailData:
     def num_classes(self) -> int:
         """K."""
         return len(self.class_names)
+
+    @property
+    def wrong_images(self) -> Images:
+        """The M training images whose label `data.label_noise` has changed."""
+        return self.train_images[np.flatnonzero(self.train_labels != self.true_labels)]
+
+    @property
+    def wrong_labels(self) -> Labels:
+        """The labels that these have in training, [M]."""
+        return self.train_labels[self.train_labels != self.true_labels]
 
     def shown(self, *, test: bool) -> str:
         """Returns the split that a run's tables and pages show; `test` is `eval.test`.
@@ -91,7 +102,7 @@ def build(config: Config) -> LongTailData:
     split, in_training, manifest = divided(config, source)
     if config.data.pretext == "rotation":
         source = pretext.turned(source)
-    images, labels = source.train_images, source.train_labels
+    images, labels = source.train_images, noise.observed(source.train_ids, source.train_labels, manifest)
     train_images, train_labels = images[in_training], labels[in_training]
     mean, std = mean_std(config, source.name, train_images if split.redrawn else images[split.train])
     return LongTailData(
@@ -100,6 +111,7 @@ def build(config: Config) -> LongTailData:
         class_names=source.class_names,
         train_images=train_images,
         train_labels=train_labels,
+        true_labels=source.train_labels[in_training],
         meta_images=train_images if split.redrawn else images[split.meta],
         meta_labels=train_labels if split.redrawn else labels[split.meta],
         val_images=images[split.val],
@@ -127,7 +139,7 @@ def divided(config: Config, source: Source) -> tuple[Split, longtail.Ints, dict[
     in_training = split.train
     if config.data.train_on_meta:
         in_training = np.union1d(split.train, split.meta)
-    manifest = _manifest(config, source, split, in_training)
+    manifest = _manifest(config, source, split, in_training, _noise(config, source, split))
     check_leakage(manifest)
     if config.eval.test and not len(source.test_labels):
         own = f"data.test_fraction = {config.data.test_fraction:g}: leaves no image to test on; choose more"
@@ -187,11 +199,41 @@ def _split(config: Config, source: Source) -> Split:
     return _draw_split(config, source)
 
 
+def _noise(config: Config, source: Source, split: Split) -> dict[str, Any]:
+    """Returns what a manifest says of wrong labels; nothing where there are none.
+
+    Raises:
+      UserError: the meta set would have wrong labels, too, or images are streamed that have to be compared.
+    """
+    share, kind, where = config.data.label_noise, config.data.noise_kind, split.train
+    if not share:
+        return {}
+    field, confused = f"data.label_noise = {share:g}", None
+    if split.redrawn:
+        raise UserError(
+            f"{field}: the meta set is redrawn from the training images, whose labels are wrong; hold it out, by"
+            " data.protocol = 'meta_held_out' or data.meta_fraction"
+        )
+    settings = {"label_noise": share, "noise_kind": kind}
+    if config.data.manifest:
+        return settings | {"noise": read_manifest(config.data.manifest)["noise"]}
+    images, labels, num_classes = source.train_images, source.train_labels[where], len(source.class_names)
+    if kind == "confusion":
+        if isinstance(images, Streamed):
+            raise UserError(
+                "data.noise_kind = 'confusion': compares all images at once; raise data.resident_mb, or use 'symmetric'"
+            )
+        confused = noise.nearest(images[where], labels, num_classes)
+    found = noise.changed(labels, num_classes, share, kind, config.data.seed, confused)
+    wrong = found != labels
+    return settings | {"noise": {"ids": source.train_ids[where[wrong]].tolist(), "labels": found[wrong].tolist()}}
+
+
 def _read_split(config: Config, source: Source, manifest: dict[str, Any]) -> Split:
     """Returns the split that the manifest records, as positions in the source."""
     _check_agrees(config, source, manifest)
     check_leakage(manifest)
-    where = {}
+    where, labels = {}, noise.observed(source.train_ids, source.train_labels, manifest)
     field = f"data.manifest = {config.data.manifest!r}"
     for name in ("train", "meta", "val"):
         records = manifest["splits"][name]
@@ -200,7 +242,7 @@ def _read_split(config: Config, source: Source, manifest: dict[str, Any]) -> Spl
             pool = f"pool '{records['pool']}' that {source.name} does not have"
             raise UserError(f"{field}: {name} names records of {pool}; use a manifest of this set")
         position = np.searchsorted(source.train_ids, ids)
-        counts = np.bincount(source.train_labels[position], minlength=len(source.class_names))
+        counts = np.bincount(labels[position], minlength=len(source.class_names))
         if counts.tolist() != records["class_counts"]:
             raise UserError(
                 f"{field}: the records of {name} have other classes in this copy of {source.name}; it was prepared in"
@@ -227,7 +269,8 @@ def _check_agrees(config: Config, source: Source, manifest: dict[str, Any]) -> N
     test = manifest["splits"]["test"]
     if (test["pool"], test["ids"]) != (source.test_pool, source.test_ids.tolist()):
         raise UserError(f"{field}: its test split differs from {source.name}'s")
-    for key, value in _settings(config).items():
+    noisy = {"noise_kind": config.data.noise_kind} if config.data.label_noise else {}
+    for key, value in {**_settings(config), "label_noise": config.data.label_noise, **noisy}.items():
         if manifest.get(key, 0) != value:
             path = "meta.images_per_class" if key == "meta_images_per_class" else f"data.{key}"
             where = config.data.manifest or f"in {config.data.root}"
@@ -238,13 +281,16 @@ def _check_agrees(config: Config, source: Source, manifest: dict[str, Any]) -> N
             )
 
 
-def _manifest(config: Config, source: Source, split: Split, in_training: longtail.Ints) -> dict[str, Any]:
+def _manifest(
+    config: Config, source: Source, split: Split, in_training: longtail.Ints, noisy: dict[str, Any]
+) -> dict[str, Any]:
     why = "data.train_on_meta: the meta images are trained on as well" if config.data.train_on_meta else ""
     if split.redrawn:
         why = f"protocol {config.data.protocol}: redrawn from train every epoch; the ids are epoch 0's"
     parts = {"train": in_training, "meta": split.meta, "val": split.val}
+    labels = noise.observed(source.train_ids, source.train_labels, noisy)
     records = {
-        name: Records(source.train_pool, source.train_ids[position], source.train_labels[position])
+        name: Records(source.train_pool, source.train_ids[position], labels[position])
         for name, position in parts.items()
     }
     return make_manifest(
@@ -255,6 +301,7 @@ def _manifest(config: Config, source: Source, split: Split, in_training: longtai
             **_settings(config),
             "train_on_meta": config.data.train_on_meta,
             **({"meta_redrawn": split.redrawn} if config.data.protocol == "natural" else {}),
+            **noisy,
             **source.facts,
         },
         splits={**records, "test": Records(source.test_pool, source.test_ids, source.test_labels)},

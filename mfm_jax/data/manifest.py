@@ -91,8 +91,17 @@ _PROTOCOLS = {
 
 
 def protocol_in_words(manifest: Mapping[str, Any]) -> str | None:
-    """Returns how a split was made; None of a protocol that has no words."""
-    return _PROTOCOLS.get(manifest.get("protocol", ""))
+    """Returns how a split was made, wrong labels included; None of a protocol that has no words."""
+    words, noise = _PROTOCOLS.get(manifest.get("protocol", "")), noise_in_words(manifest)
+    return f"{words}; {noise}" if words and noise else words
+
+
+def noise_in_words(manifest: Mapping[str, Any]) -> str:
+    """Returns how many training labels are wrong; "" where none was made so."""
+    if "noise" not in manifest:
+        return ""
+    wrong, images = len(manifest["noise"]["ids"]), sum(manifest["splits"]["train"]["class_counts"])
+    return f"{wrong:,} of {images:,} training labels are wrong ({manifest['noise_kind']} noise)"
 
 
 def factor_in_words(manifest: Mapping[str, Any]) -> str:

@@ -57,6 +57,21 @@ def evaluate(classifier: Classifier, answers: Answers) -> dict[str, Any]:
     return metrics.evaluate(*answers, np.asarray(classifier.facts.train_class_counts))
 
 
+def of_wrong_labels(data: LongTailData, answers: Answers) -> dict[str, Any]:
+    """Returns what a classifier makes of the training images whose label is wrong, the split `wrong` of `on_split`.
+
+    `wrong` and `images`: how many these are, of how many; `named_true`, `named_wrong`: the share of them for which it
+    names the true class, and the one of the label, which it has learned by heart.
+    """
+    named, wrong = answers.probabilities.argmax(axis=1), data.train_labels != data.true_labels
+    return {
+        "wrong": len(named),
+        "images": len(wrong),
+        "named_true": float((named == data.true_labels[wrong]).mean()),
+        "named_wrong": float((named == answers.labels).mean()),
+    }
+
+
 def of_run(
     last: Classifier,
     best: Classifier | None,

@@ -14,7 +14,7 @@ Weighted = Literal["class_balanced", "drw", "influence_balanced", "glmc"]
 Loss = Literal["ce", "focal", Weighted, "ldam", "ldam_drw", Adjusted, "own_loss"]
 Sampled = Literal["oversample", "undersample", "sqrt_sample", "progressive"]
 # A second stage gets the last part of the epochs and its own learning-rate schedule.
-Staged = Literal["two_phase", "crt", "lws", "smote", "simsiam"]
+Staged = Literal["two_phase", "crt", "lws", "smote", "rcal", "simsiam"]
 MetaLearned = Literal["mfm", "mfm_frozen", "meta_weight_net", "l2rw", "l2ac", "metasaug", "own_learner"]
 Name = Literal[Loss, "dice", "sampling_free", Sampled, Staged, "posthoc_la", "tau_norm", MetaLearned]
 
@@ -23,15 +23,8 @@ _BASES = {"metasaug": "drw"}  # of the meta learners that were published with an
 _PER_BATCH = {"l2rw"}  # weights of examples that belong to one batch
 _COSINE = {"ldam", "ldam_drw"}  # losses of a classifier that compares directions
 _FINE_TUNED = {"two_phase"}  # second stages that train the whole classifier
-_LINEAR = {
-    "crt",
-    "lws",
-    "smote",
-    "posthoc_la",
-    "tau_norm",
-    "sampling_free",
-    "simsiam",
-}  # what they set or train of the head
+# What they set or train of the head.
+_LINEAR = {"crt", "lws", "smote", "rcal", "simsiam", "posthoc_la", "tau_norm", "sampling_free"}
 _KEPT = {"mfm_frozen": "long_tail"}  # the shipped modulator that a method keeps (`workdir.modulators`)
 _OF_BATCH = {"lade"}  # that have a loss of the whole batch
 _MIXED_VIEWS = {"glmc"}  # that train on two mixtures of each pair of images
@@ -84,6 +77,8 @@ class Method:
     ] = 0.8
     pretrain: Annotated[Literal["oversample", "undersample"], "two_phase: the first phase's sampling"] = "oversample"
     smote_neighbors: Annotated[int, Bounds(1), "smote: nearest neighbours to interpolate to"] = 5
+    rcal_neighbors: Annotated[int, Bounds(1), "rcal: frequent classes that a rare one borrows from"] = 3
+    rcal_borrowed: Annotated[float, Bounds(0, 1), "rcal: share of their mean and covariance in its own"] = 0.3
     hidden: Annotated[int, Bounds(1), "meta_weight_net, l2ac: hidden units"] = 100
     isda_strength: Annotated[float, Bounds(0), "metasaug; 0 = no augmentation"] = 0.5
     loss: Annotated[str, OWN, "own_loss: the loss of an example (docs/library.md)"] = ""

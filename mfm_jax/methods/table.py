@@ -14,12 +14,13 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mfm_jax.bilevel import agreement, auxiliary, losses, modulation, outer
 from mfm_jax.bilevel.auxiliary import Auxiliary
 from mfm_jax.bilevel.outer import MetaLearner
 from mfm_jax.config import Config
-from mfm_jax.methods import heads, learners, own, sampling
+from mfm_jax.methods import gaussians, heads, learners, own, sampling, smote
 from mfm_jax.methods.sampling import Sampler
 from mfm_jax.types import LossFn, Modulator, PyTree
 
@@ -38,17 +39,21 @@ class Choice(NamedTuple):
     values: tuple[Any, ...]
 
 
+# `(config, features [N, C], labels [N])` on the host -> others, equally many of each class as the largest has.
+Synthesis = Callable[[Config, np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
+
+
 class Retraining(NamedTuple):
     """A second stage on a frozen classifier.
 
     init: `(key, params) -> trained`, what it trains.
     attach: `(params, trained) -> params`, the classifier with that in its place.
-    synthetic: train on stored features, balanced by SMOTE, in the place of images.
+    synthetic: what makes the features to train on out of stored ones, in the place of images; None for images.
     """
 
     init: Callable[[jax.Array, PyTree], PyTree]
     attach: Callable[[PyTree, PyTree], PyTree]
-    synthetic: bool = False
+    synthetic: Synthesis | None = None
 
 
 @dataclass(frozen=True)
@@ -174,6 +179,15 @@ def modulator(config: Config, counts: jax.Array, channels: Mapping[str, int]) ->
     return modulation.joined(parts)
 
 
+def _oversampled(config: Config, features: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    return smote.oversample(features, labels, config.method.smote_neighbors, config.train.seed)
+
+
+def _calibrated(config: Config, features: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    chosen = config.method
+    return gaussians.drawn(features, labels, chosen.rcal_neighbors, chosen.rcal_borrowed, config.train.seed)
+
+
 def _mfm(config: Config, counts: jax.Array, channels: Mapping[str, int]) -> MetaLearner:
     return outer.of(modulator(config, counts, channels))
 
@@ -232,7 +246,12 @@ METHODS = {
     "crt": Method(sampler=sampling.balanced_later, retraining=_CRT, search=_STAGE),
     "lws": Method(sampler=sampling.balanced_later, retraining=_LWS, search=_STAGE),
     "smote": Method(
-        retraining=_CRT._replace(synthetic=True), search={**_STAGE, "method.smote_neighbors": Choice((1, 3, 5, 10))}
+        retraining=_CRT._replace(synthetic=_oversampled),
+        search={**_STAGE, "method.smote_neighbors": Choice((1, 3, 5, 10))},
+    ),
+    "rcal": Method(
+        retraining=_CRT._replace(synthetic=_calibrated),
+        search={**_STAGE, "method.rcal_neighbors": Choice((1, 2, 3, 5)), "method.rcal_borrowed": Span(0.1, 0.9)},
     ),
     # No label counts in the first stage, which cross-entropy's weights of zero say; the second has no such weights.
     "simsiam": Method(

@@ -51,7 +51,7 @@ class Experiment:
     meta_step: `(state, batch, meta_batch) -> (state, metrics)`; None where nothing learns from the meta set.
     retrain_step: `(state, batch) -> (state, metrics)` of a second stage on a frozen classifier; None without one.
     retrain_from: the step at which that stage begins.
-    synthetic: whether it trains on stored features that SMOTE balances, `[B, C]` in the place of images.
+    synthetic: what makes its features out of stored ones, `[B, C]` in the place of images; None where it reads images.
     order: `(key, epoch) -> int32 [steps_per_epoch, B]`, the examples of each batch of an epoch.
     tested: the classifier that is tested.
     features: `(state, image) -> [B, C]`, its `pooled` features.
@@ -71,7 +71,7 @@ class Experiment:
     meta_step: Step | None
     retrain_step: PlainStep | None
     retrain_from: int
-    synthetic: bool
+    synthetic: table.Synthesis | None
     order: Callable[[jax.Array, int], jax.Array]
     tested: Tested
     features: Callable[[BilevelState, jax.Array], jax.Array]
@@ -124,7 +124,7 @@ def build(config: Config, data: LongTailData, mesh: Mesh | None = None) -> Exper
         meta_step=meta_step,
         retrain_step=retrain_step,
         retrain_from=config.second_stage * rules.steps_per_epoch if method.retraining else rules.total_steps,
-        synthetic=bool(method.retraining and method.retraining.synthetic),
+        synthetic=method.retraining.synthetic if method.retraining else None,
         order=rules.order,
         tested=plain,
         features=lambda state, image: extract(tested.variables(state), image),

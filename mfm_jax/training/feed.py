@@ -22,7 +22,6 @@ import numpy as np
 from mfm_jax.config import Config
 from mfm_jax.data import LongTailData, batches, streaming
 from mfm_jax.machine import parallel
-from mfm_jax.methods import smote
 from mfm_jax.training import inputs
 from mfm_jax.training import loop as loop_lib
 from mfm_jax.training.experiment import Experiment
@@ -102,16 +101,17 @@ class ResidentFeed(Feed):
 
 
 def synthetic(experiment: Experiment, config: Config, data: ResidentSet, state: BilevelState) -> Features:
-    """Returns the frozen classifier's features of all images, balanced by SMOTE, under the order of `data`.
+    """Returns the frozen classifier's features of all images, made balanced, under the order of `data`.
 
-    Features are computed once, without augmentation, in batches on the device; SMOTE runs on the host. A function of
-    the frozen classifier and the seed, so that a run that goes on makes the same ones again.
+    Features are computed once, without augmentation, in batches on the device; others are made of them on the host. A
+    function of the frozen classifier and the seed, so that a run that goes on makes the same ones again.
     """
     extract = jax.jit(functools.partial(loop_lib.evaluate_batch, experiment.features))
     images, labels = np.asarray(data.images), np.asarray(data.labels)
     parts = batches.eval_batches(images, config.eval.batch_size)
     found = [np.asarray(extract(state, part, data))[mask] for part, mask in parts]
-    made = smote.oversample(np.concatenate(found), labels, config.method.smote_neighbors, config.train.seed)
+    assert experiment.synthetic
+    made = experiment.synthetic(config, np.concatenate(found), labels)
     features, labels = parallel.place(made, data.images.sharding)
     return Features(features, labels, data.order, data.mean, data.std)
 

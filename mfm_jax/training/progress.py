@@ -14,7 +14,7 @@ from rich.console import Console
 
 from mfm_jax.config import Config
 from mfm_jax.data import LongTailData
-from mfm_jax.data.manifest import factor_in_words
+from mfm_jax.data.manifest import factor_in_words, noise_in_words
 from mfm_jax.data.streaming import Streamed
 from mfm_jax.machine import cluster
 from mfm_jax.training.pace import Pace
@@ -245,11 +245,12 @@ def summary(config: Config, data: LongTailData) -> str:
         factor += " (1 takes all images)"
     duplicates = data.manifest.get("duplicates_in_test", {})
     doubles = "".join(f" {n} test images with a duplicate outside ({kind});" for kind, n in duplicates.items())
+    wrong = f" {noise};" if (noise := noise_in_words(data.manifest)) else ""
     return (
         f"{data.name} {data.version}, protocol {config.data.protocol}, imbalance factor {factor}:"
         f" {parts[0]} training images ({counts.max()}..{counts.min()} a class),"
         f" {min(data.manifest['splits']['meta']['class_counts'])} meta a class, {parts[1]} validation, {parts[2]} test;"
-        f" {'x'.join(map(str, data.train_images.shape[1:]))}, {where};{doubles}"
+        f" {'x'.join(map(str, data.train_images.shape[1:]))}, {where};{doubles}{wrong}"
         f" manifest {data.manifest['hash'].removeprefix('sha256:')[:12]}"
     )
 

@@ -208,7 +208,11 @@ class Run:
                 images, place = getattr(self.data, f"{split}_images"), Workdir(self.workdir).gallery
                 gallery.write(place, images, answers.labels, answers.probabilities, self.data.counts)
 
+        noise = {}
+        if len(self.data.wrong_labels):
+            noise["label_noise"] = results_lib.of_wrong_labels(self.data, self.asked("wrong")(last))
         return results_lib.of_run(last, best, asked, split, calibrate=True, show=show) | {
+            **noise,
             "restarts": [epoch * self.experiment.steps_per_epoch for epoch in self.config.optim.restart_epochs],
             "train_seconds": self.train_seconds,
             "input_wait": self.feed.waited(),
