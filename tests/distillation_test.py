@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import Small, arrays, configured, logged, stopped_at, stored, teacher
+from helpers import Small, arrays, benchmark, configured, logged, stopped_at, stored, teacher
 from own_parts import Bare
 
 from mfm_jax import bilevel
+from mfm_jax import config as config_lib
 from mfm_jax import data as data_lib
 from mfm_jax.bilevel import distillation, losses, modulation, optim, outer
 from mfm_jax.bilevel.distillation import Distillation
@@ -318,9 +319,13 @@ def test_what_is_no_teacher_of_this_run_is_refused_before_anything_is_compiled(t
     facts = tmp_path / "other" / "classifier.json"
     found = json.loads(facts.read_text())
     facts.write_text(json.dumps({**found, "class_names": ["zero", *found["class_names"][1:]]}))
-    refused(r"its classes are others, such as 'zero' there and '0' here", method__teacher=str(tmp_path / "other"))
+    refused(
+        r"its classes and those of this run differ in 0, zero; choose another", method__teacher=str(tmp_path / "other")
+    )
+    facts.write_text(json.dumps({**found, "class_names": found["class_names"][::-1]}))
+    refused(r"its classes and those of this run differ in their order", method__teacher=str(tmp_path / "other"))
     facts.write_text(json.dumps({**found, "class_names": found["class_names"][1:]}))
-    refused(r"it has 9 classes, this run 10; choose another", method__teacher=str(tmp_path / "other"))
+    refused(r"its classes and those of this run differ in 0; choose another", method__teacher=str(tmp_path / "other"))
 
 
 def test_the_learned_share_asks_for_a_teacher_and_all_images(quick_runs):
@@ -334,3 +339,39 @@ def test_the_learned_share_asks_for_a_teacher_and_all_images(quick_runs):
 def test_a_share_that_cannot_be_left_is_refused(share):
     with pytest.raises(UserError, match=rf"method.distill = {share}: tgeo_kd learns the share from there on"):
         configured("tgeo_kd", method__distill=share)
+
+
+# --- the study ------------------------------------------------------------------------------------
+
+
+def results(balanced: float) -> dict:
+    found = {"balanced_accuracy": balanced, "head_third": 0.8, "middle_third": 0.5, "rarest_third": 0.25}
+    found |= dict.fromkeys(("accuracy", "many", "medium", "few", "macro_f1", "roc_auc", "ece"), 0.5)
+    return {"last": {"test": found}, "best": None, "split": "test", "train_seconds": 61.4}
+
+
+def test_the_study_of_students_by_hand(tmp_path):
+    with benchmark("distillation") as study:
+        config = config_lib.default()
+        teacher_run, students = study.teacher_of(config, tmp_path, 1), study.students_of(config, tmp_path, 1)
+        assert (teacher_run.config.method.name, teacher_run.config.train.seed) == ("mfm", 1)
+        learns = {one.workdir.parent.name: one.config.method.teacher for one in students}
+        assert learns == {"ce": "", "mfm": ""} | dict.fromkeys(("ce_kd", "tgeo_kd", "mfm_kd"), str(teacher_run.workdir))
+        assert {one.config.model.width for one in students} == {8}
+        assert len({one.workdir for one in students}) == 5
+        done = {("teacher", 0): results(0.7), ("mfm_kd", 1): results(0.66), ("mfm_kd", 0): results(0.64)}
+        done |= {("mfm", 0): results(0.60), ("mfm", 1): results(0.60)}
+        study.write_csv(done, tmp_path / "table.csv")
+        assert (tmp_path / "table.csv").read_text().splitlines()[1:] == [
+            "teacher,0,70.00,80.00,50.00,25.00,61",
+            "mfm,0,60.00,80.00,50.00,25.00,61",
+            "mfm,1,60.00,80.00,50.00,25.00,61",
+            "mfm_kd,0,64.00,80.00,50.00,25.00,61",
+            "mfm_kd,1,66.00,80.00,50.00,25.00,61",
+        ]
+        # Pairs 4 and 6: mean 5, standard error 1, Student's 97.5 % quantile at one degree of freedom 12.7.
+        assert study.markdown(done).splitlines()[2:] == [
+            "| `teacher` | 70.0 | – | – | 1 |",
+            "| `mfm` | 60.0 ± 0.0 | – | – | 2 |",
+            "| `mfm_kd` | 65.0 ± 1.4 | – | 5.0 [-7.7, 17.7] | 2 |",
+        ]

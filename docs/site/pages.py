@@ -41,6 +41,7 @@ MODULES = {
             "bilevel.auxiliary",
             "bilevel.contrast",
             "bilevel.agreement",
+            "bilevel.distillation",
             "bilevel.objective",
             "bilevel.averaging",
             "bilevel.balancing",
