@@ -1,7 +1,7 @@
 """Students with and without a teacher: ResNet-8 of width 8, taught by MFM's tested classifier of width 16.
 
     TFDS_DATA_DIR=... python benchmarks/distillation.py --config=configs/cifar10_lt_small.py \
-        --workdir=runs/distillation --jobs=2 --csv=docs/results/distillation.csv
+        --config.train.epochs=15 --workdir=runs/distillation --jobs=2 --csv=docs/results/distillation.csv
 
 One teacher and five students a seed (`--max_seeds`, default 3). Started again with the same folder it goes on where it
 was; `--csv` gets its lines as the runs end. At the end the means are printed, with differences paired by seed.

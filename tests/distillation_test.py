@@ -337,7 +337,9 @@ def test_the_learned_share_asks_for_a_teacher_and_all_images(quick_runs):
 
 @pytest.mark.parametrize("share", [0.0, 1.0])
 def test_a_share_that_cannot_be_left_is_refused(share):
-    with pytest.raises(UserError, match=rf"method.distill = {share}: tgeo_kd learns the share from there on"):
+    with pytest.raises(
+        UserError, match=rf"method.distill = {share}: tgeo_kd learns the share, and could not leave that"
+    ):
         configured("tgeo_kd", method__distill=share)
 
 

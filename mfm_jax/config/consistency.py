@@ -24,10 +24,8 @@ def problems(config: Config) -> Iterator[str]:
     yield from _per_batch(config)
     yield from _mixed_views(config)
     if config.method.taught and config.method.distill in (0, 1):
-        yield (
-            f"method.distill = {config.method.distill}: {config.method.name} learns the share from there on, and cannot"
-            " leave it; choose one between 0 and 1"
-        )
+        learns = f"{config.method.name} learns the share, and could not leave that one"
+        yield f"method.distill = {config.method.distill}: {learns}; choose one between 0 and 1"
     yield from _unread(config.data)
     yield from _pretext(config)
     if config.augment.crop == "resized" and config.data.source not in ("folder", "list"):

@@ -157,13 +157,8 @@ def tgeo_kd(num_classes: int, hidden: int = 100, start: float = 0.5) -> MetaLear
         g - p,  g - q,  q - p        of the example
         g - r,  r - p                with the teacher's typical prediction, which an outlier does not move
 
-    without their gradient. It has one hidden layer of ReLUs; its last layer starts at zero, so that all examples start
-    with the same share, `sigmoid(s) = start`, and training as a fixed mixture.
-
-    Args:
-      num_classes: K.
-      hidden: hidden units.
-      start: the share at the start, between 0 and 1.
+    without their gradient. It has one hidden layer of `hidden` ReLUs; its last layer starts at zero, so that all
+    examples start with the same share, `sigmoid(s) = start`, and training as a fixed mixture.
 
     References:
       Hu et al., Less or more from teacher: exploiting trilateral geometry for knowledge distillation, ICLR 2024

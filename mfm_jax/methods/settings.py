@@ -88,9 +88,7 @@ class Method:
     hidden: Annotated[int, Bounds(1), "meta_weight_net, l2ac, tgeo_kd: hidden units"] = 100
     isda_strength: Annotated[float, Bounds(0), "metasaug; 0 = no augmentation"] = 0.5
     teacher: Annotated[str, "any method: run folder whose tested classifier is learned from, too; '' = none"] = ""
-    distill: Annotated[float, Bounds(0, 1), "teacher: share of its predictions in the loss; tgeo_kd: at the start"] = (
-        0.5
-    )
+    distill: Annotated[float, Bounds(0, 1), "teacher: its share in the loss; tgeo_kd: at the start"] = 0.5
     distill_temperature: Annotated[float, Bounds(0.1), "teacher: divides both logits where they are compared"] = 4.0
     loss: Annotated[str, OWN, "own_loss: the loss of an example (docs/library.md)"] = ""
     learner: Annotated[str, OWN, "own_learner: what the meta set governs (docs/library.md)"] = ""
