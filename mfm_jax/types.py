@@ -51,11 +51,23 @@ def no_modulation(site: str, features: jax.Array) -> jax.Array:
     return features
 
 
+class Taught(NamedTuple):
+    """What a teacher says of a batch.
+
+    logits: `[B, K]`, of the images as the student sees them.
+    typical: `[B, K]`, the mean of its predictions for the training images of an example's class, of mixed ones the
+      mixture; None where nothing reads it.
+    """
+
+    logits: jax.Array
+    typical: jax.Array | None = None
+
+
 class Batch(NamedTuple):
     """Examples as the classifier sees them.
 
     `partner` and `share` are there where examples were mixed in pairs, `weight` where the batch was padded, `second`
-    where a loss compares two views of the same images.
+    where a loss compares two views of the same images, `teacher` where another classifier's predictions are learned.
     """
 
     image: PyTree  # [B, H, W, C] floating point, normalised; or what else the module takes, a dict of [B, ...] too
@@ -64,6 +76,7 @@ class Batch(NamedTuple):
     share: jax.Array | None = None  # [B], what `label` has of the mixture, 1/2 to 1; `partner` has the rest
     weight: jax.Array | None = None  # [B], of mean 1: what an example counts in every mean over the batch
     second: "Batch | None" = None  # the same examples in another draw of the augmentation, in the same order; no weight
+    teacher: Taught | None = None
 
     @property
     def views(self) -> tuple["Batch", ...]:

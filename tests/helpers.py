@@ -1,5 +1,6 @@
 """What several test files build: a tiny network, configs, states as numbers, pictures, folders, a run's files."""
 
+import atexit
 import contextlib
 import dataclasses
 import functools
@@ -10,9 +11,11 @@ import json
 import os
 import re
 import runpy
+import shutil
 import signal
 import struct
 import sys
+import tempfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -101,10 +104,28 @@ def shift(config, counts, channels):
 OWN = {"own_loss": {"loss": "mfm_jax.bilevel.losses:cross_entropy"}, "own_learner": {"learner": "helpers:shift"}}
 
 
+@functools.cache
+def teacher() -> Path:
+    """Returns the folder of a finished run on the digits of `configured`, made once a process: what others learn from.
+
+    Its classifier is modulated while it is trained.
+    """
+    from mfm_jax.training import train
+
+    folder = Path(tempfile.mkdtemp()) / "teacher"
+    atexit.register(shutil.rmtree, folder.parent)
+    with quick_runs(), contextlib.redirect_stderr(io.StringIO()):
+        config = configured("mfm", model__name="own_parts:Tiny", model__width=0, train__epochs=1)
+        train.train_and_evaluate(config, folder, pages=False)
+    return folder
+
+
 def configured(name: str, **overrides):
     """Returns the config of two epochs of two steps; a second stage, and deferred weights, have the second epoch."""
     config = tiny(data__imbalance_factor=100.0, data__val_images_per_class=0, train__batch_size=100)
     config.method.update(name=name, first_stage=0.5, **OWN.get(name, {}))
+    if name == "tgeo_kd":
+        config.method.teacher = str(teacher())
     config.meta.update(batch_size=40, every=2, lagged=name != "l2rw")
     return config_lib.resolve(overridden(config, **overrides))
 

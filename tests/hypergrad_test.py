@@ -14,10 +14,11 @@ from helpers import slow
 
 from mfm_jax import bilevel
 from mfm_jax.bilevel import balancing, hypergrad, losses, modulation, outer, sharpness
+from mfm_jax.bilevel.distillation import Distillation
 from mfm_jax.bilevel.passes import Pass
 from mfm_jax.bilevel.sharpness import Sharpness
 from mfm_jax.methods import learners
-from mfm_jax.types import Batch, Modulate, no_modulation
+from mfm_jax.types import Batch, Modulate, Taught, no_modulation
 
 CLASSES, BATCH = 4, 12
 SITES = ("stem", "stage1", "pooled", "logits")
@@ -38,6 +39,7 @@ LEARNERS = {
     "l2rw": learners.l2rw,
     "l2ac": lambda: learners.l2ac(CLASSES, 5),
     "metasaug": lambda: learners.metasaug(CLASSES, 8),
+    "tgeo_kd": lambda: learners.tgeo_kd(CLASSES, 5, start=0.3),
 }
 FORMS = ("direct", "direct_per_class", "frequency", "network", "network_count", "network_attached")
 
@@ -91,8 +93,12 @@ def problem(form: str, sites: tuple[str, ...], optimizer: str, dtype: str):
     _, opt_state = tx.update(jax.tree.map(lambda p: 0.1 * p, state.params), state.opt_state, state.params)
     state = state.replace(opt_state=opt_state)
     forward = Pass.of(net)
-    build = bilevel.halves(forward, bilevel.Objective(losses.cross_entropy), tx, learner)
-    train_loss, update = build(state, Batch(image, LABELS))
+    teacher, distillation = None, None
+    if learner.share:
+        said, typical = jax.random.normal(jax.random.key(7), (2, BATCH, CLASSES), dtype)
+        teacher, distillation = Taught(said, jax.nn.softmax(typical)), Distillation(0.5, 2.0)
+    objective = bilevel.Objective(losses.cross_entropy, distillation=distillation)
+    train_loss, update = bilevel.halves(forward, objective, tx, learner)(state, Batch(image, LABELS, teacher=teacher))
 
     def meta_loss(params):
         logits, _ = forward.logits(state, params, Batch(meta_image, LABELS), train=False)

@@ -25,7 +25,8 @@ ORDER = (  # the files of a line import those of the lines above it alone
     "bilevel.auxiliary config.own data.decode data.depth data.labels data.spelling data.streaming evaluation.conformal "
     "evaluation.intervals evaluation.metrics machine.interruption machine.versions methods.heads methods.settings "
     "models.convolution",
-    "bilevel.agreement bilevel.contrast config.groups data.lists evaluation.mistakes evaluation.suspects models.layers",
+    "bilevel.agreement bilevel.contrast bilevel.distillation config.groups data.lists evaluation.mistakes "
+    "evaluation.suspects models.layers",
     "bilevel.pairs models.densenet models.efficientnet models.imagenet models.resnet models.vit models.wide_resnet",
     "config.consistency config.continuation config.lookup models.catalog",
     "config.parameters config.schema models",
@@ -42,7 +43,8 @@ ORDER = (  # the files of a line import those of the lines above it alone
     "check data evaluation.tested pages.comparison_figures pages.figures pages.mistakes",
     "evaluation.facts pages.comparison pages.report training.inputs training.preflight training.progress "
     "training.recipe",
-    "evaluation.hub_folder pages.audit pages.card pages.front_matter training.own_loop training.weights",
+    "evaluation.hub_folder pages.audit pages.card pages.front_matter training.own_loop training.teacher "
+    "training.weights",
     "training.experiment",
     "evaluation.classifier training.loop",
     "evaluation.results hub inference.trained predict training.epoch_log training.feed",

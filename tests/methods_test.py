@@ -43,9 +43,20 @@ STAGED = get_args(Staged)
 # One of each kind for the quick tier, the others in the slow. A sampler and what is done after training show in whole
 # runs; their steps are those of plain training.
 LOSSES = ("ldam_drw", "influence_balanced", "lade", "glmc")
-STEPS = ("mfm", "ce", *LOSSES, "crt", "simsiam", "smote", "rcal", "meta_weight_net", "l2rw", "metasaug")
+STEPS = ("mfm", "ce", *LOSSES, "crt", "simsiam", "smote", "rcal", "meta_weight_net", "l2rw", "metasaug", "tgeo_kd")
 # `parallel_test` has mfm with class weights, and l2rw.
-ON_DEVICES = ("influence_balanced", "lade", "glmc", "crt", "simsiam", "smote", "rcal", "meta_weight_net", "metasaug")
+ON_DEVICES = (
+    "influence_balanced",
+    "lade",
+    "glmc",
+    "crt",
+    "simsiam",
+    "smote",
+    "rcal",
+    "meta_weight_net",
+    "metasaug",
+    "tgeo_kd",
+)
 BY_STEP, BY_DEVICES, BY_KIND = (
     [name if name in quick else slow(name) for name in ALL]
     for quick in (STEPS, ON_DEVICES, (*STEPS, "progressive", "two_phase", "posthoc_la", "mfm_frozen"))
@@ -186,6 +197,8 @@ def stepped(config, data, mesh=None, *, absent: bool = False, mixed: bool = Fals
         batch = Batch(image, label, label[::-1], jnp.linspace(0.5, 1.0, size))
     if config.method.second_view:
         batch = batch._replace(second=batch._replace(image=image[:, ::-1]))
+    if teacher := experiment.teacher:
+        batch = teacher.of_batch(batch, teacher.arrays, data.mean, data.std)
     arguments = {"plain": (batch,)}
     if method.learner:
         arguments["meta"] = (batch, meta_batch)
@@ -239,6 +252,7 @@ def test_the_table_and_the_config_have_the_same_names():
         config = config_lib.Config(method=settings)
         learner = method.learner and method.learner(config, counts, channels)
         assert settings.per_batch == bool(learner and learner.per_batch)
+        assert settings.taught == bool(learner and learner.share)
         assert settings.deferred == objective(config).deferred
         assert settings.cosine == objective(config).cosine_head
         assert settings.retrains == bool(method.retraining)

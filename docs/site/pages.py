@@ -42,6 +42,7 @@ MODULES = {
             "bilevel.contrast",
             "bilevel.pairs",
             "bilevel.agreement",
+            "bilevel.distillation",
             "bilevel.objective",
             "bilevel.averaging",
             "bilevel.balancing",

@@ -3,7 +3,8 @@
     L(w, phi) = mean_v mean_i c_{y_i} l(z_i^v, y_i)  +  sum_a L_a
 
 over the views v of the batch, one or two, with c the weights of classes and L_a the losses of the whole batch
-(`auxiliary`). `halves` makes of it the two functions that every training step is made of.
+(`auxiliary`). With a teacher, its predictions have a share in each example's loss (`distillation`). `halves` makes of
+it the two functions that every training step is made of.
 """
 
 import functools
@@ -17,11 +18,13 @@ import optax
 
 from mfm_jax.bilevel import outer as outer_lib
 from mfm_jax.bilevel.auxiliary import Auxiliary, Seen
+from mfm_jax.bilevel.distillation import Distillation
 from mfm_jax.bilevel.hypergrad import Gradient, TrainLoss, Update
 from mfm_jax.bilevel.outer import MetaLearner
-from mfm_jax.bilevel.passes import Pass
+from mfm_jax.bilevel.passes import UNMODULATED, Pass
 from mfm_jax.bilevel.sharpness import Sharpness
 from mfm_jax.bilevel.sharpness import gradient as sharp_gradient
+from mfm_jax.errors import UserError
 from mfm_jax.types import Batch, BilevelState, FeatureLoss, LossFn, PyTree
 
 # step int32 scalar -> weight of each class's loss, [K]
@@ -34,12 +37,14 @@ class Objective(NamedTuple):
     loss: of an example.
     class_weights: multiply each example's loss by its class's weight at this step; None for no weights.
     beside: losses of the whole batch that are added to the mean of the examples'.
+    distillation: how a teacher is learned from; None for no teacher.
     sharpness: where the gradient is taken (`sharpness`); None for at w. The meta-gradient goes `through` it.
     """
 
     loss: LossFn | FeatureLoss
     class_weights: ClassWeights | None = None
     beside: Sequence[Auxiliary] = ()
+    distillation: Distillation | None = None
     sharpness: Sharpness | None = None
 
     def gradient(self, train_loss: TrainLoss) -> Gradient:
@@ -60,9 +65,15 @@ def halves(
     `train_loss` gives, beside the loss, the accuracy, the running averages and `BilevelState.memory` afterwards; of two
     views, the accuracy and the averages are those of the first. It takes a third argument, too: what each class's loss
     counts, [K].
+
+    Raises:
+      UserError: the learner says what a teacher counts, and the objective has none.
     """
+    if learner.share and not objective.distillation:
+        raise UserError(f"{learner.kind}: says what a teacher counts, and there is none; set method.teacher")
     loss, sites = objective.loss, {site for one in objective.beside for site in one.sites}
     sites |= {"pooled"} if isinstance(loss, FeatureLoss) else set()
+    sites |= {UNMODULATED} if objective.distillation else set()
 
     def build(state: BilevelState, batch: Batch) -> tuple[TrainLoss, Update]:
         chex.assert_equal_shape_prefix(jax.tree.leaves(batch), 1)
@@ -77,6 +88,9 @@ def halves(
         def of_examples(phi: PyTree, seen: Seen, counted: jax.Array | None) -> jax.Array:
             of_example = loss.at(state.step, seen.features["pooled"]) if isinstance(loss, FeatureLoss) else loss
             values = example_losses(of_example, seen.logits, seen.batch, weights)
+            if objective.distillation:
+                share_of = functools.partial(learner.share, phi) if learner.share else None
+                values = objective.distillation.mixed(values, seen, share_of)
             values = learner.weigh(phi, values, functools.partial(forward.mean, batch=seen.batch))
             if counted is not None:
                 values = values * _of_labels(lambda labels: counted.astype(values.dtype)[labels], seen.batch)

@@ -12,7 +12,7 @@ import optax
 
 from mfm_jax.bilevel import modulation, optim
 from mfm_jax.errors import UserError
-from mfm_jax.types import Modulate, Modulator, PyTree, no_modulation
+from mfm_jax.types import Batch, Modulate, Modulator, PyTree, no_modulation
 
 
 class Modulating(Protocol):
@@ -30,6 +30,15 @@ class Weighing(Protocol):
     def __call__(self, phi: PyTree, losses: jax.Array, mean: Callable[[jax.Array], jax.Array], /) -> jax.Array: ...
 
 
+class Sharing(Protocol):
+    """`(phi, logits [B, K], batch) -> [B]`, 0 to 1: what the teacher's predictions count in each example's loss.
+
+    `logits` are the student's, before a modulation at `logits`; `batch.teacher` has the teacher's.
+    """
+
+    def __call__(self, phi: PyTree, logits: jax.Array, batch: Batch, /) -> jax.Array: ...
+
+
 def _plain(phi: PyTree, params: PyTree, labels: jax.Array) -> Modulate:
     del phi, params, labels
     return no_modulation
@@ -44,13 +53,15 @@ class MetaLearner(NamedTuple):
     """What a meta set governs. Every function is pure, and phi is all that is learned.
 
     With logits z computed under `modulate`, the training loss is the mean of `weigh(phi, loss(z, labels), mean)`, a
-    scalar function of the classifier's parameters and phi; that is all the meta-gradient asks for. A method fills in
-    what it governs; the defaults leave the pass unchanged.
+    scalar function of the classifier's parameters and phi; that is all the meta-gradient asks for. Where there is a
+    teacher, that loss is the mixture with its predictions (`distillation`), by `share`. A method fills in what it
+    governs; the defaults leave the pass unchanged.
 
     kind: what phi is, in a word; phi of one kind is never taken for another.
     init: `key -> phi`.
     modulate: see `Modulating`.
     weigh: see `Weighing`.
+    share: see `Sharing`; None for the objective's own share.
     optimizer: `schedule -> optax chain` that phi moves by; the schedule counts meta-steps.
     per_batch: `labels [B] -> phi`, where phi belongs to one batch, starts from this value each time and is not kept
       (`init` then returns an empty tree); None where phi is learned from step to step.
@@ -62,6 +73,7 @@ class MetaLearner(NamedTuple):
     init: Callable[[jax.Array], PyTree]
     modulate: Modulating = _plain
     weigh: Weighing = _alike
+    share: Sharing | None = None
     optimizer: Callable[[optax.Schedule], optax.GradientTransformation] = lambda schedule: optim.outer(schedule)
     per_batch: Callable[[jax.Array], PyTree] | None = None
     modulator: Modulator | None = None

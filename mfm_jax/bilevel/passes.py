@@ -20,6 +20,8 @@ from mfm_jax.types import ApplyFn, Batch, BilevelState, Modulate, PyTree, no_mod
 Switch = Literal["train", "deterministic"]  # says whether a module is trained
 _OTHERS = ("training", "is_training", "use_running_average", "inference", "eval")  # names that are not understood
 
+UNMODULATED = "unmodulated"  # among sites whose features are asked for: the logits as the site `logits` gets them
+
 # Training labels of a batch, or of a part of it, [B] -> what its pass is modulated by.
 ModulateBy = Callable[[jax.Array], Modulate]
 
@@ -115,7 +117,7 @@ class Pass:
           batch: whose images are passed.
           modulate_by: the modulation, by the labels of the images that pass together.
           train: normalise by the batch's own statistics; otherwise by the averages, which do not change.
-          sites: whose features are returned, of those that the module calls.
+          sites: whose features are returned, of those that the module calls; `UNMODULATED` may be among them.
 
         Raises:
           UserError: images of integers (in a tree: of uint8, or none that is floating point), or batch statistics in a
@@ -127,12 +129,16 @@ class Pass:
             kept: dict[str, jax.Array] = {}
 
             def keep(site: str, features: jax.Array) -> jax.Array:
+                if site == "logits" and UNMODULATED in sites:
+                    kept[UNMODULATED] = features
                 features = modulate(site, features)
                 if site in sites:
                     kept[site] = features
                 return features
 
             logits, averages = self._whole(state, params, part, keep, train=train)
+            if UNMODULATED in sites:
+                kept.setdefault(UNMODULATED, logits)  # of a module without that site
             return (logits, kept), averages
 
         if self.parts == 1:

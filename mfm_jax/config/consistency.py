@@ -23,6 +23,9 @@ def problems(config: Config) -> Iterator[str]:
     yield from _scanned(config)
     yield from _per_batch(config)
     yield from _mixed_views(config)
+    if config.method.taught and config.method.distill in (0, 1):
+        learns = f"{config.method.name} learns the share, and could not leave that one"
+        yield f"method.distill = {config.method.distill}: {learns}; choose one between 0 and 1"
     yield from _unread(config.data)
     yield from _pretext(config)
     yield from _noise(config.data)

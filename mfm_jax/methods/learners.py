@@ -4,6 +4,7 @@ All of them are learned by the same meta-gradient, through the same optimizer st
 (`bilevel.make_step`), so that a difference between two of them is a difference between two ideas.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -11,9 +12,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from mfm_jax.bilevel.auxiliary import soft_labels
 from mfm_jax.bilevel.modulation import mlp, mlp_init, unit
 from mfm_jax.bilevel.outer import MetaLearner
-from mfm_jax.types import Modulate, PyTree
+from mfm_jax.types import Batch, Modulate, PyTree
 
 Mean = Callable[[jax.Array], jax.Array]  # of [B], over the whole batch
 
@@ -144,6 +146,39 @@ def metasaug(
         return _at_logits(lambda logits: strength / 2 * spread[labels])
 
     return MetaLearner("metasaug", init, modulate)
+
+
+def tgeo_kd(num_classes: int, hidden: int = 100, start: float = 0.5) -> MetaLearner:
+    """What a teacher counts for each example: `a_i = sigmoid(MLP(edges_i) + s)`, of the geometry of three predictions.
+
+    With the student's probabilities p, the teacher's q, the label g and the mean r of the teacher's probabilities for
+    training images of the label's class, each `[K]`, the MLP reads the edges of two triangles as vectors:
+
+        g - p,  g - q,  q - p        of the example
+        g - r,  r - p                with the teacher's typical prediction, which an outlier does not move
+
+    without their gradient. It has one hidden layer of `hidden` ReLUs; its last layer starts at zero, so that all
+    examples start with the same share, `sigmoid(s) = start`, and training as a fixed mixture.
+
+    References:
+      Hu et al., Less or more from teacher: exploiting trilateral geometry for knowledge distillation, ICLR 2024
+      (TGeo-KD), section 3.
+    """
+    offset = math.log(start / (1 - start))
+
+    def init(key: jax.Array) -> PyTree:
+        return mlp_init(key, 5 * num_classes, hidden, 1)
+
+    def share(phi: PyTree, logits: jax.Array, batch: Batch) -> jax.Array:
+        assert batch.teacher is not None
+        assert batch.teacher.typical is not None
+        student, teacher = (jax.nn.softmax(jax.lax.stop_gradient(z)) for z in (logits, batch.teacher.logits))
+        label, typical = soft_labels(batch, num_classes), batch.teacher.typical
+        edges = (label - student, label - teacher, teacher - student, label - typical, typical - student)
+        inputs = jnp.concatenate(edges, axis=-1).astype(phi["w1"].dtype)
+        return jax.nn.sigmoid(mlp(phi, inputs)[:, 0] + offset)
+
+    return MetaLearner("tgeo_kd", init, share=share)
 
 
 def _at_logits(shift: Callable[[jax.Array], jax.Array]) -> Modulate:

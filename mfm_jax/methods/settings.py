@@ -15,7 +15,7 @@ Loss = Literal["ce", "focal", Weighted, "ldam", "ldam_drw", Adjusted, "own_loss"
 Sampled = Literal["oversample", "undersample", "sqrt_sample", "progressive"]
 # A second stage gets the last part of the epochs and its own learning-rate schedule.
 Staged = Literal["two_phase", "crt", "lws", "smote", "rcal", "simsiam"]
-MetaLearned = Literal["mfm", "mfm_frozen", "meta_weight_net", "l2rw", "l2ac", "metasaug", "own_learner"]
+MetaLearned = Literal["mfm", "mfm_frozen", "meta_weight_net", "l2rw", "l2ac", "metasaug", "tgeo_kd", "own_learner"]
 Name = Literal[Loss, "dice", "sampling_free", Sampled, Staged, "posthoc_la", "tau_norm", MetaLearned]
 
 _DEFERRED = {"drw", "ldam_drw", "influence_balanced"}  # weights that act in the second part of the epochs alone
@@ -27,6 +27,7 @@ _FINE_TUNED = {"two_phase"}  # second stages that train the whole classifier
 _LINEAR = {"crt", "lws", "smote", "rcal", "simsiam", "posthoc_la", "tau_norm", "sampling_free"}
 _KEPT = {"mfm_frozen": "long_tail"}  # the shipped modulator that a method keeps (`workdir.modulators`)
 _OF_BATCH = {"lade"}  # that have a loss of the whole batch
+_TAUGHT = {"tgeo_kd"}  # whose meta learner says what a teacher counts
 _MIXED_VIEWS = {"glmc"}  # that train on two mixtures of each pair of images
 _AGREEING = {*_MIXED_VIEWS, "simsiam"}  # that compare two views of each image, by a projection
 
@@ -79,8 +80,11 @@ class Method:
     smote_neighbors: Annotated[int, Bounds(1), "smote: nearest neighbours to interpolate to"] = 5
     rcal_neighbors: Annotated[int, Bounds(1), "rcal: frequent classes that a rare one borrows from"] = 3
     rcal_borrowed: Annotated[float, Bounds(0, 1), "rcal: share of their mean and covariance in its own"] = 0.3
-    hidden: Annotated[int, Bounds(1), "meta_weight_net, l2ac: hidden units"] = 100
+    hidden: Annotated[int, Bounds(1), "meta_weight_net, l2ac, tgeo_kd: hidden units"] = 100
     isda_strength: Annotated[float, Bounds(0), "metasaug; 0 = no augmentation"] = 0.5
+    teacher: Annotated[str, "any method: run folder whose tested classifier is learned from, too; '' = none"] = ""
+    distill: Annotated[float, Bounds(0, 1), "teacher: its share in the loss; tgeo_kd: at the start"] = 0.5
+    distill_temperature: Annotated[float, Bounds(0.1), "teacher: divides both logits where they are compared"] = 4.0
     loss: Annotated[str, OWN, "own_loss: the loss of an example (docs/library.md)"] = ""
     learner: Annotated[str, OWN, "own_learner: what the meta set governs (docs/library.md)"] = ""
 
@@ -155,6 +159,11 @@ class Method:
     def of_batch(self) -> bool:
         """Whether a loss of the whole batch is trained beside that of the examples."""
         return self.projects or self.trained in _OF_BATCH
+
+    @property
+    def taught(self) -> bool:
+        """Whether its meta learner says what a teacher's predictions count."""
+        return self.name in _TAUGHT
 
     @property
     def per_batch(self) -> bool:

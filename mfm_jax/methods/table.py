@@ -283,12 +283,17 @@ METHODS = {
         needs=("pooled", "logits", "head"),
         search={**_META, "method.isda_strength": Span(0.1, 2.0, log=True)},
     ),
+    "tgeo_kd": Method(
+        learner=lambda config, counts, _: learners.tgeo_kd(len(counts), config.method.hidden, config.method.distill),
+        search={**_META, "method.distill_temperature": Span(1.0, 8.0, log=True)},
+    ),
     "mfm": Method(learner=_mfm, modulates=True, sampler=sampling.square_root, search=_META),
     "mfm_frozen": Method(learner=_mfm, modulates=True, sampler=sampling.square_root),
     "own_learner": Method(learner=own.learner, search=_META),
 }
 
-BUILT_IN = tuple(name for name in METHODS if name not in ("own_loss", "own_learner"))
+# Those that need nothing else given, neither a part of the user's own nor a teacher.
+BUILT_IN = tuple(name for name in METHODS if name not in ("own_loss", "own_learner", "tgeo_kd"))
 COMPARED = ("ce", "mfm")  # where no methods are named; the baseline first
 
 

@@ -33,7 +33,9 @@ from mfm_jax.methods.table import METHODS
 from mfm_jax.models import own, pretrained, stacked
 from mfm_jax.models.own import Adapted
 from mfm_jax.training import preflight, recipe, weights
+from mfm_jax.training import teacher as teacher_lib
 from mfm_jax.training.recipe import Recipe
+from mfm_jax.training.teacher import Teacher
 from mfm_jax.types import PROJECTION, ApplyFn, Batch, BilevelState, FeatureLoss, Modulate, Modulator, PyTree
 
 _Chain: TypeAlias = optax.GradientTransformation
@@ -58,6 +60,7 @@ class Experiment:
     apply: the classifier outside `shard_map`; `(variables, image, modulate=, train=) -> logits`.
     modulator: what generates gamma and beta; None for a method without one.
     phi_kind: what phi is, in a word; "" where there is none.
+    teacher: whose predictions are learned, too; None for nobody's.
     learning_rate: schedule, by step.
     steps_per_epoch: batches in an epoch.
     total_steps: steps in the run.
@@ -78,6 +81,7 @@ class Experiment:
     apply: ApplyFn
     modulator: Modulator | None
     phi_kind: str
+    teacher: Teacher | None
     learning_rate: optax.Schedule
     steps_per_epoch: int
     total_steps: int
@@ -131,6 +135,7 @@ def build(config: Config, data: LongTailData, mesh: Mesh | None = None) -> Exper
         apply=plain.apply,
         modulator=learner.modulator if learner else None,
         phi_kind=learner.kind if learner else "second stage" if method.retraining else "",
+        teacher=teacher_lib.of(config, data, typical=bool(learner and learner.share)),
         learning_rate=rules.learning_rate,
         steps_per_epoch=rules.steps_per_epoch,
         total_steps=rules.total_steps,

@@ -59,6 +59,8 @@ class Feed(Protocol):
 
 def make(data: LongTailData, experiment: Experiment, config: Config, on_device: ResidentSet | StepBatches) -> Feed:
     """Returns the feed of a run; `on_device` is `inputs.to_device(data)`."""
+    if experiment.teacher:
+        on_device = on_device.replace(teacher=experiment.teacher.arrays)
     # Placed once and for all, one device included: what is not would count as another program at the second call.
     on_device = parallel.place(on_device, inputs.everywhere(experiment.mesh))
     if isinstance(on_device, StepBatches):

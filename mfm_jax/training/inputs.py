@@ -17,6 +17,7 @@ from mfm_jax.data import LongTailData, batches
 from mfm_jax.data.sources import Images, Labels
 from mfm_jax.data.streaming import Streamed
 from mfm_jax.machine import parallel
+from mfm_jax.types import PyTree
 
 Examples = tuple[jax.Array, jax.Array]  # images uint8 [B, H, W, C], or features float32 [B, C]; labels int32 [B]
 
@@ -29,6 +30,7 @@ class ResidentSet(struct.PyTreeNode):
     order: int32 [steps, B], of which step t of the run reads row `t % steps`.
     meta_table: int32 [K, m].
     mean, std: float32 [C].
+    teacher: what `teacher.Teacher.arrays` has; None where there is none.
     """
 
     images: jax.Array
@@ -39,6 +41,7 @@ class ResidentSet(struct.PyTreeNode):
     meta_table: jax.Array
     mean: jax.Array
     std: jax.Array
+    teacher: PyTree = None
 
     def at(self, index: jax.Array) -> Examples:
         """Returns the training examples at `index`, int [B]."""
@@ -54,6 +57,7 @@ class StepBatches(struct.PyTreeNode):
     meta_labels: jax.Array
     mean: jax.Array
     std: jax.Array
+    teacher: PyTree = None
 
 
 class Features(struct.PyTreeNode):

@@ -82,6 +82,8 @@ def _step(experiment: Experiment, config: Config, loop: LoopState, data: Input, 
     state = loop.bilevel
     keys = inputs.step_keys(state.key, state.step)
     batch = _training_batch(keys, data, state.step, config, experiment.mesh)
+    if experiment.teacher and not isinstance(data, Features):
+        batch = experiment.teacher.of_batch(batch, data.teacher, data.mean, data.std)
     if kind == "retrain" and experiment.retrain_step is not None:
         new_state, metrics = experiment.retrain_step(state, batch)
     elif kind == "meta" and experiment.meta_step is not None:

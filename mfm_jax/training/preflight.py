@@ -31,6 +31,7 @@ def check(config: Config, data: LongTailData, mesh: Mesh | None) -> None:
         *_devices(config, devices),
         *_parts(config, mesh, streamed, has_meta_step=method.learner is not None),
         *_frozen(config, method),
+        *_taught(config, streamed=streamed),
         *_unsettled(config, streamed=streamed),
         *_rare(config, data),
     )
@@ -126,6 +127,15 @@ def _frozen(config: Config, method: Method) -> Iterator[str]:
         yield f"meta.freeze = True: {name} would learn nothing from the meta set; only {modulating()} can"
     elif not config.modulator_from:
         yield "meta.freeze = True: would keep a modulator that does nothing; set modulation.init_from"
+
+
+def _taught(config: Config, *, streamed: bool) -> Iterator[str]:
+    """A meta learner that says what a teacher counts, without one or without its typical predictions."""
+    name = config.method.name
+    if config.method.taught and not config.method.teacher:
+        yield f"method.teacher: missing; {name} needs a run folder whose classifier is the teacher"
+    if config.method.taught and streamed:
+        yield f"method.name = {name!r}: needs all images at once; raise data.resident_mb, or set a fixed method.distill"
 
 
 def _unsettled(config: Config, *, streamed: bool) -> Iterator[str]:

@@ -12,6 +12,7 @@ from mfm_jax import models
 from mfm_jax.bilevel import MetaRule, averaging, contrast, losses, optim, pairs, sharpness
 from mfm_jax.bilevel.auxiliary import Auxiliary
 from mfm_jax.bilevel.averaging import Averaging
+from mfm_jax.bilevel.distillation import Distillation
 from mfm_jax.bilevel.objective import ClassWeights, Objective
 from mfm_jax.bilevel.sharpness import Sharpness
 from mfm_jax.config import Config
@@ -59,6 +60,7 @@ def of(config: Config, data: LongTailData) -> Recipe:
             _loss(config, trained, counts, begin),
             _class_weights(config, trained, counts, per_epoch),
             _beside(config, trained, counts),
+            _distillation(config),
             _sharpness(config, counts),
         ),
         tx=tx,
@@ -108,6 +110,11 @@ def _averaging(config: Config, per_epoch: int) -> Averaging | None:
     if config.optim.swa_from:
         return averaging.equal(config.swa_begins * per_epoch, per_epoch)
     return averaging.start(config.model.start_share) if config.model.start_share else None
+
+
+def _distillation(config: Config) -> Distillation | None:
+    chosen = config.method
+    return Distillation(chosen.distill, chosen.distill_temperature) if chosen.teacher and chosen.distill else None
 
 
 def _sharpness(config: Config, counts: jax.Array) -> Sharpness | None:

@@ -74,6 +74,11 @@ class Run:
         loop = parallel.place(loop, parallel.state_sharding(loop, mesh) if mesh else inputs.everywhere(None))
         if latest is not None:
             loop, record = self.checkpoints.restore(latest, loop)
+            if experiment.teacher and record["teacher"] != experiment.teacher.digest:
+                raise UserError(
+                    f"method.teacher = {config.method.teacher!r}: its classifier is not the one that the run in"
+                    f" {self.workdir} began with; bring that back, or choose a new --workdir"
+                )
             same = " batches and their order stay the same,"
             progress.say_change(latest, "on", versions.devices(), record["devices"], same)
             progress.say_change(latest, "with convolutions by", self.convolutions, record.get("convolutions", "xla"))
@@ -140,6 +145,7 @@ class Run:
     def save(self, score: float | None) -> None:
         record = {"rows": list(self.log.rows), "seconds": self.seconds(), "devices": versions.devices()}
         record |= {"convolutions": self.convolutions, "phi": self.experiment.phi_kind}
+        record |= {"teacher": self.experiment.teacher.digest} if self.experiment.teacher else {}
         self.checkpoints.save(self.step, self.loop, self.loop.bilevel.phi, record, score)
 
     def saved(self) -> int:
