@@ -30,7 +30,7 @@ from mfm_jax.evaluation.tested import Tested
 from mfm_jax.machine import parallel
 from mfm_jax.methods import heads, table
 from mfm_jax.methods.table import METHODS
-from mfm_jax.models import own, pretrained, stacked
+from mfm_jax.models import own, pretrained, stacked, zero_shot
 from mfm_jax.models.own import Adapted
 from mfm_jax.training import preflight, recipe, weights
 from mfm_jax.training.recipe import Recipe
@@ -175,7 +175,10 @@ def _starts(
         if model.init_from:
             found = weights.of_run(config, data.class_names, *new)
         else:
+            whole = whole and not model.text_features
             found = pretrained.of_file(model.pretrained, *new, model.name, normalized_head=normalized, whole=whole)
+        if model.text_features:
+            found = zero_shot.with_text_head(found[0], model.text_features), found[1]
         if model.start_share:
             preflight.check_start(config, new[0], found[0])
         return parallel.jit_once(start)(dict(zip(("params", "batch_stats"), found, strict=True)), key)

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 from jax.sharding import Mesh
 
-from mfm_jax.config import Config
+from mfm_jax.config import VITS, Config
 from mfm_jax.data import LongTailData, sizes
 from mfm_jax.data.streaming import Streamed
 from mfm_jax.errors import UserError
@@ -130,7 +130,7 @@ def _frozen(config: Config, method: Method) -> Iterator[str]:
 def _unsettled(config: Config, *, streamed: bool) -> Iterator[str]:
     """Averages of weights whose batch statistics nothing would take."""
     for field, value in (("optim.swa_from", config.optim.swa_from), ("model.start_share", config.model.start_share)):
-        if value and streamed and config.model.name != "vit_b16":
+        if value and streamed and config.model.name not in VITS:
             yield (
                 f"{field} = {value}: batch statistics of the tested weights need all images at once; raise"
                 " data.resident_mb, or leave it out"
