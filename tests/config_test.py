@@ -128,7 +128,7 @@ def test_every_field_refuses_another_type(path):
 NEEDED = {
     "l2rw": {"meta": {"lagged": False}},
     "resized": {"data": {"source": "folder"}},
-    **dict.fromkeys(("adapters", "lora"), {"model": {"name": "vit_b16"}}),
+    **{tune: {"model": {"name": "vit_b16"}} for tune in ("adapters", "lora")},
     "balanced": {"augment": {"mixup": 0.4}},  # partners
     "rotation": {"method": {"name": "ce"}},
     **{name: {"method": fields} for name, fields in OWN.items()},

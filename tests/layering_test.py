@@ -39,8 +39,8 @@ ORDER = (  # the files of a line import those of the lines above it alone
     "bilevel.steps",
     "bilevel data.assembly methods.table pages.style",
     "check data evaluation.tested pages.comparison_figures pages.figures pages.mistakes",
-    "evaluation.facts pages.comparison pages.report training.inputs training.preflight training.progress "
-    "training.recipe",
+    "evaluation.facts pages.comparison pages.report training.inputs training.preflight training.prior "
+    "training.progress training.recipe",
     "evaluation.hub_folder pages.audit pages.card pages.front_matter training.own_loop training.weights",
     "training.experiment",
     "evaluation.classifier training.loop",

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from mfm_jax.bilevel import losses
 from mfm_jax.bilevel import outer as outer_lib
 from mfm_jax.bilevel.auxiliary import Auxiliary, Seen
 from mfm_jax.bilevel.hypergrad import Gradient, TrainLoss, Update
@@ -22,7 +23,7 @@ from mfm_jax.bilevel.outer import MetaLearner
 from mfm_jax.bilevel.passes import Pass
 from mfm_jax.bilevel.sharpness import Sharpness
 from mfm_jax.bilevel.sharpness import gradient as sharp_gradient
-from mfm_jax.types import Batch, BilevelState, FeatureLoss, LossFn, PyTree
+from mfm_jax.types import START_PRIOR, Batch, BilevelState, FeatureLoss, LossFn, PyTree
 
 # step int32 scalar -> weight of each class's loss, [K]
 ClassWeights = Callable[[jax.Array], jax.Array]
@@ -35,12 +36,14 @@ class Objective(NamedTuple):
     class_weights: multiply each example's loss by its class's weight at this step; None for no weights.
     beside: losses of the whole batch that are added to the mean of the examples'.
     sharpness: where the gradient is taken (`sharpness`); None for at w. The meta-gradient goes `through` it.
+    start_tau: strength of the prior in `BilevelState.memory` that the loss's logits are adjusted by; 0 for none.
     """
 
     loss: LossFn | FeatureLoss
     class_weights: ClassWeights | None = None
     beside: Sequence[Auxiliary] = ()
     sharpness: Sharpness | None = None
+    start_tau: float = 0.0
 
     def gradient(self, train_loss: TrainLoss) -> Gradient:
         """Returns `(params, phi) -> ((loss, aux), gradient)` of a batch's loss, as `sharpness` takes it."""
@@ -76,6 +79,8 @@ def halves(
 
         def of_examples(phi: PyTree, seen: Seen, counted: jax.Array | None) -> jax.Array:
             of_example = loss.at(state.step, seen.features["pooled"]) if isinstance(loss, FeatureLoss) else loss
+            if objective.start_tau:
+                of_example = losses.with_prior(of_example, state.memory[START_PRIOR], objective.start_tau)
             values = example_losses(of_example, seen.logits, seen.batch, weights)
             values = learner.weigh(phi, values, functools.partial(forward.mean, batch=seen.batch))
             if counted is not None:
@@ -92,7 +97,7 @@ def halves(
             seen = [first, *(one for one, _ in others)]
             values = [of_examples(phi, one, counted) for one in seen]
             value = sum(values[1:], values[0]) / len(values) if others else values[0]
-            memory: dict[str, PyTree] = {}
+            memory = {START_PRIOR: state.memory[START_PRIOR]} if objective.start_tau else {}
             for term in objective.beside:
                 added, memory[term.name] = term.loss(params, state.memory[term.name], seen, forward)
                 value = value + added

@@ -17,6 +17,7 @@ def problems(config: Config) -> Iterator[str]:
     yield from _own_module(config)
     yield from _tuned(config)
     yield from _scanned(config)
+    yield from _start_prior(config)
     yield from _per_batch(config)
     yield from _mixed_views(config)
     yield from _unread(config.data)
@@ -114,6 +115,19 @@ def _tuned(config: Config) -> Iterator[str]:
         yield f"{field}: features of images at random have no meaning; set model.pretrained or model.init_from"
     if not config.method.cosine or config.method.head == "simplex":
         yield f"{field}: are compared by their cosines; set method.head = 'cosine', and method.ldam_scale to CLIP's 100"
+
+
+def _start_prior(config: Config) -> Iterator[str]:
+    """A prior of the first classifier where there is none, where it is of no use, or where labels are no classes."""
+    field = f"method.pretraining_tau = {config.method.pretraining_tau}"
+    if not config.method.pretraining_tau:
+        return
+    if not (config.model.pretrained or config.model.init_from):
+        yield f"{field}: a head at random has learned no prior; start from model.pretrained or model.init_from"
+    if config.method.retrains:
+        yield f"{field}: the second stage of {config.method.name} trains another head; choose another method.name"
+    if config.data.pretext != "none":
+        yield f"{field}: data.pretext = {config.data.pretext!r} has labels that are no classes; leave one of them out"
 
 
 def _scanned(config: Config) -> Iterator[str]:

@@ -53,13 +53,19 @@ def check_start(config: Config, drawn: PyTree, found: PyTree) -> None:
     """Checks that the weights that a run starts from have the head, too; `drawn` are parameters at random.
 
     Raises:
-      UserError: the head of `found` is that of `drawn`, which has no share in what is tested.
+      UserError: the head of `found` is that of `drawn`, and a field asks for what it learned.
     """
+    share, tau = config.model.start_share, config.method.pretraining_tau
+    if not (share or tau):
+        return
     kernels = [tree["head"]["kernel"] for tree in (drawn, found) if "head" in tree]
     if kernels and np.array_equal(*kernels):
+        field, why = f"model.start_share = {share}", "weights at random have no share in what is tested"
+        if not share:
+            field, why = f"method.pretraining_tau = {tau}", "one at random has learned no prior"
         raise UserError(
-            f"model.start_share = {config.model.start_share}: the head starts fresh, and weights at random have no"
-            " share in what is tested; start from weights with a head of these classes, or leave it out"
+            f"{field}: the head starts fresh, and {why}; start from weights with a head of these classes, or leave it"
+            " out"
         )
 
 

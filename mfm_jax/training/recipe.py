@@ -59,6 +59,7 @@ def of(config: Config, data: LongTailData) -> Recipe:
             _class_weights(config, trained, counts, per_epoch),
             _beside(config, trained, counts),
             _sharpness(config, counts),
+            config.method.pretraining_tau,
         ),
         tx=tx,
         second_tx=optim.classifier(config.optim, second, counts),
