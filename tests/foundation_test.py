@@ -1,6 +1,7 @@
 """Starting from a foundation model: parts to tune, LoRA merged, a zero-shot head, and what pre-training favours."""
 
 import json
+import runpy
 
 import chex
 import jax
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
-from helpers import REPOSITORY, arrays, configured, quick_runs, slow, stopped_at, stored, tiny
+from helpers import REPOSITORY, arrays, changed, configured, quick_runs, slow, stopped_at, stored, tiny
 from towers_test import weights
 
 from mfm_jax import config as config_lib
@@ -168,6 +169,18 @@ def test_a_zero_shot_classifier_is_evaluated_without_training(tmp_path, capsys):
     assert np.abs(cosines).max() > 0.01
     with pytest.raises(UserError, match="the head would start fresh: the file has none"):
         classifier.load_pretrained(from_tower(tmp_path, CLIP, model__text_features=""), data)
+
+
+def test_the_config_with_the_settings_of_lift():
+    """Those of its code's `utils/config.py` and `configs/model/clip_vit_b16_peft.yaml`."""
+    config = config_lib.resolve(runpy.run_path(str(REPOSITORY / "configs/cifar100_lt_lift.py"))["get_config"]())
+    assert config.model.adapter_size == 2 ** int(np.log2(100 / (2 * 12)))
+    optim, method = config.optim, config.method
+    assert (optim.name, optim.learning_rate, optim.momentum, optim.weight_decay) == ("sgd", 0.01, 0.9, 5e-4)
+    assert (optim.schedule, config.train.batch_size, config.train.epochs) == ("cosine", 128, 10)
+    assert (method.name, method.tau, method.head, method.ldam_scale) == ("logit_adjusted", 1.0, "cosine", 25.0)
+    given = {"pretrained": "model.safetensors", "text_features": "text.npy"}
+    assert config_lib.resolve(changed(config, model=given)).model.tune == "adapters"
 
 
 @pytest.mark.parametrize("suffix", [".npy", ".npz", ".safetensors"])
