@@ -50,9 +50,11 @@ def _read(path: str, field: str) -> np.ndarray:
     try:
         if file.suffix == ".safetensors":
             found: Mapping[str, Any] = safetensors.numpy.load_file(file)
+        elif file.suffix == ".npz":
+            with np.load(file, allow_pickle=False) as members:
+                found = dict(members)
         else:
-            loaded = np.load(file, allow_pickle=False)
-            found = dict(loaded) if isinstance(loaded, np.lib.npyio.NpzFile) else {"": loaded}
+            found = {"": np.load(file, allow_pickle=False)}
         (array,) = found.values()
         return np.asarray(array, np.float32)
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, safetensors.SafetensorError) as error:
