@@ -11,6 +11,7 @@ import jax
 from flax import struct
 
 PyTree = Any
+START_PRIOR = "start_prior"  # of the state's memory, log q of the classifier before training, [K] (`training.prior`)
 PROJECTION = "projection"  # of the classifier's parameters, what a loss of the batch trains and no test has
 
 
@@ -118,4 +119,5 @@ class BilevelState(struct.PyTreeNode):
     phi: PyTree  # outer parameters: a modulator's, another meta learner's, or what a second stage trains
     phi_opt_state: PyTree  # its optax state
     average: PyTree = ()  # an `Average`; () where what is trained is tested
-    memory: PyTree = struct.field(default_factory=dict)  # what losses of the whole batch keep, by their names
+    # What losses of the whole batch keep, by their names, and `START_PRIOR`.
+    memory: PyTree = struct.field(default_factory=dict)

@@ -76,9 +76,9 @@ MISTAKES = {
     # in the config
     "--config.data.imbalance_factor=0.5": "data.imbalance_factor = 0.5: allowed: 1 or more",
     "--config.model.name=resnet9": (
-        "model.name = 'resnet9': allowed: densenet_bc100, efficientnet_b0, resnet10, resnet101, resnet152, resnet18,"
-        " resnet20, resnet32, resnet34, resnet44, resnet50, resnet56, resnet8, resnext50, vit_b16, wrn28_10, an"
-        " import path package.module:name"
+        "model.name = 'resnet9': allowed: clip_vit_b16, densenet_bc100, dinov2_reg_vit_b14, dinov2_vit_b14,"
+        " efficientnet_b0, resnet10, resnet101, resnet152, resnet18, resnet20, resnet32, resnet34, resnet44, resnet50,"
+        " resnet56, resnet8, resnext50, vit_b16, wrn28_10, an import path package.module:name"
     ),
     "--split=val": "--split=val: only with --mode=eval",
     "--config.data.group=a": "data.group = 'a': not read with data.source = 'digits'; only with 'folder' or 'list'",

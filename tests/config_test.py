@@ -128,7 +128,7 @@ def test_every_field_refuses_another_type(path):
 NEEDED = {
     "l2rw": {"meta": {"lagged": False}},
     "resized": {"data": {"source": "folder"}},
-    "adapters": {"model": {"name": "vit_b16"}},
+    **{tune: {"model": {"name": "vit_b16"}} for tune in ("adapters", "lora")},
     "balanced": {"augment": {"mixup": 0.4}},  # partners
     "rotation": {"method": {"name": "ce"}},
     "confusion": {"data": {"label_noise": 0.2}},
@@ -180,9 +180,11 @@ def test_the_bounds_that_matter_by_value():
 
 
 def test_what_a_model_does_not_have_is_refused():
-    assert refusal({"model": {"tune": "adapters"}}) == (
-        "model.tune = 'adapters': only model.name = 'vit_b16' has them, not 'resnet32'; choose 'head' or 'all'"
-    )
+    for tune in ("adapters", "lora"):
+        assert refusal({"model": {"tune": tune}}) == (
+            f"model.tune = {tune!r}: only the model.name vit_b16, clip_vit_b16, dinov2_vit_b14, dinov2_reg_vit_b14 can,"
+            " not 'resnet32'; choose 'head' or 'all'"
+        )
 
 
 @pytest.mark.parametrize(

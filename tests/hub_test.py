@@ -15,7 +15,7 @@ from PIL import Image
 
 import mfm_jax as mfm
 from mfm_jax import config as config_lib
-from mfm_jax import export, hub
+from mfm_jax import export, hub, models
 from mfm_jax.errors import UserError
 from mfm_jax.evaluation import classifier, conformal, hub_folder
 from mfm_jax.evaluation.hub_folder import Stored
@@ -73,17 +73,20 @@ def test_a_posthoc_step_is_in_the_weights_and_is_not_done_twice(method, trained_
     assert "epoch best on validation" in (tmp_path / "hub" / "README.md").read_text()
 
 
-def test_a_network_with_adapters_and_without_batch_statistics_is_read_again(folder, tmp_path):
-    config = config_lib.resolve(tiny(model__name="vit_b16", model__width=16, model__tune="adapters"))
+@pytest.mark.parametrize("tune", ["adapters", "lora"])
+def test_a_network_with_adapters_or_merged_and_without_batch_statistics_is_read_again(tune, folder, tmp_path):
+    config = config_lib.resolve(tiny(model__name="vit_b16", model__width=16, model__tune=tune))
     facts = dataclasses.replace(mfm.load(folder).facts, image_shape=(16, 16, 1))
     module = classifier.tested.of(config, np.asarray(facts.train_class_counts)).module
     image, rng = np.zeros((1, 16, 16, 1), np.float32), np.random.default_rng(0)
     shapes = jax.eval_shape(module.init, jax.random.key(0), image)
+    shapes = {"params": jax.eval_shape(models.merged, shapes["params"])}
     variables = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), shapes)
     hub_folder.write(tmp_path, Stored(config, facts, "last", 7, variables, None), {})
     found = mfm.load(tmp_path).variables
     jax.tree.map(np.testing.assert_array_equal, found, {"batch_stats": {}, **variables})
-    assert "adapter_up" in found["params"]["block1"]
+    assert ("adapter_up" in found["params"]["block1"]) == (tune == "adapters")
+    assert "lora_query" not in found["params"]["block1"]
 
 
 def test_the_config_tells_what_the_classifier_takes(trained_run, folder):

@@ -18,13 +18,13 @@ ORDER = (  # the files of a line import those of the lines above it alone
     "data.formats data.stamps data.workers errors evaluation inference machine machine.allocator machine.cache manual "
     "methods methods.gaussians methods.smote models.normalization pages shipped study training training.pace types "
     "workdir machine.disk",
-    "bilevel.averaging bilevel.balancing bilevel.hypergrad bilevel.losses bilevel.modulation bilevel.passes "
-    "data.list_text data.longtail data.manifest data.noise data.pictures data.walk fields machine.cluster "
-    "machine.parallel machine.trace models.hub_cache models.lowering models.native models.stacked models.tuning "
-    "workdir.integrity workdir.ownership",
-    "bilevel.auxiliary config.own data.decode data.depth data.labels data.spelling data.streaming evaluation.conformal "
-    "evaluation.intervals evaluation.metrics machine.interruption machine.versions methods.heads methods.settings "
-    "models.convolution",
+    "bilevel.balancing bilevel.hypergrad bilevel.losses bilevel.modulation bilevel.passes data.list_text "
+    "data.longtail data.manifest data.noise data.pictures data.walk fields machine.cluster machine.parallel "
+    "machine.trace models.hub_cache models.hugging_face models.lowering models.native models.stacked models.tuning "
+    "models.zero_shot workdir.integrity workdir.ownership",
+    "bilevel.auxiliary bilevel.averaging config.own data.decode data.depth data.labels data.spelling data.streaming "
+    "evaluation.conformal evaluation.intervals evaluation.metrics machine.interruption machine.versions methods.heads "
+    "methods.settings models.convolution",
     "bilevel.agreement bilevel.contrast bilevel.distillation config.groups data.lists evaluation.mistakes "
     "evaluation.suspects models.layers",
     "bilevel.pairs models.densenet models.efficientnet models.imagenet models.resnet models.vit models.wide_resnet",
@@ -32,17 +32,17 @@ ORDER = (  # the files of a line import those of the lines above it alone
     "config.parameters config.schema models",
     "config",
     "data.policies data.sizes models.own",
-    "bilevel.optim data.augment data.listing data.sources evaluation.health methods.sampling "
-    "models.pretrained training.anomalies workdir.files",
-    "bilevel.outer bilevel.sharpness data.batches data.checking data.digits data.given data.kept data.numbers data.own "
-    "data.pretext evaluation.gallery workdir.checkpoint workdir.loggers workdir.stored",
+    "bilevel.optim data.augment data.listing data.sources evaluation.health methods.sampling models.pretrained "
+    "training.anomalies workdir.files",
+    "bilevel.outer bilevel.sharpness data.batches data.checking data.digits data.given data.kept data.numbers "
+    "data.own data.pretext evaluation.gallery workdir.checkpoint workdir.loggers workdir.stored",
     "bilevel.objective command data.arrays data.files data.tfds methods.learners methods.own workdir.finished "
     "workdir.logs workdir.modulators",
     "bilevel.steps",
     "bilevel data.assembly methods.table pages.style",
     "check data evaluation.tested pages.comparison_figures pages.figures pages.mistakes",
-    "evaluation.facts pages.comparison pages.report training.inputs training.preflight training.progress "
-    "training.recipe",
+    "evaluation.facts pages.comparison pages.report training.inputs training.preflight training.prior "
+    "training.progress training.recipe",
     "evaluation.hub_folder pages.audit pages.card pages.front_matter training.own_loop training.teacher "
     "training.weights",
     "training.experiment",

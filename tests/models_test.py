@@ -335,7 +335,7 @@ def test_sites_for_large_images_come_in_order_with_their_shapes(kind):
 @pytest.mark.parametrize("name", config.FIELDS["model.name"].choices)
 def test_every_model_can_be_made_and_has_its_virtual_groups(name):
     width = {"resnext50": 16, "efficientnet_b0": 8}.get(name, 4)
-    params = shapes_of(models.create(name, 3, width, jnp.bfloat16, remat=True))["params"]
+    params = shapes_of(models.create(name, 3, width, jnp.bfloat16, remat=True), 28 if "b14" in name else 32)["params"]
     groups = models.virtual_groups(name, "last_stage")
     assert {"head"} < set(groups) <= set(params)
     chex.assert_type(jax.tree.leaves(params), jnp.float32)

@@ -25,6 +25,7 @@ COUNTS = jnp.array([90, 20, 4])
 NETS = {
     "adapters": VisionTransformer(CLASSES, WIDTH, depth=1, patch=8, adapter_size=4),
     "head": ResNet((1, 1), CLASSES, 4),
+    "lora": VisionTransformer(CLASSES, WIDTH, depth=1, patch=8, lora_rank=2),
 }
 
 
@@ -56,6 +57,9 @@ def test_what_is_trained_by_name():
     assert names(models.trained(params, "head")) == head
     assert names(models.trained(params, "adapters")) == head | adapters
     assert all(jax.tree.leaves(models.trained(params, "all")))
+    params = jax.eval_shape(NETS["lora"].init, jax.random.key(0), IMAGES[0])["params"]
+    thin = {f"block1/lora_{part}/{layer}/kernel" for part in ("query", "value") for layer in ("down", "up")}
+    assert names(models.trained(params, "lora")) == head | thin
 
 
 def test_with_new_adapters_the_network_is_the_one_without():
@@ -157,9 +161,10 @@ def both_routes(module, apply, variables, tx, modulator):
 
 
 @pytest.mark.parametrize("form", ["frequency", slow("direct"), slow("network")])
-def test_meta_gradient_through_frozen_tokens_and_trained_adapters(form):
-    apply = models.frozen(NETS["adapters"].apply, "adapters")
-    both_routes(NETS["adapters"], apply, variables_of("adapters"), chain("adapters"), FORMS[form](TOKENS))
+@pytest.mark.parametrize("tune", ["adapters", "lora"])
+def test_meta_gradient_through_frozen_tokens_and_what_is_trained_beside_them(form, tune):
+    apply = models.frozen(NETS[tune].apply, tune)
+    both_routes(NETS[tune], apply, variables_of(tune), chain(tune), FORMS[form](TOKENS))
 
 
 @pytest.mark.parametrize("tune", [slow("all"), "head"])

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from mfm_jax.models.tuning import merged
 from mfm_jax.types import Average, BilevelState, PyTree
 
 
@@ -109,7 +110,8 @@ def tested(state: BilevelState) -> BilevelState:
     average = state.average
     if not average:
         return state
-    params = _mixed(state.params, average.params, average.share)
+    # LoRA is a product, which is not mixed by mixing its factors.
+    params = _mixed(merged(state.params), merged(average.params), average.share)
     return state.replace(params=params, batch_stats=average.batch_stats, average=())
 
 

@@ -75,6 +75,15 @@ def logit_adjusted(counts: jax.Array, tau: float = 1.0) -> LossFn:
     return loss
 
 
+def with_prior(loss: LossFn, log_prior: jax.Array, tau: float) -> LossFn:
+    """Returns `loss` of `logits + tau * log_prior`, `[K]`: one more prior, beside that of the training set."""
+
+    def adjusted(logits: jax.Array, labels: jax.Array) -> jax.Array:
+        return loss(logits + (tau * log_prior).astype(logits.dtype)[None, :], labels)
+
+    return adjusted
+
+
 def vector_scaled(counts: jax.Array, gamma: float = 0.3, tau: float = 1.0) -> LossFn:
     """Returns the vector-scaling loss `-log softmax(delta * logits + tau * log prior)[y]`.
 

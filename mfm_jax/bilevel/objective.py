@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from mfm_jax.bilevel import losses
 from mfm_jax.bilevel import outer as outer_lib
 from mfm_jax.bilevel.auxiliary import Auxiliary, Seen
 from mfm_jax.bilevel.distillation import Distillation
@@ -25,7 +26,7 @@ from mfm_jax.bilevel.passes import UNMODULATED, Pass
 from mfm_jax.bilevel.sharpness import Sharpness
 from mfm_jax.bilevel.sharpness import gradient as sharp_gradient
 from mfm_jax.errors import UserError
-from mfm_jax.types import Batch, BilevelState, FeatureLoss, LossFn, PyTree
+from mfm_jax.types import START_PRIOR, Batch, BilevelState, FeatureLoss, LossFn, PyTree
 
 # step int32 scalar -> weight of each class's loss, [K]
 ClassWeights = Callable[[jax.Array], jax.Array]
@@ -39,6 +40,7 @@ class Objective(NamedTuple):
     beside: losses of the whole batch that are added to the mean of the examples'.
     distillation: how a teacher is learned from; None for no teacher.
     sharpness: where the gradient is taken (`sharpness`); None for at w. The meta-gradient goes `through` it.
+    start_tau: strength of the prior in `BilevelState.memory` that the loss's logits are adjusted by; 0 for none.
     """
 
     loss: LossFn | FeatureLoss
@@ -46,6 +48,7 @@ class Objective(NamedTuple):
     beside: Sequence[Auxiliary] = ()
     distillation: Distillation | None = None
     sharpness: Sharpness | None = None
+    start_tau: float = 0.0
 
     def gradient(self, train_loss: TrainLoss) -> Gradient:
         """Returns `(params, phi) -> ((loss, aux), gradient)` of a batch's loss, as `sharpness` takes it."""
@@ -87,6 +90,8 @@ def halves(
 
         def of_examples(phi: PyTree, seen: Seen, counted: jax.Array | None) -> jax.Array:
             of_example = loss.at(state.step, seen.features["pooled"]) if isinstance(loss, FeatureLoss) else loss
+            if objective.start_tau:
+                of_example = losses.with_prior(of_example, state.memory[START_PRIOR], objective.start_tau)
             values = example_losses(of_example, seen.logits, seen.batch, weights)
             if objective.distillation:
                 share_of = functools.partial(learner.share, phi) if learner.share else None
@@ -106,7 +111,7 @@ def halves(
             seen = [first, *(one for one, _ in others)]
             values = [of_examples(phi, one, counted) for one in seen]
             value = sum(values[1:], values[0]) / len(values) if others else values[0]
-            memory: dict[str, PyTree] = {}
+            memory = {START_PRIOR: state.memory[START_PRIOR]} if objective.start_tau else {}
             for term in objective.beside:
                 added, memory[term.name] = term.loss(params, state.memory[term.name], seen, forward)
                 value = value + added

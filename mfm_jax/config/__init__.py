@@ -8,6 +8,8 @@ from mfm_jax.config.continuation import refused as refused
 from mfm_jax.config.groups import FIELDS as FIELDS
 from mfm_jax.config.groups import GROUPS as GROUPS
 from mfm_jax.config.groups import SMALL_RESNETS as SMALL_RESNETS
+from mfm_jax.config.groups import TOWERS as TOWERS
+from mfm_jax.config.groups import VITS as VITS
 from mfm_jax.config.groups import Augment as Augment
 from mfm_jax.config.groups import Checkpoint as Checkpoint
 from mfm_jax.config.groups import Config as Config

@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator
 from typing import get_args
 
-from mfm_jax.config.groups import FORMS, LOGGERS, Config, Data, OtherSmall
+from mfm_jax.config.groups import FORMS, LOGGERS, VITS, Config, Data, OtherSmall
 from mfm_jax.fields import names_own
 
 
@@ -15,12 +15,9 @@ def problems(config: Config) -> Iterator[str]:
     yield from _head(config)
     yield from _own_method(config)
     yield from _own_module(config)
-    if config.model.tune == "adapters" and config.model.name != "vit_b16":
-        yield (
-            f"model.tune = 'adapters': only model.name = 'vit_b16' has them, not {config.model.name!r}; choose"
-            " 'head' or 'all'"
-        )
+    yield from _tuned(config)
     yield from _scanned(config)
+    yield from _start_prior(config)
     yield from _per_batch(config)
     yield from _mixed_views(config)
     if config.method.taught and config.method.distill in (0, 1):
@@ -107,6 +104,36 @@ def _head(config: Config) -> Iterator[str]:
         yield "meta.virtual = 'head': with method.head = 'simplex' nothing of it moves; choose another of the two"
 
 
+def _tuned(config: Config) -> Iterator[str]:
+    """Parts of a ViT to train in another network, and a head of text features where there is none to take them."""
+    model = config.model
+    if model.tune in ("adapters", "lora") and model.name not in VITS:
+        yield (
+            f"model.tune = {model.tune!r}: only the model.name {', '.join(VITS)} can, not {model.name!r}; choose 'head'"
+            " or 'all'"
+        )
+    if not model.text_features:
+        return
+    field = f"model.text_features = {model.text_features!r}"
+    if not (model.pretrained or model.init_from):
+        yield f"{field}: features of images at random have no meaning; set model.pretrained or model.init_from"
+    if not config.method.cosine or config.method.head == "simplex":
+        yield f"{field}: are compared by their cosines; set method.head = 'cosine', and method.ldam_scale to CLIP's 100"
+
+
+def _start_prior(config: Config) -> Iterator[str]:
+    """A prior of the first classifier where there is none, where it is of no use, or where labels are no classes."""
+    field = f"method.pretraining_tau = {config.method.pretraining_tau}"
+    if not config.method.pretraining_tau:
+        return
+    if not (config.model.pretrained or config.model.init_from):
+        yield f"{field}: a head at random has learned no prior; start from model.pretrained or model.init_from"
+    if config.method.retrains:
+        yield f"{field}: the second stage of {config.method.name} trains another head; choose another method.name"
+    if config.data.pretext != "none":
+        yield f"{field}: data.pretext = {config.data.pretext!r} has labels that are no classes; leave one of them out"
+
+
 def _scanned(config: Config) -> Iterator[str]:
     """Scanned blocks where there are none that are equal, or where one of them is wanted by itself."""
     if not config.model.scan_blocks:
@@ -118,7 +145,7 @@ def _scanned(config: Config) -> Iterator[str]:
         yield f"model.scan_blocks = True: the stages of {name} have no equal blocks; choose a deeper network, {off}"
     if fsdp > 1:
         yield f"parallel.fsdp = {fsdp}: would divide stacked blocks otherwise than they are kept; set 1, {off}"
-    if name != "vit_b16":
+    if name not in VITS:
         return
     if inner := [site for site in config.sites if re.fullmatch("block([1-9]|1[01])", site)]:
         sites = config.modulation.sites

@@ -58,7 +58,7 @@ class Data:
     fit: Annotated[Literal["crop", "pad", "squeeze"], "folder, list: how another shape becomes square"] = "crop"
     channels: Annotated[int, Bounds(0, 3), "folder, list: 1 grey, 3 colour; 0 = grey if every image is"] = 0
     white: Annotated[int, Bounds(0, 65535), "folder, list: value of 16-bit files that is white; 0 = by their bits"] = 0
-    normalize: Annotated[Literal["own", "imagenet", "half", "pytorch_cifar"], "mean and std"] = "own"
+    normalize: Annotated[Literal["own", "imagenet", "half", "clip", "pytorch_cifar"], "mean and std"] = "own"
     resident_mb: Annotated[int, Bounds(0), "MB of decoded images that stay on the device; more are streamed"] = 4096
     workers: Annotated[
         int, Bounds(0), MAY_CHANGE, "processes that decode: the check, streaming, a TFDS set's first reading; 0 = none"
@@ -105,8 +105,11 @@ class Augment:
 SmallResNet = Literal["resnet32", "resnet8", "resnet20", "resnet44", "resnet56"]  # for 16 to 64 pixels a side
 OtherSmall = Literal["wrn28_10", "densenet_bc100"]  # for the same
 LargeResNet = Literal["resnet10", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnext50"]  # for 224
-LargeModel = Literal[LargeResNet, "efficientnet_b0", "vit_b16"]
+Tower = Literal["clip_vit_b16", "dinov2_vit_b14", "dinov2_reg_vit_b14"]  # image towers of foundation models
+ViT = Literal["vit_b16", Tower]
+LargeModel = Literal[LargeResNet, "efficientnet_b0", ViT]
 SMALL_RESNETS = get_args(SmallResNet)
+VITS, TOWERS = get_args(ViT), get_args(Tower)
 LOGGERS = ("tensorboard", "wandb", "mlflow")
 
 
@@ -121,8 +124,14 @@ class Model:
     ] = ""
     init_from: Annotated[str, "run folder whose classifier to start from, not its phi; the head may differ"] = ""
     start_share: Annotated[float, Bounds(0, 1), "share of the initial weights in those that are tested; 0 = off"] = 0.0
-    tune: Annotated[Literal["all", "head", "adapters"], "what is trained; adapters: of a ViT, and the head"] = "all"
+    text_features: Annotated[
+        str, "zero-shot head: .npy, .npz or .safetensors [K, C] of the classes, in their order; '' = as the weights say"
+    ] = ""
+    tune: Annotated[
+        Literal["all", "head", "adapters", "lora"], "what is trained; adapters, lora: these of a ViT, and the head"
+    ] = "all"
     adapter_size: Annotated[int, Bounds(1), "tune adapters: hidden units of each"] = 64
+    lora_rank: Annotated[int, Bounds(1), "tune lora: rank of the changes to query and value"] = 8
     remat: Annotated[bool, "compute activations again in the backward pass: less memory, a third more time"] = False
     scan_blocks: Annotated[bool, MAY_CHANGE, "train a stage's equal blocks as one scanned body: small programs"] = False
 

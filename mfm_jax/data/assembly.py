@@ -28,6 +28,7 @@ _OF_SET = {"cifar10": _CIFAR, "cifar100": _CIFAR}
 _NORMALIZATION = {
     "imagenet": ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375)),
     "half": ((127.5,) * 3, (127.5,) * 3),
+    "clip": ((122.7709383, 116.7460125, 104.09373615), (68.5005327, 66.6321579, 70.32316305)),
     # pytorch-cifar's, which LDAM-DRW's code has too; the deviation is that within a picture, averaged.
     "pytorch_cifar": ((125.307, 122.961, 113.8575), (51.5865, 50.847, 51.255)),
 }

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mfm_jax import models
 from mfm_jax.bilevel.auxiliary import without_projection
 from mfm_jax.config import Config, Own
 from mfm_jax.data import LongTailData, augment, batches, sizes
@@ -125,7 +126,8 @@ def _of_hub(folder: Path, which: str) -> Classifier:
         raise NoBest(f"{folder}: has the {stored.which} checkpoint alone; leave which = 'best' out")
     facts, plain = stored.facts, tested.of(stored.config, np.asarray(stored.facts.train_class_counts))
     image = jax.ShapeDtypeStruct((1, *facts.image_shape), jnp.float32)
-    expected = {"batch_stats": {}, **jax.eval_shape(plain.module.init, jax.random.key(0), image)}
+    drawn = jax.eval_shape(plain.module.init, jax.random.key(0), image)
+    expected = {"batch_stats": {}, **drawn, "params": jax.eval_shape(models.merged, drawn["params"])}
     variables = {"batch_stats": {}, **jax.tree.map(jnp.asarray, stored.variables)}
     theirs, ours = (jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree) for tree in (variables, expected))
     if theirs != ours:

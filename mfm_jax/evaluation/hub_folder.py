@@ -28,7 +28,7 @@ from mfm_jax.types import PyTree
 from mfm_jax.workdir.files import Workdir
 
 WEIGHTS = "model.safetensors"
-_START = ("model.pretrained", "model.init_from", "modulation.init_from", "method.teacher")
+_START = ("model.pretrained", "model.init_from", "model.text_features", "modulation.init_from", "method.teacher")
 
 
 class Stored(NamedTuple):

@@ -64,6 +64,7 @@ def _module(config: Config, num_classes: int) -> nn.Module:
         jnp.dtype(dtype(config)),
         remat=config.model.remat,
         adapter_size=config.model.adapter_size if config.model.tune == "adapters" else 0,
+        lora_rank=config.model.lora_rank if config.model.tune == "lora" else 0,
     )
 
 
@@ -91,7 +92,7 @@ def _tested_params(
 ) -> Callable[[BilevelState], PyTree]:
     def params(state: BilevelState) -> PyTree:
         state = averaging.tested(state)
-        trained = auxiliary.without_projection(state.params)
+        trained = models.merged(auxiliary.without_projection(state.params))
         if method.retraining:
             attached, begun = method.retraining.attach(trained, state.phi), state.step > retrain_from
             return jax.tree.map(lambda new, old: jnp.where(begun, new, old), attached, trained)

@@ -41,6 +41,9 @@ class Method:
     tau: Annotated[
         float, Bounds(0), "logit_adjusted, vector_scaling, lade, posthoc_la: strength of prior; tau_norm: power of norm"
     ] = 1.0
+    pretraining_tau: Annotated[
+        float, Bounds(0), "any method: strength of the prior that the first classifier has on meta images; 0 = off"
+    ] = 0.0
     label_smoothing: Annotated[float, Bounds(0, 1), "any method; 0 = off"] = 0.0
     proco_weight: Annotated[float, Bounds(0), "any method: of the probabilistic contrastive loss; 0 = off"] = 0.0
     bcl_weight: Annotated[float, Bounds(0), "any method: of the balanced contrastive loss of two views; 0 = off"] = 0.0

@@ -1,5 +1,7 @@
 """Classifiers. Each exposes its sites by calling `modulate(site, features)` on the way."""
 
+from typing import Any
+
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.typing import DTypeLike
@@ -9,7 +11,7 @@ from mfm_jax.models.densenet import DenseNet
 from mfm_jax.models.efficientnet import EfficientNet
 from mfm_jax.models.imagenet import ResNet
 from mfm_jax.models.resnet import CifarResNet
-from mfm_jax.models.vit import VisionTransformer
+from mfm_jax.models.vit import CLIP, DINOV2, DINOV2_REGISTERS, Tower, VisionTransformer
 from mfm_jax.models.wide_resnet import WideResNet
 
 # 6 n + 2 layers: n blocks in each of three stages.
@@ -24,6 +26,13 @@ _IMAGENET = {
     "resnet152": ((3, 8, 36, 3), True, 1),
     "resnext50": ((3, 4, 6, 3), True, 32),
 }
+# Pixels a side of a patch; in what it differs.
+_VITS = {
+    "vit_b16": (16, Tower()),
+    "clip_vit_b16": (16, CLIP),
+    "dinov2_vit_b14": (14, DINOV2),
+    "dinov2_reg_vit_b14": (14, DINOV2_REGISTERS),
+}
 # The last groups of parameters below the head.
 _LAST = {
     **dict.fromkeys(_BLOCKS, ("stage3",)),
@@ -31,7 +40,8 @@ _LAST = {
     "wrn28_10": ("stage3", "norm"),
     "densenet_bc100": ("stage3",),
     "efficientnet_b0": ("stage7", "top", "top_norm"),
-    "vit_b16": ("block12", "norm"),
+    **dict.fromkeys(_VITS, ("block12", "norm")),
+    "clip_vit_b16": ("block12", "norm", "visual_projection"),
 }
 
 
@@ -43,6 +53,7 @@ def create(
     *,
     remat: bool = False,
     adapter_size: int = 0,
+    lora_rank: int = 0,
 ) -> nn.Module:
     """Returns the classifier called `name`.
 
@@ -52,7 +63,8 @@ def create(
       width: channels of the stem, or of a token; 0 for the published number.
       dtype: of the computation.
       remat: compute activations again in the backward pass.
-      adapter_size: hidden units of the adapters of `vit_b16`; 0 for none.
+      adapter_size: hidden units of the adapters of a ViT; 0 for none.
+      lora_rank: of the LoRA of a ViT; 0 for none.
 
     Raises:
       UserError: a width that does not divide into the model's groups or heads, or is no multiple of what it rounds to.
@@ -72,7 +84,9 @@ def create(
         _check_width(name, width, 8)
         return EfficientNet(num_classes, width or 32, dtype=dtype, remat=remat)
     _check_width(name, width if width >= 64 else 0, 64)
-    return VisionTransformer(num_classes, width or 768, adapter_size=adapter_size, dtype=dtype, remat=remat)
+    patch, tower = _VITS[name]
+    tuning: dict[str, Any] = {"adapter_size": adapter_size, "lora_rank": lora_rank}
+    return VisionTransformer(num_classes, width or 768, 12, patch, dtype=dtype, remat=remat, tower=tower, **tuning)
 
 
 def _check_width(name: str, width: int, unit: int) -> None:

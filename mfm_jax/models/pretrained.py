@@ -1,4 +1,4 @@
-"""Weights from elsewhere, as torchvision, timm and CIFAR-LT code name them, into the parameters of a classifier here.
+"""Weights from elsewhere, by the names of torchvision, timm, `transformers` or CIFAR-LT code, into parameters here.
 
 A file may be safetensors, NumPy's `.npz`, or a PyTorch state dict, of the same architecture. Every tensor of the file
 has its place and every parameter its tensor; what does not fit is an error, never a guess. Three things may differ, and
@@ -25,9 +25,10 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from mfm_jax.config import SMALL_RESNETS
+from mfm_jax.config import SMALL_RESNETS, TOWERS, VITS
 from mfm_jax.errors import UserError, some_of
-from mfm_jax.models import hub_cache
+from mfm_jax.models import hub_cache, hugging_face
+from mfm_jax.models.tuning import is_added
 from mfm_jax.types import PyTree
 
 _Rules = Sequence[tuple[str, str | Callable[[re.Match[str]], str]]]  # pattern, replacement
@@ -94,11 +95,14 @@ _VIT = (
     ("^stem/class_token$", "cls_token"),
     ("^stem/positions$", "pos_embed"),
     ("^stem/projection/", "patch_embed/proj/"),
+    ("^stem/registers$", "reg_token"),
+    ("^pre_norm/", "norm_pre/"),
     (r"^block(\d+)/", lambda found: f"blocks/{int(found[1]) - 1}/"),
     (r"^(blocks/\d+)/(qkv|proj)/", r"\1/attn/\2/"),
     (r"^(blocks/\d+)/(fc[12])/", r"\1/mlp/\2/"),
+    (r"^(blocks/\d+)/scale([12])$", r"\1/ls\2/gamma"),
 )
-_OTHERS = {"efficientnet_b0": _EFFICIENT, "vit_b16": _VIT}
+_OTHERS = {"efficientnet_b0": _EFFICIENT, **dict.fromkeys(VITS, _VIT)}
 
 
 def of_file(
@@ -110,7 +114,7 @@ def of_file(
     normalized_head: bool = False,
     whole: bool = False,
 ) -> tuple[PyTree, PyTree]:
-    """Returns `(params, batch_stats)` with the weights in the file at `path`; adapters do not change.
+    """Returns `(params, batch_stats)` with the weights in the file at `path`; adapters and LoRA do not change.
 
     Says on the standard error what was adapted: a head that starts fresh, positions, a summed stem.
 
@@ -130,6 +134,8 @@ def of_file(
     """
     file = hub_cache.path_of(str(path), model_name)
     tensors = _read(file)
+    if model_name in TOWERS:
+        tensors = hugging_face.in_timm_names(tensors)
     names = _CIFAR if model_name in SMALL_RESNETS else _OTHERS.get(model_name, _RESNET)
     if names is _CIFAR and "linear.weight" not in tensors:
         tensors = {re.sub(r"^fc\.", "linear.", name): tensor for name, tensor in tensors.items()}
@@ -150,7 +156,7 @@ def of_file(
     for keys, leaf in leaves:
         parts = [key.key for key in keys[1:]]
         name = _name("/".join(parts), names)
-        if any(part.startswith("adapter") for part in parts) or (fresh and parts[0] == "head"):
+        if is_added(parts) or (fresh and parts[0] == "head"):
             found.append(leaf)
         elif name not in tensors:
             missing.append(name)

@@ -1,10 +1,21 @@
-"""Which parameters of a classifier are trained, and the classifier whose others are frozen."""
+"""Which parameters of a classifier are trained, the classifier whose others are frozen, and LoRA merged."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from mfm_jax.types import PROJECTION, ApplyFn, PyTree
+
+# What the parameters of a way of tuning are called, in each block.
+ADDED = {"adapters": "adapter", "lora": "lora"}
+_LORA = ("lora_query", "lora_value")
+
+
+def is_added(names: Sequence[str]) -> bool:
+    """Returns whether the names on the path of a parameter say that it is one of an adapter or of LoRA."""
+    return any(name.startswith(tuple(ADDED.values())) for name in names)
 
 
 def trained(params: PyTree, tune: str) -> PyTree:
@@ -13,8 +24,8 @@ def trained(params: PyTree, tune: str) -> PyTree:
     def chosen(path: tuple[Any, ...], leaf: jax.Array) -> bool:
         del leaf
         names = [key.key for key in path]
-        in_adapter = any(name.startswith("adapter") for name in names)
-        return tune == "all" or names[0] in ("head", PROJECTION) or (tune == "adapters" and in_adapter)
+        added = tune in ADDED and any(name.startswith(ADDED[tune]) for name in names)
+        return tune == "all" or names[0] in ("head", PROJECTION) or added
 
     return jax.tree_util.tree_map_with_path(chosen, params)
 
@@ -32,3 +43,17 @@ def frozen(apply_fn: ApplyFn, tune: str) -> ApplyFn:
         return apply_fn({**variables, "params": held}, image, train=False, **options)
 
     return apply
+
+
+def merged(params: PyTree) -> PyTree:
+    """Returns `params` without LoRA, its products added to the weights of query and value beside which they worked."""
+
+    def of_block(block: PyTree) -> PyTree:
+        if not isinstance(block, dict) or "lora_query" not in block:
+            return block
+        query, value = (block[name]["down"]["kernel"] @ block[name]["up"]["kernel"] for name in _LORA)
+        change = jnp.concatenate([query, jnp.zeros_like(query), value], axis=-1)
+        kept = {name: part for name, part in block.items() if name not in _LORA}
+        return kept | {"qkv": {**kept["qkv"], "kernel": kept["qkv"]["kernel"] + change}}
+
+    return {name: of_block(block) for name, block in params.items()}

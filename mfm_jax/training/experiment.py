@@ -30,13 +30,23 @@ from mfm_jax.evaluation.tested import Tested
 from mfm_jax.machine import parallel
 from mfm_jax.methods import heads, table
 from mfm_jax.methods.table import METHODS
-from mfm_jax.models import own, pretrained, stacked
+from mfm_jax.models import own, pretrained, stacked, zero_shot
 from mfm_jax.models.own import Adapted
-from mfm_jax.training import preflight, recipe, weights
+from mfm_jax.training import preflight, prior, recipe, weights
 from mfm_jax.training import teacher as teacher_lib
 from mfm_jax.training.recipe import Recipe
 from mfm_jax.training.teacher import Teacher
-from mfm_jax.types import PROJECTION, ApplyFn, Batch, BilevelState, FeatureLoss, Modulate, Modulator, PyTree
+from mfm_jax.types import (
+    PROJECTION,
+    START_PRIOR,
+    ApplyFn,
+    Batch,
+    BilevelState,
+    FeatureLoss,
+    Modulate,
+    Modulator,
+    PyTree,
+)
 
 _Chain: TypeAlias = optax.GradientTransformation
 _Shape = tuple[int, ...]
@@ -111,7 +121,7 @@ def build(config: Config, data: LongTailData, mesh: Mesh | None = None) -> Exper
     if mesh:
         forward = dataclasses.replace(forward, apply=_on_mesh(config, module, mesh), axis_name=parallel.AXIS)
 
-    fresh, init, init_pretrained = _starts(config, data, plain.module, learner, rules, phi_tx)
+    fresh, init, init_pretrained = _starts(config, data, plain, learner, rules, phi_tx)
     plain_step, meta_step, retrain_step = _steps(config, forward, rules, learner, phi_tx, image.shape[1:])
     if mesh:
         plain_step = parallel.shard_step(plain_step, mesh, 1)
@@ -145,22 +155,23 @@ def build(config: Config, data: LongTailData, mesh: Mesh | None = None) -> Exper
 
 
 def _starts(
-    config: Config, data: LongTailData, module: nn.Module, learner: MetaLearner | None, rules: Recipe, phi_tx: _Chain
+    config: Config, data: LongTailData, plain: Tested, learner: MetaLearner | None, rules: Recipe, phi_tx: _Chain
 ) -> tuple[Callable[[], PyTree], Callable[[], BilevelState], Callable[..., BilevelState]]:
     """Returns what makes the module's variables at random, the state of these, and that of stored weights."""
     method = METHODS[config.method.name]
     image = jnp.zeros((1, *data.train_images.shape[1:]), jnp.float32)
+    none = jnp.zeros(data.num_classes, jnp.float32)  # in the place of a prior of weights that are not known
     key = jax.random.key(config.train.seed)  # an argument of what is compiled: seeds share their programs
 
     def fresh(key: jax.Array) -> PyTree:
         key = jax.random.split(key)[0]
-        variables = module.init({**passes.rngs(key), "params": key}, image)
+        variables = plain.module.init({**passes.rngs(key), "params": key}, image)
         if method.prior_bias:
             counts = jnp.asarray(data.counts)
             variables = {**variables, "params": heads.with_prior_bias(variables["params"], counts)}
         return variables
 
-    def start(variables: PyTree, key: jax.Array) -> BilevelState:
+    def start(variables: PyTree, key: jax.Array, log_prior: jax.Array) -> BilevelState:
         def init_phi(key: jax.Array) -> PyTree:
             if method.retraining:
                 return method.retraining.init(key, variables["params"])
@@ -172,7 +183,8 @@ def _starts(
         state = bilevel.init_state(state_key, variables, rules.tx, init_phi, phi_tx if moves else None)
         if rules.averaging:
             state = state.replace(average=averaging.begun(rules.averaging, state.params, state.batch_stats))
-        return state.replace(memory={one.name: one.init() for one in rules.objective.beside})
+        memory = {START_PRIOR: log_prior} if config.method.pretraining_tau else {}
+        return state.replace(memory=memory | {one.name: one.init() for one in rules.objective.beside})
 
     def init_pretrained(*, whole: bool = False) -> BilevelState:
         new, model, normalized = parallel.jit_once(fresh)(key), config.model, table.head(config) != "linear"
@@ -180,13 +192,16 @@ def _starts(
         if model.init_from:
             found = weights.of_run(config, data.class_names, *new)
         else:
+            whole = whole and not model.text_features
             found = pretrained.of_file(model.pretrained, *new, model.name, normalized_head=normalized, whole=whole)
-        if model.start_share:
-            preflight.check_start(config, new[0], found[0])
-        return parallel.jit_once(start)(dict(zip(("params", "batch_stats"), found, strict=True)), key)
+        if model.text_features:
+            found = zero_shot.with_text_head(found[0], model.text_features), found[1]
+        preflight.check_start(config, new[0], found[0])
+        log_prior = prior.of_start(config, data, plain, *found) if config.method.pretraining_tau else none
+        return parallel.jit_once(start)(dict(zip(("params", "batch_stats"), found, strict=True)), key, log_prior)
 
     # One program: hundreds of small operations otherwise, each compiled alone.
-    drawn = parallel.jit_once(lambda key: start(fresh(key), key))
+    drawn = parallel.jit_once(lambda key: start(fresh(key), key, none))
     return functools.partial(fresh, key), functools.partial(drawn, key), init_pretrained
 
 

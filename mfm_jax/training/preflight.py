@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 from jax.sharding import Mesh
 
-from mfm_jax.config import Config
+from mfm_jax.config import VITS, Config
 from mfm_jax.data import LongTailData, sizes
 from mfm_jax.data.streaming import Streamed
 from mfm_jax.errors import UserError
@@ -54,13 +54,19 @@ def check_start(config: Config, drawn: PyTree, found: PyTree) -> None:
     """Checks that the weights that a run starts from have the head, too; `drawn` are parameters at random.
 
     Raises:
-      UserError: the head of `found` is that of `drawn`, which has no share in what is tested.
+      UserError: the head of `found` is that of `drawn`, and a field asks for what it learned.
     """
+    share, tau = config.model.start_share, config.method.pretraining_tau
+    if not (share or tau):
+        return
     kernels = [tree["head"]["kernel"] for tree in (drawn, found) if "head" in tree]
     if kernels and np.array_equal(*kernels):
+        field, why = f"model.start_share = {share}", "weights at random have no share in what is tested"
+        if not share:
+            field, why = f"method.pretraining_tau = {tau}", "one at random has learned no prior"
         raise UserError(
-            f"model.start_share = {config.model.start_share}: the head starts fresh, and weights at random have no"
-            " share in what is tested; start from weights with a head of these classes, or leave it out"
+            f"{field}: the head starts fresh, and {why}; start from weights with a head of these classes, or leave it"
+            " out"
         )
 
 
@@ -141,7 +147,7 @@ def _taught(config: Config, *, streamed: bool) -> Iterator[str]:
 def _unsettled(config: Config, *, streamed: bool) -> Iterator[str]:
     """Averages of weights whose batch statistics nothing would take."""
     for field, value in (("optim.swa_from", config.optim.swa_from), ("model.start_share", config.model.start_share)):
-        if value and streamed and config.model.name != "vit_b16":
+        if value and streamed and config.model.name not in VITS:
             yield (
                 f"{field} = {value}: batch statistics of the tested weights need all images at once; raise"
                 " data.resident_mb, or leave it out"

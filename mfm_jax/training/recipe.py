@@ -62,6 +62,7 @@ def of(config: Config, data: LongTailData) -> Recipe:
             _beside(config, trained, counts),
             _distillation(config),
             _sharpness(config, counts),
+            config.method.pretraining_tau,
         ),
         tx=tx,
         second_tx=optim.classifier(config.optim, second, counts),

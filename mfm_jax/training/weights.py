@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from mfm_jax import models
 from mfm_jax.bilevel.auxiliary import without_projection
 from mfm_jax.config import Config
 from mfm_jax.errors import UserError
@@ -23,7 +24,7 @@ def of_run(config: Config, class_names: Sequence[str], params: PyTree, batch_sta
 
     They are the classifier's own: no phi, and not what a second stage or a post-hoc step made of the head. The head
     starts fresh where the classes are others, or where one is linear and the other normalised; the standard error
-    says which. Adapters that the run has not start fresh.
+    says which. The run's LoRA is merged into its weights; this run's, and adapters that the run has not, start fresh.
 
     `params` and `batch_stats` are those of the new run's classifier, for their shapes and for what starts fresh.
 
@@ -47,10 +48,10 @@ def of_run(config: Config, class_names: Sequence[str], params: PyTree, batch_sta
         )
     fresh = _why_fresh(config, its_config, class_names, its_names)
     ours = flatten_dict({"params": params, "batch_stats": batch_stats}, sep=".")
-    tested = without_projection(state.params)
+    tested = models.merged(without_projection(state.params))
     theirs = flatten_dict({"params": tested, "batch_stats": state.batch_stats}, sep=".")
     for name, leaf in ours.items():
-        if (fresh and name.startswith("params.head.")) or ("adapter" in name and name not in theirs):
+        if (fresh and name.startswith("params.head.")) or (models.is_added(name.split(".")) and name not in theirs):
             theirs[name] = leaf
     for name in sorted(ours.keys() | theirs.keys()):
         shapes = [str(list(np.shape(tree[name]))) if name in tree else "absent" for tree in (theirs, ours)]
