@@ -207,13 +207,14 @@ class Pass:
         if batch.weight is not None:
             weight = batch.weight.astype(values.dtype)
             values = values * weight.reshape(-1, *[1] * (values.ndim - 1))
-        mean = values.mean(axis=0)
-        return jax.lax.pmean(mean, self.axis_name) if self.axis_name else mean
+        return self._of_devices(values.mean(axis=0))
 
     def mean_product(self, left: jax.Array, right: jax.Array, batch: Batch) -> jax.Array:
         """Returns the mean of the outer products of `left [B, K]` and `right [B, C]` over the whole batch, `[K, C]`."""
         left = left if batch.weight is None else left * batch.weight.astype(left.dtype)[:, None]
-        mean = left.T @ right / len(left)
+        return self._of_devices(left.T @ right / len(left))
+
+    def _of_devices(self, mean: jax.Array) -> jax.Array:
         return jax.lax.pmean(mean, self.axis_name) if self.axis_name else mean
 
     def gathered(self, tree: PyTree) -> tuple[PyTree, jax.Array]:

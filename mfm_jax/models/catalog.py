@@ -70,16 +70,16 @@ def create(
       UserError: a width that does not divide into the model's groups or heads, or is no multiple of what it rounds to.
     """
     if name in _BLOCKS:
-        return CifarResNet(_BLOCKS[name], num_classes, width or 16, dtype, remat=remat)
+        return CifarResNet(_BLOCKS[name], num_classes, width or 16, dtype=dtype, remat=remat)
     if name in _IMAGENET:
         blocks, bottleneck, groups = _IMAGENET[name]
         _check_width(name, width, groups // 2)
-        return ResNet(blocks, num_classes, width or 64, bottleneck, groups, dtype, remat=remat)
+        return ResNet(blocks, num_classes, width or 64, bottleneck, groups, dtype=dtype, remat=remat)
     if name == "wrn28_10":
         return WideResNet(4, num_classes, width or 16, dtype=dtype, remat=remat)
     if name == "densenet_bc100":
         _check_width(name, width, 2)
-        return DenseNet(16, num_classes, width or 24, dtype, remat=remat)
+        return DenseNet(16, num_classes, width or 24, dtype=dtype, remat=remat)
     if name == "efficientnet_b0":
         _check_width(name, width, 8)
         return EfficientNet(num_classes, width or 32, dtype=dtype, remat=remat)

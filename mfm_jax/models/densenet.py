@@ -49,16 +49,13 @@ class Stage(nn.Module):
         return nn.avg_pool(layers.conv(x.shape[-1] // 2, 1, dtype=dtype, name="transition")(x), (2, 2), strides=(2, 2))
 
 
-class DenseNet(nn.Module):
+class DenseNet(layers.Network):
     """DenseNet-BC of 6 n + 4 layers: a stem, three stages of n layers, transitions that halve the channels, a head.
 
     Attributes:
       layers: n, layers in each stage.
       num_classes: K.
       width: channels of the stem; a layer adds half of them.
-      dtype: of the computation; parameters, batch-norm statistics and logits are float32 (or wider).
-      axis_name: mesh axis over which batch norm averages its statistics; None keeps them local.
-      remat: keep only the layers' inputs for the backward pass and compute the rest again.
 
     References:
       Huang et al., Densely connected convolutional networks, CVPR 2017, section 3 (bottlenecks, compression 0.5).
@@ -67,9 +64,6 @@ class DenseNet(nn.Module):
     layers: int
     num_classes: int
     width: int = 24
-    dtype: DTypeLike = jnp.float32
-    axis_name: str | None = None
-    remat: bool = False
 
     @nn.compact
     def __call__(
@@ -81,7 +75,7 @@ class DenseNet(nn.Module):
         weight: jax.Array | None = None,
     ) -> jax.Array:
         """Returns logits `[B, K]`; arguments as `resnet.CifarResNet` has them."""
-        norm = functools.partial(BatchNorm, axis_name=self.axis_name, dtype=self.dtype)
+        norm = self.batch_norm
         x = modulate("stem", layers.conv(self.width, 3, dtype=self.dtype, name="stem")(image.astype(self.dtype)))
         kind = nn.remat(Layer, static_argnums=2) if self.remat else Layer
         layer = functools.partial(kind, self.width // 2, dtype=self.dtype, norm=norm)

@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from mfm_jax.models import layers
@@ -96,16 +95,13 @@ class Block(nn.Module):
         return nn.sigmoid(dense(y.shape[-1], name="excite")(squeeze))
 
 
-class EfficientNet(nn.Module):
+class EfficientNet(layers.Network):
     """EfficientNet: a stem of stride 2, stages of inverted bottlenecks, a last convolution `top`, a head.
 
     Attributes:
       num_classes: K.
       width: channels of the stem; the others are `scaled` by it.
       stages: B0's, or others.
-      dtype: of the computation; parameters, batch-norm statistics and logits are float32 (or wider).
-      axis_name: mesh axis over which batch norm averages its statistics; None keeps them local.
-      remat: keep only the blocks' inputs for the backward pass and compute the rest again.
 
     References:
       Tan and Le, EfficientNet: rethinking model scaling for convolutional neural networks, ICML 2019, table 1.
@@ -114,9 +110,6 @@ class EfficientNet(nn.Module):
     num_classes: int
     width: int = WIDTH
     stages: tuple[Plan, ...] = B0
-    dtype: DTypeLike = jnp.float32
-    axis_name: str | None = None
-    remat: bool = False
 
     @nn.compact
     def __call__(
@@ -128,7 +121,7 @@ class EfficientNet(nn.Module):
         weight: jax.Array | None = None,
     ) -> jax.Array:
         """Returns logits `[B, K]`; arguments as `resnet.CifarResNet` has them."""
-        norm = functools.partial(BatchNorm, axis_name=self.axis_name, dtype=self.dtype)
+        norm = self.batch_norm
         conv = functools.partial(layers.conv, kernel_init=_kaiming, dtype=self.dtype)
         kind = nn.remat(Block, static_argnums=2) if self.remat else Block
         x = conv(self.width, 3, 2, name="stem")(image.astype(self.dtype))

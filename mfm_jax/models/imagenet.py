@@ -10,7 +10,6 @@ import functools
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from mfm_jax.models import layers
@@ -53,7 +52,7 @@ class Block(nn.Module):
         return nn.relu(y + x)
 
 
-class ResNet(nn.Module):
+class ResNet(layers.Network):
     """ResNet or ResNeXt: a stem, four stages with 1, 2, 4 and 8 times `width` channels, a head.
 
     Attributes:
@@ -62,10 +61,6 @@ class ResNet(nn.Module):
       width: channels of the stem, and of stage1's 3x3 convolutions.
       bottleneck: blocks of three convolutions, which put out four times the stage's channels.
       groups: of the bottlenecks' 3x3 convolutions.
-      dtype: of the computation; parameters, batch-norm statistics and logits are float32 (or wider).
-      axis_name: mesh axis over which batch norm averages its statistics; None keeps them local.
-      remat: keep only the blocks' inputs for the backward pass and compute the rest again.
-      scan_blocks: one scanned body for a stage's equal blocks, whose variables are `stacked`.
 
     References:
       He et al., Deep residual learning for image recognition, CVPR 2016, table 1.
@@ -77,10 +72,6 @@ class ResNet(nn.Module):
     width: int = 64
     bottleneck: bool = False
     groups: int = 1
-    dtype: DTypeLike = jnp.float32
-    axis_name: str | None = None
-    remat: bool = False
-    scan_blocks: bool = False
 
     @nn.compact
     def __call__(
@@ -92,7 +83,7 @@ class ResNet(nn.Module):
         weight: jax.Array | None = None,
     ) -> jax.Array:
         """Returns logits `[B, K]`; arguments as `resnet.CifarResNet` has them."""
-        norm = functools.partial(BatchNorm, axis_name=self.axis_name, dtype=self.dtype)
+        norm = self.batch_norm
         x = layers.conv(self.width, 7, 2, dtype=self.dtype, name="stem")(image.astype(self.dtype))
         x = norm(not train, name="stem_norm")(x, weight)
         x = modulate("stem", nn.max_pool(nn.relu(x), window_shape=(3, 3), strides=(2, 2), padding=((1, 1), (1, 1))))

@@ -1,5 +1,6 @@
 """What the convolutional networks have in common: a convolution, a stage of equal blocks, a head."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ from jax.typing import DTypeLike
 
 from mfm_jax.models import stacked
 from mfm_jax.models.convolution import convolution
+from mfm_jax.models.normalization import BatchNorm
 from mfm_jax.types import Modulate
 
 kaiming = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
@@ -33,6 +35,27 @@ def conv(
         conv_general_dilated=convolution if groups == 1 else jax.lax.conv_general_dilated,
         **options,
     )
+
+
+class Network(nn.Module, kw_only=True):
+    """A classifier with named sites; `__call__` is that of `resnet.CifarResNet`.
+
+    Attributes:
+      dtype: of the computation; parameters, batch-norm statistics and logits are float32 (or wider).
+      axis_name: mesh axis over which batch norm averages its statistics; None keeps them local.
+      remat: keep only the blocks' inputs for the backward pass and compute the rest again.
+      scan_blocks: one scanned body for a stage's equal blocks, whose variables are `stacked`; not where none are equal.
+    """
+
+    dtype: DTypeLike = jnp.float32
+    axis_name: str | None = None
+    remat: bool = False
+    scan_blocks: bool = False
+
+    @property
+    def batch_norm(self) -> functools.partial[BatchNorm]:
+        """Batch norm but for whether it trains."""
+        return functools.partial(BatchNorm, axis_name=self.axis_name, dtype=self.dtype)
 
 
 class Stage(nn.Module):

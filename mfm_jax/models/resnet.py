@@ -67,17 +67,13 @@ class Stage(nn.Module):
         return stacked.through(block, self.blocks, self.alone, x, train, weight)
 
 
-class CifarResNet(nn.Module):
+class CifarResNet(layers.Network):
     """ResNet of 6 n + 2 layers: a stem, three stages of n blocks with 1, 2 and 4 times `width` channels, a head.
 
     Attributes:
       blocks: n, blocks in each stage.
       num_classes: K.
       width: channels of the stem and of stage1.
-      dtype: of the computation; parameters, batch-norm statistics and logits are float32 (or wider).
-      axis_name: mesh axis over which batch norm averages its statistics; None keeps them local.
-      remat: keep only the blocks' inputs for the backward pass and compute the rest again.
-      scan_blocks: one scanned body for a stage's equal blocks, whose variables are `stacked`.
 
     References:
       He et al., Deep residual learning for image recognition, CVPR 2016, section 4.2.
@@ -86,10 +82,6 @@ class CifarResNet(nn.Module):
     blocks: int
     num_classes: int
     width: int = 16
-    dtype: DTypeLike = jnp.float32
-    axis_name: str | None = None
-    remat: bool = False
-    scan_blocks: bool = False
 
     @nn.compact
     def __call__(
@@ -108,7 +100,7 @@ class CifarResNet(nn.Module):
           modulate: called at each site.
           weight: `[B]`, the weight of each example in batch statistics; None for equal weights.
         """
-        norm = functools.partial(BatchNorm, axis_name=self.axis_name, dtype=self.dtype)
+        norm = self.batch_norm
         x = _Conv3x3(self.width, dtype=self.dtype, name="stem")(image.astype(self.dtype))
         x = norm(not train, name="stem_norm")(x, weight)
         x = modulate("stem", nn.relu(x))

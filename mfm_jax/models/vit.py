@@ -154,7 +154,7 @@ class Block(nn.Module):
         return x * self.param(name, nn.initializers.ones, (x.shape[-1],), jnp.float32).astype(x.dtype)[None, None, :]
 
 
-class VisionTransformer(nn.Module):
+class VisionTransformer(layers.Network):
     """ViT: patches, `depth` blocks, and a head on the class token.
 
     Attributes:
@@ -163,10 +163,7 @@ class VisionTransformer(nn.Module):
       depth: blocks.
       patch: pixels a side of a patch.
       adapter_size: hidden units of the adapter beside each MLP; 0 for none.
-      dtype: of the computation; parameters and logits are float32 (or wider).
-      axis_name: for the same signature as the other models; nothing here couples examples.
-      remat: keep only the blocks' inputs for the backward pass and compute the rest again.
-      scan_blocks: one scanned body for all blocks, whose variables are `stacked`; of their sites only the last is left.
+      scan_blocks: one scanned body for all blocks; of their sites only the last is left.
       lora_rank: of the changes to each block's query and value; 0 for none.
       tower: in what it differs from the ViT of Dosovitskiy et al.
 
@@ -179,10 +176,6 @@ class VisionTransformer(nn.Module):
     depth: int = 12
     patch: int = 16
     adapter_size: int = 0
-    dtype: DTypeLike = jnp.float32
-    axis_name: str | None = None
-    remat: bool = False
-    scan_blocks: bool = False
     lora_rank: int = 0
     tower: Tower = Tower()
 

@@ -9,7 +9,6 @@ import functools
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from mfm_jax.models import layers
@@ -37,7 +36,7 @@ class Block(nn.Module):
         return x + y
 
 
-class WideResNet(nn.Module):
+class WideResNet(layers.Network):
     """Wide ResNet of 6 n + 4 layers: a stem, three stages of n blocks, a norm, a head.
 
     Attributes:
@@ -45,10 +44,6 @@ class WideResNet(nn.Module):
       num_classes: K.
       width: channels of the stem.
       widen: the stages have this times 1, 2 and 4 times `width` channels.
-      dtype: of the computation; parameters, batch-norm statistics and logits are float32 (or wider).
-      axis_name: mesh axis over which batch norm averages its statistics; None keeps them local.
-      remat: keep only the blocks' inputs for the backward pass and compute the rest again.
-      scan_blocks: one scanned body for a stage's equal blocks, whose variables are `stacked`.
 
     References:
       Zagoruyko and Komodakis, Wide residual networks, BMVC 2016, table 1 (without dropout).
@@ -58,10 +53,6 @@ class WideResNet(nn.Module):
     num_classes: int
     width: int = 16
     widen: int = 10
-    dtype: DTypeLike = jnp.float32
-    axis_name: str | None = None
-    remat: bool = False
-    scan_blocks: bool = False
 
     @nn.compact
     def __call__(
@@ -73,7 +64,7 @@ class WideResNet(nn.Module):
         weight: jax.Array | None = None,
     ) -> jax.Array:
         """Returns logits `[B, K]`; arguments as `resnet.CifarResNet` has them."""
-        norm = functools.partial(BatchNorm, axis_name=self.axis_name, dtype=self.dtype)
+        norm = self.batch_norm
         x = modulate("stem", layers.conv(self.width, 3, dtype=self.dtype, name="stem")(image.astype(self.dtype)))
         kind = nn.remat(Block, static_argnums=2) if self.remat else Block
         alone = 1 if self.scan_blocks else self.blocks
