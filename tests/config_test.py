@@ -131,7 +131,6 @@ NEEDED = {
     "adapters": {"model": {"name": "vit_b16"}},
     "balanced": {"augment": {"mixup": 0.4}},  # partners
     "rotation": {"method": {"name": "ce"}},
-    "confusion": {"data": {"label_noise": 0.2}},
     **{name: {"method": fields} for name, fields in OWN.items()},
 }
 

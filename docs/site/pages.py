@@ -55,7 +55,10 @@ MODULES = {
             *("methods.smote", "methods.gaussians"),
         ),
     ),
-    "data": ("Data", ("data.longtail", "data.noise", "data.manifest", "data.assembly", "data.sources", "data.own", "data.batches")),
+    "data": (
+        "Data",
+        ("data.longtail", "data.noise", "data.manifest", "data.assembly", "data.sources", "data.own", "data.batches"),
+    ),
     "evaluation": (
         "Evaluation",
         ("evaluation.metrics", "evaluation.intervals", "evaluation.conformal", "evaluation.classifier"),
