@@ -14,12 +14,11 @@ Started again with the same folder it goes on where it was. Tiers (`--tiers=main
   explained 1 seed: what the methods below CE lack, put right one at a time
   contrast  factor 100, 1 seed: CE, logit adjustment and MFM as in main, beside a contrastive loss of pairs
   pretext   factor 100, 1 seed: SimSiam, and the same three from its classifier
-  noise     factor 100, 3 seeds: CE, MFM, Meta-Weight-Net, L2RW and RCAL with 0, 20 and 40 % wrong labels, symmetric
+  noise     factor 100, 3 seeds: CE, MFM, Meta-Weight-Net, L2RW and RCAL with 0, 20 and 40 % wrong labels
   joint     the same of MFM with RCAL: features of the tier `noise`'s MFM, from the same seed, for RCAL's last layer
 
-The last two take a minute a run on one core, two side by side, with the words
-
-    --tiers=noise,joint --config.train.epochs=5 --csv=docs/results/noise.csv
+The last two are for short runs, such as `--tiers=noise,joint --config.train.epochs=5`. Noise is symmetric, unless
+`--config.data.noise_kind` says otherwise.
 
 `--max_seeds=1 --config.train.epochs=2` makes a trial of it; `--jobs=N` has N runs side by side. After each row the
 rows that are there are written to WORKDIR/study.md, with differences paired by seed, and to `--csv`.

@@ -131,7 +131,6 @@ NEEDED = {
     **{tune: {"model": {"name": "vit_b16"}} for tune in ("adapters", "lora")},
     "balanced": {"augment": {"mixup": 0.4}},  # partners
     "rotation": {"method": {"name": "ce"}},
-    "confusion": {"data": {"label_noise": 0.2}},
     **{name: {"method": fields} for name, fields in OWN.items()},
 }
 

@@ -173,13 +173,14 @@ def gaussian(mean: list[float], variance: float, size: int) -> gaussians.Gaussia
 
 
 def test_a_class_is_estimated_without_what_lies_apart():
-    found = gaussians.robust(np.array([[0, 0], [1, 0], [2, 0], [3, 0], [4, 0], [50, 50]], np.float32))
+    found = gaussians.robust(np.array([[0, 0], [1, 0], [2, 0], [3, 0], [4, 0], [50, 50]], np.float32), 0.2)
     assert found.size == 5
     assert found.mean.tolist() == [2, 0]
     assert found.covariance.tolist() == [[2, 0], [0, 0]]
-    few = gaussians.robust(np.array([[0, 0], [4, 0], [50, 0]], np.float32))
+    few = gaussians.robust(np.array([[0, 0], [4, 0], [50, 0]], np.float32), 0.3)
     assert (few.size, few.mean.tolist()) == (3, [18, 0])
-    assert gaussians.robust(np.ones((9, 2), np.float32)).size == 9  # copies have no density
+    assert gaussians.robust(np.ones((9, 2), np.float32), 0.2).size == 8  # copies have no density
+    assert gaussians.robust(np.arange(9.0)[:, None], 0.0).mean.tolist() == [4]
 
 
 def test_rare_classes_borrow_from_the_frequent_ones_nearby():
@@ -205,7 +206,7 @@ def test_drawn_features_are_balanced_and_of_their_class():
     labels = np.repeat(np.arange(3, dtype=np.int32), [3000, 2000, 1])
     features = (random.normal(size=(5001, 2)) * [1, 2] + 10 * labels[:, None]).astype(np.float32)
     features[:150] += 60  # wrong labels
-    found, found_labels = gaussians.drawn(features, labels, 1, 0.0, 0)
+    found, found_labels = gaussians.drawn(features, labels, 0.05, 1, 0.0, 0)
     assert np.bincount(found_labels).tolist() == [3000] * 3
     assert (found.dtype, found_labels.dtype, found.shape) == (np.float32, np.int32, (9000, 2))
     for k in (0, 1):
@@ -215,5 +216,5 @@ def test_drawn_features_are_balanced_and_of_their_class():
     single = found[found_labels == 2]  # where its image is, spread as the nearest class
     chex.assert_trees_all_close(single.mean(axis=0), features[-1], atol=0.2)
     chex.assert_trees_all_close(single.std(axis=0), np.array([1, 2], np.float32), rtol=0.15)
-    chex.assert_trees_all_equal(found, gaussians.drawn(features, labels, 1, 0.0, 0)[0])
-    assert not np.array_equal(found, gaussians.drawn(features, labels, 1, 0.0, 1)[0])
+    chex.assert_trees_all_equal(found, gaussians.drawn(features, labels, 0.05, 1, 0.0, 0)[0])
+    assert not np.array_equal(found, gaussians.drawn(features, labels, 0.05, 1, 0.0, 1)[0])

@@ -43,6 +43,15 @@ def test_symmetric_noise_goes_to_every_other_class_alike():
     assert np.abs(others - 1000).max() < 4 * np.sqrt(3000 * 1 / 3 * 2 / 3)  # four deviations of the binomial
 
 
+def test_proportional_noise_goes_to_classes_by_their_sizes():
+    labels = np.repeat(np.arange(3), [6000, 3000, 1000])
+    matrix = confusion(labels, noise.changed(labels, 3, 0.5, "proportional", 0), 3)
+    assert np.diag(matrix).tolist() == [3000, 1500, 500]
+    # Class 0's 3000 go to 1 and 2 as 3 to 1, class 1's 1500 to 0 and 2 as 6 to 1.
+    assert matrix[0, 1] == pytest.approx(2250, abs=4 * np.sqrt(3000 * 3 / 16))
+    assert matrix[1, 0] == pytest.approx(1500 * 6 / 7, abs=4 * np.sqrt(1500 * 6 / 49))
+
+
 def test_noise_by_confusion_goes_to_the_class_with_the_nearest_mean_image():
     images = np.array([10, 30, 50, 90, 40, 61], np.uint8).reshape(6, 1, 1, 1)
     confused = noise.nearest(images, np.array([0, 0, 1, 1, 2, 2]), 3)  # means 20, 70 and 50.5
@@ -61,7 +70,7 @@ def test_the_draw_is_of_the_seed():
     )
 
 
-@pytest.mark.parametrize("kind", ["symmetric", "confusion"])
+@pytest.mark.parametrize("kind", ["symmetric", "proportional", "confusion"])
 def test_labels_of_training_images_alone_are_changed(kind):
     plain, noisy = built(), built(data__label_noise=0.4, data__noise_kind=kind)
     for name in ("meta", "val", "test"):
@@ -130,8 +139,6 @@ def test_what_does_not_go_with_wrong_labels_is_refused():
             built(data__label_noise=0.4, **options)
     with pytest.raises(UserError, match=r"data.label_noise = 0.4: data.pretext = 'rotation' reads no class"):
         built(data__label_noise=0.4, data__pretext="rotation", method__name="ce")
-    with pytest.raises(UserError, match=r"data.noise_kind = 'confusion': not read without data.label_noise"):
-        built(data__noise_kind="confusion")
     with pytest.raises(UserError, match=r"data.label_noise"):
         built(data__label_noise=0.95)
 

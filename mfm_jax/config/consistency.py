@@ -227,11 +227,9 @@ def _pretext(config: Config) -> Iterator[str]:
 
 
 def _noise(data: Data) -> Iterator[str]:
-    """Wrong labels where the labels are not the classes, or where there are none."""
+    """Wrong labels where the labels are not the classes."""
     if data.label_noise and data.pretext != "none":
         yield f"data.label_noise = {data.label_noise:g}: data.pretext = {data.pretext!r} reads no class; set it to 0"
-    if data.noise_kind != "symmetric" and not data.label_noise:
-        yield f"data.noise_kind = {data.noise_kind!r}: not read without data.label_noise; set that, or leave it out"
 
 
 def _unread(data: Data) -> Iterator[str]:

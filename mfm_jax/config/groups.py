@@ -50,8 +50,8 @@ class Data:
     seed: Annotated[int, _SEED, "of the draw of each split, not of training"] = 0
     label_noise: Annotated[float, Bounds(0, 0.9), "share of each class's training labels to make wrong; 0 = off"] = 0.0
     noise_kind: Annotated[
-        Literal["symmetric", "confusion"],
-        "label_noise: a wrong label is any other class, or the one with the nearest mean image",
+        Literal["symmetric", "proportional", "confusion"],
+        "label_noise: a wrong label is any other class; one by the classes' sizes; the one with the nearest mean image",
     ] = "symmetric"
     train_on_meta: Annotated[bool, "also train on the meta images: a baseline then sees what MFM sees"] = False
     image_size: Annotated[int, Bounds(0), "pixels a side; 0 = as stored"] = 0

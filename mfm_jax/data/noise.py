@@ -37,25 +37,28 @@ def changed(
     labels: npt.NDArray[np.integer],
     num_classes: int,
     share: float,
-    kind: Literal["symmetric", "confusion"],
+    kind: Literal["symmetric", "proportional", "confusion"],
     seed: int,
     confused: npt.NDArray[np.integer] | None = None,
 ) -> Labels:
     """Returns labels [N] of which `share` is wrong, int32 [N].
 
     Of a class with n images `int(share * n)` get another label, so that none loses all of its own. Symmetric: each of
-    the K - 1 other classes is as likely. Confusion: class k becomes `confused[k]`, [K].
+    the K - 1 other classes is as likely. Proportional: each by its size, `n_j / (N - n_k)`, so that rare classes stay
+    rare. Confusion: class k becomes `confused[k]`, [K].
     """
     found = np.array(labels, np.int32)
     for k in range(num_classes):
         rng, members = np.random.default_rng([_STREAM, seed, k]), np.flatnonzero(labels == k)
         # The nudge keeps whole numbers whole: 0.29 * 100 is 28.999999999999996 in float64.
         wrong = rng.permutation(members)[: int(share * len(members) + 1e-9)]
-        if kind == "symmetric":
-            found[wrong] = (k + 1 + rng.integers(num_classes - 1, size=len(wrong))) % num_classes
-        else:
+        if kind == "confusion":
             assert confused is not None
             found[wrong] = confused[k]
+        else:
+            odds = np.bincount(labels, minlength=num_classes) if kind == "proportional" else np.ones(num_classes)
+            odds = np.where(np.arange(num_classes) == k, 0, odds)
+            found[wrong] = rng.choice(num_classes, size=len(wrong), p=odds / odds.sum())
     return found
 
 

@@ -21,19 +21,20 @@ class Gaussian(NamedTuple):
 
 
 def drawn(
-    features: np.ndarray, labels: np.ndarray, neighbors: int, borrowed: float, seed: int
+    features: np.ndarray, labels: np.ndarray, trimmed: float, neighbors: int, borrowed: float, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns features drawn from the calibrated Gaussian of each class, as many of each as the largest class has.
 
     `features` are float32 [N, C], `labels` int32 [N], of which every class has one. Those that are returned are
-    K n_max in all, class by class; `seed` is of the draw. `neighbors` and `borrowed` are of `calibrated`.
+    K n_max in all, class by class; `seed` is of the draw. `trimmed` is of `robust`, `neighbors` and
+    `borrowed` are of `calibrated`.
 
     References:
       Zhang et al., When noisy labels meet long tail dilemmas: a representation calibration method, ICCV 2023
       (arXiv:2211.10955), distributional calibration. Theirs are the features of a contrastive first stage; here they
       are those of the trained classifier, and the drawn ones alone train the last layer.
     """
-    own = [robust(features[labels == k]) for k in range(labels.max() + 1)]
+    own = [robust(features[labels == k], trimmed) for k in range(labels.max() + 1)]
     most = np.bincount(labels).max()
     found = [
         np.random.default_rng([seed, k]).multivariate_normal(one.mean, one.covariance, most, method="eigh")
@@ -42,22 +43,21 @@ def drawn(
     return np.concatenate(found).astype(features.dtype), np.repeat(np.arange(len(own), dtype=labels.dtype), most)
 
 
-def robust(features: np.ndarray) -> Gaussian:
+def robust(features: np.ndarray, trimmed: float) -> Gaussian:
     """Returns the Gaussian of one class's features [n, C], those left out that lie apart: wrong labels, mostly.
 
-    They are the ones whose local outlier factor, by half of the class or 300 neighbours, is above 1.5 (Breunig et al.,
-    LOF: identifying density-based local outliers, SIGMOD 2000). With fewer neighbours the wrong labels of one class,
-    which lie together, would pass for dense. A class of fewer than 4 images keeps all. The covariance divides by the
-    number that is left; it is somewhat too small, since the edge of a class is left out, too.
+    They are the `int(trimmed * n)` with the largest local outlier factor, by half of the class or 300 neighbours
+    (Breunig et al., LOF: identifying density-based local outliers, SIGMOD 2000). With fewer neighbours the wrong labels
+    of one class, which lie together, would pass for dense. The covariance divides by the number that is left.
     """
     from sklearn.neighbors import LocalOutlierFactor
 
     kept = features.astype(np.float64)
-    if len(kept) >= 4:
+    if apart := int(trimmed * len(kept) + 1e-9):
         with warnings.catch_warnings():  # of copies of one image, which have no density
             warnings.filterwarnings("ignore", "Duplicate values are leading to incorrect results")
-            inside = LocalOutlierFactor(n_neighbors=min(_NEIGHBOURS, len(kept) // 2)).fit_predict(kept) == 1
-        kept = kept[inside] if inside.any() else kept
+            found = LocalOutlierFactor(n_neighbors=min(_NEIGHBOURS, len(kept) // 2)).fit(kept)
+        kept = kept[np.sort(np.argsort(found.negative_outlier_factor_, kind="stable")[apart:])]
     mean = kept.mean(axis=0)
     return Gaussian(mean, (kept - mean).T @ (kept - mean) / len(kept), len(kept))
 

@@ -81,6 +81,7 @@ class Method:
     ] = 0.8
     pretrain: Annotated[Literal["oversample", "undersample"], "two_phase: the first phase's sampling"] = "oversample"
     smote_neighbors: Annotated[int, Bounds(1), "smote: nearest neighbours to interpolate to"] = 5
+    rcal_trimmed: Annotated[float, Bounds(0, 0.5), "rcal: share of a class's features left out as outliers"] = 0.2
     rcal_neighbors: Annotated[int, Bounds(1), "rcal: frequent classes that a rare one borrows from"] = 3
     rcal_borrowed: Annotated[float, Bounds(0, 1), "rcal: share of their mean and covariance in its own"] = 0.3
     hidden: Annotated[int, Bounds(1), "meta_weight_net, l2ac, tgeo_kd: hidden units"] = 100

@@ -185,7 +185,8 @@ def _oversampled(config: Config, features: np.ndarray, labels: np.ndarray) -> tu
 
 def _calibrated(config: Config, features: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     chosen = config.method
-    return gaussians.drawn(features, labels, chosen.rcal_neighbors, chosen.rcal_borrowed, config.train.seed)
+    options = chosen.rcal_trimmed, chosen.rcal_neighbors, chosen.rcal_borrowed
+    return gaussians.drawn(features, labels, *options, config.train.seed)
 
 
 def _mfm(config: Config, counts: jax.Array, channels: Mapping[str, int]) -> MetaLearner:
@@ -251,7 +252,7 @@ METHODS = {
     ),
     "rcal": Method(
         retraining=_CRT._replace(synthetic=_calibrated),
-        search={**_STAGE, "method.rcal_neighbors": Choice((1, 2, 3, 5)), "method.rcal_borrowed": Span(0.1, 0.9)},
+        search={**_STAGE, "method.rcal_trimmed": Span(0.0, 0.5), "method.rcal_borrowed": Span(0.0, 0.9)},
     ),
     # No label counts in the first stage, which cross-entropy's weights of zero say; the second has no such weights.
     "simsiam": Method(
