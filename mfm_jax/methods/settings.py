@@ -39,6 +39,9 @@ class Method:
         float, Bounds(0), "logit_adjusted, vector_scaling, lade, posthoc_la: strength of prior; tau_norm: power of norm"
     ] = 1.0
     label_smoothing: Annotated[float, Bounds(0, 1), "any method; 0 = off"] = 0.0
+    cost_share: Annotated[float, Bounds(0, 1), "any method: what the expected eval.costs have of the loss; 0 = off"] = (
+        0.0
+    )
     proco_weight: Annotated[float, Bounds(0), "any method: of the probabilistic contrastive loss; 0 = off"] = 0.0
     proco_temperature: Annotated[float, Bounds(0.01), "proco_weight: divides the cosines"] = 0.1
     proco_features: Annotated[int, Bounds(8), "proco_weight: dimensions in which classes are contrasted"] = 128

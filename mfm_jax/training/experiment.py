@@ -34,7 +34,7 @@ from mfm_jax.models import own, pretrained, stacked
 from mfm_jax.models.own import Adapted
 from mfm_jax.training import preflight, recipe, weights
 from mfm_jax.training.recipe import Recipe
-from mfm_jax.types import PROJECTION, ApplyFn, Batch, BilevelState, FeatureLoss, Modulate, Modulator, PyTree
+from mfm_jax.types import PROJECTION, ApplyFn, Batch, BilevelState, FeatureLoss, LossFn, Modulate, Modulator, PyTree
 
 _Chain: TypeAlias = optax.GradientTransformation
 _Shape = tuple[int, ...]
@@ -58,6 +58,7 @@ class Experiment:
     apply: the classifier outside `shard_map`; `(variables, image, modulate=, train=) -> logits`.
     modulator: what generates gamma and beta; None for a method without one.
     phi_kind: what phi is, in a word; "" where there is none.
+    meta_loss: of an example in the meta pass.
     learning_rate: schedule, by step.
     steps_per_epoch: batches in an epoch.
     total_steps: steps in the run.
@@ -78,6 +79,7 @@ class Experiment:
     apply: ApplyFn
     modulator: Modulator | None
     phi_kind: str
+    meta_loss: LossFn
     learning_rate: optax.Schedule
     steps_per_epoch: int
     total_steps: int
@@ -131,6 +133,7 @@ def build(config: Config, data: LongTailData, mesh: Mesh | None = None) -> Exper
         apply=plain.apply,
         modulator=learner.modulator if learner else None,
         phi_kind=learner.kind if learner else "second stage" if method.retraining else "",
+        meta_loss=rules.meta.loss,
         learning_rate=rules.learning_rate,
         steps_per_epoch=rules.steps_per_epoch,
         total_steps=rules.total_steps,
@@ -242,7 +245,7 @@ def _steps(
     method, meta_step, retrain_step = METHODS[config.method.name], None, None
     plain_step = bilevel.make_plain_step(forward, rules.objective, rules.tx, learner)
     if learner and not config.frozen:
-        meta_step = bilevel.make_step(forward, rules.objective, rules.tx, learner, phi_tx, recipe.meta_rule(config))
+        meta_step = bilevel.make_step(forward, rules.objective, rules.tx, learner, phi_tx, rules.meta)
     if method.retraining:
         loss = rules.objective.loss
         assert not isinstance(loss, FeatureLoss)

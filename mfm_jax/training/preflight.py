@@ -5,10 +5,11 @@ from collections.abc import Iterator
 import numpy as np
 from jax.sharding import Mesh
 
-from mfm_jax.config import Config
+from mfm_jax.config import Config, wanted
 from mfm_jax.data import LongTailData, sizes
 from mfm_jax.data.streaming import Streamed
 from mfm_jax.errors import UserError
+from mfm_jax.evaluation import decisions
 from mfm_jax.machine import parallel
 from mfm_jax.methods import table
 from mfm_jax.methods.table import METHODS, Method, modulating
@@ -33,9 +34,22 @@ def check(config: Config, data: LongTailData, mesh: Mesh | None) -> None:
         *_frozen(config, method),
         *_unsettled(config, streamed=streamed),
         *_rare(config, data),
+        *_wanted(config, data),
     )
     if problems:
         raise UserError("; ".join(problems))
+
+
+def warnings(config: Config, data: LongTailData) -> Iterator[str]:
+    """Yields what will not be as wanted, though nothing forbids it."""
+    images = np.bincount(data.val_labels, minlength=data.num_classes)
+    for word, recall in wanted.recalls(config.eval.recall):
+        k = wanted.class_of(word, data.class_names, wanted.RECALL)
+        if images[k] < (least := decisions.least_images(recall)):
+            yield (
+                f"eval.recall = {config.eval.recall!r}: {images[k]} validation images of {word!r} promise a recall of"
+                f" {images[k] / (images[k] + 1):.3g} at most; {recall:g} needs {least}"
+            )
 
 
 def check_own(config: Config, module: Adapted, seen: Seen, mesh: Mesh | None) -> None:
@@ -145,6 +159,16 @@ def _rare(config: Config, data: LongTailData) -> Iterator[str]:
             f"optim.sam_below = {below}: the classes have {least} to {most} training images; choose from {least + 1} to"
             f" {most}, or 0 for all classes"
         )
+
+
+def _wanted(config: Config, data: LongTailData) -> Iterator[str]:
+    """Costs and recalls of classes that are not there, and recalls of classes without validation images."""
+    try:
+        decisions.of(config.eval.costs, data.class_names)
+        probs = np.full((len(data.val_labels), data.num_classes), 1 / data.num_classes)
+        decisions.fit(None, config.eval.recall, data.class_names, probs, data.val_labels)
+    except UserError as error:
+        yield str(error)
 
 
 def _images(config: Config, method: Method, shape: tuple[int, ...], streamed: bool) -> Iterator[str]:
