@@ -164,6 +164,8 @@ def test_what_is_measured_by_hand():
     decided, likeliest = measured["decided"], measured["likeliest"]
     assert decided["mean_cost"] == (0 + 1 + 0.5 + 0) / 4
     assert likeliest["mean_cost"] == (10 + 10) / 4
+    # By costs alone 0, 2, 0 and, of two that are equal, 1: melanoma is named in the first three.
+    assert measured["by_cost"]["mean_cost"] == (0 + 0 + 0.5 + 0.5) / 4
     assert decided["per_class_recall"] == [0.5, 0.5, None]
     assert likeliest["per_class_recall"] == [0.0, 1.0, None]
     (row,) = measured["recalls"]

@@ -289,7 +289,11 @@ def expected_cost(costs: jax.Array) -> LossFn:
 
 
 def mixed(loss: LossFn, other: LossFn, share: float) -> LossFn:
-    """Returns `(1 - share) loss + share other`."""
+    """Returns `(1 - share) loss + share other`.
+
+    >>> mixed(cross_entropy, generalized_cross_entropy, 0.0)(jnp.zeros((1, 4)), jnp.array([2]))
+    Array([1.386...], dtype=float32)
+    """
     return lambda logits, labels: (1 - share) * loss(logits, labels) + share * other(logits, labels)
 
 

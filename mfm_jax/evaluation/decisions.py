@@ -143,13 +143,15 @@ def measure(decisions: Decisions, probs: np.ndarray, labels: np.ndarray) -> dict
     """Returns what the decisions come to, beside the likeliest classes.
 
     Returns:
-      For `decided` and for `likeliest`: `mean_cost` over the images, with its 95 % interval `mean_cost_interval`,
-      `per_class_recall`, [K] with None for a class without images, and `balanced_accuracy`, their mean. `recalls` has a
-      row for each threshold: `of`, `wanted`, what was `reached`, its `interval`, and the mean recall of the `others`,
-      each also as the likeliest classes have it (`likeliest_reached`, `likeliest_others`).
+      For `decided`, for `by_cost`, without the recalls, and for `likeliest`: `mean_cost` over the images, with its
+      95 % interval `mean_cost_interval`, `per_class_recall`, [K] with None for a class without images, and
+      `balanced_accuracy`, their mean. `recalls` has a row for each threshold: `of`, `wanted`, what was `reached`, its
+      `interval`, and the mean recall of the `others`, each also as the likeliest classes have it (`likeliest_reached`,
+      `likeliest_others`).
     """
     labels = np.asarray(labels)
-    answers = {"decided": decisions.named(probs), "likeliest": np.asarray(probs).argmax(axis=1)}
+    by_cost = decisions._replace(thresholds=()).named(probs)
+    answers = {"decided": decisions.named(probs), "by_cost": by_cost, "likeliest": np.asarray(probs).argmax(axis=1)}
     found: dict[str, Any] = {name: _of_answers(decisions.costs, named, labels) for name, named in answers.items()}
     images, rows = np.bincount(labels, minlength=len(decisions.costs)), []
     for one in (one for one in decisions.thresholds if images[one.of]):

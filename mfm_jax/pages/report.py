@@ -185,7 +185,8 @@ def _decisions(run: Finished) -> dict[str, Any] | None:
         return None
     by_class = {one["of"]: one for one in found["thresholds"]}
     recalls = [row | by_class[row["of"]] | {"name": run.classes.names[row["of"]]} for row in measured["recalls"]]
-    rows = [("By costs and recalls", measured["decided"]), ("The likeliest class", measured["likeliest"])]
+    names = {"decided": "By costs and recalls", "by_cost": "By costs alone", "likeliest": "The likeliest class"}
+    rows = [(name, measured[key]) for key, name in names.items() if recalls or key != "decided"]
     return {"rows": rows, "recalls": recalls}
 
 
