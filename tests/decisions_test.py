@@ -2,13 +2,15 @@
 
 import csv
 import dataclasses
+import functools
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from export_test import alone
-from helpers import logged, shipped, stored, tiny
+from helpers import configured, logged, shipped, stored, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -21,7 +23,9 @@ from mfm_jax.errors import UserError
 from mfm_jax.evaluation import classifier, decisions, intervals
 from mfm_jax.evaluation.decisions import Decisions, Threshold
 from mfm_jax.inference import evaluate
-from mfm_jax.training import train
+from mfm_jax.methods.table import METHODS
+from mfm_jax.training import recipe, train
+from mfm_jax.types import FeatureLoss
 from mfm_jax.workdir.files import Workdir, read_object
 
 NAMES = ("melanoma", "nevus", "1")
@@ -292,6 +296,27 @@ def test_costs_that_nothing_trains_by_leave_the_plain_program(tmp_path):
     np.testing.assert_equal(*(dataclasses.asdict(state) for state in states))
     assert "decisions" in results["last"]
     assert "decisions" not in read_object(Workdir(tmp_path / "plain").results)["last"]
+
+
+@functools.cache
+def data_of(data):
+    return data_lib.build(config_lib.Config(data=data))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_costs_stand_beside_the_loss_of_every_method(name):
+    """In both parts of the training where its loss changes, with half of the share."""
+    options = {"eval__costs": WANTED["eval__costs"], "method__label_smoothing": 0.1}
+    plain, priced = configured(name, **options), configured(name, **options, method__cost_share=0.5)
+    losses = [recipe.of(config, data_of(config.data)).objective.loss for config in (plain, priced)]
+    rng = np.random.default_rng(0)
+    logits, features = (jnp.asarray(rng.normal(size=(10, size)), jnp.float32) for size in (10, 4))
+    labels, probs = jnp.arange(10, dtype=jnp.int32), np.asarray(jax.nn.softmax(logits))
+    cost = (decisions.cost_matrix(WANTED["eval__costs"], tuple("0123456789")) * probs).sum(axis=1)
+    for step in (0, 1_000):
+        of_step = [loss.at(jnp.int32(step), features) if isinstance(loss, FeatureLoss) else loss for loss in losses]
+        before, after = (np.asarray(loss(logits, labels)) for loss in of_step)
+        np.testing.assert_allclose(after, (before + cost) / 2, rtol=1e-5)
 
 
 def test_fields_of_the_shipped_config():
