@@ -135,7 +135,11 @@ def test_thresholds_by_hand(recall, promised, threshold):
 
 def test_a_recall_without_images_is_refused():
     with pytest.raises(UserError, match=r"eval\.recall = 'b=0\.9': no validation images of 'b'"):
-        decisions.fit(None, "b=0.9", ("a", "b"), np.full((2, 2), 0.5), np.array([0, 0]))
+        decisions.check("", "b=0.9", ("a", "b"), [2, 0])
+    assert decisions.check("", "a=0.9,b=0.5", ("a", "b"), [9, 1]) == []
+    assert decisions.check("", "a=0.9,b=0.5", ("a", "b"), [8, 1]) == [
+        "eval.recall = 'a=0.9,b=0.5': 8 validation images of 'a' promise a recall of 0.889 at most; 0.9 needs 9"
+    ]
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=60), st.floats(0.05, 0.99))

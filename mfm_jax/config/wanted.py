@@ -80,7 +80,7 @@ def class_of(word: str, names: Sequence[str], field: str) -> int:
     """
     if word in names:
         return names.index(word)
-    if word.isdecimal() and int(word) < len(names):
+    if word.isdecimal() and len(word) < 10 and int(word) < len(names):
         return int(word)
     raise UserError(f"{field}: no class {word!r}; the classes are {some_of(names)}")
 

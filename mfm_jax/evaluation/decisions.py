@@ -112,21 +112,33 @@ def fit(before: Decisions | None, text: str, names: Sequence[str], probs: np.nda
     """Returns the decisions `before` with a threshold for each recall that `eval.recall`, the `text`, wants.
 
     The images, with probabilities [N, K] and labels int [N], must have had no part in training, nor in the choice of
-    the checkpoint.
-
-    Raises:
-      UserError: a class that is not among `names`, or without images.
+    the checkpoint; there is one of each class that is wanted (`check`).
     """
-    before, field = before or Decisions(1 - np.eye(len(names))), f"{wanted.RECALL} = {text!r}"
-    found = []
+    before, found = before or Decisions(1 - np.eye(len(names))), []
     for word, recall in wanted.recalls(text):
-        k = wanted.class_of(word, names, field)
+        k = wanted.class_of(word, names, wanted.RECALL)
         own = np.sort(np.asarray(probs, np.float64)[np.asarray(labels) == k, k])[::-1]
-        if not len(own):
-            raise UserError(f"{field}: no validation images of {names[k]!r}; leave it out, or validate on more images")
         rank = min(rank_of(len(own), recall), len(own))
         found.append(Threshold(k, recall, rank / (len(own) + 1), float(own[rank - 1]), len(own)))
     return before._replace(thresholds=tuple(found))
+
+
+def check(costs: str, recalls: str, names: Sequence[str], images: Sequence[int] | np.ndarray) -> list[str]:
+    """Returns which recalls the validation `images` of each class, [K], are too few to promise, a sentence each.
+
+    Raises:
+      UserError: costs or recalls name a class that is not among `names`, or a recall is of one without images.
+    """
+    of(costs, names)
+    field, found = f"{wanted.RECALL} = {recalls!r}", []
+    for word, recall in wanted.recalls(recalls):
+        n, least = int(images[wanted.class_of(word, names, field)]), least_images(recall)
+        if not n:
+            raise UserError(f"{field}: no validation images of {word!r}; leave it out, or validate on more images")
+        if n < least:
+            promised = f"{n} validation image{'s' * (n > 1)} of {word!r} promise{'s' * (n == 1)} a recall of {n / (n + 1):.3g} at most"
+            found.append(f"{field}: {promised}; {recall:g} needs {least}")
+    return found
 
 
 def rank_of(images: int, recall: float) -> int:

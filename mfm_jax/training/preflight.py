@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 from jax.sharding import Mesh
 
-from mfm_jax.config import Config, wanted
+from mfm_jax.config import Config
 from mfm_jax.data import LongTailData, sizes
 from mfm_jax.data.streaming import Streamed
 from mfm_jax.errors import UserError
@@ -40,16 +40,9 @@ def check(config: Config, data: LongTailData, mesh: Mesh | None) -> None:
         raise UserError("; ".join(problems))
 
 
-def warnings(config: Config, data: LongTailData) -> Iterator[str]:
-    """Yields what will not be as wanted, though nothing forbids it."""
-    images = np.bincount(data.val_labels, minlength=data.num_classes)
-    for word, recall in wanted.recalls(config.eval.recall):
-        k = wanted.class_of(word, data.class_names, wanted.RECALL)
-        if images[k] < (least := decisions.least_images(recall)):
-            yield (
-                f"eval.recall = {config.eval.recall!r}: {images[k]} validation images of {word!r} promise a recall of"
-                f" {images[k] / (images[k] + 1):.3g} at most; {recall:g} needs {least}"
-            )
+def warnings(config: Config, data: LongTailData) -> list[str]:
+    """Returns what will not be as wanted, though nothing forbids it."""
+    return decisions.check(config.eval.costs, config.eval.recall, data.class_names, _validation(data))
 
 
 def check_own(config: Config, module: Adapted, seen: Seen, mesh: Mesh | None) -> None:
@@ -164,11 +157,13 @@ def _rare(config: Config, data: LongTailData) -> Iterator[str]:
 def _wanted(config: Config, data: LongTailData) -> Iterator[str]:
     """Costs and recalls of classes that are not there, and recalls of classes without validation images."""
     try:
-        decisions.of(config.eval.costs, data.class_names)
-        probs = np.full((len(data.val_labels), data.num_classes), 1 / data.num_classes)
-        decisions.fit(None, config.eval.recall, data.class_names, probs, data.val_labels)
+        warnings(config, data)
     except UserError as error:
         yield str(error)
+
+
+def _validation(data: LongTailData) -> np.ndarray:
+    return np.bincount(data.val_labels, minlength=data.num_classes)
 
 
 def _images(config: Config, method: Method, shape: tuple[int, ...], streamed: bool) -> Iterator[str]:
