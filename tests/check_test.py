@@ -178,7 +178,8 @@ def test_costs_and_recalls_are_checked_by_the_names_of_the_folders(run):
     status, lines = run({"costs": "dog>*=2", "recall": "cat=0.9"})
     assert status == 0
     assert lines[-2] == (
-        "warning: eval.recall = 'cat=0.9': 1 validation image of 'cat' promises a recall of 0.5 at most; 0.9 needs 9"
+        "warning: eval.recall = 'cat=0.9': 1 images of 'cat' in validation, which promises a recall of 0.5 at"
+        " most; 0.9 needs 9"
     )
 
 

@@ -138,7 +138,8 @@ def test_a_recall_without_images_is_refused():
         decisions.check("", "b=0.9", ("a", "b"), [2, 0])
     assert decisions.check("", "a=0.9,b=0.5", ("a", "b"), [9, 1]) == []
     assert decisions.check("", "a=0.9,b=0.5", ("a", "b"), [8, 1]) == [
-        "eval.recall = 'a=0.9,b=0.5': 8 validation images of 'a' promise a recall of 0.889 at most; 0.9 needs 9"
+        "eval.recall = 'a=0.9,b=0.5': 8 images of 'a' in validation, which promises a recall of 0.889 at"
+        " most; 0.9 needs 9"
     ]
 
 
@@ -285,7 +286,10 @@ def test_what_is_refused_before_training(tmp_path, overrides, message):
 def test_a_promise_that_cannot_be_made_is_warned_of(tmp_path, capsys):
     train.train_and_evaluate(tiny(data__workers=0, eval__recall="9=0.9", train__max_steps=1), tmp_path / "run")
     said = " ".join(capsys.readouterr().err.split())
-    assert "warning: eval.recall = '9=0.9': 5 validation images of '9' promise a recall of 0.833 at most" in said
+    assert (
+        "warning: eval.recall = '9=0.9': 5 images of '9' in validation, which promises a recall of 0.833 at most"
+        in said
+    )
 
 
 @pytest.mark.usefixtures("quick_runs")

@@ -136,7 +136,7 @@ def check(costs: str, recalls: str, names: Sequence[str], images: Sequence[int] 
         if not n:
             raise UserError(f"{field}: no validation images of {word!r}; leave it out, or validate on more images")
         if n < least:
-            promised = f"{n} validation image{'s' * (n > 1)} of {word!r} promise{'s' * (n == 1)} a recall of {n / (n + 1):.3g} at most"
+            promised = f"{n} images of {word!r} in validation, which promises a recall of {n / (n + 1):.3g} at most"
             found.append(f"{field}: {promised}; {recall:g} needs {least}")
     return found
 
