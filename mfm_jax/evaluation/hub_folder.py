@@ -50,7 +50,7 @@ class Stored(NamedTuple):
     step: int
     variables: PyTree
     sets: conformal.Sets | None
-    decisions: Decisions | None
+    decisions: Decisions | None = None
 
 
 def is_one(folder: Path) -> bool:
