@@ -213,7 +213,9 @@ def _data(spec: Spec, config: config_lib.Config) -> Any:
         meta_images=images(meta),
         meta_labels=np.arange(meta, dtype=np.int32) % spec.classes,
         counts=counts,
+        val_labels=np.zeros(0, np.int32),
         num_classes=spec.classes,
+        class_names=tuple(map(str, range(spec.classes))),
         mean=np.full(3, 127.5, np.float32),
         std=np.full(3, 127.5, np.float32),
     )

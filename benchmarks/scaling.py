@@ -99,7 +99,7 @@ def programs(spec: Spec, method: str, devices: int, **overrides: Any) -> list[tu
     config.update_from_flattened_dict(overrides)
     resolved = config_lib.resolve(config)
     counts = longtail.class_counts(500, spec.classes, config.data.imbalance_factor)
-    # Of the data, `experiment.build` reads only shapes and counts.
+    # Of the data, `experiment.build` reads only shapes, counts and names.
     each = -(-spec.meta_batch // spec.classes)
     splits = {"train": {"class_counts": counts.tolist()}, "meta": {"class_counts": [each] * spec.classes}}
     images = np.broadcast_to(np.zeros((), np.uint8), (counts.sum(), spec.image_size, spec.image_size, 3))
@@ -108,6 +108,8 @@ def programs(spec: Spec, method: str, devices: int, **overrides: Any) -> list[tu
         train_labels=images[:, 0, 0, 0],
         counts=counts,
         num_classes=spec.classes,
+        class_names=tuple(map(str, range(spec.classes))),
+        val_labels=np.zeros(0, np.int32),
         manifest={"splits": splits, "meta_images_per_class": each},
     )
     mesh = parallel.data_mesh(jax.devices()[:devices])

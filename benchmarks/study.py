@@ -11,6 +11,7 @@ Started again with the same folder it goes on where it was. Tiers (`--tiers=main
   borrowed  the config's factor, 5 seeds: CE, MFM, and MFM with the modulator of the run `--source`, frozen, fine-tuned
   others    factor 100, 1 seed: every other method at its defaults, untuned
   features  factor 100, 2 seeds: MFM as in configs/cifar10_lt_features.py, the pooled features modulated, too
+  costs     factor 100, 3 seeds: the rarest three classes cost 5 times as much, 90 % of the rarest are to be found
   explained 1 seed: what the methods below CE lack, put right one at a time
   contrast  factor 100, 1 seed: CE, logit adjustment and MFM as in main, beside a contrastive loss of pairs
   pretext   factor 100, 1 seed: SimSiam, and the same three from its classifier
@@ -39,6 +40,7 @@ from ml_collections import config_flags
 
 from mfm_jax import command, compare
 from mfm_jax import config as config_lib
+from mfm_jax.machine import disk
 from mfm_jax.methods.table import BUILT_IN
 from mfm_jax.pages import comparison
 from mfm_jax.study import runs, tune
@@ -47,6 +49,7 @@ from mfm_jax.workdir.files import Workdir, read_object
 _TIERS = flags.DEFINE_list("tiers", ["main", "factors", "peers", "transfer"], "What to run.")
 _MAX_SEEDS = flags.DEFINE_integer("max_seeds", 5, "No row gets more seeds than this.")
 _SOURCE = flags.DEFINE_string("source", "", "Workdir of the run whose modulator is taken over; default: main's seed 0.")
+_COSTS = flags.DEFINE_string("costs_csv", "", "CSV file of the tier costs, e.g. docs/results/costs.csv.")
 _CSV = flags.DEFINE_string("csv", "", "CSV file of the rows, e.g. docs/results/cifar10_lt_small.csv.")
 
 Values = Mapping[str, Any]
@@ -65,6 +68,12 @@ CHOSEN: dict[str, Values] = {
 UNTUNED: dict[str, Values] = {"l2ac": {"meta.learning_rate": 2e-3}}  # its phi is a network, as Meta-Weight-Net's
 JITTERED: Values = {"augment.color_jitter": 0.4}  # otherwise its colours alone say which image a view is of
 FEATURES: Values = {"modulation.sites": "pooled:direct,logits:frequency"}
+# Decided by, and what of it is trained by.
+WANTED: Values = {"eval.costs": "7>*=5,8>*=5,9>*=5", "eval.recall": "9=0.9", "data.val_images_per_class": 100}
+SHARED: Values = {"method.cost_share": 0.5}
+META: Values = {"meta.loss": "cost"}
+DECIDED = {"cost_likeliest": "likeliest", "cost_by_cost": "by_cost", "cost_with_recall": "decided"}
+RECALLS = ("wanted", "reached", "likeliest_reached", "others", "likeliest_others")
 MAIN = ("ce", "logit_adjusted", "mfm")
 PEERS = ("ldam_drw", "meta_weight_net")
 NOISY = ("ce", "mfm", "meta_weight_net", "l2rw", "rcal")
@@ -117,6 +126,13 @@ def tiers(own_factor: float, source: str) -> dict[str, list[Row]]:
         "others": [Row(name, name, 100.0, 1, UNTUNED.get(name, {})) for name in BUILT_IN if name not in elsewhere]
         + [Row("mfm_long_tail", "mfm_frozen", 100.0, 1)],
         "features": [Row("mfm_features", "mfm", 100.0, 2, FEATURES)],
+        "costs": [
+            *(Row(f"{name}_priced", name, 100.0, 3, {**CHOSEN.get(name, {}), **WANTED}) for name in MAIN),
+            Row("ce_cost_share", "ce", 100.0, 3, {**WANTED, **SHARED}),
+            Row("mfm_cost_share", "mfm", 100.0, 3, {**WANTED, **SHARED}),
+            Row("mfm_cost_meta", "mfm", 100.0, 3, {**WANTED, **META}),
+            Row("mfm_cost_both", "mfm", 100.0, 3, {**WANTED, **SHARED, **META}),
+        ],
         "explained": [
             Row("ldam_without_margins", "ldam", 100.0, 1, {"method.ldam_margin": 0.0}),
             Row("dice_balanced", "dice", 100.0, 1, {"method.sampling": "balanced"}),
@@ -170,10 +186,12 @@ def there(rows: Sequence[Row], todo: Sequence[Sequence[runs.Task]]) -> Finished:
 
 
 def write(finished: Finished, workdir: Path) -> None:
-    """Writes the tables to the workdir and, where it is asked for, to the CSV file."""
+    """Writes the tables to the workdir and, where they are asked for, to CSV files."""
     (workdir / "study.md").write_text(markdown(finished))
     if _CSV.value:
         write_csv(finished, Path(_CSV.value))
+    if _COSTS.value:
+        write_costs(finished, Path(_COSTS.value))
 
 
 def filled(values: Values, **known: object) -> Values:
@@ -234,6 +252,22 @@ def write_csv(finished: Finished, path: Path) -> None:
         for row, results in finished:
             numbers = ["" if math.isnan(value) else f"{value:.2f}" for value in summary(results).values()]
             writer.writerow([row.name, f"{row.factor:g}", row.seeds, *numbers, shell(row)])
+
+
+def write_costs(finished: Finished, path: Path) -> None:
+    """Writes a line for each row with costs: an image's mean cost over the seeds, and recalls of one class, in %."""
+    lines = []
+    for row, results in finished:
+        measured = [one["last"]["decisions"]["measured"][one["split"]] for one in results if "decisions" in one["last"]]
+        if not measured:
+            continue
+        costs = {name: [one[key]["mean_cost"] for one in measured] for name, key in DECIDED.items()}
+        spread = [f"{statistics.stdev(values):.4f}" if len(values) > 1 else "" for values in costs.values()]
+        recalls = [f"{100 * statistics.fmean(one['recalls'][0][name] for one in measured):.2f}" for name in RECALLS]
+        means = [f"{statistics.fmean(values):.4f}" for values in costs.values()]
+        lines.append([row.name, row.seeds, *means, *spread, *recalls, shell(row)])
+    head = ["method", "seeds", *DECIDED, *(f"{name}_std" for name in DECIDED), *RECALLS, "command"]
+    disk.write_rows(path, [head, *lines])
 
 
 def shell(row: Row) -> str:

@@ -24,6 +24,7 @@ from mfm_jax.data.lists import SPLITS
 from mfm_jax.data.manifest import redrawn
 from mfm_jax.data.walk import Problem
 from mfm_jax.errors import UserError
+from mfm_jax.evaluation import decisions
 from mfm_jax.machine import disk
 from mfm_jax.workdir.files import Workdir
 
@@ -73,6 +74,8 @@ def _print_plan(console: Console, config: Config, sound: Sound, command: str, sk
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, label_noise=0.0))
     try:
         _, _, manifest = assembly.divided(config, files.source(config.data, sound, whole=True))
+        held, wanted = manifest["splits"]["val"]["class_counts"], config.eval
+        warned = decisions.check(wanted.costs, wanted.recall, manifest["class_names"], held)
     except UserError as error:
         console.print(f"training would end with: {error}", soft_wrap=True, markup=False)
         return False
@@ -86,6 +89,8 @@ def _print_plan(console: Console, config: Config, sound: Sound, command: str, sk
     if cuts := sizes.in_words(config, manifest):
         console.print(cuts, soft_wrap=True)
     console.print(", ".join(f"{field} = {sizes.of(used, field)}" for field in sizes.limits(config, manifest)))
+    for sentence in warned:
+        console.print(f"warning: {sentence}", soft_wrap=True, markup=False)
     if skips:
         command += " --config.data.on_bad_image=skip"
         console.print("training ends with these problems; this leaves out what they name:")

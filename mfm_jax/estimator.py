@@ -155,9 +155,13 @@ class MFMClassifier(ClassifierMixin, BaseEstimator):
         return self
 
     def predict(self, X: Any) -> npt.NDArray[Any]:
-        """Returns the likeliest class of each image, `[n]`; `X` as in `fit`, or a folder, in the order of its paths."""
-        chosen = self.predict_proba(X).argmax(axis=1)
-        return self.classes_[chosen]
+        """Returns the likeliest class of each image, `[n]`, or with `eval__costs` or `eval__recall` what these name.
+
+        `X` is as in `fit`, or a folder, in the order of its paths.
+        """
+        probs = self.predict_proba(X)
+        decided = self.run_.classifier.decisions
+        return self.classes_[decided.named(probs) if decided else probs.argmax(axis=1)]
 
     def predict_proba(self, X: Any) -> npt.NDArray[np.float64]:
         """Returns the probabilities of `classes_`, `[n, K]`, computed in float32; rows sum to one."""

@@ -74,6 +74,7 @@ def export(
     facts = dataclasses.asdict(trained.facts) | {
         "temperature": calibration and calibration["temperature"],  # not applied in the artifact
         "prediction_sets": trained.sets and trained.sets.to_dict(),
+        "decisions": trained.decisions and trained.decisions.to_dict(),
         "method": run.results["method"],
         "which": which,
         "step": trained.step,

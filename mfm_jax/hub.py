@@ -54,7 +54,7 @@ def lay_out(workdir: Path, out: Path, which: str = "last", *, license_id: str = 
     trained, run, found = loaded(workdir, which)
     config, calibration = hub_folder.published(trained.config), found.get("calibration")
     out.mkdir(parents=True, exist_ok=True)
-    stored = Stored(config, trained.facts, which, trained.step, trained.variables, trained.sets)
+    stored = Stored(config, trained.facts, which, trained.step, trained.variables, trained.sets, trained.decisions)
     more = {
         "method": run.results["method"],
         "temperature": calibration and calibration["temperature"],  # not applied

@@ -124,6 +124,11 @@ def print_results(results: dict[str, Any]) -> None:
         cells = [results[which] and shown(results, which)[name] for which in ("last", "best")]
         table.add_row(name, *("–" if cell is None else f"{100 * cell:.2f}" for cell in cells))
     Console().print(table)
+    if measured := results["last"].get("decisions", {}).get("measured", {}).get(results["split"]):
+        costs = (f"{measured[name]['mean_cost']:.4g}" for name in ("decided", "likeliest"))
+        print("mean cost of an image, as decided and of the likeliest class:", *costs)
+        for row in measured["recalls"]:
+            print(f"recall of class {row['of']}: {100 * row['reached']:.2f} %, wanted {100 * row['wanted']:g} %")
 
 
 if __name__ == "__main__":

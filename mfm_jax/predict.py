@@ -4,11 +4,12 @@
 
 Takes files and folders, with the folders below them; hidden files, and files that are no pictures by their names, are
 passed over and counted on the standard error. Writes a CSV file with a row for each picture: path, class, probability,
-and the next likely classes. Where the run had validation images, the prediction set follows: the classes among which
-the true one is as often as `eval.coverage` promises. A file that cannot be read has a row too, with the reason in the
-column `problem`. An interrupted command leaves its rows in OUT.part; the same command starts anew. Exit status: 0 every
-picture was read; 1 some could not be, the others are in the file; 2 a mistake in the command or the run, in one line,
-and no file; 75 interrupted.
+and the next likely classes. Of a run with `eval.costs` or `eval.recall` the class that these name follows. Where the
+run had validation images, the prediction set follows: the classes among which the true one is as often as
+`eval.coverage` promises. A file that cannot be read has a row too, with the reason in the column `problem`. An
+interrupted command leaves its rows in OUT.part; the same command starts anew. Exit status: 0 every picture was read; 1
+some could not be, the others are in the file; 2 a mistake in the command or the run, in one line, and no file; 75
+interrupted.
 """
 
 if __name__ == "__main__":  # before the other imports start threads; being imported changes no process
@@ -35,6 +36,7 @@ from mfm_jax.errors import UserError
 from mfm_jax.evaluation.classifier import WHICH, Classifier
 from mfm_jax.evaluation.classifier import load as load
 from mfm_jax.evaluation.conformal import Sets
+from mfm_jax.evaluation.decisions import Decisions
 from mfm_jax.machine.interruption import EXIT_INTERRUPTED, Interrupted
 
 
@@ -59,7 +61,8 @@ def write_csv(
     """Writes one row for each picture in `places`, in order: its class, and how sure the classifier is.
 
     Columns: `path`, `class`, `probability`, `problem`, then the next likely classes `class_2`, `probability_2` up to
-    `top`, then, of a classifier with prediction sets, `set_size` and `set`, the names in the set with ` | ` between,
+    `top`, then, of a classifier with costs or wanted recalls, `decision`, the class that these name, and its
+    `expected_cost`, then, of one with prediction sets, `set_size` and `set`, the names in the set with ` | ` between,
     the likeliest first, then, with `all_classes`, `probability of NAME` of every class. A file that cannot be read has
     the reason in `problem`, and the others empty. Rows go to `OUT.part` as they come, which becomes `out` at the end.
 
@@ -83,7 +86,8 @@ def write_csv(
     if not total:
         beside = f"; {walk.in_words(passed)}" if passed else ""
         raise UserError(f"{', '.join(map(str, places))}: no pictures there{beside}")
-    form, unread = Form(classifier.class_names, min(top, len(classifier.class_names)), classifier.sets, all_classes), 0
+    names, unread = classifier.class_names, 0
+    form = Form(names, min(top, len(names)), classifier.sets, all_classes, classifier.decisions)
     part = out.with_name(f"{out.name}.part")
     part.parent.mkdir(parents=True, exist_ok=True)
     with part.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file, _progress_bar() as bar:
@@ -121,18 +125,20 @@ def predicted(
 
 
 class Form(NamedTuple):
-    """What a row of the file has: K class names, the `top` likeliest, a set, and the probability of every class."""
+    """What a row has: K class names, the `top` likeliest, a decision, a set, and the probability of every class."""
 
     names: Sequence[str]
     top: int
     sets: Sets | None
     all_classes: bool
+    decisions: Decisions | None = None
 
     def header(self) -> list[str]:
         further = [f"{column}_{rank}" for rank in range(2, self.top + 1) for column in ("class", "probability")]
         of_set = ["set_size", "set"] if self.sets else []
         of_all = [f"probability of {name}" for name in self.names if self.all_classes]
-        return ["path", "class", "probability", "problem", *further, *of_set, *of_all]
+        decided = ["decision", "expected_cost"] if self.decisions else []
+        return ["path", "class", "probability", "problem", *further, *decided, *of_set, *of_all]
 
     def row(self, item: Decoded, probs: np.ndarray) -> list[Any]:
         if item.image is None:
@@ -140,11 +146,15 @@ class Form(NamedTuple):
         order = np.argsort(-probs, kind="stable")
         first, *further = ((self.names[k], f"{probs[k]:.6g}") for k in order[: self.top])
         of_set: list[Any] = []
+        decided: list[Any] = []
+        if self.decisions:
+            named = int(self.decisions.named(probs[None])[0])
+            decided = [self.names[named], f"{self.decisions.expected(probs)[named]:.6g}"]
         if self.sets:
             members = [self.names[k] for k in order if self.sets.members(probs)[k]]
             of_set = [len(members), " | ".join(members)]
         of_all = [f"{p:.6g}" for p in probs if self.all_classes]
-        return [item.path, *first, "", *itertools.chain(*further), *of_set, *of_all]
+        return [item.path, *first, "", *itertools.chain(*further), *decided, *of_set, *of_all]
 
 
 def _progress_bar() -> progress.Progress:

@@ -28,10 +28,11 @@ def save(path: Path, color: tuple[int, int, int], size: tuple[int, int]) -> None
 
 @pytest.fixture
 def run(root, capsys):
-    """Returns a function that checks `root`: `(**fields of data) -> (status, lines)`."""
+    """Returns a function that checks `root`: `(**fields of data, wanted=those of eval) -> (status, lines)`."""
 
-    def call(**fields) -> tuple[int, list[str]]:
+    def call(wanted: dict[str, str] | None = None, **fields) -> tuple[int, list[str]]:
         settings = config.default()
+        settings.eval.update(wanted or {})
         settings.data.update({"source": "folder", "root": str(root), "workers": 0, "image_size": 8})
         settings.data.update({"protocol": "natural", "imbalance_factor": 1.0, **fields})
         status = check.check(settings, root.parent / "workdir", "train it")
@@ -168,6 +169,18 @@ def test_the_plan_leaves_out_what_problems_name(run, root):
         "to train: train it --config.data.on_bad_image=skip",
     ]
     assert run(on_bad_image="skip")[1][-1] == "to train: train it"
+
+
+def test_costs_and_recalls_are_checked_by_the_names_of_the_folders(run):
+    status, lines = run({"costs": "wolf>*=2"})
+    assert status == 2
+    assert lines[-1] == "training would end with: eval.costs = 'wolf>*=2': no class 'wolf'; the classes are cat, dog"
+    status, lines = run({"costs": "dog>*=2", "recall": "cat=0.9"})
+    assert status == 0
+    assert lines[-2] == (
+        "warning: eval.recall = 'cat=0.9': 1 images of 'cat' in validation, which promises a recall of 0.5 at"
+        " most; 0.9 needs 9"
+    )
 
 
 @pytest.mark.parametrize(

@@ -195,7 +195,7 @@ def test_fields_are_a_line_each_where_there_is_no_terminal(mfm_jax):
     assert [one.partition(" ")[0] for one in both] == ["meta.learning_rate", "optim.learning_rate"]
     group = mfm_jax("fields", "meta")[1].splitlines()
     assert [one.partition(" ")[0] for one in group] == [path for path in FIELDS if path.startswith("meta.")]
-    assert "meta.loss = 'ce' (ce, gce): " in mfm_jax("fields", "meta.loss")[1]
+    assert "meta.loss = 'ce' (ce, cost, gce): " in mfm_jax("fields", "meta.loss")[1]
 
 
 def test_fields_are_tables_in_a_terminal(mfm_jax, monkeypatch):

@@ -81,10 +81,12 @@ MISTAKES = {
         " resnet56, resnet8, resnext50, vit_b16, wrn28_10, an import path package.module:name"
     ),
     "--split=val": "--split=val: only with --mode=eval",
+    "--config.meta.loss=cost": "meta.loss = 'cost': no costs are known; set eval.costs, or leave it out",
     "--config.data.group=a": "data.group = 'a': not read with data.source = 'digits'; only with 'folder' or 'list'",
     "--config.data.test_list=a": "data.test_list = 'a': not read with data.source = 'digits'; only with 'list'",
     # that only the data can tell
     "--config.meta.images_per_class=200": ("meta.images_per_class = 200: class 8 holds 124 images; choose at most 123"),
+    "--config.eval.costs=cat>*=2": "eval.costs = 'cat>*=2': no class 'cat'; the classes are 0, 1, 2, 3, 4 and 5 more",
     # that only the model can tell
     "--config.modulation.sites=stage9": (
         "modulation.sites = 'stage9': the model has no such site; allowed: stem, stage1, stage2, stage3, pooled, logits"

@@ -100,7 +100,7 @@ def test_a_field_by_value():
     assert FIELDS["meta.batch_size"] == ("meta.batch_size", int, 100, (), Bounds(1), meaning, False, False)
     assert FIELDS["eval.batch_size"].bounds == Bounds(1)
     assert FIELDS["eval.batch_size"].may_change
-    assert FIELDS["meta.loss"].choices == ("ce", "gce")
+    assert FIELDS["meta.loss"].choices == ("ce", "gce", "cost")
     assert FIELDS["meta.loss"].kind is str
     assert FIELDS["meta.loss"].bounds is None
 
@@ -130,6 +130,7 @@ NEEDED = {
     "resized": {"data": {"source": "folder"}},
     **{tune: {"model": {"name": "vit_b16"}} for tune in ("adapters", "lora")},
     "balanced": {"augment": {"mixup": 0.4}},  # partners
+    "cost": {"eval": {"costs": "a>b=2"}},
     "rotation": {"method": {"name": "ce"}},
     **{name: {"method": fields} for name, fields in OWN.items()},
 }

@@ -18,15 +18,15 @@ ORDER = (  # the files of a line import those of the lines above it alone
     "data.formats data.stamps data.workers errors evaluation inference machine machine.allocator machine.cache manual "
     "methods methods.gaussians methods.smote models.normalization pages shipped study training training.pace types "
     "workdir machine.disk",
-    "bilevel.balancing bilevel.hypergrad bilevel.losses bilevel.modulation bilevel.passes data.list_text "
-    "data.longtail data.manifest data.noise data.pictures data.walk fields machine.cluster machine.parallel "
-    "machine.trace models.hub_cache models.hugging_face models.lowering models.native models.stacked models.tuning "
-    "models.zero_shot workdir.integrity workdir.ownership",
+    "bilevel.balancing bilevel.hypergrad bilevel.losses bilevel.modulation bilevel.passes config.wanted "
+    "data.list_text data.longtail data.manifest data.noise data.pictures data.walk fields machine.cluster "
+    "machine.parallel machine.trace models.hub_cache models.hugging_face models.lowering models.native models.stacked "
+    "models.tuning models.zero_shot workdir.integrity workdir.ownership",
     "bilevel.auxiliary bilevel.averaging config.own data.decode data.depth data.labels data.spelling data.streaming "
     "evaluation.conformal evaluation.intervals evaluation.metrics machine.interruption machine.versions methods.heads "
     "methods.settings models.convolution",
-    "bilevel.agreement bilevel.contrast bilevel.distillation config.groups data.lists evaluation.mistakes "
-    "evaluation.suspects models.layers",
+    "bilevel.agreement bilevel.contrast bilevel.distillation config.groups data.lists evaluation.decisions "
+    "evaluation.mistakes evaluation.suspects models.layers",
     "bilevel.pairs models.densenet models.efficientnet models.imagenet models.resnet models.vit models.wide_resnet",
     "config.consistency config.continuation config.lookup models.catalog",
     "config.parameters config.schema models",
@@ -68,6 +68,7 @@ ONLY = {
     "data.longtail": {"numpy"},
     "data.manifest": {"numpy"},
     "evaluation.conformal": {"numpy"},
+    "evaluation.decisions": {"numpy"},
     "evaluation.metrics": {"numpy", "scipy", "sklearn"},
     "workdir.files": set(),
 }

@@ -18,6 +18,7 @@ COUNTS = np.array([500, 60, 7])
 # exp of these rows is [1, 2, 5] and [4, 4, 8]: softmax [1/8, 2/8, 5/8] and [1/4, 1/4, 1/2].
 LOGITS = np.log(np.array([[1.0, 2.0, 5.0], [4.0, 4.0, 8.0]], np.float32))
 LABELS = np.array([1, 2], np.int32)
+COSTS = np.array([[0.0, 3.0, 1.0], [8.0, 0.0, 4.0], [2.0, 6.0, 0.0]])
 
 LOSSES = {
     "cross_entropy": losses.cross_entropy,
@@ -28,6 +29,8 @@ LOSSES = {
     "dice": losses.dice(0.5),
     "vector_scaled": losses.vector_scaled(COUNTS, 0.3, 1.5),
     "smoothed": losses.smoothed(losses.focal(1.0), 0.2),
+    "expected_cost": losses.expected_cost(COSTS),
+    "mixed": losses.mixed(losses.cross_entropy, losses.expected_cost(COSTS), 0.3),
     "temperature": losses.with_temperature(losses.generalized_cross_entropy, 2.0),
 }
 
@@ -98,6 +101,20 @@ class LossValues(chex.TestCase):
         # At temperature 1/2 the softmax terms are squared: 4 / (1 + 4 + 25), and 64 / (16 + 16 + 64).
         out = self.variant(losses.with_temperature(losses.cross_entropy, 0.5))(LOGITS, LABELS)
         chex.assert_trees_all_close(out, np.array([math.log(30 / 4), math.log(96 / 64)], np.float32), rtol=1e-6)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
+def test_expected_cost_by_hand(share):
+    """8/8 + 4 * 5/8 and 2/4 + 6/4, beside log 4 and log 2."""
+    loss = losses.mixed(losses.cross_entropy, losses.expected_cost(COSTS), share)
+    want = (1 - share) * np.log([4.0, 2.0]) + share * np.array([3.5, 2.0])
+    chex.assert_trees_all_close(loss(LOGITS, LABELS), want.astype(np.float32), rtol=1e-6)
+
+
+def test_equal_costs_are_the_probability_of_a_mistake():
+    """Which is the generalised cross-entropy at q = 1."""
+    found = losses.expected_cost(1 - jnp.eye(3))(LOGITS, LABELS)
+    chex.assert_trees_all_close(found, losses.generalized_cross_entropy(LOGITS, LABELS, 1.0), rtol=1e-6)
 
 
 def test_log_prior():

@@ -56,12 +56,14 @@ def tiny(monkeypatch):
 def several_epochs(name: str, batch: int, **overrides):
     """A run of 20 steps, augmented, of which the second stage has the last half; meta batches do not divide.
 
-    MFM has what composes with every method, too: mixed and smoothed labels, class weights, a site before batch norm.
+    MFM has what composes with every method, too: mixed and smoothed labels, costs, class weights, a
+    site before batch norm.
     """
     settings = {"data__imbalance_factor": 10.0, "train__epochs": 5, "train__batch_size": batch, "meta__batch_size": 50}
     if name == "mfm":
         settings |= {"modulation__sites": "stage3,pooled", "modulation__form": "network", "augment__mixup": 0.5}
         settings |= {"method__base": "class_balanced", "method__label_smoothing": 0.1}
+        settings |= {"method__cost_share": 0.2, "eval__costs": "9>*=5"}
     return configured(name, **settings | overrides)
 
 

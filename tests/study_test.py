@@ -87,6 +87,28 @@ def test_tables_by_hand(study, tmp_path, monkeypatch):
     }
 
 
+def test_the_file_of_costs_by_hand(study, tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "shell", lambda row: row.name)
+
+    def priced(decided: float, reached: float) -> dict:
+        measured = {name: {"mean_cost": cost} for name, cost in (("likeliest", 1.0), ("by_cost", 0.5))}
+        recalls = {"wanted": 0.9, "reached": reached, "likeliest_reached": 0.3, "others": 0.6, "likeliest_others": 0.7}
+        measured |= {"decided": {"mean_cost": decided}, "recalls": [recalls]}
+        return {"last": {"decisions": {"measured": {"test": measured}}}, "split": "test"}
+
+    rows = [
+        (study.Row("ce", "ce", 100.0, 1), [results(0.5, 0.1)]),
+        (study.Row("ce_priced", "ce", 100.0, 2), [priced(0.6, 0.8), priced(0.8, 1.0)]),
+    ]
+    study.write_costs(rows, tmp_path / "costs.csv")
+    (row,) = csv.DictReader((tmp_path / "costs.csv").read_text().splitlines())
+    means = {"cost_likeliest": "1.0000", "cost_by_cost": "0.5000", "cost_with_recall": "0.7000"}
+    spread = {"cost_likeliest_std": "0.0000", "cost_by_cost_std": "0.0000", "cost_with_recall_std": "0.1414"}
+    recalls = {"wanted": "90.00", "reached": "90.00", "likeliest_reached": "30.00"}
+    recalls |= {"others": "60.00", "likeliest_others": "70.00"}
+    assert row == {"method": "ce_priced", "seeds": "2", **means, **spread, **recalls, "command": "ce_priced"}
+
+
 @pytest.mark.slow
 def test_pictures_of_finished_runs(pictures, study, tmp_path, monkeypatch):
     config = config_lib.default()

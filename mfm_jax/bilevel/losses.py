@@ -273,6 +273,39 @@ def generalized_cross_entropy(logits: jax.Array, labels: jax.Array, q: float = 0
     return -jnp.expm1(-q * cross_entropy(logits, labels)) / q
 
 
+def expected_cost(costs: jax.Array) -> LossFn:
+    """Returns `sum_b C[y, b] softmax(logits)_b`: what an answer drawn from the probabilities costs in the mean.
+
+    With 1 for every miss it is `1 - p_y`. It is bounded, so its gradient vanishes on images that are surely wrong:
+    beside another loss it leaves that the images to learn from (`mixed`).
+
+    >>> expected_cost(jnp.array([[0.0, 10.0], [1.0, 0.0]]))(jnp.zeros((1, 2)), jnp.array([0]))
+    Array([5.], dtype=float32)
+
+    Args:
+      costs: of naming b where a is true, `[K, K]`.
+
+    References:
+      Elkan, The foundations of cost-sensitive learning, IJCAI 2001.
+    """
+    costs = jnp.asarray(costs, jnp.float32)
+
+    def loss(logits: jax.Array, labels: jax.Array) -> jax.Array:
+        _check(logits, labels)
+        return (costs.astype(logits.dtype)[labels] * jax.nn.softmax(logits)).sum(axis=-1)
+
+    return loss
+
+
+def mixed(loss: LossFn, other: LossFn, share: float) -> LossFn:
+    """Returns `(1 - share) loss + share other`.
+
+    >>> mixed(cross_entropy, generalized_cross_entropy, 0.0)(jnp.zeros((1, 4)), jnp.array([2]))
+    Array([1.386...], dtype=float32)
+    """
+    return lambda logits, labels: (1 - share) * loss(logits, labels) + share * other(logits, labels)
+
+
 def with_temperature(loss: LossFn, temperature: float) -> LossFn:
     """Returns `loss` of `logits / temperature`: above 1 it softens the probabilities.
 

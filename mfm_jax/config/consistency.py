@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator
 from typing import get_args
 
+from mfm_jax.config import wanted
 from mfm_jax.config.groups import FORMS, LOGGERS, VITS, Config, Data, OtherSmall
 from mfm_jax.fields import names_own
 
@@ -44,6 +45,7 @@ def problems(config: Config) -> Iterator[str]:
     yield from _lengths(config)
     yield from _sharpness(config)
     yield from _restarts(config)
+    yield from _wanted(config)
     names = config.train.logger_names
     if not set(names) <= set(LOGGERS) or len(set(names)) != len(names):
         yield f"train.loggers = {config.train.loggers!r}: expected some of {', '.join(LOGGERS)}, comma-separated"
@@ -322,3 +324,17 @@ def _restarts(config: Config) -> Iterator[str]:
         yield f"optim.restarts = {text!r}: {config.method.name} has one plan for all of train.epochs; leave it empty"
     elif text and config.optim.swa_from:
         yield f"optim.restarts = {text!r}: optim.swa_from is a part of all of train.epochs; leave one of them out"
+
+
+def _wanted(config: Config) -> Iterator[str]:
+    """Costs and recalls that are no such, that nothing can be made of, or that are not there."""
+    costs, recall = config.eval.costs, config.eval.recall
+    yield from wanted.problems(costs, recall)
+    priced = {"method.cost_share": config.method.cost_share, "meta.loss": config.meta.loss == "cost" and "cost"}
+    for field in (field for field, value in priced.items() if value and not costs.strip()):
+        yield f"{field} = {priced[field]!r}: no costs are known; set eval.costs, or leave it out"
+    if recall.strip() and not config.data.validates:
+        yield (
+            f"eval.recall = {recall!r}: thresholds are made of validation images; choose data.val_images_per_class, or"
+            " under protocol natural data.val_fraction, above 0"
+        )

@@ -167,7 +167,9 @@ class Meta:
     lagged: Annotated[bool, "the real step reuses the virtual one"] = True
     virtual: Annotated[Literal["all", "last_stage", "head"], "parameters that move in the virtual step"] = "all"
     bn: Annotated[Literal["fresh", "running", "batch"], "statistics that normalise the meta pass"] = "fresh"
-    loss: Annotated[Literal["ce", "gce"], "cross-entropy, or generalised (bounded) cross-entropy"] = "ce"
+    loss: Annotated[
+        Literal["ce", "gce", "cost"], "cross-entropy, generalised (bounded) cross-entropy, or expected eval.costs"
+    ] = "ce"
     temperature: Annotated[float, Bounds(1e-3), "divides the logits in the meta loss"] = 1.0
     learning_rate: Annotated[float, Bounds(0), "how far phi moves in a meta-step where meta-gradients agree"] = 0.01
     freeze: Annotated[bool, "keep the modulator as it starts; the meta-step is not paid for"] = False
@@ -248,6 +250,8 @@ class Eval:
         True
     )
     coverage: Annotated[float, Bounds(0.5, 0.999), "promised coverage of prediction sets, which validation makes"] = 0.9
+    costs: Annotated[str, "of a miss of TRUE as NAMED: 'a>b=10, *>a=0.5', others 1; '' = the likeliest is named"] = ""
+    recall: Annotated[str, "wanted of classes: 'a=0.95', by thresholds that validation makes; '' = none"] = ""
 
 
 @dataclass(frozen=True)

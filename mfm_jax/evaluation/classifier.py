@@ -19,8 +19,9 @@ from mfm_jax.bilevel.auxiliary import without_projection
 from mfm_jax.config import Config, Own
 from mfm_jax.data import LongTailData, augment, batches, sizes
 from mfm_jax.errors import UserError
-from mfm_jax.evaluation import conformal, hub_folder, tested
+from mfm_jax.evaluation import conformal, decisions, hub_folder, tested
 from mfm_jax.evaluation import facts as facts_lib
+from mfm_jax.evaluation.decisions import Decisions
 from mfm_jax.evaluation.facts import Facts
 from mfm_jax.evaluation.tested import Tested
 from mfm_jax.fields import names_own
@@ -50,6 +51,8 @@ class Classifier(NamedTuple):
     probabilities: the same, compiled, of NumPy arrays; of several batches `[n, B, H, W, C]` too, in one call.
     sets: its prediction sets (`sets.members(probabilities)`); None where there was no validation split, for the
       checkpoint that was best on it, and while a run has not finished.
+    decisions: what names a class by `eval.costs` and `eval.recall` (`decisions.named(probabilities)`); None where it is
+      the likeliest. Thresholds of recalls are known where prediction sets are.
     variables: `params`, as tested, and `batch_stats`; None where the state of a run in training stands for them.
     features: uint8 `[B, H, W, C]` -> float32 `[B, F]`, what the head reads (the site `pooled`), compiled, of NumPy
       arrays; of a classifier from `load`, else None.
@@ -61,6 +64,7 @@ class Classifier(NamedTuple):
     forward: Callable[[jax.Array], jax.Array]
     probabilities: Callable[[np.ndarray], np.ndarray]
     sets: conformal.Sets | None = None
+    decisions: Decisions | None = None
     variables: PyTree = None
     features: Callable[[np.ndarray], np.ndarray] | None = None
 
@@ -105,8 +109,11 @@ def load(workdir: str | Path, which: str = "last", *, module: Any = None) -> Cla
     plain = tested.of(config, np.asarray(facts.train_class_counts))
     if isinstance(plain.module, Adapted):
         _check_same(plain.module, config, facts, state)
-    return _of_variables(plain, facts, config, step, plain.params(state), state.batch_stats)._replace(
-        sets=_sets(workdir, which, step)
+    found = _of_variables(plain, facts, config, step, plain.params(state), state.batch_stats)
+    sets, decided = (_stored(workdir, which, step, name) for name in ("prediction_sets", "decisions"))
+    return found._replace(
+        sets=conformal.from_dict(sets) if sets else None,
+        decisions=decisions.from_dict(decided) if decided else found.decisions,
     )
 
 
@@ -133,7 +140,7 @@ def _of_hub(folder: Path, which: str) -> Classifier:
     if theirs != ours:
         raise UserError(f"{folder}: {hub_folder.WEIGHTS} is not of the classifier in the config; download it again")
     found = _of_variables(plain, facts, stored.config, stored.step, variables["params"], variables["batch_stats"])
-    return found._replace(sets=stored.sets)
+    return found._replace(sets=stored.sets, decisions=stored.decisions)
 
 
 def _check_same(module: Adapted, config: Config, facts: Facts, state: BilevelState) -> None:
@@ -173,7 +180,8 @@ def _of(facts: Facts, config: Config, step: int, predict: Callable[[jax.Array], 
         return predict(_normalized(facts, images))
 
     compiled = jax.jit(functools.partial(batches.each, forward))
-    return Classifier(facts, config, step, forward, lambda images: np.asarray(compiled(images)))
+    by_cost = decisions.of(config.eval.costs, facts.class_names)
+    return Classifier(facts, config, step, forward, lambda images: np.asarray(compiled(images)), decisions=by_cost)
 
 
 def _normalized(facts: Facts, images: jax.Array) -> jax.Array:
@@ -181,12 +189,11 @@ def _normalized(facts: Facts, images: jax.Array) -> jax.Array:
     return augment.normalize(images, mean, std)
 
 
-def _sets(workdir: Path, which: str, step: int) -> conformal.Sets | None:
-    """Returns the prediction sets that the results have of a checkpoint."""
+def _stored(workdir: Path, which: str, step: int, name: str) -> dict[str, Any] | None:
+    """Returns what the results have of a checkpoint under `name`."""
     path = Workdir(workdir).results
     found = (read_object(path).get(which) or {}) if path.exists() else {}
-    sets = found.get("prediction_sets") if found.get("step") == step else None
-    return sets and conformal.from_dict(sets)
+    return found.get(name) if found.get("step") == step else None
 
 
 def _best(checkpoints: Checkpointer, record: dict[str, Any], workdir: Path) -> int:

@@ -20,8 +20,9 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from mfm_jax import config as config_lib
 from mfm_jax.config import Config
 from mfm_jax.errors import UserError
-from mfm_jax.evaluation import conformal
+from mfm_jax.evaluation import conformal, decisions
 from mfm_jax.evaluation import facts as facts_lib
+from mfm_jax.evaluation.decisions import Decisions
 from mfm_jax.evaluation.facts import Facts
 from mfm_jax.machine import disk
 from mfm_jax.types import PyTree
@@ -40,6 +41,7 @@ class Stored(NamedTuple):
     step: of the checkpoint.
     variables: `params`, as tested, and `batch_stats`.
     sets: the prediction sets; None where there are none.
+    decisions: by costs and wanted recalls; None where the likeliest class is named.
     """
 
     config: Config
@@ -48,6 +50,7 @@ class Stored(NamedTuple):
     step: int
     variables: PyTree
     sets: conformal.Sets | None
+    decisions: Decisions | None = None
 
 
 def is_one(folder: Path) -> bool:
@@ -80,6 +83,7 @@ def write(folder: Path, stored: Stored, more: Mapping[str, Any]) -> None:
         "which": stored.which,
         "step": stored.step,
         "prediction_sets": stored.sets and stored.sets.to_dict(),
+        "decisions": stored.decisions and stored.decisions.to_dict(),
         **more,
         "run_config": stored.config.to_dict(),
     }
@@ -97,7 +101,7 @@ def read(folder: Path) -> Stored:
     path = Workdir(folder).config
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        config, sets = found["run_config"], found["prediction_sets"]
+        config, sets, decided = found["run_config"], found["prediction_sets"], found.get("decisions")
         facts, which, step = facts_lib.of_object(found), str(found["which"]), int(found["step"])
         tensors = safetensors.numpy.load_file(folder / WEIGHTS)
     except FileNotFoundError as error:
@@ -110,4 +114,5 @@ def read(folder: Path) -> Stored:
         config = config_lib.resolve(config)
     except UserError as error:
         raise UserError(f"{path}: of another version of mfm_jax: {error}") from error
-    return Stored(config, facts, which, step, unflatten_dict(tensors, sep="."), sets and conformal.from_dict(sets))
+    sets, decided = sets and conformal.from_dict(sets), decided and decisions.from_dict(decided)
+    return Stored(config, facts, which, step, unflatten_dict(tensors, sep="."), sets, decided)

@@ -44,6 +44,21 @@ def of_mean(right: np.ndarray, images: np.ndarray) -> Interval | None:
     return wilson(float((right / images).mean()), float(smooth.mean() * (1 - smooth.mean()) / variance))
 
 
+def of_values(values: np.ndarray, most: float) -> Interval:
+    """Returns the 95 % interval of the mean of `values` [N] between 0 and `most`, such as costs; of 0 and 1, `wilson`.
+
+    Wilson's for as many images as would vary as much were each value 0 or `most`; a value of either kind is borrowed,
+    so that values that are all the same do not pass for ones without variance.
+    """
+    if not most:
+        return 0.0, 0.0
+    share = values / most
+    mean, borrowed = (share.sum() + 1) / (len(share) + 2), np.append(share, (0.0, 1.0))
+    images = len(share) * mean * (1 - mean) / borrowed.var()
+    low, high = wilson(float(share.mean()), float(images))
+    return most * low, most * high
+
+
 def right_of(found: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
     """Returns how many images of each class were right, and how many were tested, int [K], of `metrics.evaluate`."""
     images = np.array(found["per_class_images"])

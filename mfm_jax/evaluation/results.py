@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mfm_jax.data import LongTailData, batches
-from mfm_jax.evaluation import conformal, metrics
+from mfm_jax.evaluation import conformal, decisions, metrics
 from mfm_jax.evaluation.classifier import Classifier
 
 
@@ -98,7 +98,9 @@ def of_run(
       what `metrics.evaluate` returns or None, and with `calibrate` the `calibration`, None without `val`: the
       `temperature` that suits validation best, and the calibration error with it of each split (`ece`). With prediction
       sets `last` has `prediction_sets`: `Sets.to_dict`, and under `measured` what `conformal.measure` returns of each
-      split that was neither trained on nor used for them.
+      split that was neither trained on nor used for them. With `eval.costs`, and for `last` with `eval.recall`, there
+      are `decisions`: `Decisions.to_dict`, and under `measured` what `decisions.measure` returns of each split; the
+      thresholds of recalls were made on `val`.
     """
 
     def checkpoint(classifier: Classifier) -> dict[str, Any]:
@@ -112,6 +114,7 @@ def of_run(
             **{name: evaluate(classifier, answers[name]) if name in answers else None for name in asked},
             **({"calibration": _calibration(answers)} if calibrate else {}),
             **(_prediction_sets(classifier, answers, sets, fit=calibrate) if classifier is last else {}),
+            **_decisions(classifier, answers, fit=calibrate and classifier is last),
         }
 
     of_last, config = checkpoint(last), last.config
@@ -131,6 +134,16 @@ def _prediction_sets(
         name: conformal.measure(sets, *found, counts) for name, found in answers.items() if name not in ("val", "train")
     }
     return {"prediction_sets": sets.to_dict() | {"measured": measured}}
+
+
+def _decisions(classifier: Classifier, answers: Mapping[str, Answers], *, fit: bool) -> dict[str, Any]:
+    wanted, found = classifier.config.eval, classifier.decisions
+    if fit and wanted.recall.strip():
+        found = decisions.fit(found, wanted.recall, classifier.class_names, *answers["val"])
+    if not found:
+        return {}
+    measured = {name: decisions.measure(found, *one) for name, one in answers.items()}
+    return {"decisions": found.to_dict() | {"measured": measured}}
 
 
 def _calibration(answers: Mapping[str, Answers]) -> dict[str, Any] | None:

@@ -45,6 +45,9 @@ class Method:
         float, Bounds(0), "any method: strength of the prior that the first classifier has on meta images; 0 = off"
     ] = 0.0
     label_smoothing: Annotated[float, Bounds(0, 1), "any method; 0 = off"] = 0.0
+    cost_share: Annotated[float, Bounds(0, 1), "any method: what the expected eval.costs have of the loss; 0 = off"] = (
+        0.0
+    )
     proco_weight: Annotated[float, Bounds(0), "any method: of the probabilistic contrastive loss; 0 = off"] = 0.0
     bcl_weight: Annotated[float, Bounds(0), "any method: of the balanced contrastive loss of two views; 0 = off"] = 0.0
     sbcl_weight: Annotated[

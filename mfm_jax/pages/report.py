@@ -91,6 +91,7 @@ def _content(run: Finished) -> dict[str, Any]:
         "pairs": mistakes.pairs(run),
         "gallery": mistakes.rare(run),
         "sets": _sets(run),
+        "decisions": _decisions(run),
         "story": _story(run),
         "class_rows": _class_rows(run, best) if len(run.classes.names) <= TABLE_CLASSES else [],
         "num_classes": len(run.classes.names),
@@ -174,6 +175,19 @@ def _sets(run: Finished) -> dict[str, Any] | None:
         for group, found in measured.items()
     ]
     return {"coverage": sets["coverage"], "pools": len(set(sets["pools"])), "rows": rows}
+
+
+def _decisions(run: Finished) -> dict[str, Any] | None:
+    """Returns what the page shows of decisions by costs and wanted recalls, beside the likeliest classes."""
+    found = run.results["last"].get("decisions")
+    measured = found and found["measured"].get(run.split)
+    if not measured:
+        return None
+    by_class = {one["of"]: one for one in found["thresholds"]}
+    recalls = [row | by_class[row["of"]] | {"name": run.classes.names[row["of"]]} for row in measured["recalls"]]
+    names = {"decided": "By costs and recalls", "by_cost": "By costs alone", "likeliest": "The likeliest class"}
+    rows = [(name, measured[key]) for key, name in names.items() if recalls or key != "decided"]
+    return {"rows": rows, "recalls": recalls}
 
 
 def _class_rows(run: Finished, best: dict[str, Any] | None) -> list[dict[str, Any]]:

@@ -74,7 +74,7 @@ def plan(config: Config, data: LongTailData, fold: np.ndarray, folder: Path) -> 
         of_fold = dataclasses.replace(
             config,
             data=dataclasses.replace(config.data, manifest=str(place), **settings),
-            eval=dataclasses.replace(config.eval, test=False),
+            eval=dataclasses.replace(config.eval, test=False, recall=""),  # nobody asks a fold for thresholds
         )
         planned.append(runs.Task(f"fold {number}", of_fold, folder / f"fold{number}"))
     return planned

@@ -13,7 +13,7 @@ from mfm_jax.bilevel import losses
 from mfm_jax.config import Config
 from mfm_jax.evaluation import health
 from mfm_jax.machine import cluster, parallel
-from mfm_jax.training import anomalies, recipe
+from mfm_jax.training import anomalies
 from mfm_jax.training import loop as loop_lib
 from mfm_jax.training.anomalies import ANOMALIES, NonFiniteError
 from mfm_jax.training.experiment import Experiment
@@ -76,7 +76,7 @@ class EpochLog:
     @functools.cached_property
     def _guess(self) -> health.Guess:
         counts = self._counts
-        equal, by_count = losses.of_guesses(recipe.meta_loss(self._config), jnp.asarray(counts))
+        equal, by_count = losses.of_guesses(self._experiment.meta_loss, jnp.asarray(counts))
         return health.Guess(equal, by_count, float(counts.max() / counts.sum()))
 
     def _notice(self, step: int, epoch: int) -> None:

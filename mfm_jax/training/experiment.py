@@ -43,6 +43,7 @@ from mfm_jax.types import (
     Batch,
     BilevelState,
     FeatureLoss,
+    LossFn,
     Modulate,
     Modulator,
     PyTree,
@@ -71,6 +72,7 @@ class Experiment:
     modulator: what generates gamma and beta; None for a method without one.
     phi_kind: what phi is, in a word; "" where there is none.
     teacher: whose predictions are learned, too; None for nobody's.
+    meta_loss: of an example in the meta pass.
     learning_rate: schedule, by step.
     steps_per_epoch: batches in an epoch.
     total_steps: steps in the run.
@@ -92,6 +94,7 @@ class Experiment:
     modulator: Modulator | None
     phi_kind: str
     teacher: Teacher | None
+    meta_loss: LossFn
     learning_rate: optax.Schedule
     steps_per_epoch: int
     total_steps: int
@@ -146,6 +149,7 @@ def build(config: Config, data: LongTailData, mesh: Mesh | None = None) -> Exper
         modulator=learner.modulator if learner else None,
         phi_kind=learner.kind if learner else "second stage" if method.retraining else "",
         teacher=teacher_lib.of(config, data, typical=bool(learner and learner.share)),
+        meta_loss=rules.meta.loss,
         learning_rate=rules.learning_rate,
         steps_per_epoch=rules.steps_per_epoch,
         total_steps=rules.total_steps,
@@ -262,7 +266,7 @@ def _steps(
     method, meta_step, retrain_step = METHODS[config.method.name], None, None
     plain_step = bilevel.make_plain_step(forward, rules.objective, rules.tx, learner)
     if learner and not config.frozen:
-        meta_step = bilevel.make_step(forward, rules.objective, rules.tx, learner, phi_tx, recipe.meta_rule(config))
+        meta_step = bilevel.make_step(forward, rules.objective, rules.tx, learner, phi_tx, rules.meta)
     if method.retraining:
         loss = rules.objective.loss
         assert not isinstance(loss, FeatureLoss)

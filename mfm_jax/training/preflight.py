@@ -9,6 +9,7 @@ from mfm_jax.config import VITS, Config
 from mfm_jax.data import LongTailData, sizes
 from mfm_jax.data.streaming import Streamed
 from mfm_jax.errors import UserError
+from mfm_jax.evaluation import decisions
 from mfm_jax.machine import parallel
 from mfm_jax.methods import table
 from mfm_jax.methods.table import METHODS, Method, modulating
@@ -34,9 +35,15 @@ def check(config: Config, data: LongTailData, mesh: Mesh | None) -> None:
         *_taught(config, streamed=streamed),
         *_unsettled(config, streamed=streamed),
         *_rare(config, data),
+        *_wanted(config, data),
     )
     if problems:
         raise UserError("; ".join(problems))
+
+
+def warnings(config: Config, data: LongTailData) -> list[str]:
+    """Returns what will not be as wanted, though nothing forbids it."""
+    return decisions.check(config.eval.costs, config.eval.recall, data.class_names, _validation(data))
 
 
 def check_own(config: Config, module: Adapted, seen: Seen, mesh: Mesh | None) -> None:
@@ -162,6 +169,18 @@ def _rare(config: Config, data: LongTailData) -> Iterator[str]:
             f"optim.sam_below = {below}: the classes have {least} to {most} training images; choose from {least + 1} to"
             f" {most}, or 0 for all classes"
         )
+
+
+def _wanted(config: Config, data: LongTailData) -> Iterator[str]:
+    """Costs and recalls of classes that are not there, and recalls of classes without validation images."""
+    try:
+        warnings(config, data)
+    except UserError as error:
+        yield str(error)
+
+
+def _validation(data: LongTailData) -> np.ndarray:
+    return np.bincount(data.val_labels, minlength=data.num_classes)
 
 
 def _images(config: Config, method: Method, shape: tuple[int, ...], streamed: bool) -> Iterator[str]:

@@ -1,7 +1,7 @@
 """What a config prescribes for training, whatever the network and the devices: loss, order, schedules, optimizers."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from mfm_jax.bilevel.objective import ClassWeights, Objective
 from mfm_jax.bilevel.sharpness import Sharpness
 from mfm_jax.config import Config
 from mfm_jax.data import LongTailData, batches
+from mfm_jax.evaluation import decisions
 from mfm_jax.methods import sampling, table
 from mfm_jax.methods.table import METHODS, Method
 from mfm_jax.types import FeatureLoss, LossFn
@@ -34,6 +35,7 @@ class Recipe:
     order: `(key, epoch) -> int32 [steps_per_epoch, B]`, the examples of each batch of an epoch.
     steps_per_epoch: batches in an epoch.
     total_steps: steps in the run.
+    meta: how a meta-step is taken.
     """
 
     objective: Objective
@@ -44,6 +46,7 @@ class Recipe:
     order: Callable[[jax.Array, int], jax.Array]
     steps_per_epoch: int
     total_steps: int
+    meta: MetaRule
 
 
 def of(config: Config, data: LongTailData) -> Recipe:
@@ -57,7 +60,7 @@ def of(config: Config, data: LongTailData) -> Recipe:
     total, begin = config.train.epochs * per_epoch, config.second_stage * per_epoch
     return Recipe(
         objective=Objective(
-            _loss(config, trained, counts, begin),
+            _loss(config, trained, data, begin),
             _class_weights(config, trained, counts, per_epoch),
             _beside(config, trained, counts),
             _distillation(config),
@@ -71,23 +74,30 @@ def of(config: Config, data: LongTailData) -> Recipe:
         order=_order(config, method, data),
         steps_per_epoch=per_epoch,
         total_steps=min(total, config.train.max_steps or total),
+        meta=meta_rule(config, data.class_names),
     )
 
 
-def meta_rule(config: Config) -> MetaRule:
-    """Returns how a meta-step is taken."""
+def meta_rule(config: Config, class_names: Sequence[str] = ()) -> MetaRule:
+    """Returns how a meta-step is taken; `class_names` are those that `eval.costs` may name."""
     return MetaRule(
-        meta_loss(config),
+        meta_loss(config, class_names),
         lagged=config.meta.lagged,
         virtual_groups=models.virtual_groups(config.model.name, config.meta.virtual),
         bn=config.meta.bn,
     )
 
 
-def meta_loss(config: Config) -> LossFn:
+def meta_loss(config: Config, class_names: Sequence[str] = ()) -> LossFn:
     """Returns the per-example loss of the meta pass."""
-    meta_losses = {"ce": losses.cross_entropy, "gce": losses.generalized_cross_entropy}
+    meta_losses: dict[str, LossFn] = {"ce": losses.cross_entropy, "gce": losses.generalized_cross_entropy}
+    if config.meta.loss == "cost":
+        meta_losses["cost"] = _expected_cost(config, class_names)
     return losses.with_temperature(meta_losses[config.meta.loss], config.meta.temperature)
+
+
+def _expected_cost(config: Config, class_names: Sequence[str]) -> LossFn:
+    return losses.expected_cost(jnp.asarray(decisions.cost_matrix(config.eval.costs, class_names)))
 
 
 def _schedules(config: Config, method: Method, per_epoch: int) -> tuple[optax.Schedule, optax.Schedule, optax.Schedule]:
@@ -127,14 +137,15 @@ def _sharpness(config: Config, counts: jax.Array) -> Sharpness | None:
     return Sharpness(rho) if rho else None
 
 
-def _loss(config: Config, trained: Method, counts: jax.Array, begin: int) -> LossFn | FeatureLoss:
+def _loss(config: Config, trained: Method, data: LongTailData, begin: int) -> LossFn | FeatureLoss:
     """Returns the loss of an example; `begin` is the first step of the second stage."""
 
     def smoothed(loss: LossFn) -> LossFn:
-        amount = config.method.label_smoothing
-        return losses.smoothed(loss, amount) if amount else loss
+        amount, share = config.method.label_smoothing, config.method.cost_share
+        loss = losses.smoothed(loss, amount) if amount else loss
+        return losses.mixed(loss, _expected_cost(config, data.class_names), share) if share else loss
 
-    first, later = smoothed(trained.loss(config, counts)), trained.later
+    first, later = smoothed(trained.loss(config, jnp.asarray(data.counts))), trained.later
     if later is None:
         return first
 

@@ -13,7 +13,7 @@ import numpy as np
 from mfm_jax.config import Config
 from mfm_jax.data import LongTailData, batches
 from mfm_jax.errors import UserError
-from mfm_jax.evaluation import facts, gallery, tested
+from mfm_jax.evaluation import decisions, facts, gallery, tested
 from mfm_jax.evaluation import results as results_lib
 from mfm_jax.evaluation.classifier import Classifier
 from mfm_jax.evaluation.results import Answers, Asked
@@ -184,7 +184,8 @@ class Run:
         def forward(images: jax.Array) -> jax.Array:
             return self.predict(state, images, self.feed.data)
 
-        return Classifier(self.facts, self.config, step, forward, probabilities)
+        by_cost = decisions.of(self.config.eval.costs, self.facts.class_names)
+        return Classifier(self.facts, self.config, step, forward, probabilities, decisions=by_cost)
 
     def _of_each(self, state: BilevelState, images: jax.Array, data: Input) -> jax.Array:
         return batches.each(lambda batch: self.predict(state, batch, data), images)

@@ -10,6 +10,7 @@ Selection is honest: epochs are compared on the validation split; the test split
 import contextlib
 import dataclasses
 import itertools
+import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -32,7 +33,7 @@ from mfm_jax.machine.interruption import EXIT_INTERRUPTED, Interrupted, listenin
 from mfm_jax.machine.trace import Trace
 from mfm_jax.models import native
 from mfm_jax.pages import report
-from mfm_jax.training import epoch_log, inputs, progress
+from mfm_jax.training import epoch_log, inputs, preflight, progress
 from mfm_jax.training import experiment as experiment_lib
 from mfm_jax.training import feed as feed_lib
 from mfm_jax.training import loop as loop_lib
@@ -122,6 +123,8 @@ def train_together(
                 for config, workdir in todo
             ]
             progress.say(progress.summary(configs[0], data))
+            for sentence in preflight.warnings(configs[0], data) if cluster.is_primary() else ():
+                print(f"warning: {sentence}", file=sys.stderr)
             why = native.reason(tested.dtype(runs[0].config))
             progress.say(f"convolutions: {runs[0].convolutions}{f' ({why})' if why else ''}")
             stack.enter_context(cluster.bound_together(EXIT_INTERRUPTED))
