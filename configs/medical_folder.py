@@ -7,7 +7,7 @@
 PICTURES has a folder of pictures for each class, with names that tell patients apart if several are of one: give
 --config.data.group then. A melanoma that is taken for something else costs ten times what another mistake does, and 95
 of 100 are to be found: put your own classes and costs in the place of these. The threshold for a recall of 0.95 needs
-19 validation images of the class; a fifth of each class is held out for that, and a fifth for testing.
+19 validation images of the class; a fifth of each class is held out for testing, and a fifth of the rest for that.
 
 Needs a GPU. With weights of ImageNet: --config.model.pretrained=efficientnet_b0.pth --config.data.normalize=imagenet
 --config.optim.learning_rate=0.01. To train by the costs, too: --config.meta.loss=cost, or
