@@ -292,6 +292,7 @@ def test_a_promise_that_cannot_be_made_is_warned_of(tmp_path, capsys):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick_runs")
 def test_costs_that_nothing_trains_by_leave_the_plain_program(tmp_path):
     """Bit for bit, with all that is logged; what is read of them is the decision."""

@@ -280,6 +280,7 @@ def test_a_run_goes_on_with_the_teacher_it_began_with_alone(tmp_path, quick_runs
     assert classifier.load(folder).step == 4
 
 
+@pytest.mark.slow
 def test_seeds_together_share_their_teacher(combined, tmp_path, quick_runs):
     config, folder = combined
     configs = [config, configured("mfm", method__teacher=str(teacher()), train__seed=1)]
@@ -289,6 +290,7 @@ def test_seeds_together_share_their_teacher(combined, tmp_path, quick_runs):
         np.testing.assert_allclose(together[name], alone[name], rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_streamed_images_have_the_same_teacher(combined, tmp_path, quick_runs):
     _, folder = combined
     streamed = configured("mfm", method__teacher=str(teacher()), data__resident_mb=0, data__workers=0)

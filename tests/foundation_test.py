@@ -131,7 +131,7 @@ def shallow(monkeypatch):
 
 @pytest.mark.usefixtures("shallow")
 @pytest.mark.parametrize(
-    ("name", "tune"), [(CLIP, "lora"), (CLIP, "adapters"), slow(CLIP, "head"), slow(DINOV2, "lora")]
+    ("name", "tune"), [(CLIP, "lora"), slow(CLIP, "adapters"), slow(CLIP, "head"), slow(DINOV2, "lora")]
 )
 def test_ten_steps_move_what_is_tuned_and_the_export_has_it_merged(name, tune, tmp_path):
     config = from_tower(tmp_path, name, model__tune=tune, model__start_share=0.25, model__lora_rank=2)

@@ -7,7 +7,7 @@ import numpy as np
 import optax
 import pytest
 from contrast_test import FORWARD, unit
-from helpers import arrays, configured
+from helpers import arrays, configured, slow
 
 from mfm_jax import data as data_lib
 from mfm_jax.bilevel import agreement, auxiliary, contrast, optim, pairs
@@ -159,6 +159,7 @@ def test_the_gradient_is_that_of_the_difference(beside, wide):
         moved = jax.tree.map(lambda x, d: x + t * d, params, step)
         return beside.loss(moved, memory, seen_of(features, LABELS), FORWARD)[0]
 
+    along = jax.jit(along)
     found, h = jax.grad(along)(0.0), 1e-6
     assert abs(float(found)) > 1e-3
     assert float(found) == pytest.approx(float(along(h) - along(-h)) / (2 * h), rel=1e-6)
@@ -197,7 +198,7 @@ def test_weight_zero_is_the_plain_method_and_another_forms_the_features_too():
         assert np.abs(states[0].params["stage3"]["kernel"] - state.params["stage3"]["kernel"]).max() > 1e-5
 
 
-@pytest.mark.parametrize(("which", "name"), [("bcl", "mfm"), ("sbcl", "mfm"), ("bcl", "ldam")])
+@pytest.mark.parametrize(("which", "name"), [("bcl", "mfm"), ("sbcl", "mfm"), slow("bcl", "ldam")])
 @pytest.mark.usefixtures("quick_runs")
 def test_eight_devices_equal_one(which, name, monkeypatch):
     monkeypatch.setattr(optim, "outer", lambda *_: optax.sgd(0.1))
@@ -214,11 +215,13 @@ def test_eight_devices_equal_one(which, name, monkeypatch):
     chex.assert_trees_all_close(found[1], found[0], rtol=1e-4, atol=2e-5)
 
 
-@pytest.mark.parametrize("config", [run("sbcl", "logit_adjusted"), run("bcl", "mfm"), configured("simsiam")])
+@pytest.mark.parametrize(("which", "name"), [("sbcl", "logit_adjusted"), slow("bcl", "mfm")])
 @pytest.mark.usefixtures("quick_runs")
-def test_a_run_resumes_bit_for_bit_and_its_projection_is_not_tested(config, tmp_path):
+def test_a_run_resumes_bit_for_bit_and_its_projection_is_not_tested(which, name, tmp_path):
+    """`methods_test` has SimSiam."""
     from methods_test import trained
 
+    config = run(which, name)
     whole = trained(config, tmp_path / "whole")
     with pytest.raises(interruption.Interrupted, match="saved at step 3"):
         trained(config, tmp_path / "parts", stop_at=3, like=whole)
