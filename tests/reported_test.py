@@ -189,6 +189,20 @@ def test_the_ingredients_of_strong_recipes():
     assert not rows
 
 
+def test_contrast_and_a_first_stage_without_labels():
+    found = {row["method"]: row for row in stored("contrast.csv")}
+    plain, *others = table(RECIPES, "## Contrast of pairs")
+    small = {row["method"]: row for row in stored("cifar10_lt_small.csv") if row["imbalance_factor"] == "100"}
+    methods = ("ce", "logit_adjusted", "mfm")
+    for method, cell in zip(methods, plain[1:], strict=True):
+        assert is_mean(cell, small[method])
+    for ending, (_, *cells) in zip(("bcl", "sbcl", "after_simsiam"), others, strict=True):
+        for method, cell in zip(methods, cells, strict=True):
+            assert is_mean(cell, found.pop(f"{method}_{ending}"))
+    (alone,) = found.values()
+    assert f"Its features alone have {float(alone['balanced_accuracy_mean']):.1f} %" in RECIPES
+
+
 def test_the_strong_recipe_at_full_size():
     found = {}
     for row in stored("cifar10_lt_full.csv"):
