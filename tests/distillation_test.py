@@ -251,6 +251,13 @@ def test_mfm_and_a_teacher_go_together_and_go_on(combined, tmp_path, quick_runs)
     assert logged(tmp_path / "alone")[0]["loss"] != logged(folder)[0]["loss"]
 
 
+@pytest.mark.parametrize("options", [{"method__distill": 0.5}, {"method__distill": 0.0, "method__base": "glmc"}])
+def test_a_learner_of_the_users_own_is_tried_on_what_a_step_gets(options, quick_runs):
+    """The teacher's word, and a second view."""
+    config = configured("own_learner", method__teacher=str(teacher()), **options)
+    assert experiment_lib.build(config, data_lib.build(config)).meta_step
+
+
 def test_a_share_of_zero_is_the_run_without_a_teacher(tmp_path, quick_runs):
     for name, options in (("none", {}), ("zero", {"method__teacher": str(teacher()), "method__distill": 0.0})):
         train.train_and_evaluate(configured("mfm", **options), tmp_path / name, pages=False)

@@ -150,7 +150,12 @@ class Method:
     @property
     def second_view(self) -> bool:
         """Whether a training batch has a second view of its images (`Batch.second`)."""
-        return self.trained in _AGREEING or self.pairs
+        return self.agrees or self.pairs
+
+    @property
+    def agrees(self) -> bool:
+        """Whether the two views of each image are to agree."""
+        return self.trained in _AGREEING
 
     @property
     def pairs(self) -> bool:

@@ -47,6 +47,7 @@ from mfm_jax.types import (
     Modulate,
     Modulator,
     PyTree,
+    Taught,
 )
 
 _Chain: TypeAlias = optax.GradientTransformation
@@ -133,7 +134,9 @@ def build(config: Config, data: LongTailData, mesh: Mesh | None = None) -> Exper
     extract = heads.features(plain.apply)
     blocks = stacked.runs(jax.eval_shape(fresh)["params"]) if scans else {}
     if learner and config.own("learner") is not None:
-        _trace(config, lambda: stacked.stack(init(), blocks), meta_step or plain_step, image.shape[1:])
+        said = jnp.zeros((config.train.batch_size, data.num_classes))
+        taught = Taught(said, said) if rules.objective.distillation else None
+        _trace(config, lambda: stacked.stack(init(), blocks), meta_step or plain_step, image.shape[1:], taught)
     return Experiment(
         init=init,
         init_pretrained=init_pretrained if config.model.pretrained or config.model.init_from else None,
@@ -245,7 +248,13 @@ def _on_mesh(config: Config, module: nn.Module, mesh: Mesh) -> ApplyFn:
     return parallel.gathered(apply) if parallel.MODEL_AXIS in mesh.axis_names else apply
 
 
-def _trace(config: Config, init: Callable[[], BilevelState], step: Callable[..., PyTree], image_shape: _Shape) -> None:
+def _trace(
+    config: Config,
+    init: Callable[[], PyTree],
+    step: Callable[..., PyTree],
+    image_shape: _Shape,
+    taught: Taught | None,
+) -> None:
     """Traces a step of a meta learner of the user's own, whose functions can fail in any way."""
 
     def batch(size: int) -> Batch:
@@ -253,7 +262,8 @@ def _trace(config: Config, init: Callable[[], BilevelState], step: Callable[...,
 
     def run() -> PyTree:
         metas = () if config.frozen else (batch(config.meta.batch_size),)
-        return step(init(), batch(config.train.batch_size), *metas)
+        one = batch(config.train.batch_size)._replace(teacher=taught)
+        return step(init(), one._replace(second=one if config.method.second_view else None), *metas)
 
     with failing(f"method.learner = {config.method.learner!r}: a step with it fails"):
         jax.eval_shape(run)

@@ -77,4 +77,6 @@ def _why_fresh(config: Config, its_config: Config, names: Sequence[str], its_nam
     if theirs != ours:
         words = {"linear": "linear", "cosine": "normalised", "simplex": "a simplex"}
         return f"that run's is {words[theirs]}, that of {config.method.name} is not"
+    if its_config.method.name == "simsiam" and (config.model.start_share or config.method.pretraining_tau):
+        return "no label counted where that run's features were trained"
     return ""
