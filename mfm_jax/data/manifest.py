@@ -100,8 +100,9 @@ def noise_in_words(manifest: Mapping[str, Any]) -> str:
     """Returns how many training labels are wrong; "" where none was made so."""
     if "noise" not in manifest:
         return ""
-    wrong, images = len(manifest["noise"]["ids"]), sum(manifest["splits"]["train"]["class_counts"])
-    return f"{wrong:,} of {images:,} training labels are wrong ({manifest['noise_kind']} noise)"
+    images = manifest["splits"]["train"]["ids"]
+    wrong = len({*manifest["noise"]["ids"]} & {*images})  # a fold holds some of them out
+    return f"{wrong:,} of {len(images):,} training labels are wrong ({manifest['noise_kind']} noise)"
 
 
 def factor_in_words(manifest: Mapping[str, Any]) -> str:
