@@ -306,6 +306,20 @@ def test_streamed_images_have_the_same_teacher(combined, tmp_path, quick_runs):
         np.testing.assert_allclose(logged(tmp_path)[0][name], logged(folder)[0][name], rtol=1e-4)
 
 
+def test_images_held_out_here_that_the_teacher_was_trained_on_are_warned_of(capsys, quick_runs):
+    for seed, warned in ((0, False), (1, True)):
+        config = configured("ce", method__teacher=str(teacher()), data__seed=seed, data__val_images_per_class=5 * seed)
+        data = data_lib.build(config)
+        assert teacher_lib.of(config, data, typical=False)
+        trained = {i for split in ("train", "meta") for i in stored_splits()[split]["ids"]}
+        leaked = len(trained & {*data.manifest["splits"]["val"]["ids"]})
+        assert (f": was trained on {leaked} of the val images of this run; take" in capsys.readouterr().err) == warned
+
+
+def stored_splits():
+    return json.loads((teacher() / "manifest.json").read_text())["splits"]
+
+
 # --- refusals -------------------------------------------------------------------------------------
 
 

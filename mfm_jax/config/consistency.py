@@ -114,8 +114,9 @@ def _tuned(config: Config) -> Iterator[str]:
             f"model.tune = {model.tune!r}: only the model.name {', '.join(VITS)} can, not {model.name!r}; choose 'head'"
             " or 'all'"
         )
-    if model.tune == "head" and config.method.name == "simsiam":
-        yield "model.tune = 'head': the first stage of simsiam trains what is below the head; choose another of the two"
+    if model.tune == "head" and config.method.unlabelled:
+        first = f"the first stage of {config.method.name}"
+        yield f"model.tune = 'head': {first} trains what is below the head; choose another of the two"
     if not model.text_features:
         return
     field = f"model.text_features = {model.text_features!r}"

@@ -197,7 +197,7 @@ def _starts(
         new, model, normalized = parallel.jit_once(fresh)(key), config.model, table.head(config) != "linear"
         new = (new["params"], new.get("batch_stats", {}))
         if model.init_from:
-            found = weights.of_run(config, data.class_names, *new)
+            found = weights.of_run(config, data, *new)
         else:
             whole = whole and not model.text_features
             found = pretrained.of_file(model.pretrained, *new, model.name, normalized_head=normalized, whole=whole)
