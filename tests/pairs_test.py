@@ -245,6 +245,8 @@ def test_a_run_resumes_bit_for_bit_and_its_projection_is_not_tested(which, name,
 def test_what_pairs_do_not_go_with():
     with pytest.raises(UserError, match=r"method.bcl_weight = 0.5: contrasts images of one class each, not augment"):
         run("bcl", augment__mixup=0.2)
+    with pytest.raises(UserError, match=r"method.bcl_weight = 0.5: contrasts with the weights of the last layer, and"):
+        run("bcl", method__head="simplex")
     with pytest.raises(UserError, match=r"method.sbcl_weight = 0.5: contrasts images .*, not the mixtures of glmc"):
         run("sbcl", "glmc")
 

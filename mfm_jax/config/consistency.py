@@ -100,6 +100,11 @@ def _head(config: Config) -> Iterator[str]:
         return
     if config.method.linear:
         yield f"method.head = {head!r}: {name} sets or trains a linear one; leave it out, or choose another method"
+    if head == "simplex" and (weight := config.method.bcl_weight):
+        yield (
+            f"method.bcl_weight = {weight}: contrasts with the weights of the last layer, and method.head = 'simplex'"
+            " does not read them; choose another of the two"
+        )
     if head == "simplex" and config.model.tune == "head":
         yield "model.tune = 'head': with method.head = 'simplex' nothing of it is trained; choose another of the two"
     if head == "simplex" and config.method.meta_learned and config.meta.virtual == "head":
