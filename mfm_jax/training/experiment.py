@@ -134,9 +134,7 @@ def build(config: Config, data: LongTailData, mesh: Mesh | None = None) -> Exper
     extract = heads.features(plain.apply)
     blocks = stacked.runs(jax.eval_shape(fresh)["params"]) if scans else {}
     if learner and config.own("learner") is not None:
-        said = jnp.zeros((config.train.batch_size, data.num_classes))
-        taught = Taught(said, said) if rules.objective.distillation else None
-        _trace(config, lambda: stacked.stack(init(), blocks), meta_step or plain_step, image.shape[1:], taught)
+        _trace(config, data, lambda: stacked.stack(init(), blocks), meta_step or plain_step)
     return Experiment(
         init=init,
         init_pretrained=init_pretrained if config.model.pretrained or config.model.init_from else None,
@@ -248,21 +246,17 @@ def _on_mesh(config: Config, module: nn.Module, mesh: Mesh) -> ApplyFn:
     return parallel.gathered(apply) if parallel.MODEL_AXIS in mesh.axis_names else apply
 
 
-def _trace(
-    config: Config,
-    init: Callable[[], PyTree],
-    step: Callable[..., PyTree],
-    image_shape: _Shape,
-    taught: Taught | None,
-) -> None:
+def _trace(config: Config, data: LongTailData, init: Callable[[], PyTree], step: Callable[..., PyTree]) -> None:
     """Traces a step of a meta learner of the user's own, whose functions can fail in any way."""
 
     def batch(size: int) -> Batch:
-        return Batch(jnp.zeros((size, *image_shape), jnp.float32), jnp.zeros(size, jnp.int32))
+        return Batch(jnp.zeros((size, *data.train_images.shape[1:]), jnp.float32), jnp.zeros(size, jnp.int32))
 
     def run() -> PyTree:
-        metas = () if config.frozen else (batch(config.meta.batch_size),)
-        one = batch(config.train.batch_size)._replace(teacher=taught)
+        metas, one = () if config.frozen else (batch(config.meta.batch_size),), batch(config.train.batch_size)
+        if config.method.teacher and config.method.distill:
+            said = jnp.zeros((len(one.label), data.num_classes))
+            one = one._replace(teacher=Taught(said, said))
         return step(init(), one._replace(second=one if config.method.second_view else None), *metas)
 
     with failing(f"method.learner = {config.method.learner!r}: a step with it fails"):
