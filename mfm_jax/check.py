@@ -70,8 +70,8 @@ def _print_plan(console: Console, config: Config, sound: Sound, command: str, sk
 
     `skips`: there are others, which have to be left out first.
     """
-    # The labels that are there: wrong ones would be made of these.
-    config = dataclasses.replace(config, data=dataclasses.replace(config.data, label_noise=0.0))
+    if not config.data.manifest:  # wrong labels that are drawn without the pixels; how many there are is the same
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, noise_kind="symmetric"))
     try:
         _, _, manifest = assembly.divided(config, files.source(config.data, sound, whole=True))
         held, wanted = manifest["splits"]["val"]["class_counts"], config.eval

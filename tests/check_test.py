@@ -188,6 +188,7 @@ def test_costs_and_recalls_are_checked_by_the_names_of_the_folders(run):
     [
         ({"image_size": 0}, "data.image_size = 0: pictures have sides of 10 to 40 pixels; choose a size, e.g. 64"),
         ({"protocol": "full"}, "data.protocol = 'full': draws from all images alike, and set has splits,"),
+        ({"label_noise": 0.4, "noise_kind": "confusion"}, "data.label_noise = 0.4: the meta set is redrawn from the"),
         ({"group": "[0-9]"}, "data.group = '[0-9]': group '0' is in the splits"),
     ],
 )

@@ -133,9 +133,13 @@ def test_thresholds_by_hand(recall, promised, threshold):
     assert found == Threshold(0, recall, pytest.approx(promised), threshold, 4)
 
 
-def test_a_recall_without_images_is_refused():
+def test_a_recall_without_images_or_of_a_class_again_is_refused():
     with pytest.raises(UserError, match=r"eval\.recall = 'b=0\.9': no validation images of 'b'"):
         decisions.check("", "b=0.9", ("a", "b"), [2, 0])
+    with pytest.raises(
+        UserError, match=r"eval\.recall = 'b=0\.9, 1=0\.5': names 'b' twice, by its name and its number"
+    ):
+        decisions.check("", "b=0.9, 1=0.5", ("a", "b"), [9, 9])
     assert decisions.check("", "a=0.9,b=0.5", ("a", "b"), [9, 1]) == []
     assert decisions.check("", "a=0.9,b=0.5", ("a", "b"), [8, 1]) == [
         "eval.recall = 'a=0.9,b=0.5': 8 images of 'a' in validation, which promises a recall of 0.889 at"

@@ -251,6 +251,13 @@ def test_mfm_and_a_teacher_go_together_and_go_on(combined, tmp_path, quick_runs)
     assert logged(tmp_path / "alone")[0]["loss"] != logged(folder)[0]["loss"]
 
 
+@pytest.mark.parametrize("options", [{"method__distill": 0.5}, {"method__distill": 0.0, "method__base": "glmc"}])
+def test_a_learner_of_the_users_own_is_tried_on_what_a_step_gets(options, quick_runs):
+    """The teacher's word, and a second view."""
+    config = configured("own_learner", method__teacher=str(teacher()), **options)
+    assert experiment_lib.build(config, data_lib.build(config)).meta_step
+
+
 def test_a_share_of_zero_is_the_run_without_a_teacher(tmp_path, quick_runs):
     for name, options in (("none", {}), ("zero", {"method__teacher": str(teacher()), "method__distill": 0.0})):
         train.train_and_evaluate(configured("mfm", **options), tmp_path / name, pages=False)
@@ -297,6 +304,20 @@ def test_streamed_images_have_the_same_teacher(combined, tmp_path, quick_runs):
     train.train_and_evaluate(streamed, tmp_path, pages=False)
     for name in ("loss", "meta_loss", "grad_norm"):
         np.testing.assert_allclose(logged(tmp_path)[0][name], logged(folder)[0][name], rtol=1e-4)
+
+
+def test_images_held_out_here_that_the_teacher_was_trained_on_are_warned_of(capsys, quick_runs):
+    for seed, warned in ((0, False), (1, True)):
+        config = configured("ce", method__teacher=str(teacher()), data__seed=seed, data__val_images_per_class=5 * seed)
+        data = data_lib.build(config)
+        assert teacher_lib.of(config, data, typical=False)
+        trained = {i for split in ("train", "meta") for i in stored_splits()[split]["ids"]}
+        leaked = len(trained & {*data.manifest["splits"]["val"]["ids"]})
+        assert (f": was trained on {leaked} of the val images of this run; take" in capsys.readouterr().err) == warned
+
+
+def stored_splits():
+    return json.loads((teacher() / "manifest.json").read_text())["splits"]
 
 
 # --- refusals -------------------------------------------------------------------------------------

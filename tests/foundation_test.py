@@ -315,6 +315,14 @@ def test_a_fresh_head_has_no_prior(started):
         experiment_lib.build(config, data_lib.build(config)).init_pretrained()
 
 
+@pytest.mark.usefixtures("quick_runs")
+def test_the_head_beside_which_simsiam_trained_has_no_prior_either(tmp_path):
+    train.train_and_evaluate(configured("simsiam"), tmp_path, pages=False)
+    config = corrected(str(tmp_path))
+    with pytest.raises(UserError, match=r"method.pretraining_tau = 1.0: the head starts fresh, and one at random has"):
+        experiment_lib.build(config, data_lib.build(config)).init_pretrained()
+
+
 @pytest.mark.parametrize(
     ("overrides", "told"),
     [

@@ -86,7 +86,10 @@ def test_labels_of_training_images_alone_are_changed(kind):
     ids = np.array(noisy.manifest["splits"]["train"]["ids"])
     assert noisy.manifest["noise"] == {"ids": ids[wrong].tolist(), "labels": noisy.train_labels[wrong].tolist()}
     assert noisy.manifest["splits"]["train"]["class_counts"] == noisy.counts.tolist()
+    half = np.arange(len(ids)) % 2 == 0
+    fold = noisy.manifest | {"splits": {"train": {"ids": ids[half].tolist()}}}
     assert noise_in_words(noisy.manifest) == f"{wrong.sum()} of {len(wrong)} training labels are wrong ({kind} noise)"
+    assert noise_in_words(fold).startswith(f"{wrong[half].sum()} of {half.sum()} training labels")
     assert protocol_in_words(noisy.manifest).endswith(f"; {noise_in_words(noisy.manifest)}")
 
 

@@ -137,6 +137,16 @@ def test_no_subclass_gets_all_of_its_class():
     assert share.max() < 4 * share.min()
 
 
+def test_a_batch_of_all_images_leaves_finite_means():
+    """Nothing is kept of a share then, and a subclass that gets no image has none."""
+    beside = pairs.by_subclasses(COUNTS, 12, size=8, images=2)
+    params, memory = of(beside), beside.init()
+    view, labels = jax.random.normal(jax.random.key(0), (12, 4)), jnp.repeat(jnp.arange(3), COUNTS)
+    for _ in range(3):
+        memory = beside.loss(params, memory, seen_of([view, view], labels), FORWARD)[1]
+        assert np.isfinite(memory["mean"]).all()
+
+
 # --- both -----------------------------------------------------------------------------------------
 
 
@@ -235,8 +245,18 @@ def test_a_run_resumes_bit_for_bit_and_its_projection_is_not_tested(which, name,
 def test_what_pairs_do_not_go_with():
     with pytest.raises(UserError, match=r"method.bcl_weight = 0.5: contrasts images of one class each, not augment"):
         run("bcl", augment__mixup=0.2)
+    with pytest.raises(UserError, match=r"method.bcl_weight = 0.5: contrasts with the weights of the last layer, and"):
+        run("bcl", method__head="simplex")
     with pytest.raises(UserError, match=r"method.sbcl_weight = 0.5: contrasts images .*, not the mixtures of glmc"):
         run("sbcl", "glmc")
+
+
+def test_what_simsiam_does_not_go_with():
+    for field in ("mixup", "cutmix"):
+        with pytest.raises(UserError, match=rf"augment.{field} = 0.2: simsiam compares views of one image; set the"):
+            configured("simsiam", **{f"augment__{field}": 0.2})
+    with pytest.raises(UserError, match=r"model.tune = 'head': the first stage of simsiam trains what is below the"):
+        configured("simsiam", model__tune="head")
 
 
 # --- SimSiam --------------------------------------------------------------------------------------

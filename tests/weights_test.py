@@ -76,6 +76,12 @@ def test_the_classifier_is_taken_and_phi_is_not(run, capsys):
     assert capsys.readouterr().err == f"starts from the classifier of {run}, step 2\n"
 
 
+def test_images_held_out_here_that_the_run_was_trained_on_are_warned_of(run, capsys):
+    start(small(model__init_from=str(run), data__seed=1, data__val_images_per_class=5))
+    told = f"warning: model.init_from = {str(run)!r}: was trained on "
+    assert told in capsys.readouterr().err
+
+
 def test_a_method_without_phi_starts_from_a_run_that_has_one(run):
     ours = start(small(model__init_from=str(run), method__name="ce"))
     chex.assert_trees_all_equal(ours.params, stored(run).params)

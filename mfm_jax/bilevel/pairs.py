@@ -112,7 +112,8 @@ def by_subclasses(
         share, together = forward.mean(members, batch), forward.mean_product(members, first, batch)
         after = kept * memory["share"] + share
         new = together / jnp.where(share > 0, share, 1)[:, None]
-        moved = memory["mean"] + (share / after)[:, None] * (new - memory["mean"])
+        # Where a batch has all images nothing of the share before is kept, and one that gets none has 0 of 0.
+        moved = memory["mean"] + (share / jnp.where(share > 0, after, 1))[:, None] * (new - memory["mean"])
         return weight * _mean(values, seen, forward), {"mean": moved, "share": after}
 
     return Auxiliary(SBCL, loss, ("pooled",), init, functools.partial(new_projection, size=size))

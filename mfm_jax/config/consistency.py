@@ -100,6 +100,11 @@ def _head(config: Config) -> Iterator[str]:
         return
     if config.method.linear:
         yield f"method.head = {head!r}: {name} sets or trains a linear one; leave it out, or choose another method"
+    if head == "simplex" and (weight := config.method.bcl_weight):
+        yield (
+            f"method.bcl_weight = {weight}: contrasts with the weights of the last layer, and method.head = 'simplex'"
+            " does not read them; choose another of the two"
+        )
     if head == "simplex" and config.model.tune == "head":
         yield "model.tune = 'head': with method.head = 'simplex' nothing of it is trained; choose another of the two"
     if head == "simplex" and config.method.meta_learned and config.meta.virtual == "head":
@@ -114,6 +119,9 @@ def _tuned(config: Config) -> Iterator[str]:
             f"model.tune = {model.tune!r}: only the model.name {', '.join(VITS)} can, not {model.name!r}; choose 'head'"
             " or 'all'"
         )
+    if model.tune == "head" and config.method.unlabelled:
+        first = f"the first stage of {config.method.name}"
+        yield f"model.tune = 'head': {first} trains what is below the head; choose another of the two"
     if not model.text_features:
         return
     field = f"model.text_features = {model.text_features!r}"
@@ -170,7 +178,7 @@ def _per_batch(config: Config) -> Iterator[str]:
 
 
 def _mixed_views(config: Config) -> Iterator[str]:
-    """What does not go with a method that mixes images for itself, and with a contrast of single images."""
+    """What does not go with a method that mixes images for itself, and with one that compares single images."""
     if config.method.pairs:
         field = "bcl_weight" if config.method.bcl_weight else "sbcl_weight"
         mixing = [f"augment.{one} = {value}" for one in ("mixup", "cutmix") if (value := getattr(config.augment, one))]
@@ -180,14 +188,12 @@ def _mixed_views(config: Config) -> Iterator[str]:
                 f"method.{field} = {getattr(config.method, field)}: contrasts images of one class each, not {mixed};"
                 " leave one of them out"
             )
-    if not config.method.mixed_views:
+    if not config.method.agrees:
         return
+    why = "mixes images for itself, by method.mixing" if config.method.mixed_views else "compares views of one image"
     for field in ("mixup", "cutmix"):
         if value := getattr(config.augment, field):
-            yield (
-                f"augment.{field} = {value}: {config.method.trained} mixes images for itself, by method.mixing; set the"
-                " field to 0"
-            )
+            yield f"augment.{field} = {value}: {config.method.trained} {why}; set the field to 0"
 
 
 def _own_method(config: Config) -> Iterator[str]:

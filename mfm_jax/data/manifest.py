@@ -100,8 +100,25 @@ def noise_in_words(manifest: Mapping[str, Any]) -> str:
     """Returns how many training labels are wrong; "" where none was made so."""
     if "noise" not in manifest:
         return ""
-    wrong, images = len(manifest["noise"]["ids"]), sum(manifest["splits"]["train"]["class_counts"])
-    return f"{wrong:,} of {images:,} training labels are wrong ({manifest['noise_kind']} noise)"
+    images = manifest["splits"]["train"]["ids"]
+    wrong = len({*manifest["noise"]["ids"]} & {*images})  # a fold holds some of them out
+    return f"{wrong:,} of {len(images):,} training labels are wrong ({manifest['noise_kind']} noise)"
+
+
+def leaks_in_words(manifest: Mapping[str, Any], of_other: Mapping[str, Any]) -> str:
+    """Returns how many images that a run holds out another run was trained on, by their manifests; "" for none.
+
+    Of other data, or of another version, nothing is known.
+    """
+    if any(manifest[key] != of_other[key] for key in ("dataset", "version")):
+        return ""
+    parts = {name: {(part["pool"], i) for i in part["ids"]} for name, part in of_other["splits"].items()}
+    trained, found = parts["train"] | parts["meta"], []
+    for name in ("val", "test"):
+        part = manifest["splits"][name]
+        if leaked := len(trained & {(part["pool"], i) for i in part["ids"]}):
+            found.append(f"{leaked:,} of the {name} images of this run")
+    return f"was trained on {' and '.join(found)}; take that run's data.seed and splits" if found else ""
 
 
 def factor_in_words(manifest: Mapping[str, Any]) -> str:

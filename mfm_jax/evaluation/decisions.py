@@ -127,12 +127,17 @@ def check(costs: str, recalls: str, names: Sequence[str], images: Sequence[int] 
     """Returns which recalls the validation `images` of each class, [K], are too few to promise, a sentence each.
 
     Raises:
-      UserError: costs or recalls name a class that is not among `names`, or a recall is of one without images.
+      UserError: costs or recalls name a class that is not among `names`, or a recall is of one without images, or of
+        one that is there already, by its number.
     """
     of(costs, names)
-    field, found = f"{wanted.RECALL} = {recalls!r}", []
+    field, found, seen = f"{wanted.RECALL} = {recalls!r}", [], set()
     for word, recall in wanted.recalls(recalls):
-        n, least = int(images[wanted.class_of(word, names, field)]), least_images(recall)
+        k = wanted.class_of(word, names, field)
+        if k in seen:
+            raise UserError(f"{field}: names {names[k]!r} twice, by its name and its number")
+        seen.add(k)
+        n, least = int(images[k]), least_images(recall)
         if not n:
             raise UserError(f"{field}: no validation images of {word!r}; leave it out, or validate on more images")
         if n < least:

@@ -29,7 +29,8 @@ _KEPT = {"mfm_frozen": "long_tail"}  # the shipped modulator that a method keeps
 _OF_BATCH = {"lade"}  # that have a loss of the whole batch
 _TAUGHT = {"tgeo_kd"}  # whose meta learner says what a teacher counts
 _MIXED_VIEWS = {"glmc"}  # that train on two mixtures of each pair of images
-_AGREEING = {*_MIXED_VIEWS, "simsiam"}  # that compare two views of each image, by a projection
+_UNLABELLED = {"simsiam"}  # whose first stage reads no label
+_AGREEING = _MIXED_VIEWS | _UNLABELLED  # that compare two views of each image, by a projection
 
 
 @dataclass(frozen=True)
@@ -150,7 +151,17 @@ class Method:
     @property
     def second_view(self) -> bool:
         """Whether a training batch has a second view of its images (`Batch.second`)."""
-        return self.trained in _AGREEING or self.pairs
+        return self.agrees or self.pairs
+
+    @property
+    def agrees(self) -> bool:
+        """Whether the two views of each image are to agree."""
+        return self.trained in _AGREEING
+
+    @property
+    def unlabelled(self) -> bool:
+        """Whether its first stage reads no label, so that the head is as it was drawn until the second."""
+        return self.name in _UNLABELLED
 
     @property
     def pairs(self) -> bool:

@@ -59,17 +59,18 @@ class Network(nn.Module, kw_only=True):
 
 
 class Stage(nn.Module):
-    """`blocks` blocks, the first with the stride; `alone` as in `stacked.through`."""
+    """`blocks` blocks, the first with the stride, named `called` and a number; `alone` as in `stacked.through`."""
 
     blocks: int
     alone: int
     block: Callable[..., nn.Module]
     stride: int
+    called: str = "block"
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool, weight: jax.Array | None) -> jax.Array:
         def block(i: int) -> nn.Module:
-            return self.block(stride=self.stride if i == 0 else 1, name=f"block{i}")
+            return self.block(stride=self.stride if i == 0 else 1, name=f"{self.called}{i}")
 
         return stacked.through(block, self.blocks, self.alone, x, train, weight)
 

@@ -11,14 +11,9 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from mfm_jax.models import layers, stacked
-from mfm_jax.models.convolution import convolution
+from mfm_jax.models import layers
 from mfm_jax.models.normalization import BatchNorm
 from mfm_jax.types import Modulate, no_modulation
-
-_Conv3x3 = functools.partial(
-    nn.Conv, kernel_size=(3, 3), padding=1, use_bias=False, kernel_init=layers.kaiming, conv_general_dilated=convolution
-)
 
 
 def shortcut(x: jax.Array, channels: int, stride: int) -> jax.Array:
@@ -38,33 +33,11 @@ class BasicBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool, weight: jax.Array | None) -> jax.Array:
-        conv = functools.partial(_Conv3x3, self.channels, dtype=self.dtype)
+        conv = functools.partial(layers.conv, self.channels, 3, dtype=self.dtype)
         norm = functools.partial(self.norm, not train)
-        y = nn.relu(norm()(conv(strides=self.stride)(x), weight))
+        y = nn.relu(norm()(conv(self.stride)(x), weight))
         y = norm()(conv()(y), weight)
         return nn.relu(y + shortcut(x, self.channels, self.stride))
-
-
-class Stage(nn.Module):
-    """`blocks` basic blocks, the first with the stride; `alone` as in `stacked.through`."""
-
-    blocks: int
-    alone: int
-    channels: int
-    stride: int
-    dtype: DTypeLike
-    norm: functools.partial[BatchNorm]  # batch norm but for whether it trains
-    remat: bool
-
-    @nn.compact
-    def __call__(self, x: jax.Array, train: bool, weight: jax.Array | None) -> jax.Array:
-        kind = nn.remat(BasicBlock, static_argnums=2) if self.remat else BasicBlock
-
-        def block(i: int) -> nn.Module:
-            stride = self.stride if i == 0 else 1
-            return kind(self.channels, stride, self.dtype, self.norm, name=f"BasicBlock_{i}")
-
-        return stacked.through(block, self.blocks, self.alone, x, train, weight)
 
 
 class CifarResNet(layers.Network):
@@ -101,14 +74,15 @@ class CifarResNet(layers.Network):
           weight: `[B]`, the weight of each example in batch statistics; None for equal weights.
         """
         norm = self.batch_norm
-        x = _Conv3x3(self.width, dtype=self.dtype, name="stem")(image.astype(self.dtype))
+        x = layers.conv(self.width, 3, dtype=self.dtype, name="stem")(image.astype(self.dtype))
         x = norm(not train, name="stem_norm")(x, weight)
         x = modulate("stem", nn.relu(x))
+        kind = nn.remat(BasicBlock, static_argnums=2) if self.remat else BasicBlock
         for i in range(3):
             site = f"stage{i + 1}"
             alone = min(i, 1) if self.scan_blocks else self.blocks
-            channels, stride = self.width * 2**i, 2 if i else 1
-            stage = Stage(self.blocks, alone, channels, stride, self.dtype, norm, self.remat, name=site)
+            block = functools.partial(kind, self.width * 2**i, dtype=self.dtype, norm=norm)
+            stage = layers.Stage(self.blocks, alone, block, 2 if i else 1, "BasicBlock_", name=site)
             x = modulate(site, stage(x, train, weight))
         x = modulate("pooled", x.mean(axis=(1, 2)))
         return layers.head(self.num_classes, x, modulate, self.dtype, kernel_init=layers.kaiming)

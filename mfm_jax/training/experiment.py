@@ -47,6 +47,7 @@ from mfm_jax.types import (
     Modulate,
     Modulator,
     PyTree,
+    Taught,
 )
 
 _Chain: TypeAlias = optax.GradientTransformation
@@ -133,7 +134,7 @@ def build(config: Config, data: LongTailData, mesh: Mesh | None = None) -> Exper
     extract = heads.features(plain.apply)
     blocks = stacked.runs(jax.eval_shape(fresh)["params"]) if scans else {}
     if learner and config.own("learner") is not None:
-        _trace(config, lambda: stacked.stack(init(), blocks), meta_step or plain_step, image.shape[1:])
+        _trace(config, data, lambda: stacked.stack(init(), blocks), meta_step or plain_step)
     return Experiment(
         init=init,
         init_pretrained=init_pretrained if config.model.pretrained or config.model.init_from else None,
@@ -194,7 +195,7 @@ def _starts(
         new, model, normalized = parallel.jit_once(fresh)(key), config.model, table.head(config) != "linear"
         new = (new["params"], new.get("batch_stats", {}))
         if model.init_from:
-            found = weights.of_run(config, data.class_names, *new)
+            found = weights.of_run(config, data, *new)
         else:
             whole = whole and not model.text_features
             found = pretrained.of_file(model.pretrained, *new, model.name, normalized_head=normalized, whole=whole)
@@ -245,15 +246,18 @@ def _on_mesh(config: Config, module: nn.Module, mesh: Mesh) -> ApplyFn:
     return parallel.gathered(apply) if parallel.MODEL_AXIS in mesh.axis_names else apply
 
 
-def _trace(config: Config, init: Callable[[], BilevelState], step: Callable[..., PyTree], image_shape: _Shape) -> None:
+def _trace(config: Config, data: LongTailData, init: Callable[[], PyTree], step: Callable[..., PyTree]) -> None:
     """Traces a step of a meta learner of the user's own, whose functions can fail in any way."""
 
     def batch(size: int) -> Batch:
-        return Batch(jnp.zeros((size, *image_shape), jnp.float32), jnp.zeros(size, jnp.int32))
+        return Batch(jnp.zeros((size, *data.train_images.shape[1:]), jnp.float32), jnp.zeros(size, jnp.int32))
 
     def run() -> PyTree:
-        metas = () if config.frozen else (batch(config.meta.batch_size),)
-        return step(init(), batch(config.train.batch_size), *metas)
+        metas, one = () if config.frozen else (batch(config.meta.batch_size),), batch(config.train.batch_size)
+        if config.method.teacher and config.method.distill:
+            said = jnp.zeros((len(one.label), data.num_classes))
+            one = one._replace(teacher=Taught(said, said))
+        return step(init(), one._replace(second=one if config.method.second_view else None), *metas)
 
     with failing(f"method.learner = {config.method.learner!r}: a step with it fails"):
         jax.eval_shape(run)

@@ -83,6 +83,8 @@ def of(config: Config, data: LongTailData, *, typical: bool) -> Teacher | None:
         arrays["typical"] = _typical(plain.apply, arrays, data, config.eval.batch_size)
     if cluster.is_primary():
         print(f"learns from the classifier of {run.path} ({its_config.method.name}), step {step}", file=sys.stderr)
+        if leaks := run.leaks(data.manifest):
+            print(f"warning: {field}: {leaks}", file=sys.stderr)
     return Teacher(plain.apply, arrays, hashlib.sha256(serialization.to_bytes(variables)).hexdigest())
 
 

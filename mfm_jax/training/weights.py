@@ -9,6 +9,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from mfm_jax import models
 from mfm_jax.bilevel.auxiliary import without_projection
 from mfm_jax.config import Config
+from mfm_jax.data import LongTailData
 from mfm_jax.errors import UserError
 from mfm_jax.evaluation import facts
 from mfm_jax.machine import cluster
@@ -19,12 +20,13 @@ from mfm_jax.workdir.checkpoint import reading
 from mfm_jax.workdir.files import Workdir
 
 
-def of_run(config: Config, class_names: Sequence[str], params: PyTree, batch_stats: PyTree) -> tuple[PyTree, PyTree]:
+def of_run(config: Config, data: LongTailData, params: PyTree, batch_stats: PyTree) -> tuple[PyTree, PyTree]:
     """Returns `(params, batch_stats)` with the weights of the run in `model.init_from`, as its last step left them.
 
     They are the classifier's own: no phi, and not what a second stage or a post-hoc step made of the head. The head
     starts fresh where the classes are others, or where one is linear and the other normalised; the standard error
-    says which. The run's LoRA is merged into its weights; this run's, and adapters that the run has not, start fresh.
+    says which, and warns of images that this run holds out and that one was trained on. The run's LoRA is merged into
+    its weights; this run's, and adapters that the run has not, start fresh.
 
     `params` and `batch_stats` are those of the new run's classifier, for their shapes and for what starts fresh.
 
@@ -46,7 +48,7 @@ def of_run(config: Config, class_names: Sequence[str], params: PyTree, batch_sta
             f"{field}: its classifier is a {its_config.model.name}, here model.name = {config.model.name!r}; set that"
             f" to {its_config.model.name!r}, or start from another run"
         )
-    fresh = _why_fresh(config, its_config, class_names, its_names)
+    fresh = _why_fresh(config, its_config, data.class_names, its_names)
     ours = flatten_dict({"params": params, "batch_stats": batch_stats}, sep=".")
     tested = models.merged(without_projection(state.params))
     theirs = flatten_dict({"params": tested, "batch_stats": state.batch_stats}, sep=".")
@@ -63,6 +65,8 @@ def of_run(config: Config, class_names: Sequence[str], params: PyTree, batch_sta
     if cluster.is_primary():
         said = f"; the head starts fresh: {fresh}" if fresh else ""
         print(f"starts from the classifier of {run.path}, step {int(state.step)}{said}", file=sys.stderr)
+        if leaks := run.leaks(data.manifest):
+            print(f"warning: {field}: {leaks}", file=sys.stderr)
     found = unflatten_dict(theirs, sep=".")
     return found["params"], found.get("batch_stats", {})
 
@@ -77,4 +81,6 @@ def _why_fresh(config: Config, its_config: Config, names: Sequence[str], its_nam
     if theirs != ours:
         words = {"linear": "linear", "cosine": "normalised", "simplex": "a simplex"}
         return f"that run's is {words[theirs]}, that of {config.method.name} is not"
+    if its_config.method.unlabelled and (config.model.start_share or config.method.pretraining_tau):
+        return "no label counted where that run's features were trained"
     return ""

@@ -14,7 +14,7 @@ from typing import Any
 from mfm_jax import config as config_lib
 from mfm_jax.config import Change, Config
 from mfm_jax.data import sizes
-from mfm_jax.data.manifest import manifest_hash, read_manifest, write_manifest
+from mfm_jax.data.manifest import leaks_in_words, manifest_hash, read_manifest, write_manifest
 from mfm_jax.errors import UserError
 from mfm_jax.machine import disk
 from mfm_jax.workdir import ownership
@@ -135,6 +135,10 @@ class Workdir:
             say(f"the results of {epochs} epochs are in {earlier}; at the new end, test is read again")
         if changed or not self.config.exists():
             disk.write_object(self.config, config.to_dict(), indent=2)
+
+    def leaks(self, manifest: Mapping[str, Any]) -> str:
+        """Returns which images that a split holds out the run was trained on, in words; "" for none."""
+        return leaks_in_words(manifest, read_manifest(self.manifest)) if self.manifest.exists() else ""
 
     def check_split(self, manifest: Mapping[str, Any]) -> None:
         """Raises a UserError where a run has begun in the folder with another split than `manifest`."""
