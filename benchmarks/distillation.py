@@ -1,11 +1,11 @@
 """Students with and without a teacher: ResNet-8 of width 8, taught by MFM's tested classifier of width 16.
 
     TFDS_DATA_DIR=... python benchmarks/distillation.py --config=configs/cifar10_lt_small.py \
-        --config.train.epochs=15 --workdir=runs/distillation --jobs=2 --csv=docs/results/distillation.csv
+        --config.train.epochs=15 --workdir=runs/distillation --jobs=2
 
-One teacher and five students a seed (`--max_seeds`, default 3). Started again with the same folder it goes on where it
-was; `--csv` gets its lines as the runs end. At the end the means are printed, with differences paired by seed.
-`--max_seeds=1 --config.train.epochs=2` makes a trial of it.
+One teacher and five students a seed (`--seeds`). Started again with the same folder it goes on where it was;
+WORKDIR/distillation.csv gets its lines as the runs end. At the end the means are printed, with differences paired by
+seed. `--seeds=0 --config.train.epochs=2` makes a trial of it.
 """
 
 import csv
@@ -21,9 +21,6 @@ from mfm_jax import command, compare
 from mfm_jax import config as config_lib
 from mfm_jax.pages import comparison
 from mfm_jax.study import runs, tune
-
-_MAX_SEEDS = flags.DEFINE_integer("max_seeds", 3, "Seeds of each row.")
-_CSV = flags.DEFINE_string("csv", "", "CSV file of the runs; '' = distillation.csv in the workdir.")
 
 COLUMNS = ("row", "seed", "balanced_accuracy", "head_third", "middle_third", "tail_third", "train_seconds")
 THIRDS = ("head_third", "middle_third", "rarest_third")
@@ -59,7 +56,7 @@ def task(config: Any, workdir: Path, row: str, method: str, seed: int, values: M
 
 def main(argv: Sequence[str]) -> int:
     del argv
-    workdir, config, seeds = command.workdir(), command.config(), range(_MAX_SEEDS.value)
+    workdir, config, seeds = command.workdir(), command.config(), compare._seeds(flags.FLAGS.seeds)
     workdir.mkdir(parents=True, exist_ok=True)
     done: Done = {}
     failed: list[str] = []
@@ -68,7 +65,7 @@ def main(argv: Sequence[str]) -> int:
         for one, outcome in zip(tasks, outcomes, strict=True):
             if outcome.results:
                 done[one.workdir.parent.name, int(one.workdir.name.removeprefix("seed"))] = outcome.results
-        write_csv(done, Path(_CSV.value) if _CSV.value else workdir / "distillation.csv")
+        write_csv(done, workdir / "distillation.csv")
 
     students = [one for seed in seeds for one in students_of(config, workdir, seed)]
     for tasks in ([teacher_of(config, workdir, seed) for seed in seeds], students):

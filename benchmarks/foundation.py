@@ -1,16 +1,15 @@
 """What pre-training favours, corrected or not: a last layer trained on the frozen features of a network from here.
 
-    TFDS_DATA_DIR=... python benchmarks/foundation.py --config=configs/cifar10_lt_small.py --workdir=runs/foundation \
-      --csv=docs/results/foundation.csv
+    TFDS_DATA_DIR=... python benchmarks/foundation.py --config=configs/cifar10_lt_small.py --workdir=runs/foundation
 
 The stand-in for a foundation model is the config's network, trained by cross-entropy on a long tail of its own, of the
 factor `--start_factor`, so that its head favours some classes. From it the head alone is trained on the config's long
 tail (`model.tune=head`), by CE, logit adjustment and MFM, each as it is and with the prior that pre-training left
 (`method.pretraining_tau=1`). `start` is the stand-in itself. Started again with the same folder it goes on where it
-was. `--max_seeds=1 --config.train.epochs=2` makes a trial of it; `--jobs=N` has N runs side by side.
+was. `--seeds=0 --config.train.epochs=2` makes a trial of it; `--jobs=N` has N runs side by side. The rows are printed,
+and are in WORKDIR/foundation.csv.
 """
 
-import csv
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -21,12 +20,11 @@ from absl import flags
 
 from mfm_jax import command, compare
 from mfm_jax import config as config_lib
+from mfm_jax.machine import disk
 from mfm_jax.study import runs, tune
 
-_MAX_SEEDS = flags.DEFINE_integer("max_seeds", 3, "No row gets more seeds than this.")
 _START_FACTOR = flags.DEFINE_float("start_factor", 10.0, "Imbalance factor of what the stand-in is trained on.", 1.0)
 _ROWS = flags.DEFINE_list("rows", ["ce", "logit_adjusted", "mfm"], "Methods to train, each with and without the prior.")
-_CSV = flags.DEFINE_string("csv", "", "CSV file of the rows, e.g. docs/results/foundation.csv.")
 
 COLUMNS = (
     *("method", "pretraining_tau", "seeds", "balanced_accuracy_mean", "balanced_accuracy_std", "minus_uncorrected"),
@@ -40,13 +38,13 @@ Row = tuple[str, float]  # a method and its `method.pretraining_tau`
 
 
 def planned(
-    config: Any, workdir: Path, methods: Sequence[str], seeds: int, factor: float
+    config: Any, workdir: Path, methods: Sequence[str], seeds: Sequence[int], factor: float
 ) -> dict[Row, list[runs.Task]]:
     """Returns the runs of each row, one for each seed; `start` is what the others need."""
 
     def of(name: str, method: str, values: Mapping[str, Any]) -> list[runs.Task]:
         made = []
-        for seed in range(seeds):
+        for seed in seeds:
             head = {"model.init_from": str(workdir / "start" / f"seed{seed}")} if name != "start" else {}
             fields = tune.with_values(compare.run_fields(config, method, seed), {**values, **head})
             made.append(runs.Task(f"{name}, seed {seed}", config_lib.resolve(fields), workdir / name / f"seed{seed}"))
@@ -76,7 +74,7 @@ def line(row: Row, results: Results, uncorrected: Results) -> list[Any]:
 def main(argv: Sequence[str]) -> int:
     del argv
     workdir, jobs = command.workdir(), flags.FLAGS.jobs
-    rows = planned(command.config(), workdir, _ROWS.value, _MAX_SEEDS.value, _START_FACTOR.value)
+    rows = planned(command.config(), workdir, _ROWS.value, compare._seeds(flags.FLAGS.seeds), _START_FACTOR.value)
     found: dict[Row, Results] = {}
     failed: list[str] = []
     for stage in ([("start", 0.0)], [row for row in rows if row[0] != "start"]):
@@ -88,9 +86,7 @@ def main(argv: Sequence[str]) -> int:
         if failed:
             break
     lines = [line(row, results, found[row[0], 0.0]) for row, results in found.items() if len(results) == len(rows[row])]
-    for target in [Path(_CSV.value)] if _CSV.value else []:
-        with target.open("w", newline="") as file:
-            csv.writer(file).writerows([COLUMNS, *lines])
+    disk.write_rows(workdir / "foundation.csv", [COLUMNS, *lines])
     print(*(",".join(map(str, one)) for one in [COLUMNS, *lines]), *(f"failed: {one}" for one in failed), sep="\n")
     return 1 if failed else 0
 
