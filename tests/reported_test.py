@@ -17,7 +17,7 @@ RESULTS = ROOT / "docs" / "results"
 README, STUDY, PLANKTON = (
     path.read_text(encoding="utf-8") for path in (ROOT / "README.md", RESULTS / "study.md", RESULTS / "plankton.md")
 )
-RECIPES = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+RECIPES, NEIGHBOURS = ((ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("recipes.md", "neighbours.md"))
 METHODS = {
     "cross-entropy": "ce",
     "Meta-Weight-Net": "meta_weight_net",
@@ -350,3 +350,43 @@ def test_the_table_of_the_kept_curve():
     assert (len(shares), min(shares)) == (11, 67)
     for text in (page, README):
         assert "85 % or more of MFM's gain in ten of the eleven" in " ".join(text.split())
+
+
+def spread(row: Mapping[str, str], name: str = "balanced_accuracy", digits: int = 1) -> str:
+    """Returns `mean ± std` of what a row has of both; the file has them as `NAME_mean` and `NAME_std`, or NAME."""
+    mean, std = float(row.get(f"{name}_mean", row.get(name, ""))), float(row[f"{name}_std"])
+    return f"{mean:.{digits}f} ± {std:.{digits}f}"
+
+
+def test_wrong_labels():
+    found = {row["method"]: row for row in stored("noise.csv")}
+    rows = table(NEIGHBOURS, "## Noisy labels")
+    for method, (_, *cells) in zip(("ce", "mfm", "meta_weight_net", "l2rw", "rcal", "mfm_rcal"), rows, strict=True):
+        assert cells == [spread(found.pop(method + ending)) for ending in ("", "_noise20", "_noise40")]
+    assert not found
+
+
+def test_a_backbone_that_favours_classes():
+    rows = {(row["method"], float(row["pretraining_tau"])): row for row in stored("foundation.csv")}
+    assert f"has {spread(rows.pop(('start', 0.0)))} itself" in " ".join(NEIGHBOURS.split())
+    tested = table(NEIGHBOURS, "## Foundation models")
+    for method, (_, *cells) in zip(("ce", "logit_adjusted", "mfm"), tested, strict=True):
+        assert cells == [spread(rows.pop((method, tau))) for tau in (0.0, 1.0)]
+    assert not rows
+
+
+def test_students():
+    found: dict[str, list[float]] = {}
+    for row in stored("distillation.csv"):
+        found.setdefault(row["row"], []).append(float(row["balanced_accuracy"]))
+    means = {name: f"{statistics.mean(runs):.1f} ± {statistics.stdev(runs):.1f}" for name, runs in found.items()}
+    assert f"teachers have {means.pop('teacher')}" in " ".join(NEIGHBOURS.split())
+    assert [cell for _, cell in table(NEIGHBOURS, "## A teacher")] == list(means.values())
+
+
+def test_costs_and_recalls():
+    rows, tested = stored("costs.csv"), table(NEIGHBOURS, "## Costs and recalls")
+    for row, (_, *cells) in zip(rows, tested, strict=True):
+        costs = [spread(row, name, 2) for name in ("cost_likeliest", "cost_by_cost", "cost_with_recall")]
+        recalls = [f"{float(row[name]):.1f}" for name in ("reached", "likeliest_reached", "others", "likeliest_others")]
+        assert cells == [*costs, *recalls]
