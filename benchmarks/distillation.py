@@ -8,22 +8,19 @@ WORKDIR/distillation.csv gets its lines as the runs end. At the end the means ar
 seed. `--seeds=0 --config.train.epochs=2` makes a trial of it.
 """
 
-import csv
-import math
-import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import study
 from absl import flags
 
 from mfm_jax import command, compare
 from mfm_jax import config as config_lib
-from mfm_jax.pages import comparison
+from mfm_jax.machine import disk
 from mfm_jax.study import runs, tune
 
 COLUMNS = ("row", "seed", "balanced_accuracy", "head_third", "middle_third", "tail_third", "train_seconds")
-THIRDS = ("head_third", "middle_third", "rarest_third")
 TEACHER, WIDTH, STUDENT_WIDTH = "teacher", 16, 8
 # The method of each student, whether it has a teacher, and what is set for it.
 STUDENTS: dict[str, tuple[str, bool, Mapping[str, Any]]] = {
@@ -80,15 +77,13 @@ def main(argv: Sequence[str]) -> int:
 
 def write_csv(done: Done, path: Path) -> None:
     """Writes a line for each run, accuracies of the last epoch on the test split in percent."""
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(COLUMNS)
-        for row in (TEACHER, *STUDENTS):
-            for (_, seed), results in sorted(pair for pair in done.items() if pair[0][0] == row):
-                last = results["last"][results["split"]]
-                values = [last["balanced_accuracy"], *(last[name] for name in THIRDS)]
-                numbers = [f"{100 * value:.2f}" for value in values]
-                writer.writerow([row, seed, *numbers, f"{results['train_seconds']:.0f}"])
+    lines = []
+    for row in (TEACHER, *STUDENTS):
+        for (_, seed), results in sorted(pair for pair in done.items() if pair[0][0] == row):
+            found = study.summary([results])
+            numbers = [f"{found[name]:.2f}" for name in ("mean", *study.THIRDS)]
+            lines.append([row, seed, *numbers, f"{results['train_seconds']:.0f}"])
+    disk.write_rows(path, [COLUMNS, *lines])
 
 
 def markdown(done: Done) -> str:
@@ -101,20 +96,12 @@ def markdown(done: Done) -> str:
     for row, found in by_row.items():
         if not found:
             continue
-        values = [100 * one["last"][one["split"]]["balanced_accuracy"] for one in found]
-        std = statistics.stdev(values) if len(values) > 1 else math.nan
-        cells = [f"`{row}`", f"{statistics.fmean(values):.1f} ± {std:.1f}".removesuffix(" ± nan")]
-        cells += [difference(found, by_row[name]) if name != row else "–" for name in ("ce", "mfm")]
+        cells = [f"`{row}`", study.spread(study.summary(found))]
+        for name in ("ce", "mfm"):
+            paired = name != row and len(by_row[name]) == len(found)
+            cells.append(study.difference(found, by_row[name]) if paired else "–")
         lines.append(" | ".join(["", *cells, str(len(found)), ""]).strip())
     return "\n".join(lines)
-
-
-def difference(found: list[dict[str, Any]], baseline: list[dict[str, Any]]) -> str:
-    """Returns the difference in balanced accuracy, paired by seed, with its 95 % interval; "–" of unequal numbers."""
-    if len(found) != len(baseline):
-        return "–"
-    rows = compare.table({"baseline": baseline, "row": found})
-    return comparison.interval(next(row for row in rows if (row["method"], row["epoch"]) == ("row", "last")))
 
 
 if __name__ == "__main__":

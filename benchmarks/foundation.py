@@ -11,11 +11,11 @@ and are in WORKDIR/foundation.csv.
 """
 
 import math
-import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import study
 from absl import flags
 
 from mfm_jax import command, compare
@@ -30,10 +30,6 @@ COLUMNS = (
     *("method", "pretraining_tau", "seeds", "balanced_accuracy_mean", "balanced_accuracy_std", "minus_uncorrected"),
     *("head_third", "middle_third", "rarest_third"),
 )
-_THIRDS = ("head_third", "middle_third", "rarest_third")
-Results = list[dict[str, Any]]  # the content of `results.json` of each seed
-
-
 Row = tuple[str, float]  # a method and its `method.pretraining_tau`
 
 
@@ -58,16 +54,10 @@ def planned(
     return rows
 
 
-def line(row: Row, results: Results, uncorrected: Results) -> list[Any]:
-    """Returns a line of the CSV file, in percent; the difference is the mean of differences paired by seed."""
-    tested, base = ([one["last"][one["split"]] for one in group] for group in (results, uncorrected))
-    balanced, without = ([100 * one["balanced_accuracy"] for one in group] for group in (tested, base))
-    numbers = [
-        statistics.fmean(balanced),
-        statistics.stdev(balanced) if len(balanced) > 1 else math.nan,
-        statistics.fmean(a - b for a, b in zip(balanced, without, strict=True)),
-        *(100 * statistics.fmean(one[name] for one in tested) for name in _THIRDS),
-    ]
+def line(row: Row, results: study.Results, uncorrected: study.Results) -> list[Any]:
+    """Returns a line of the CSV file, in percent; the difference is that of the means."""
+    found, without = study.summary(results), study.summary(uncorrected)
+    numbers = [found["mean"], found["std"], found["mean"] - without["mean"], *(found[name] for name in study.THIRDS)]
     return [row[0], f"{row[1]:g}", len(results), *("" if math.isnan(value) else f"{value:.2f}" for value in numbers)]
 
 
@@ -75,7 +65,7 @@ def main(argv: Sequence[str]) -> int:
     del argv
     workdir, jobs = command.workdir(), flags.FLAGS.jobs
     rows = planned(command.config(), workdir, _ROWS.value, compare._seeds(flags.FLAGS.seeds), _START_FACTOR.value)
-    found: dict[Row, Results] = {}
+    found: dict[Row, study.Results] = {}
     failed: list[str] = []
     for stage in ([("start", 0.0)], [row for row in rows if row[0] != "start"]):
         tasks = [task for row in stage for task in rows[row]]

@@ -218,6 +218,11 @@ def summary(results: Results) -> dict[str, float]:
     return found | {name: 100 * statistics.fmean(one[f"{name}_third"] for one in last) for name in THIRDS}
 
 
+def spread(found: Mapping[str, float]) -> str:
+    """Returns mean and standard deviation of a `summary`; of one seed the mean."""
+    return f"{found['mean']:.1f} ± {found['std']:.1f}".removesuffix(" ± nan")
+
+
 def difference(results: Results, baseline: Results) -> str:
     """Returns the difference in balanced accuracy, paired by seed, with its 95 % interval, in words."""
     rows = compare.table({"baseline": baseline[: len(results)], "row": results})
@@ -236,7 +241,7 @@ def markdown(finished: Finished) -> str:
         lines += [" | ".join(["", *head, ""]).strip(), "|" + " --- |" * len(head)]
         for row, results in sorted(here, key=lambda pair: -summary(pair[1])["mean"]):
             found = summary(results)
-            cells = [f"`{row.name}`", f"{found['mean']:.1f} ± {found['std']:.1f}".removesuffix(" ± nan")]
+            cells = [f"`{row.name}`", spread(found)]
             cells += ["–" if row.name == name else difference(results, known[name]) for name in against]
             cells += [f"{found[name]:.1f}" for name in THIRDS] + [str(row.seeds)]
             lines.append(" | ".join(["", *cells, ""]).strip())

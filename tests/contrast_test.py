@@ -146,12 +146,9 @@ def test_weight_zero_is_the_plain_method_and_another_forms_the_features_too():
     assert np.abs(contrasted[PROJECTION]["proco"]["out"]["kernel"] - start).max() > 1e-5
 
 
-@pytest.mark.parametrize("name", ["ce", "mfm", "ldam"])
-@pytest.mark.usefixtures("quick_runs")
-def test_eight_devices_equal_one(name, monkeypatch):
-    monkeypatch.setattr(optim, "outer", lambda *_: optax.sgd(0.1))
-    config, found = proco(name), []
-    data = data_lib.build(config)
+def on_one_and_eight(config, batches):
+    """Returns state and metrics after the same steps on one device and on eight; `batches` as here, `(data, size)`."""
+    data, found = data_lib.build(config), []
     for mesh in (None, parallel.data_mesh(jax.devices()[:8])):
         experiment = experiment_lib.build(config, data, mesh)
         state = experiment.init()
@@ -160,8 +157,16 @@ def test_eight_devices_equal_one(name, monkeypatch):
         if experiment.meta_step:
             state, metrics = jax.jit(experiment.meta_step)(state, *batches(data))
         found.append(arrays((state, metrics)))
-    chex.assert_trees_all_close(found[1], found[0], rtol=1e-4, atol=2e-5)
-    assert np.abs(found[0][0].memory["proco"]["mean"]).max() > 0
+    return found
+
+
+@pytest.mark.parametrize("name", ["ce", "mfm", "ldam"])
+@pytest.mark.usefixtures("quick_runs")
+def test_eight_devices_equal_one(name, monkeypatch):
+    monkeypatch.setattr(optim, "outer", lambda *_: optax.sgd(0.1))
+    one, eight = on_one_and_eight(proco(name), batches)
+    chex.assert_trees_all_close(eight, one, rtol=1e-4, atol=2e-5)
+    assert np.abs(one[0].memory["proco"]["mean"]).max() > 0
 
 
 @pytest.mark.usefixtures("quick_runs")

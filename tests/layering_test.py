@@ -21,7 +21,7 @@ ORDER = (  # the files of a line import those of the lines above it alone
     "bilevel.balancing bilevel.hypergrad bilevel.losses bilevel.modulation bilevel.passes config.wanted "
     "data.list_text data.longtail data.manifest data.noise data.pictures data.walk fields machine.cluster "
     "machine.parallel machine.trace models.hub_cache models.hugging_face models.lowering models.native models.stacked "
-    "models.tuning models.zero_shot workdir.integrity workdir.ownership",
+    "models.tuning workdir.integrity workdir.ownership",
     "bilevel.auxiliary bilevel.averaging config.own data.decode data.depth data.labels data.spelling data.streaming "
     "evaluation.conformal evaluation.intervals evaluation.metrics machine.interruption machine.versions methods.heads "
     "methods.settings models.convolution",
@@ -35,7 +35,7 @@ ORDER = (  # the files of a line import those of the lines above it alone
     "bilevel.optim data.augment data.listing data.sources evaluation.health methods.sampling models.pretrained "
     "training.anomalies workdir.files",
     "bilevel.outer bilevel.sharpness data.batches data.checking data.digits data.given data.kept data.numbers "
-    "data.own data.pretext evaluation.gallery workdir.checkpoint workdir.loggers workdir.stored",
+    "data.own data.pretext evaluation.gallery models.zero_shot workdir.checkpoint workdir.loggers workdir.stored",
     "bilevel.objective command data.arrays data.files data.tfds methods.learners methods.own workdir.finished "
     "workdir.logs workdir.modulators",
     "bilevel.steps",

@@ -1,12 +1,13 @@
 """Contrast of the examples of a batch: BCL and SBCL by hand, padding, devices, and whole runs; SimSiam beside them."""
 
 import chex
+import contrast_test
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from contrast_test import FORWARD, unit
+from contrast_test import FORWARD, on_one_and_eight, unit
 from helpers import arrays, configured, slow
 
 from mfm_jax import data as data_lib
@@ -184,9 +185,8 @@ def run(which, name="ce", **overrides):
 
 def batches(data, size=40):
     """Returns a training batch with a second view, and a meta batch."""
-    image, label = jnp.asarray(data.train_images[:size], jnp.float32) / 16, jnp.asarray(data.train_labels[:size])
-    meta = jnp.asarray(data.meta_images[:size], jnp.float32) / 16, jnp.asarray(data.meta_labels[:size])
-    return Batch(image, label, second=Batch(image[:, ::-1], label)), Batch(*meta)
+    batch, meta = contrast_test.batches(data, size)
+    return batch._replace(second=Batch(batch.image[:, ::-1], batch.label)), meta
 
 
 @pytest.mark.usefixtures("quick_runs")
@@ -212,17 +212,8 @@ def test_weight_zero_is_the_plain_method_and_another_forms_the_features_too():
 @pytest.mark.usefixtures("quick_runs")
 def test_eight_devices_equal_one(which, name, monkeypatch):
     monkeypatch.setattr(optim, "outer", lambda *_: optax.sgd(0.1))
-    config, found = run(which, name), []
-    data = data_lib.build(config)
-    for mesh in (None, parallel.data_mesh(jax.devices()[:8])):
-        experiment = experiment_lib.build(config, data, mesh)
-        state = experiment.init()
-        for size in (40, 44):  # the second is padded
-            state, metrics = jax.jit(experiment.plain_step)(state, batches(data, size)[0])
-        if experiment.meta_step:
-            state, metrics = jax.jit(experiment.meta_step)(state, *batches(data))
-        found.append(arrays((state, metrics)))
-    chex.assert_trees_all_close(found[1], found[0], rtol=1e-4, atol=2e-5)
+    one, eight = on_one_and_eight(run(which, name), batches)
+    chex.assert_trees_all_close(eight, one, rtol=1e-4, atol=2e-5)
 
 
 @pytest.mark.parametrize(("which", "name"), [("sbcl", "logit_adjusted"), slow("bcl", "mfm")])
@@ -308,15 +299,8 @@ def test_no_label_counts_in_the_first_stage_of_simsiam():
 
 @pytest.mark.usefixtures("quick_runs")
 def test_eight_devices_normalise_as_one():
-    config, found = configured("simsiam"), []
-    data = data_lib.build(config)
-    for mesh in (None, parallel.data_mesh(jax.devices()[:8])):
-        experiment = experiment_lib.build(config, data, mesh)
-        state = experiment.init()
-        for size in (40, 44):
-            state, metrics = jax.jit(experiment.plain_step)(state, batches(data, size)[0])
-        found.append(arrays((state, metrics)))
-    chex.assert_trees_all_close(found[1], found[0], rtol=1e-4, atol=2e-5)
+    one, eight = on_one_and_eight(configured("simsiam"), batches)
+    chex.assert_trees_all_close(eight, one, rtol=1e-4, atol=2e-5)
 
 
 def test_the_classifier_that_is_tested_has_no_projection():

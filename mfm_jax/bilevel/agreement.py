@@ -75,17 +75,14 @@ def siamese(size: int) -> Auxiliary:
 def _between(projected: Projected, init: Callable[[jax.Array, PyTree], PyTree], weight: float = 1.0) -> Auxiliary:
     def loss(params: PyTree, memory: PyTree, seen: Sequence[Seen], forward: Pass) -> tuple[jax.Array, PyTree]:
         layers = params[PROJECTION][NAME]
+        dtype = layers["predict"]["kernel"].dtype
         (z1, p1), (z2, p2) = (
-            projected(layers, _wide(one.features["pooled"], layers), functools.partial(_normalized, one.batch, forward))
+            projected(layers, one.features["pooled"].astype(dtype), functools.partial(_normalized, one.batch, forward))
             for one in seen
         )
         return weight * forward.mean((disagreement(p1, z2) + disagreement(p2, z1)) / 2, seen[0].batch), memory
 
     return Auxiliary(NAME, loss, ("pooled",), projection=init)
-
-
-def _wide(x: jax.Array, layers: PyTree) -> jax.Array:
-    return x.astype(jax.tree.leaves(layers)[0].dtype)
 
 
 def _normalized(batch: Batch, forward: Pass, x: jax.Array) -> jax.Array:

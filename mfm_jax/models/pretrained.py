@@ -33,9 +33,10 @@ from mfm_jax.types import PyTree
 
 _Rules = Sequence[tuple[str, str | Callable[[re.Match[str]], str]]]  # pattern, replacement
 _WRAPPERS = ("state_dict", "model")
-_UNREADABLE = (
+ARRAYS = (".safetensors", ".npz")
+UNREADABLE = (
     *(OSError, ValueError, AttributeError, RuntimeError, EOFError),
-    *(zipfile.BadZipFile, zlib.error, pickle.UnpicklingError),
+    *(zipfile.BadZipFile, zlib.error, pickle.UnpicklingError, safetensors.SafetensorError),
 )
 
 # torchvision's names of a vision transformer, in timm's. Published files have the MLP's layers under an older name.
@@ -236,21 +237,23 @@ def _read(path: Path) -> dict[str, np.ndarray]:
     if not path.is_file():
         raise UserError(f"model.pretrained = {str(path)!r}: no such file")
     try:
-        if path.suffix == ".safetensors":
-            found: Mapping[str, Any] = safetensors.numpy.load_file(path)
-        elif path.suffix == ".npz":
-            with np.load(path, allow_pickle=False) as file:
-                found = dict(file)
-        else:
-            found = _read_torch(path)
-        return _canonical(found)
+        return _canonical(arrays_in(path) if path.suffix in ARRAYS else _read_torch(path))
     except UserError:
         raise
-    except (*_UNREADABLE, safetensors.SafetensorError) as error:
+    except UNREADABLE as error:
         raise UserError(
             f"model.pretrained = {str(path)!r}: cannot be read ({' '.join(str(error).split())[:200]}); expected"
             " .safetensors, .npz, or a PyTorch state dict"
         ) from error
+
+
+def arrays_in(path: Path) -> Mapping[str, np.ndarray]:
+    """Returns the arrays by name in a file of `ARRAYS`; raises one of `UNREADABLE`."""
+    if path.suffix == ".safetensors":
+        found: Mapping[str, np.ndarray] = safetensors.numpy.load_file(path)
+        return found
+    with np.load(path, allow_pickle=False) as file:
+        return dict(file)
 
 
 def _read_torch(path: Path) -> Mapping[str, Any]:

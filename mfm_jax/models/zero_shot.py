@@ -1,15 +1,10 @@
 """A zero-shot classifier: a head whose weights are the features of the classes' names, as a text tower gave them."""
 
-import zipfile
-from collections.abc import Mapping
-from typing import Any
-
 import numpy as np
-import safetensors
-import safetensors.numpy
 
 from mfm_jax.errors import UserError, in_a_line
 from mfm_jax.machine.disk import expanded
+from mfm_jax.models.pretrained import ARRAYS, UNREADABLE, arrays_in
 from mfm_jax.types import PyTree
 
 
@@ -48,16 +43,9 @@ def _read(path: str, field: str) -> np.ndarray:
     if not file.is_file():
         raise UserError(f"{field}: no such file")
     try:
-        if file.suffix == ".safetensors":
-            found: Mapping[str, Any] = safetensors.numpy.load_file(file)
-        elif file.suffix == ".npz":
-            with np.load(file, allow_pickle=False) as members:
-                found = dict(members)
-        else:
-            found = {"": np.load(file, allow_pickle=False)}
-        (array,) = found.values()
+        (array,) = arrays_in(file).values() if file.suffix in ARRAYS else (np.load(file, allow_pickle=False),)
         return np.asarray(array, np.float32)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, safetensors.SafetensorError) as error:
+    except UNREADABLE as error:
         raise UserError(
             f"{field}: cannot be read ({in_a_line(error)}); expected .npy, or .npz or .safetensors with one array"
         ) from error

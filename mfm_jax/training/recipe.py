@@ -140,17 +140,17 @@ def _sharpness(config: Config, counts: jax.Array) -> Sharpness | None:
 def _loss(config: Config, trained: Method, data: LongTailData, begin: int) -> LossFn | FeatureLoss:
     """Returns the loss of an example; `begin` is the first step of the second stage."""
 
-    def smoothed(loss: LossFn) -> LossFn:
+    def with_options(loss: LossFn) -> LossFn:
         amount, share = config.method.label_smoothing, config.method.cost_share
         loss = losses.smoothed(loss, amount) if amount else loss
         return losses.mixed(loss, _expected_cost(config, data.class_names), share) if share else loss
 
-    first, later = smoothed(trained.loss(config, jnp.asarray(data.counts))), trained.later
+    first, later = with_options(trained.loss(config, jnp.asarray(data.counts))), trained.later
     if later is None:
         return first
 
     def at(step: jax.Array, features: jax.Array) -> LossFn:
-        second = smoothed(later(config, features))
+        second = with_options(later(config, features))
         return lambda logits, labels: jnp.where(step >= begin, second(logits, labels), first(logits, labels))
 
     return FeatureLoss(at)
