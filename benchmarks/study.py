@@ -11,11 +11,12 @@ Started again with the same folder it goes on where it was. Tiers (`--tiers=main
   borrowed  the config's factor, 5 seeds: CE, MFM, and MFM with the modulator of the run `--source`, frozen, fine-tuned
   others    factor 100, 1 seed: every other method at its defaults, untuned
   features  factor 100, 2 seeds: MFM as in configs/cifar10_lt_features.py, the pooled features modulated, too
-  costs     factor 100, 3 seeds: the rarest three classes cost 5 times as much, 90 % of the rarest are to be found
+  costs     the config's factor, 3 seeds: a miss of the rarest three classes costs 5, 90 % of the rarest are to be found,
+            or what the config's eval.costs and eval.recall say
   explained 1 seed: what the methods below CE lack, put right one at a time
   contrast  factor 100, 1 seed: CE, logit adjustment and MFM as in main, beside a contrastive loss of pairs
   pretext   factor 100, 1 seed: SimSiam, and the same three from its classifier
-  noise     factor 100, 3 seeds: CE, MFM, Meta-Weight-Net, L2RW and RCAL with 0, 20 and 40 % wrong labels
+  noise     the config's factor, 3 seeds: CE, MFM, Meta-Weight-Net, L2RW and RCAL with 0, 20 and 40 % wrong labels
   joint     the same of MFM with RCAL: features of the tier `noise`'s MFM, from the same seed, for RCAL's last layer
 
 The last two are for short runs, such as `--tiers=noise,joint --config.train.epochs=5`. Noise is symmetric, unless
@@ -93,8 +94,8 @@ class Row(NamedTuple):
 Finished = list[tuple[Row, Results]]
 
 
-def tiers(own_factor: float, source: str) -> dict[str, list[Row]]:
-    """Returns the rows of every tier; `source` is the run whose modulator is taken over."""
+def tiers(own_factor: float, source: str, wanted: Values = WANTED) -> dict[str, list[Row]]:
+    """Returns the rows of every tier; `source` is the run whose modulator is taken over, `wanted` decides in `costs`."""
     known, elsewhere = {"modulation.init_from": source}, (*MAIN, *PEERS, "mfm_frozen", "simsiam")
     taken: dict[str, Values] = {"mfm_frozen": {**known, "meta.freeze": True}, "mfm_fine_tuned": known}
 
@@ -109,13 +110,13 @@ def tiers(own_factor: float, source: str) -> dict[str, list[Row]]:
 
     def noisy(share: float) -> list[Row]:
         noise: Values = {"data.label_noise": share} if share else {}
-        return [Row(name + _noise(share), name, 100.0, 3, {**CHOSEN.get(name, {}), **noise}) for name in NOISY]
+        return [Row(name + _noise(share), name, own_factor, 3, {**CHOSEN.get(name, {}), **noise}) for name in NOISY]
 
     def joint(share: float) -> Row:
         # Of the first stage nothing is trained but a last layer, in whose place the second puts another.
-        first: Values = {"model.init_from": f"{{workdir}}/factor100/mfm{_noise(share)}/seed{{seed}}"}
+        first: Values = {"model.init_from": f"{{workdir}}/factor{own_factor:g}/mfm{_noise(share)}/seed{{seed}}"}
         values: Values = {**first, "model.tune": "head"} | ({"data.label_noise": share} if share else {})
-        return Row(f"mfm_rcal{_noise(share)}", "rcal", 100.0, 3, values)
+        return Row(f"mfm_rcal{_noise(share)}", "rcal", own_factor, 3, values)
 
     return {
         "main": chosen(MAIN, 100.0, 5),
@@ -127,11 +128,11 @@ def tiers(own_factor: float, source: str) -> dict[str, list[Row]]:
         + [Row("mfm_long_tail", "mfm_frozen", 100.0, 1)],
         "features": [Row("mfm_features", "mfm", 100.0, 2, FEATURES)],
         "costs": [
-            *(Row(f"{name}_priced", name, 100.0, 3, {**CHOSEN.get(name, {}), **WANTED}) for name in MAIN),
-            Row("ce_cost_share", "ce", 100.0, 3, {**WANTED, **SHARED}),
-            Row("mfm_cost_share", "mfm", 100.0, 3, {**WANTED, **SHARED}),
-            Row("mfm_cost_meta", "mfm", 100.0, 3, {**WANTED, **META}),
-            Row("mfm_cost_both", "mfm", 100.0, 3, {**WANTED, **SHARED, **META}),
+            *(Row(f"{name}_priced", name, own_factor, 3, {**CHOSEN.get(name, {}), **wanted}) for name in MAIN),
+            Row("ce_cost_share", "ce", own_factor, 3, {**wanted, **SHARED}),
+            Row("mfm_cost_share", "mfm", own_factor, 3, {**wanted, **SHARED}),
+            Row("mfm_cost_meta", "mfm", own_factor, 3, {**wanted, **META}),
+            Row("mfm_cost_both", "mfm", own_factor, 3, {**wanted, **SHARED, **META}),
         ],
         "explained": [
             Row("ldam_without_margins", "ldam", 100.0, 1, {"method.ldam_margin": 0.0}),
@@ -157,7 +158,8 @@ def _noise(share: float) -> str:
 def main(argv: Sequence[str]) -> int:
     del argv
     workdir, config = command.workdir(), command.config()
-    planned = tiers(config.data.imbalance_factor, _SOURCE.value or "{workdir}/factor100/mfm/seed0")
+    source = _SOURCE.value or "{workdir}/factor100/mfm/seed0"
+    planned = tiers(config.data.imbalance_factor, source, {} if config.eval.costs else WANTED)
     finished: Finished = []
     failed: list[str] = []
     for tier in _TIERS.value:
