@@ -11,8 +11,8 @@ Started again with the same folder it goes on where it was. Tiers (`--tiers=main
   borrowed  the config's factor, 5 seeds: CE, MFM, and MFM with the modulator of the run `--source`, frozen, fine-tuned
   others    factor 100, 1 seed: every other method at its defaults, untuned
   features  factor 100, 2 seeds: MFM as in configs/cifar10_lt_features.py, the pooled features modulated, too
-  costs     the config's factor, 3 seeds: a miss of the rarest three classes costs 5, 90 % of the rarest are to be found,
-            or what the config's eval.costs and eval.recall say
+  costs     the config's factor, 3 seeds: a miss of the three rarest classes costs 5, 90 % of the rarest are to be
+            found; or what the config's eval.costs and eval.recall say
   explained 1 seed: what the methods below CE lack, put right one at a time
   contrast  factor 100, 1 seed: CE, logit adjustment and MFM as in main, beside a contrastive loss of pairs
   pretext   factor 100, 1 seed: SimSiam, and the same three from its classifier
@@ -95,7 +95,13 @@ Finished = list[tuple[Row, Results]]
 
 
 def tiers(own_factor: float, source: str, wanted: Values = WANTED) -> dict[str, list[Row]]:
-    """Returns the rows of every tier; `source` is the run whose modulator is taken over, `wanted` decides in `costs`."""
+    """Returns the rows of every tier.
+
+    Args:
+      own_factor: the config's imbalance factor.
+      source: the run whose modulator is taken over.
+      wanted: what the tier `costs` is to be decided by.
+    """
     known, elsewhere = {"modulation.init_from": source}, (*MAIN, *PEERS, "mfm_frozen", "simsiam")
     taken: dict[str, Values] = {"mfm_frozen": {**known, "meta.freeze": True}, "mfm_fine_tuned": known}
 

@@ -178,7 +178,8 @@ def table(
     `difference_se` its standard error, `std / sqrt(seeds)`, and `difference_t95` half the width of its 95 % interval by
     Student's t with seeds - 1 degrees of freedom; None for the first method or a single seed. `time_ratio` and
     `memory_ratio` are multiples of the first method's median training time and peak memory. `against` names
-    another baseline than the first method; without results of it there are neither differences nor ratios.
+    another baseline than the first method; without results of it there are neither differences nor ratios. Where
+    `eval.costs` or `eval.recall` is set, `mean_cost` is that of an image, by the decisions.
 
     `results` has by method the content of `results.json` of each seed, `memory` peak memory in bytes, None where it was
     not measured.
@@ -197,11 +198,20 @@ def table(
                 missing = any(value is None for value in values)
                 row[f"{name}_mean"] = None if missing else statistics.fmean(values)
                 row[f"{name}_std"] = None if missing or len(values) < 2 else statistics.stdev(values)
+            if any("decisions" in run["last"] for run in found):
+                row |= _cost(found, which)
             row |= _paired_difference(found, baseline, which)
             row |= {"train_seconds": times[method], "time_ratio": _ratio(times, method, against)}
             row |= {"memory_bytes": memory.get(method), "memory_ratio": _ratio(memory, method, against)}
             rows.append(row)
     return rows
+
+
+def _cost(found: list[dict[str, Any]], which: str) -> dict[str, float | None]:
+    known = [run[which]["decisions"]["measured"][run["split"]] for run in found if "decisions" in run[which]]
+    paid = [one["decided"]["mean_cost"] for one in known]
+    spread = statistics.stdev(paid) if len(paid) > 1 else None
+    return {"mean_cost_mean": statistics.fmean(paid) if paid else None, "mean_cost_std": spread}
 
 
 def _ratio(values: Mapping[str, float | None], method: str, against: str) -> float | None:
@@ -229,15 +239,17 @@ def write(
 ) -> None:
     """Writes `compare.csv`, in fractions, and `compare.md`, in percent, with what failed and what was tuned."""
     disk.write_rows(workdir / "compare.csv", [list(rows[0]), *(row.values() for row in rows)])
-    head = ["method", "epoch", *_COLUMNS, f"balanced - {baseline}", "time", "memory"]
+    priced = ["cost"] * len(comparison.cost(rows[0]))
+    head = ["method", "epoch", *_COLUMNS, f"balanced - {baseline}", *priced, "time", "memory"]
     lines = [head, ["---"] * len(head)]
     for row in rows:
         cells = [comparison.cell(row[f"{name}_mean"], row[f"{name}_std"]) for name in _COLUMNS]
         ratios = ["–" if row[name] is None else f"{row[name]:.2f}" for name in ("time_ratio", "memory_ratio")]
-        lines.append([row["method"], row["epoch"], *cells, comparison.interval(row), *ratios])
+        lines.append([row["method"], row["epoch"], *cells, comparison.interval(row), *comparison.cost(row), *ratios])
     text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     note = (
-        f"Percent; mean ± standard deviation over the seeds {', '.join(map(str, seeds))}; the difference in balanced"
+        f"Percent{' but for the cost' if priced else ''}; mean ± standard deviation over the seeds"
+        f" {', '.join(map(str, seeds))}; the difference in balanced"
         f" accuracy is paired by seed, with Student's 95 % interval; training time, with compilation, and peak"
         f" memory are multiples of {baseline}'s."
     )
@@ -256,12 +268,13 @@ def print_table(
 ) -> None:
     """Prints the accuracies that matter most, in percent, narrow enough for a terminal."""
     groups = ("balanced", "many", "medium", "few", "rarest", f"- {baseline}")
-    columns = [Column(name, no_wrap=True, justify="right") for name in groups]
+    priced = ["cost"] * len(comparison.cost(rows[0]))
+    columns = [Column(name, no_wrap=True, justify="right") for name in (*groups, *priced)]
     shown = Table(Column("method", no_wrap=True), "epoch", *columns, box=box.SIMPLE_HEAD, padding=0)
     for row in rows:
         cells = [comparison.cell(row[f"{name}_mean"], None) for name in ("many", "medium", "few", "rarest_third")]
         balanced = comparison.cell(row["balanced_accuracy_mean"], row["balanced_accuracy_std"])
-        shown.add_row(row["method"], row["epoch"], balanced, *cells, comparison.interval(row))
+        shown.add_row(row["method"], row["epoch"], balanced, *cells, comparison.interval(row), *comparison.cost(row))
     for method in failed:
         shown.add_row(method, "failed")
     Console().print(shown)

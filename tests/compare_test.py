@@ -121,6 +121,32 @@ def test_the_markdown_table_is_in_percent_with_a_dash_for_nothing(rows, tmp_path
     assert "seeds 0, 1, 2" in text.splitlines()[-1]
 
 
+def test_the_cost_of_an_image_is_a_column_where_classes_are_decided_by_cost(tmp_path, capsys):
+    def priced(*costs):
+        measured = [{"measured": {"test": {"decided": {"mean_cost": cost}}}} for cost in costs]
+        plain = map(result, (0.5, 0.7))
+        return [one | {"last": one["last"] | {"decisions": m}} for one, m in zip(plain, measured, strict=True)]
+
+    rows = compare.table({"ce": priced(1.0, 2.0), "mfm": priced(0.25, 0.75)})
+    assert [(row["mean_cost_mean"], row["mean_cost_std"]) for row in rows] == [(1.5, 0.5**0.5), (0.5, 0.125**0.5)]
+    compare.write(rows, [0, 1], tmp_path, "ce")
+    head, _, ce, mfm = cells((tmp_path / "compare.md").read_text())
+    at = head.index("cost")
+    assert (ce[at], mfm[at]) == ("1.50 ± 0.71", "0.50 ± 0.35")
+    compare.print_table(rows, "ce")
+    said = capsys.readouterr().out
+    assert "cost" in said
+    assert "0.50 ± 0.35" in said
+
+
+def test_a_checkpoint_without_decisions_has_no_cost():
+    measured = {"decisions": {"measured": {"test": {"decided": {"mean_cost": 2.0}}}}}
+    one = result(0.5, best=0.4)
+    last, best = compare.table({"ce": [one | {"last": one["last"] | measured}]})
+    assert (last["mean_cost_mean"], last["mean_cost_std"]) == (2.0, None)
+    assert (best["mean_cost_mean"], best["mean_cost_std"]) == (None, None)
+
+
 def test_what_failed_and_what_was_tuned_is_said_below(rows, tmp_path):
     tuned = {"ce": {}, "mfm": {"meta.learning_rate": 0.0123456, "method.hidden": 3}}
     compare.write(rows, [0], tmp_path, "ce", {"focal": "focal seed 1: loss became non-finite"}, tuned)

@@ -134,6 +134,15 @@ def test_it_claims_nothing_where_nothing_is_shown(tmp_path):
     assert rows_of(html, "cost")["mfm"][3] == "0"  # a ratio to what was not measured is left out
 
 
+def test_costs_of_an_image_stand_beside_the_accuracies_where_they_were_asked_for(tmp_path, html):
+    assert "Cost of an image" not in html
+    results = {"ce": [run(0, 0.5, 1.0)], "mfm": [run(0, 0.7, 1.0)]}
+    for cost, (one,) in zip((1.25, 0.5), results.values(), strict=True):
+        one["last"]["decisions"] = {"measured": {"test": {"decided": {"mean_cost": cost}}}}
+    found = rows_of(page(tmp_path, results), "accuracy")
+    assert {name: cells[-1] for name, cells in found.items()} == {"ce": "1.25", "mfm": "0.50"}
+
+
 def test_it_is_one_page_with_four_figures_and_escapes_names(html):
     assert html.count("<svg") == 4
     assert "mathdefault" not in html  # TeX, which a browser shows as it is

@@ -295,12 +295,12 @@ def test_a_processor_without_amx_has_no_kernels_in_bfloat16(monkeypatch):
     monkeypatch.delenv("MFM_JAX_NATIVE", raising=False)
     features = frozenset(native._OF_BFLOAT16[0]) - {"amx_bf16"}
     monkeypatch.setattr(native, "_cpu_features", lambda: features)
-    assert native._load.__wrapped__(True) == ("xla", "no kernels in bfloat16 for a processor without AMX")
+    assert native._load.__wrapped__("bfloat16") == ("xla", "no kernels in bfloat16 for a processor without AMX")
 
 
 def test_a_system_that_forbids_amx_has_no_kernels_in_bfloat16(monkeypatch, bfloat16_kernels):
     monkeypatch.setattr(native, "_PERMISSION", (*native._PERMISSION[:2], 63))  # a part of the state that is none
-    assert native._load.__wrapped__(True) == ("xla", "the system does not let this process use AMX")
+    assert native._load.__wrapped__("bfloat16") == ("xla", "the system does not let this process use AMX")
 
 
 def test_without_a_compiler_xla_computes(tmp_path, monkeypatch):

@@ -1,8 +1,8 @@
 """The convolution's own CPU kernels (the folder `cpu`): compiled on first use, checked, and left out where they fail.
 
 XLA's convolutions reach a third of a CPU's rate. The kernels are compiled with an installed C++ compiler into the cache
-folder, once for each source, jaxlib, compiler and kind of processor. Before use, their results are compared with XLA's.
-If anything goes wrong, XLA's own convolutions are used, and `lowering` and `reason` say so.
+folder, once for each type, source, jaxlib, compiler and kind of processor. Before use, their results are compared with
+XLA's. If anything goes wrong, XLA's own convolutions are used, and `lowering` and `reason` say so.
 `MFM_JAX_NATIVE=0` turns the kernels off.
 """
 
@@ -39,6 +39,7 @@ _OF_BFLOAT16 = (  # the same
     ("avx512f", "fma", "bmi2", "avx512bw", "avx512vl", "avx512_bf16", "amx_tile", "amx_bf16"),
     ("-mavx512f", "-mfma", "-mbmi2", "-mavx512bw", "-mavx512vl", "-mavx512bf16", "-mamx-tile", "-mamx-bf16"),
 )
+_VALUES = {"float32": "float", "float64": "double"}  # what `SOURCE` is compiled for
 _PERMISSION = (158, 0x1023, 18)  # Linux: arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA), once in a process
 _COMPILE_SECONDS = 300
 # Of the largest entry, where sums are taken in another order; in bfloat16 both round theirs, by up to 2^-8.
@@ -52,17 +53,17 @@ class Unavailable(Exception):
 
 def lowering(dtype: str = "float32") -> str:
     """Returns what computes convolutions of `dtype`: `native` and the kind of vectors, as `native avx2`, or `xla`."""
-    return _load(dtype == "bfloat16")[0] if jax.default_backend() == "cpu" and dtype in TOLERANCE else "xla"
+    return _load(dtype)[0] if jax.default_backend() == "cpu" and dtype in TOLERANCE else "xla"
 
 
 def reason(dtype: str = "float32") -> str:
     """Returns why the kernels of `dtype` are left out on CPU; "" where they are not, or there are none."""
-    return _load(dtype == "bfloat16")[1] if jax.default_backend() == "cpu" and dtype in TOLERANCE else ""
+    return _load(dtype)[1] if jax.default_backend() == "cpu" and dtype in TOLERANCE else ""
 
 
 def target(operation: str, dtype: str) -> str:
     """Returns the name by which XLA calls the kernel of an operation, a key of `TARGETS`."""
-    return operation + "_bfloat16" * (dtype == "bfloat16")
+    return f"{operation}_{dtype}"
 
 
 def prepare(dtype: str = "float32") -> None:
@@ -72,39 +73,37 @@ def prepare(dtype: str = "float32") -> None:
     """
     if jax.default_backend() == "cpu":
         with contextlib.suppress(Unavailable, OSError):
-            _made(dtype == "bfloat16")
+            _made(dtype)
 
 
 @functools.cache
-def _load(half: bool = False) -> tuple[str, str]:
-    """Compiles, loads, registers and checks kernels, once in a process; returns what `lowering` and `reason` do.
+def _load(dtype: str = "float32") -> tuple[str, str]:
+    """Compiles, loads, registers and checks the kernels of `dtype`, a library of their own, once in a process.
 
-    half: those of bfloat16, which are a library of their own.
+    Returns what `lowering` and `reason` do.
     """
-    dtypes = [dtype for dtype in TOLERANCE if (dtype == "bfloat16") == half]
     try:
-        vectors, path = _made(half)
-        if half and ctypes.CDLL(None).syscall(*_PERMISSION) != 0:
+        vectors, path = _made(dtype)
+        if dtype == "bfloat16" and ctypes.CDLL(None).syscall(*_PERMISSION) != 0:
             raise Unavailable("the system does not let this process use AMX")
         library = ctypes.CDLL(str(path))
         for operation, symbol in TARGETS.items():
             kernel = jax.ffi.pycapsule(getattr(library, symbol))
-            jax.ffi.register_ffi_target(target(operation, dtypes[0]), kernel, platform="cpu")
+            jax.ffi.register_ffi_target(target(operation, dtype), kernel, platform="cpu")
         with jax.ensure_compile_time_eval():
-            for dtype in dtypes:
-                _check(dtype)
+            _check(dtype)
     except (Unavailable, OSError, AttributeError) as error:  # a library that does not load, or lacks a symbol
         return "xla", f"{error}"
     return f"native {vectors}", ""
 
 
-def _made(half: bool) -> tuple[str, Path]:
+def _made(dtype: str) -> tuple[str, Path]:
     """Returns the kind of vectors and the compiled kernels."""
     if os.environ.get("MFM_JAX_NATIVE") == "0":
         raise Unavailable("MFM_JAX_NATIVE=0")
-    if not half:
+    if dtype != "bfloat16":
         vectors, flags = _vectors()
-        return vectors, _compiled(flags, SOURCE)
+        return vectors, _compiled((*flags, f"-DMFM_VALUE={_VALUES[dtype]}"), SOURCE)
     needed, flags = _OF_BFLOAT16
     if not _cpu_features().issuperset(needed):
         raise Unavailable("no kernels in bfloat16 for a processor without AMX")

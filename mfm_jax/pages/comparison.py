@@ -64,6 +64,7 @@ def write_page(
         "rows": [row for row in rows if row["epoch"] == "last" or selected],
         "costs": [_cost(one, methods[0], rows) for one in methods],
         "cell": cell,
+        "cost": cost,
         "interval": interval,
         "failed": failed,
         "tuned": {name: values for name, values in tuned.items() if values},
@@ -181,3 +182,11 @@ def interval(row: Mapping[str, Any]) -> str:
 def cell(mean: float | None, spread: float | None) -> str:
     """Returns a mean and its standard deviation, fractions, in percent with one decimal; a dash for None."""
     return percent(mean, 1) + ("" if mean is None or spread is None else f" ± {100 * spread:.1f}")
+
+
+def cost(row: Mapping[str, Any]) -> list[str]:
+    """Returns the mean cost of an image with its standard deviation, one cell; none where no decisions were wanted."""
+    if "mean_cost_mean" not in row:
+        return []
+    mean, spread = row["mean_cost_mean"], row["mean_cost_std"]
+    return ["–" if mean is None else f"{mean:.2f}" + ("" if spread is None else f" ± {spread:.2f}")]

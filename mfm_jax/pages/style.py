@@ -20,13 +20,13 @@ from collections.abc import Callable, Iterable
 from importlib import resources
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import jinja2
 import markupsafe
 import numpy as np
 
 from mfm_jax.workdir.finished import Classes
 
 if TYPE_CHECKING:
+    import jinja2
     from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.axis import Axis
@@ -121,8 +121,10 @@ def tip(artist: "Artist", text: str) -> None:
     artist.set_gid(f"tip:{text}")
 
 
-def template(name: str, **filters: Callable[..., str]) -> jinja2.Template:
+def template(name: str, **filters: Callable[..., str]) -> "jinja2.Template":
     """Returns the template `name` of this package, with the filters `percent`, `number`, `breakable` and `filters`."""
+    import jinja2  # here: a run that trains does not wait for it
+
     page = name.endswith(".html.jinja")
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("mfm_jax", "pages"),

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <array>
 #include <cstdint>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -253,24 +254,21 @@ void weight_gradient(ffi::ThreadPool& pool, const Geometry& g, const T* x, const
 
 // --- the handlers ---------------------------------------------------------------------------------
 
-template <class T, ffi::DataType data>
 struct Wide {
-  static constexpr auto type = data;
-  using Value = T;
+  using Value = MFM_VALUE;  // float or double: each is a library of its own, since few programs need both
+  static constexpr auto type = std::is_same_v<Value, float> ? ffi::F32 : ffi::F64;
 
   template <Operation operation>
-  static void run(ffi::ThreadPool& pool, const Geometry& g, const T* a, const T* b, T* out) {
-    bool narrow = g.outputs <= kLanes<T>;
+  static void run(ffi::ThreadPool& pool, const Geometry& g, const Value* a, const Value* b, Value* out) {
+    bool narrow = g.outputs <= kLanes<Value>;
     if constexpr (operation == kConvolution)
-      narrow ? convolve<T, 1>(pool, g, a, b, out) : convolve<T, kVectors>(pool, g, a, b, out);
+      narrow ? convolve<Value, 1>(pool, g, a, b, out) : convolve<Value, kVectors>(pool, g, a, b, out);
     else
-      narrow ? weight_gradient<T, 1>(pool, g, a, b, out) : weight_gradient<T, kVectors>(pool, g, a, b, out);
+      narrow ? weight_gradient<Value, 1>(pool, g, a, b, out) : weight_gradient<Value, kVectors>(pool, g, a, b, out);
   }
 };
-using Single = Wide<float, ffi::F32>;
-using Double = Wide<double, ffi::F64>;
 
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(MfmConvolution, (handle<kConvolution, Single, Double>), binding());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(MfmWeightGradient, (handle<kWeightGradient, Single, Double>), binding());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(MfmConvolution, (handle<kConvolution, Wide>), binding());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(MfmWeightGradient, (handle<kWeightGradient, Wide>), binding());

@@ -1,7 +1,6 @@
 // How XLA calls a kernel: shapes and attributes become a geometry, and leading axes a loop.
 #pragma once
 
-#include <array>
 #include <cstdint>
 
 #include "geometry.h"
@@ -24,36 +23,26 @@ struct Shape {
 
 enum Operation { kConvolution, kWeightGradient };
 
-// Runs the kernels if they are for operands of `type`, and returns whether they are. `Kernels` has XLA's type of the
-// elements, `type`, the C++ one, `Value`, and `run<operation>(pool, geometry, a, b, out)`.
+// `Kernels` has XLA's type of the elements, `type`, the C++ one, `Value`, and `run<operation>(pool, geometry, a, b, out)`.
 template <Operation operation, class Kernels>
-bool run(ffi::DataType type, ffi::ThreadPool& pool, const std::array<Axis, 2>& axes, const Shape& x, const Shape& y,
-         const std::array<int64_t, 3>& counts, const void* a, const void* b, void* out) {
-  using T = typename Kernels::Value;
-  if (type != Kernels::type) return false;
-  Geometry g(axes[0], axes[1], x.size[0], x.size[3], y.size[3], sizeof(T));
-  for (int64_t i = 0; i < x.groups; ++i)
-    Kernels::template run<operation>(pool, g, static_cast<const T*>(a) + i * counts[0],
-                                     static_cast<const T*>(b) + i * counts[1], static_cast<T*>(out) + i * counts[2]);
-  return true;
-}
-
-template <Operation operation, class... Kernels>
 ffi::Error handle(ffi::ThreadPool pool, ffi::AnyBuffer a, ffi::AnyBuffer b, ffi::Result<ffi::AnyBuffer> out,
                   Sizes stride, Sizes low, Sizes dilation) {
-  auto type = a.element_type();
+  using T = typename Kernels::Value;
+  for (auto type : {a.element_type(), b.element_type(), out->element_type()})
+    if (type != Kernels::type) return ffi::Error::InvalidArgument("convolution: not the type that the kernels are for");
   if (a.dimensions().size() < 4 || b.dimensions().size() != a.dimensions().size() ||
-      out->dimensions().size() != a.dimensions().size() || b.element_type() != type || out->element_type() != type)
-    return ffi::Error::InvalidArgument("convolution: operands of one type, with four axes or more, are wanted");
+      out->dimensions().size() != a.dimensions().size())
+    return ffi::Error::InvalidArgument("convolution: operands with four axes or more are wanted");
   Shape x(a.dimensions()), second(b.dimensions()), third(out->dimensions());
   const Shape &kernel = operation == kConvolution ? second : third, &y = operation == kConvolution ? third : second;
   auto axis = [&](int i) {
     return Axis(x.size[i + 1], y.size[i + 1], kernel.size[i], stride[i], low[i], dilation[i]);
   };
-  std::array<int64_t, 3> counts{x.count(), second.count(), third.count()};
-  if (!(run<operation, Kernels>(type, pool, {axis(0), axis(1)}, x, y, counts, a.untyped_data(), b.untyped_data(),
-                                out->untyped_data()) || ...))
-    return ffi::Error::InvalidArgument("convolution: not a type that the kernels are for");
+  Geometry g(axis(0), axis(1), x.size[0], x.size[3], y.size[3], sizeof(T));
+  auto *first = static_cast<const T*>(a.untyped_data()), *other = static_cast<const T*>(b.untyped_data());
+  auto* to = static_cast<T*>(out->untyped_data());
+  for (int64_t i = 0; i < x.groups; ++i)
+    Kernels::template run<operation>(pool, g, first + i * x.count(), other + i * second.count(), to + i * third.count());
   return ffi::Error::Success();
 }
 
