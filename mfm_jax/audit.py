@@ -20,13 +20,16 @@ import numpy as np
 from mfm_jax import command
 from mfm_jax import data as data_lib
 from mfm_jax.data import batches
+from mfm_jax.data.manifest import read_manifest
 from mfm_jax.data.sources import Images
 from mfm_jax.errors import UserError
 from mfm_jax.evaluation import classifier, suspects
 from mfm_jax.evaluation.suspects import Suspect
 from mfm_jax.machine import disk
+from mfm_jax.machine.disk import expanded
 from mfm_jax.pages import audit as page
 from mfm_jax.study import folds as folds_lib
+from mfm_jax.study.runs import Task
 from mfm_jax.workdir.files import Workdir
 
 HEADER = ("picture", "label", "likely_label", "probability", "score", "kind", "other", "other_label")
@@ -63,6 +66,7 @@ def audit(workdir: Path, folds: int = 3, jobs: int = 1) -> tuple[list[Suspect], 
         raise UserError(f"--folds={folds}: no class of {data.name} has two training images, so none can be held out")
     probabilities = np.full((len(fold), data.num_classes), np.nan, np.float32)
     planned = folds_lib.plan(config, data, fold, run.audit / f"folds{folds}")
+    _warn_of_leaks(planned)
     folds_lib.train(planned, jobs)
     for number, one in enumerate(planned):
         held = np.flatnonzero(fold == number)
@@ -82,6 +86,18 @@ def audit(workdir: Path, folds: int = 3, jobs: int = 1) -> tuple[list[Suspect], 
     looked = page.Looked(len(answered), folds, right)
     page.write(out, data.name, list(zip(found, rows, strict=True)), images, looked)
     return found, out
+
+
+def _warn_of_leaks(planned: Sequence[Task]) -> None:
+    """Warns where a run that folds start or learn from knows the labels of images that they hold out."""
+    config = planned[0].config
+    for field, source in (("method.teacher", config.method.teacher), ("model.init_from", config.model.init_from)):
+        known = source and any(
+            Workdir(expanded(source)).leaks(read_manifest(one.config.data.manifest)) for one in planned
+        )
+        if known:
+            why = "was trained on images that folds hold out, and may repeat their labels"
+            print(f"warning: {field} = {source!r}: {why}; audit a run without it", file=sys.stderr)
 
 
 def _answers(images: Images, of: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:

@@ -190,20 +190,49 @@ def test_an_audit_trains_folds_once_and_leaves_a_table_and_a_page(trained_run, t
     assert (place / "suspects.csv").read_text() == before
 
 
-def test_an_audit_counts_the_labels_made_wrong_that_it_finds(quick_runs, tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def without_networks(monkeypatch):
+    """Audits of a config's run, whose folds are not trained, whatever they would answer."""
+
+    def prepare(config):
+        monkeypatch.setattr(suspects, "installed", lambda: None)  # needs the extra `audit`
+        monkeypatch.setattr(folds, "train", lambda planned, jobs: None)
+        plain = classifier.Classifier(None, config_lib.resolve(config), 2, None, lambda x: np.full((len(x), 10), 0.1))
+        plain = plain._replace(features=lambda x: x.reshape(len(x), -1) / 255)
+        monkeypatch.setattr(classifier, "load", lambda *_: plain)
+
+    return prepare
+
+
+def test_an_audit_counts_the_labels_made_wrong_that_it_finds(
+    quick_runs, tmp_path, monkeypatch, capsys, without_networks
+):
     config = tiny(data__label_noise=0.3, method__name="ce", train__epochs=1, train__max_steps=2)
     train.train_and_evaluate(config, tmp_path / "run", pages=False)
     data = data_lib.build(config_lib.resolve(config))
-    monkeypatch.setattr(suspects, "installed", lambda: None)  # needs the extra `audit`
+    without_networks(config)
     monkeypatch.setattr(suspects, "wrong_labels", lambda *_: [Suspect("label", i, 0.1) for i in range(40)])
-    monkeypatch.setattr(folds, "train", lambda planned, jobs: None)
-    monkeypatch.setattr(classifier, "load", lambda *_: plain)
-    plain = classifier.Classifier(None, config_lib.resolve(config), 2, None, lambda x: np.full((len(x), 10), 0.1))
-    plain = plain._replace(features=lambda x: x.reshape(len(x), -1) / 255)
     audit.audit(tmp_path / "run", folds=2)
     found = (data.train_labels != data.true_labels)[:40].sum()
     assert 0 < found < 40
-    assert f"of {len(data.wrong_labels)} labels made wrong, {found} are found" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert f"of {len(data.wrong_labels)} labels made wrong, {found} are found" in said.out
+    assert "audit a run without it" not in said.err
+
+
+@pytest.mark.parametrize("field", ["method.teacher", "model.init_from"])
+def test_an_audit_warns_of_a_run_that_knows_the_labels(
+    field, quick_runs, tmp_path, monkeypatch, capsys, without_networks
+):
+    config = {"method__name": "ce", "train__epochs": 1, "train__max_steps": 2}
+    first = str(tmp_path / "first")
+    train.train_and_evaluate(tiny(**config), first, pages=False)
+    after = tiny(**config, **{field.replace(".", "__"): first})
+    train.train_and_evaluate(after, tmp_path / "run", pages=False)
+    without_networks(after)
+    monkeypatch.setattr(suspects, "wrong_labels", lambda *_: [])
+    audit.audit(tmp_path / "run", folds=2)
+    assert f"warning: {field} = {first!r}: was trained on images that folds hold out" in capsys.readouterr().err
 
 
 # The benchmark
