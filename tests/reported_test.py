@@ -384,8 +384,11 @@ def test_students():
     assert [cell for _, cell in table(NEIGHBOURS, "## A teacher")] == list(means.values())
 
 
-def test_costs_and_recalls():
-    rows, tested = stored("costs.csv"), table(NEIGHBOURS, "## Costs and recalls")
+@pytest.mark.parametrize(
+    ("name", "after"), [("costs", "## Costs and recalls"), ("costs_plankton", "\nCosts on [plankton]")]
+)
+def test_costs_and_recalls(name, after):
+    rows, tested = stored(f"{name}.csv"), table(NEIGHBOURS, after)
     for row, (_, *cells) in zip(rows, tested, strict=True):
         costs = [spread(row, name, 2) for name in ("cost_likeliest", "cost_by_cost", "cost_with_recall")]
         recalls = [f"{float(row[name]):.1f}" for name in ("reached", "likeliest_reached", "others", "likeliest_others")]
