@@ -182,7 +182,7 @@ class Pass:
             return self.averages(state.replace(batch_stats=before), params, batch)
 
         def fresh(before: jax.Array, after: jax.Array, m: jax.Array) -> jax.Array:
-            return jnp.where(m < 1, before + (after - before) / jnp.where(m < 1, 1 - m, 1), before)
+            return before + (after - before) / jnp.where(m < 1, 1 - m, jnp.inf)
 
         before = state.batch_stats
         after, slope = jax.jvp(averages, (before,), (jax.tree.map(jnp.ones_like, before),))
