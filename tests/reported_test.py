@@ -375,13 +375,16 @@ def test_a_backbone_that_favours_classes():
     assert not rows
 
 
-def test_students():
+@pytest.mark.parametrize(
+    ("name", "after"), [("distillation", "## A teacher"), ("distillation_plankton", "\nStudents of")]
+)
+def test_students(name, after):
     found: dict[str, list[float]] = {}
-    for row in stored("distillation.csv"):
+    for row in stored(f"{name}.csv"):
         found.setdefault(row["row"], []).append(float(row["balanced_accuracy"]))
     means = {name: f"{statistics.mean(runs):.1f} ± {statistics.stdev(runs):.1f}" for name, runs in found.items()}
     assert f"teachers have {means.pop('teacher')}" in " ".join(NEIGHBOURS.split())
-    assert [cell for _, cell in table(NEIGHBOURS, "## A teacher")] == list(means.values())
+    assert [cell for _, cell in table(NEIGHBOURS, after)] == list(means.values())
 
 
 @pytest.mark.parametrize(
