@@ -358,9 +358,10 @@ def spread(row: Mapping[str, str], name: str = "balanced_accuracy", digits: int 
     return f"{mean:.{digits}f} ± {std:.{digits}f}"
 
 
-def test_wrong_labels():
-    found = {row["method"]: row for row in stored("noise.csv")}
-    rows = table(NEIGHBOURS, "## Noisy labels")
+@pytest.mark.parametrize(("name", "after"), [("noise", "## Noisy labels"), ("noise_plankton", "\nWrong labels of")])
+def test_wrong_labels(name, after):
+    found = {row["method"]: row for row in stored(f"{name}.csv")}
+    rows = table(NEIGHBOURS, after)
     for method, (_, *cells) in zip(("ce", "mfm", "meta_weight_net", "l2rw", "rcal", "mfm_rcal"), rows, strict=True):
         assert cells == [spread(found.pop(method + ending)) for ending in ("", "_noise20", "_noise40")]
     assert not found
