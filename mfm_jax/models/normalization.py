@@ -19,6 +19,7 @@ class BatchNorm(nn.Module):
       momentum: what the running averages keep at each update.
       axis_name: mesh axis over which the statistics are averaged; None keeps them local.
       dtype: of the result; statistics are float32 (or wider).
+      scale_init: of the scale, ones or zeros.
 
     References:
       Ioffe and Szegedy, Batch normalization, ICML 2015, algorithm 1.
@@ -28,6 +29,7 @@ class BatchNorm(nn.Module):
     momentum: float = 0.9
     axis_name: str | None = None
     dtype: DTypeLike = jnp.float32
+    scale_init: nn.initializers.Initializer = nn.initializers.ones
 
     @nn.compact
     def __call__(self, x: jax.Array, weight: jax.Array | None = None) -> jax.Array:
@@ -49,7 +51,7 @@ class BatchNorm(nn.Module):
             if not self.is_initializing():
                 running_mean.value = self.momentum * running_mean.value + (1 - self.momentum) * mean
                 running_var.value = self.momentum * running_var.value + (1 - self.momentum) * var
-        scale = self.param("scale", nn.initializers.ones, shape, jnp.float32)
+        scale = self.param("scale", self.scale_init, shape, jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, shape, jnp.float32)
         # As x factor + shift, and not from x - mean: that the backward pass would keep as an array of its own.
         factor = lax.rsqrt(var + 1e-5) * scale
