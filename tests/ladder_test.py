@@ -22,6 +22,7 @@ LADDER = {
     **{f"resnet8, seed {seed}": ("model.name=resnet8", f"train.seed={seed}") for seed in range(3)},
     **{name: (f"model.name={name}",) for name in ("resnet20", "resnet32", "resnet56")},
     "resnet18 at 64 pixels": LARGE,
+    "resnet50 at 64 pixels": ("model.name=resnet50", *LARGE[1:]),
     "a small ViT": VIT,
     **{f"{name}, features": (f"model.name={name}", *FEATURES) for name in ("resnet8", "resnet20", "resnet32")},
     "resnet8 in bfloat16": ("model.name=resnet8", "train.dtype=bfloat16"),

@@ -1,5 +1,7 @@
 """The classifiers: sizes by formula, sites, precision, batch statistics."""
 
+import functools
+
 import chex
 import flax.linen as nn
 import jax
@@ -14,7 +16,7 @@ from mfm_jax.config import SMALL_RESNETS
 from mfm_jax.errors import UserError
 from mfm_jax.models.densenet import DenseNet
 from mfm_jax.models.efficientnet import B0, EfficientNet, Plan, scaled
-from mfm_jax.models.imagenet import ResNet
+from mfm_jax.models.imagenet import Block, ResNet
 from mfm_jax.models.resnet import shortcut
 from mfm_jax.models.vit import VisionTransformer
 from mfm_jax.models.wide_resnet import WideResNet
@@ -277,6 +279,20 @@ def test_models_for_large_images_have_the_published_number_of_parameters(name, p
     """As the documentation of torchvision gives them, with 1000 classes."""
     shapes = shapes_of(models.create(name, 1000, 0), 224)["params"]
     assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == parameters
+
+
+@pytest.mark.parametrize("bottleneck", [False, True])
+def test_a_block_for_large_images_starts_as_its_shortcut(bottleneck):
+    norm = functools.partial(models.BatchNorm, momentum=0.9)
+    block = Block(4, 1, bottleneck, 1, jnp.float32, norm)
+    x = jax.random.normal(jax.random.key(0), (2, 6, 6, 16 if bottleneck else 4))
+    variables = block.init(jax.random.key(1), x, True, None)
+    found, _ = block.apply(variables, x, True, None, mutable=["batch_stats"])
+    chex.assert_trees_all_equal(found, nn.relu(x))
+    last = variables["params"]["norm3" if bottleneck else "norm2"]
+    moved = {**variables["params"], "norm3" if bottleneck else "norm2": {**last, "scale": jnp.ones_like(last["scale"])}}
+    found, _ = block.apply({**variables, "params": moved}, x, True, None, mutable=["batch_stats"])
+    assert float(jnp.abs(found - nn.relu(x)).max()) > 0.1
 
 
 def conv_and_norm(inputs: int, outputs: int, side: int) -> int:

@@ -42,8 +42,10 @@ def batch(size, seed):
 
 
 def drawn(module, size):
+    """Returns variables of which no parameter is zero, which would keep gradients from others."""
     variables = jax.jit(module.init)(jax.random.key(1), batch(size, 0).image)
-    return jax.tree.map(lambda leaf: leaf.astype(jnp.float64), variables)
+    params = jax.tree.map(lambda leaf: jnp.where(leaf == 0, 0.1, leaf), variables["params"])
+    return jax.tree.map(lambda leaf: leaf.astype(jnp.float64), {**variables, "params": params})
 
 
 def meta_step(module, variables, runs, size, mesh=None):

@@ -20,8 +20,8 @@ from mfm_jax.types import Modulate, no_modulation
 class Block(nn.Module):
     """A residual block: two 3x3 convolutions, or a bottleneck of 1x1, 3x3 and 1x1, beside a shortcut.
 
-    It starts as its shortcut alone: the scale of its last norm is zero. Otherwise each block adds as much variance as it
-    is given, gradients grow with every block, and in a ResNet-50 the first ones are mostly rounding.
+    It starts as its shortcut alone: the scale of its last norm is zero. Otherwise each block adds as much variance as
+    it is given, gradients grow with every block, and in a ResNet-50 the first ones are mostly rounding.
 
     Attributes:
       channels: of the 3x3 convolutions of a plain block; a bottleneck puts out four times as many.
