@@ -234,9 +234,8 @@ def policy(settings: Augment, height: int, width: int) -> Policy:
             rows.setdefault((name, signed), len(rows))
     table = [operation(name, strength, height, width) for name, strength in rows]
     products, row = np.unique([one.products for one in table], axis=0, return_inverse=True)
-    operations = Operation(*map(np.stack, zip(*table, strict=True)))._replace(
-        products=row.ravel().astype(np.int32)
-    )  # NumPy 2.0.0 gives [N, 1]
+    row = row.ravel().astype(np.int32)  # NumPy 2.0.0 gives [N, 1]
+    operations = Operation(*map(np.stack, zip(*table, strict=True)))._replace(products=row)
     return Policy(
         operations=operations,
         products=products,
