@@ -23,7 +23,8 @@ struct Shape {
 
 enum Operation { kConvolution, kWeightGradient };
 
-// `Kernels` has XLA's type of the elements, `type`, the C++ one, `Value`, and `run<operation>(pool, geometry, a, b, out)`.
+// `Kernels` has XLA's type of the elements, `type`, the C++ one, `Value`, and
+// `run<operation>(pool, geometry, a, b, out)`.
 template <Operation operation, class Kernels>
 ffi::Error handle(ffi::ThreadPool pool, ffi::AnyBuffer a, ffi::AnyBuffer b, ffi::Result<ffi::AnyBuffer> out,
                   Sizes stride, Sizes low, Sizes dilation) {
@@ -42,7 +43,8 @@ ffi::Error handle(ffi::ThreadPool pool, ffi::AnyBuffer a, ffi::AnyBuffer b, ffi:
   auto *first = static_cast<const T*>(a.untyped_data()), *other = static_cast<const T*>(b.untyped_data());
   auto* to = static_cast<T*>(out->untyped_data());
   for (int64_t i = 0; i < x.groups; ++i)
-    Kernels::template run<operation>(pool, g, first + i * x.count(), other + i * second.count(), to + i * third.count());
+    Kernels::template run<operation>(pool, g, first + i * x.count(), other + i * second.count(),
+                                     to + i * third.count());
   return ffi::Error::Success();
 }
 
