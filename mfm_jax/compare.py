@@ -193,13 +193,13 @@ def table(
             if any(run[which] is None for run in found):
                 continue
             row: dict[str, Any] = {"method": method, "epoch": which, "seeds": len(found)}
-            for name in _COLUMNS:
-                values = [shown(run, which)[name] for run in found]
+            columns = {name: [shown(run, which)[name] for run in found] for name in _COLUMNS}
+            if any("decisions" in run["last"] for run in found):
+                columns["mean_cost"] = [_cost(run, which) for run in found]
+            for name, values in columns.items():
                 missing = any(value is None for value in values)
                 row[f"{name}_mean"] = None if missing else statistics.fmean(values)
                 row[f"{name}_std"] = None if missing or len(values) < 2 else statistics.stdev(values)
-            if any("decisions" in run["last"] for run in found):
-                row |= _cost(found, which)
             row |= _paired_difference(found, baseline, which)
             row |= {"train_seconds": times[method], "time_ratio": _ratio(times, method, against)}
             row |= {"memory_bytes": memory.get(method), "memory_ratio": _ratio(memory, method, against)}
@@ -207,11 +207,12 @@ def table(
     return rows
 
 
-def _cost(found: list[dict[str, Any]], which: str) -> dict[str, float | None]:
-    known = [run[which]["decisions"]["measured"][run["split"]] for run in found if "decisions" in run[which]]
-    paid = [one["decided"]["mean_cost"] for one in known]
-    spread = statistics.stdev(paid) if len(paid) > 1 else None
-    return {"mean_cost_mean": statistics.fmean(paid) if paid else None, "mean_cost_std": spread}
+def _cost(run: Mapping[str, Any], which: str) -> float | None:
+    """Returns the mean cost of an image, by the decisions; None for a checkpoint without them."""
+    if "decisions" not in run[which]:
+        return None
+    paid: float = run[which]["decisions"]["measured"][run["split"]]["decided"]["mean_cost"]
+    return paid
 
 
 def _ratio(values: Mapping[str, float | None], method: str, against: str) -> float | None:

@@ -289,8 +289,8 @@ def test_a_block_for_large_images_starts_as_its_shortcut(bottleneck):
     variables = block.init(jax.random.key(1), x, True, None)
     found, _ = block.apply(variables, x, True, None, mutable=["batch_stats"])
     chex.assert_trees_all_equal(found, nn.relu(x))
-    last = variables["params"]["norm3" if bottleneck else "norm2"]
-    moved = {**variables["params"], "norm3" if bottleneck else "norm2": {**last, "scale": jnp.ones_like(last["scale"])}}
+    name, params = "norm3" if bottleneck else "norm2", variables["params"]
+    moved = {**params, name: {**params[name], "scale": jnp.ones_like(params[name]["scale"])}}
     found, _ = block.apply({**variables, "params": moved}, x, True, None, mutable=["batch_stats"])
     assert float(jnp.abs(found - nn.relu(x)).max()) > 0.1
 
